@@ -1,0 +1,1 @@
+"""Writers and loaders of what deployment runtimes read."""

@@ -1,0 +1,1 @@
+"""Everything that makes numbers: rotations, statistics, calibration, scales, and the artifact that holds them."""
