@@ -1,0 +1,35 @@
+"""The architecture table: which weight of which model family reads and writes which space."""
+
+from __future__ import annotations
+
+from calib.architectures.architecture import Architecture, Refusal
+from calib.architectures.lookup import architecture_for, supported_model_types
+from calib.architectures.spec import (
+    KINDS,
+    SPACE_OF,
+    Dimensions,
+    EmbeddingSpec,
+    Kind,
+    LinearSpec,
+    NormSpec,
+    Part,
+    Site,
+    Space,
+)
+
+__all__ = [
+    "KINDS",
+    "SPACE_OF",
+    "Architecture",
+    "Dimensions",
+    "EmbeddingSpec",
+    "Kind",
+    "LinearSpec",
+    "NormSpec",
+    "Part",
+    "Refusal",
+    "Site",
+    "Space",
+    "architecture_for",
+    "supported_model_types",
+]
