@@ -1,0 +1,1 @@
+"""Rotations: Hadamard matrices, starting points, objectives and optimisers on the orthogonal group."""

@@ -1,0 +1,379 @@
+"""Training one rotation, or a batch of them, on captured activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from calib.errors import RotationError
+from calib.progress import Progress, silent
+from calib.rotations.objectives import ActivationScheme, ObjectiveName, make_objective, scheme_error
+from calib.rotations.optimizers import (
+    OPTIMIZER_NAMES,
+    MonotoneStepper,
+    OptimizerName,
+    Problem,
+    QrStepper,
+    RiemannianStepper,
+    Stepper,
+    UpdateRule,
+)
+from calib.rotations.polar import project_orthogonal
+from calib.rotations.starts import (
+    START_NAMES,
+    StartName,
+    embed_fixing_ones,
+    make_start,
+    ones_complement,
+    restrict_to_complement,
+)
+
+# Learning rates by optimiser: the reference's published one for R1, and the one that did best on the reference Llama
+# for the Riemannian steps. The monotone step has none.
+_DEFAULT_RATE: dict[str, float] = {"qr": 1.5e-3, "riemannian-ns": 1.5e-3, "riemannian-cayley": 1.5e-3, "monotone": 0.0}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every choice in training a rotation. The defaults are the recommended ones, not the reference's.
+
+    ``TrainConfig.reference()`` gives the reference's.
+    """
+
+    objective: ObjectiveName = "auto"
+    """What to minimise; ``auto`` picks by ``scheme``. See :func:`calib.rotations.objectives.make_objective`."""
+    optimizer: OptimizerName = "monotone"
+    """How to step; ``qr`` is the reference."""
+    scheme: ActivationScheme | None = None
+    """The quantizer that will be exported: objectives ``scheme`` and ``range`` and the held-out error use it."""
+    epochs: int = 10
+    """Passes over the samples."""
+    batch_size: int | None = None
+    """Tokens per step; ``None``: all of them, which is what makes the monotone step monotone."""
+    subset: float = 1.0
+    """Fraction of the batches seen in each epoch, drawn anew each time (reference: 0.1)."""
+    accumulation_steps: int = 1
+    """Batches whose gradients are averaged before a step; ``qr`` and ``riemannian-*``."""
+    lr: float | None = None
+    """Learning rate; ``None``: 1.5e-3, the reference's for R1 (it uses 1e-3 for R2). Not used by ``monotone``."""
+    momentum: float = 0.9
+    """Momentum of ``qr`` with ``sgd`` and of ``riemannian-*``."""
+    update: UpdateRule = "sgd"
+    """``sgd`` or ``adam`` on the latent matrix; ``qr`` only."""
+    cosine: bool = False
+    """Lower the learning rate to zero along a half cosine over the epochs."""
+    start: StartName = "hadamard"
+    """Where to start, unless a matrix is given."""
+    seed: int = 0
+    """Seed of the start and of the order of the batches."""
+    fix_ones: bool = False
+    """Train only rotations that fix the all-ones vector: needed by R1 of models with LayerNorm."""
+    p: float = 8.0
+    """Exponent of objective ``lp``."""
+    normalize: bool = True
+    """Scale the samples of each batch element to unit mean square first: Whip is not scale-free, and inputs of o_proj
+    have any size. Activations after a norm without gain have it already."""
+    curvature_fraction: float = 0.1
+    """``monotone``: first curvature as a fraction of the proven bound. 1 is the proven step; less is faster, and
+    backtracking keeps it monotone."""
+    damping: float = 0.03
+    """``monotone``: strength of the proximal term, relative to the mean singular value of the target."""
+    tolerance: float = 0.0
+    """Stop when an epoch lowers the training loss by less than this fraction (0: never)."""
+    patience: int | None = None
+    """Stop after this many epochs without a lower held-out error (``None``: never). Needs ``held_out`` and ``scheme``.
+    Whether or not it stops early, the rotation with the lowest held-out error is returned where both are given."""
+
+    @classmethod
+    def reference(cls, *, rotation: str = "r1") -> TrainConfig:
+        """DartQuant's published hyper-parameters for ``r1`` or ``r2``, with tokens for its sequences of 2048.
+
+        R1: 10 epochs over 10 % of the data, 64 sequences a step, lr 1.5e-3. R2: 5 epochs, 128 sequences, two batches a
+        step, lr 1e-3. SGD with momentum 0.9, no schedule, random Hadamard start, Whip.
+        """
+        common = cls(objective="whip", optimizer="qr", normalize=False)
+        if rotation == "r2":
+            return replace(common, epochs=5, batch_size=128 * 2048, accumulation_steps=2, lr=1e-3)
+        return replace(common, epochs=10, batch_size=64 * 2048, subset=0.1, lr=1.5e-3)
+
+    def __post_init__(self) -> None:
+        _require(self.optimizer in OPTIMIZER_NAMES, f"unknown optimizer {self.optimizer!r}", _one_of(OPTIMIZER_NAMES))
+        _require(self.start in START_NAMES, f"unknown start {self.start!r}", _one_of(START_NAMES))
+        _require(self.update in get_args(UpdateRule), f"unknown update {self.update!r}", _one_of(get_args(UpdateRule)))
+        _require(self.epochs >= 0, f"{self.epochs} epochs", "use 0 or more")
+        _require(self.batch_size is None or self.batch_size > 0, f"batch size {self.batch_size}", "use 1 token or more")
+        _require(0 < self.subset <= 1, f"subset {self.subset}", "use a fraction above 0 and at most 1")
+        _require(self.accumulation_steps > 0, f"{self.accumulation_steps} accumulation steps", "use 1 or more")
+        _require(
+            self.lr is None or 0 < self.lr < math.inf, f"learning rate {self.lr}", "use a positive one, such as 1.5e-3"
+        )
+        _require(0 <= self.momentum < 1, f"momentum {self.momentum}", "use 0 or more and less than 1")
+        _require(self.curvature_fraction > 0, f"curvature fraction {self.curvature_fraction}", "use 0.1")
+        _require(self.damping > 0, f"damping {self.damping}", "use 0.03")
+        _require(
+            self.update == "sgd" or self.optimizer == "qr",
+            f"update 'adam' with optimizer {self.optimizer!r}",
+            "its entry-wise scaling is defined for the latent matrix of optimizer 'qr' only",
+        )
+        make_objective(self.objective, scheme=self.scheme, p=self.p)  # refuses what it cannot build
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained rotation and how it came about."""
+
+    matrix: Tensor
+    """Float64 ``[*batch, n, n]`` on the CPU, orthogonal to 1e-12."""
+    losses: tuple[float, ...]
+    """Loss before each step, averaged over the batch; then, in the last place, that of the returned rotation."""
+    held_out_errors: tuple[float, ...] = field(default=())
+    """Relative squared error of ``scheme`` on the held-out tokens at the start and after each epoch, where measured."""
+    start: str = "hadamard"
+    optimizer: str = "monotone"
+    objective: str = "whip"
+    steps: int = 0
+    """Steps taken."""
+
+
+def train_rotation(
+    samples: Tensor,
+    config: TrainConfig,
+    *,
+    weights: Tensor | None = None,
+    held_out: Tensor | None = None,
+    start: Tensor | None = None,
+    progress: Progress = silent,
+) -> TrainResult:
+    """Train one rotation for each element of the leading batch dimensions, all in one batched solve.
+
+    The same seed gives the same bytes on the same machine with the same number of threads. A batch element whose
+    activations are all zero keeps its start.
+
+    Args:
+        samples: activations ``[*batch, tokens, n]`` in any floating dtype; trained in float32 on their device.
+        config: how to train.
+        weights: inverse inclusion probabilities ``[*batch, tokens]``; ``None``: all equal.
+        held_out: activations ``[*batch, tokens', n]`` to measure the error of ``config.scheme`` on.
+        start: orthogonal ``[n, n]`` or ``[*batch, n, n]`` to start from instead of ``config.start``.
+        progress: told the number of finished steps.
+
+    Raises:
+        RotationError: shapes that do not fit, NaN or Inf, weights that are not positive, a start that is not orthogonal
+            or does not fix ones where it must, or training that diverged.
+    """
+    _check_samples(samples, weights, held_out)
+    scale = _unit_power(samples) if config.normalize else torch.ones(*samples.shape[:-2], 1, 1, device=samples.device)
+    x = samples.float() / scale
+    unseen = None if held_out is None or config.scheme is None else held_out.to(x) / scale
+    w = None if weights is None else weights.to(x)
+    first = _checked_start(x, w, config, start)
+    basis = ones_complement(x.shape[-1]).to(x) if config.fix_ones else None
+    problem = Problem(make_objective(config.objective, scheme=config.scheme, p=config.p), basis)
+    inner = restrict_to_complement(first) if config.fix_ones else first
+    reduced = x if basis is None else x @ basis
+    run = _Run(config, problem, _stepper(inner.to(x), problem, config), reduced, w, unseen, inner)
+    run.train(progress)
+    trained = project_orthogonal(run.best)
+    matrix = embed_fixing_ones(trained.cpu()) if config.fix_ones else trained.cpu()
+    final = problem.objective(x @ matrix.to(x), w)
+    return TrainResult(
+        matrix=matrix,
+        losses=(*run.losses, float(final.mean())),
+        held_out_errors=tuple(run.errors),
+        start=config.start if start is None else "given",
+        optimizer=config.optimizer,
+        objective=problem.objective.name,
+        steps=run.steps,
+    )
+
+
+class _Run:
+    """The training loop and what it has seen."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        problem: Problem,
+        stepper: Stepper,
+        x: Tensor,
+        weights: Tensor | None,
+        held_out: Tensor | None,
+        start: Tensor,
+    ) -> None:
+        self.config = config
+        self.problem = problem
+        self.stepper = stepper
+        self.x, self.weights = x, weights
+        basis = problem.basis
+        self.held_out = held_out if held_out is None or basis is None else held_out @ basis
+        self.best = start.to(x.device)
+        self.losses: list[float] = []
+        self.errors: list[float] = []
+        self.steps = 0
+        self._lowest: Tensor | None = None
+
+    def train(self, progress: Progress) -> None:
+        config = self.config
+        if self.held_out is not None and config.scheme is not None:
+            self._measure(self.best)
+        without_gain, previous = 0, math.inf
+        total = config.epochs * self._batches_per_epoch()
+        for epoch in range(config.epochs):
+            if config.cosine:
+                self.stepper.set_rate(0.5 * (1 + math.cos(math.pi * epoch / config.epochs)))
+            epoch_losses = []
+            for x, weights in self._batches(epoch):
+                epoch_losses.append(self._step(x, weights))
+                progress("train rotation", self.steps, total)
+            without_gain = 0 if self._measure(self.stepper.rotation()) else without_gain + 1
+            mean = sum(epoch_losses) / len(epoch_losses)
+            if config.patience is not None and self.errors and without_gain >= config.patience:
+                break
+            if config.tolerance > 0 and previous - mean < config.tolerance * abs(previous) < math.inf:
+                break
+            previous = mean
+
+    def _step(self, x: Tensor, weights: Tensor | None) -> float:
+        loss = float(self.stepper.step(x, weights).mean())
+        if not math.isfinite(loss):
+            raise RotationError(
+                f"training diverged: the loss is {loss} at step {self.steps}",
+                hint="lower the learning rate, or use optimizer 'monotone', which has none",
+            )
+        self.losses.append(loss)
+        self.steps += 1
+        return loss
+
+    def _measure(self, q: Tensor) -> bool:
+        """Keep ``q`` where it is the best so far, head by head; whether any was."""
+        scheme = self.config.scheme
+        if self.held_out is None or scheme is None:  # nothing to choose by: the last is the best
+            self.best = q
+            return True
+        error = scheme_error(self.problem.rotated(self.held_out, q.to(self.x)), scheme)
+        self.errors.append(float(error.mean()))
+        if self._lowest is None:
+            self._lowest = error
+            return True
+        better = error < self._lowest
+        self._lowest = torch.where(better, error, self._lowest)
+        self.best = torch.where(better[..., None, None], q.double(), self.best)
+        return bool(better.any())
+
+    def _batch_size(self) -> int:
+        return min(self.config.batch_size or self.x.shape[-2], self.x.shape[-2])
+
+    def _batches_per_epoch(self) -> int:
+        batches = -(-self.x.shape[-2] // self._batch_size())
+        return max(1, round(self.config.subset * batches))
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        tokens, size = self.x.shape[-2], self._batch_size()
+        if size == tokens:
+            yield self.x, self.weights
+            return
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        order = torch.randperm(tokens, generator=generator).to(self.x.device)
+        for begin in range(0, self._batches_per_epoch() * size, size):
+            chosen = order[begin : begin + size]
+            yield self.x[..., chosen, :], None if self.weights is None else self.weights[..., chosen]
+
+
+def _stepper(start: Tensor, problem: Problem, config: TrainConfig) -> Stepper:
+    lr = _DEFAULT_RATE[config.optimizer] if config.lr is None else config.lr
+    accumulate = config.accumulation_steps
+    if config.optimizer == "qr":
+        return QrStepper(start, problem, lr=lr, momentum=config.momentum, update=config.update, accumulate=accumulate)
+    if config.optimizer == "monotone":
+        return MonotoneStepper(start, problem, fraction=config.curvature_fraction, damping=config.damping)
+    return RiemannianStepper(
+        start,
+        problem,
+        lr=lr,
+        momentum=config.momentum,
+        retraction="ns" if config.optimizer == "riemannian-ns" else "cayley",
+        accumulate=accumulate,
+    )
+
+
+def _checked_start(x: Tensor, weights: Tensor | None, config: TrainConfig, given: Tensor | None) -> Tensor:
+    """The float64 start ``[*batch, n, n]`` on the CPU."""
+    n = x.shape[-1]
+    if given is None:
+        moment = second_moment(x, weights).cpu() if config.start.startswith("pca") else None
+        first = make_start(config.start, n, seed=config.seed, moment=moment, fix_ones=config.fix_ones)
+    else:
+        first = given.detach().double().cpu()
+    shape = (*x.shape[:-2], n, n)
+    _require(
+        first.shape[-2:] == (n, n) and first.dim() <= len(shape),
+        f"the start has shape {tuple(first.shape)} for activations {tuple(x.shape)}",
+        f"pass [{n}, {n}], or one matrix for each batch element",
+    )
+    first = first.expand(shape)
+    distance = float((first.mT @ first - torch.eye(n, dtype=torch.float64)).abs().max())
+    _require(distance <= 1e-4, f"the start is {distance:.1e} from orthogonal", "pass an orthogonal matrix")
+    if config.fix_ones:
+        moved = float((first.sum(-2) - 1.0).abs().max())
+        _require(moved <= 1e-4, f"the start moves the all-ones vector by {moved:.1e}", "use start 'hadamard'")
+    return first
+
+
+def second_moment(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``E[x^T x]`` ``[*batch, n, n]`` in float64.
+
+    Args:
+        x: activations ``[*batch, tokens, n]``.
+        weights: token weights ``[*batch, tokens]``; ``None``: all equal.
+    """
+    wide = x.double()
+    if weights is None:
+        return wide.mT @ wide / x.shape[-2]
+    w = (weights / weights.sum(-1, keepdim=True)).double().unsqueeze(-1)
+    return wide.mT @ (w * wide)
+
+
+def _unit_power(samples: Tensor) -> Tensor:
+    """Root mean square of each batch element ``[*batch, 1, 1]`` (float32); 1 where it is zero."""
+    power = samples.double().square().mean((-1, -2), keepdim=True).sqrt().float()
+    return torch.where(power > 0, power, 1.0)
+
+
+def _check_samples(samples: Tensor, weights: Tensor | None, held_out: Tensor | None) -> None:
+    _require(
+        samples.dim() >= 2 and samples.numel() > 0 and samples.is_floating_point(),
+        f"activations of shape {tuple(samples.shape)} and dtype {samples.dtype} cannot be trained on",
+        "pass floating [*batch, tokens, channels] with at least one token",
+    )
+    _require(
+        bool(torch.isfinite(samples).all()),
+        "the activations hold NaN or Inf",
+        "the model overflows in this dtype: load it with --dtype float32",
+    )
+    if weights is not None:
+        _require(
+            weights.shape == samples.shape[:-1] and bool((weights > 0).all()) and bool(torch.isfinite(weights).all()),
+            f"token weights {tuple(weights.shape)} for activations {tuple(samples.shape)} must be finite and positive",
+            "pass one inverse inclusion probability for each token",
+        )
+    if held_out is not None:
+        fits = held_out.shape[:-2] == samples.shape[:-2] and held_out.shape[-1] == samples.shape[-1]
+        _require(
+            fits and held_out.shape[-2] > 0 and bool(torch.isfinite(held_out).all()),
+            f"held-out activations {tuple(held_out.shape)} do not fit {tuple(samples.shape)} or are not finite",
+            "hold out tokens of the same site",
+        )
+
+
+def _require(condition: bool, message: str, hint: str) -> None:
+    if not condition:
+        raise RotationError(message, hint=hint)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return f"use one of: {', '.join(names)}"

@@ -1,0 +1,186 @@
+"""Steps on the orthogonal group: what each promises, on small problems with a known answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from calib.errors import RotationError
+from calib.rotations.objectives import ActivationScheme, make_objective
+from calib.rotations.optimizers import MonotoneStepper, Problem, QrStepper, RiemannianStepper
+from calib.rotations.polar import newton_schulz, project_orthogonal, spectral_norm
+from calib.rotations.starts import haar_start
+
+EXACT = 1e-12
+
+
+def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
+    """Float32 activations with outliers, of unit mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).exp()
+    return x / x.square().mean().sqrt()
+
+
+def polar_by_svd(matrix: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(matrix.double())
+    return u @ vh
+
+
+def orthogonality_error(matrix: Tensor) -> float:
+    return float((matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 24), st.floats(0, 5), st.integers(0, 10_000))
+def test_newton_schulz_finds_the_polar_factor_whatever_the_conditioning(n: int, decades: float, seed: int) -> None:
+    singular = torch.logspace(0, -decades, n, dtype=torch.float64)
+    matrix = (haar_start(n, seed) * singular) @ haar_start(n, seed + 1)
+    factor = newton_schulz(matrix, least=1e-3, tolerance=1e-10)
+    # A tolerance t on X^T X leaves an error of t / 2 in each direction.
+    torch.testing.assert_close(factor, polar_by_svd(matrix), rtol=0, atol=1e-9)
+
+
+def test_newton_schulz_is_batched_over_any_dimensions() -> None:
+    matrices = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    factors = newton_schulz(matrices, least=1e-3, tolerance=1e-10)
+    torch.testing.assert_close(factors, polar_by_svd(matrices), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("decades", [0.0, 1.0, 4.0])
+def test_the_spectral_norm_is_never_underestimated(decades: float) -> None:
+    for seed in range(20):
+        singular = torch.logspace(0, -decades, 64, dtype=torch.float64)
+        matrix = (haar_start(64, seed) * singular) @ haar_start(64, seed + 1)
+        # Above 1, or the scaled cubic would change the sign of a singular value; at most the stated margin above.
+        assert 1.0 <= float(spectral_norm(matrix)) <= 1.2 + 1e-9
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3, 1.0])
+def test_projection_gives_the_nearest_orthogonal_matrix_in_float64(noise: float) -> None:
+    matrix = haar_start(48, 0) + noise * torch.randn(48, 48, generator=torch.Generator().manual_seed(1))
+    projected = project_orthogonal(matrix)
+    assert orthogonality_error(projected) <= EXACT
+    torch.testing.assert_close(projected, polar_by_svd(matrix), rtol=0, atol=1e-10)
+
+
+def test_projection_refuses_nan() -> None:
+    with pytest.raises(RotationError, match="NaN") as error:
+        project_orthogonal(torch.full((3, 3), float("nan")))
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("name", ["whip", "lp", "kurtosis", "range", "scheme"])
+@pytest.mark.parametrize("fraction", [1.0, 0.1])
+def test_the_monotone_step_never_raises_the_loss_of_a_full_batch(name: str, fraction: float) -> None:
+    x = heavy_tailed(3, 96, 16)
+    objective = make_objective(name, scheme=ActivationScheme(4))  # type: ignore[arg-type]
+    stepper = MonotoneStepper(
+        haar_start(16, 0).float().expand(3, 16, 16), Problem(objective), fraction=fraction, damping=0.03
+    )
+    losses = torch.stack([stepper.step(x, None) for _ in range(12)])
+    assert (losses.diff(dim=0) <= 2e-6 * losses[:-1].abs()).all()  # float32 means of 96 tokens
+    assert (losses[-1] < losses[0]).all()
+    assert orthogonality_error(stepper.rotation()) <= 1e-3  # the tolerance of its Newton-Schulz, and rounding
+
+
+def test_the_whip_step_is_the_published_polar_formula() -> None:
+    x = heavy_tailed(200, 12)
+    q = haar_start(12, 0).float()
+    y = x @ q
+    expected = polar_by_svd(x.T @ (y.sign() * torch.exp(-y.abs()) + y))
+    stepper = MonotoneStepper(q, Problem(make_objective("whip")), fraction=1.0, damping=1e-9)
+    stepper.step(x, None)
+    torch.testing.assert_close(stepper.rotation().double(), expected, rtol=0, atol=1e-4)
+
+
+def test_the_proven_step_finds_the_box_that_independent_uniform_channels_hide_in() -> None:
+    # Uniform channels are the least of Whip at fixed power; mixed by a rotation they must be found again.
+    x = (torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 3**0.5
+    stepper = MonotoneStepper(torch.eye(4), Problem(make_objective("whip")), fraction=0.25, damping=0.03)
+    mixed = x @ haar_start(4, 3).float()
+    for _ in range(60):
+        stepper.step(mixed, None)
+    entries = (haar_start(4, 3).float() @ stepper.rotation()).abs()
+    # A signed permutation up to the sampling error of 20 000 tokens, about 1 / sqrt(20 000) an entry.
+    torch.testing.assert_close(entries.sort(dim=0).values[-1], torch.ones(4), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("retraction", ["ns", "cayley"])
+def test_riemannian_steps_stay_on_the_group_and_go_down(retraction: str) -> None:
+    x = heavy_tailed(2, 128, 16)
+    stepper = RiemannianStepper(
+        haar_start(16, 0).float().expand(2, 16, 16),
+        Problem(make_objective("whip")),
+        lr=0.02,
+        momentum=0.5,
+        retraction=retraction,  # type: ignore[arg-type]
+        accumulate=1,
+    )
+    losses = torch.stack([stepper.step(x, None) for _ in range(40)])
+    assert (losses[-1] < losses[0]).all()
+    assert orthogonality_error(stepper.rotation()) <= 1e-5  # 40 float32 products
+
+
+def test_both_retractions_agree_to_second_order() -> None:
+    x, start = heavy_tailed(128, 16), haar_start(16, 0).float()
+    ends = []
+    for retraction in ("ns", "cayley"):
+        stepper = RiemannianStepper(
+            start,
+            Problem(make_objective("whip")),
+            lr=1e-2,
+            momentum=0.0,
+            retraction=retraction,  # type: ignore[arg-type]
+            accumulate=1,
+        )
+        stepper.step(x, None)
+        ends.append(stepper.rotation())
+    moved = float((ends[0] - start).norm())
+    assert moved > 1e-3
+    assert float((ends[0] - ends[1]).norm()) <= moved**3 + 1e-5
+
+
+def test_the_qr_step_is_the_reference_algorithm_with_its_last_step() -> None:
+    x, start = heavy_tailed(64, 8), haar_start(8, 0).float()
+    latent = start.clone().requires_grad_()
+    optimizer = torch.optim.SGD([latent], lr=1.5e-3, momentum=0.9)
+    stepper = QrStepper(start, Problem(make_objective("whip")), lr=1.5e-3, momentum=0.9, update="sgd", accumulate=1)
+    for _ in range(5):
+        q, _ = torch.linalg.qr(latent)
+        loss = torch.exp(-(x @ q).abs()).sum(-1).mean()
+        assert torch.equal(stepper.step(x, None), loss.detach())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(stepper.rotation(), torch.linalg.qr(latent.detach()).Q)
+
+
+@pytest.mark.parametrize("kind", ["qr", "riemannian"])
+def test_accumulation_averages_the_gradients_of_its_batches(kind: str) -> None:
+    x, start = heavy_tailed(64, 8), haar_start(8, 0).float()
+
+    def trained(accumulate: int, batches: list[Tensor]) -> Tensor:
+        problem = Problem(make_objective("whip"))
+        stepper: QrStepper | RiemannianStepper
+        if kind == "qr":
+            stepper = QrStepper(start, problem, lr=0.1, momentum=0.0, update="sgd", accumulate=accumulate)
+        else:
+            stepper = RiemannianStepper(start, problem, lr=0.1, momentum=0.0, retraction="ns", accumulate=accumulate)
+        for batch in batches:
+            stepper.step(batch, None)
+        return stepper.rotation()
+
+    # Two halves against the whole: sums in another order, in float32.
+    torch.testing.assert_close(trained(2, [x[:32], x[32:]]), trained(1, [x]), rtol=0, atol=1e-5)
+
+
+def test_a_singular_latent_is_refused_with_a_way_out() -> None:
+    stepper = QrStepper(
+        torch.zeros(4, 4), Problem(make_objective("whip")), lr=1.0, momentum=0.0, update="sgd", accumulate=1
+    )
+    with pytest.raises(RotationError, match="singular") as error:
+        stepper.step(heavy_tailed(8, 4), None)
+    assert "monotone" in str(error.value.hint)
