@@ -1,0 +1,217 @@
+"""Reading a Hugging Face checkpoint: its config, and its tensors as a lazy mapping over memory-mapped safetensors.
+
+Only safetensors files are read. A pickle (``pytorch_model.bin``) can run code when it is loaded, so it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from calib.architectures import supported_model_types
+from calib.errors import CheckpointError, UnsupportedModelError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What a snapshot needs: weights, configs and tokenizer files. Code is fetched by transformers, if it is trusted.
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Second copies of the weights that some repositories hold: subfolders, and Mistral's own layout.
+_IGNORED = ["*/*", "consolidated*"]
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """Tensors by name. A tensor is read from its file when it is asked for and is not kept."""
+
+    def __init__(self, tensors: Mapping[str, Any], *, folder: Path | None = None) -> None:
+        """
+        Args:
+            tensors: by name, either a tensor or the open safetensors file that holds it.
+            folder: where the checkpoint lies, if it lies anywhere.
+        """
+        self._tensors = dict(tensors)
+        self.folder = folder
+
+    @classmethod
+    def from_module(cls, module: Any) -> Checkpoint:
+        """The state dict of an ``nn.Module`` as a checkpoint; it shares the module's memory."""
+        return cls({name: tensor.detach() for name, tensor in module.state_dict().items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        held = self._tensors[name]
+        if isinstance(held, Tensor):
+            return held
+        tensor: Tensor = held.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        held = self._tensors[name]
+        return tuple(held.shape if isinstance(held, Tensor) else held.get_slice(name).get_shape())
+
+
+def load_config(
+    path_or_id: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The transformers config of a model folder or hub id.
+
+    Args:
+        path_or_id: a folder with a ``config.json``, or the id of a model on the Hugging Face hub.
+        trust_remote_code: run configuration code that comes with the model.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: the folder or its config.json is missing or unreadable, or the hub cannot be reached.
+        UnsupportedModelError: transformers does not know the ``model_type``.
+    """
+    from transformers import AutoConfig  # here, because it takes seconds to import
+
+    folder = _local_folder(path_or_id)
+    if folder is not None:
+        _check_config_json(folder)
+    try:
+        return AutoConfig.from_pretrained(
+            str(folder or path_or_id), trust_remote_code=trust_remote_code, revision=revision
+        )
+    except Exception as error:
+        # transformers raises OSError for anything from a missing file to no network, ValueError for an unknown model.
+        raise _config_error(str(path_or_id), error) from error
+
+
+def open_checkpoint(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    """Open the safetensors weights of a model folder or hub id; a hub id is downloaded to the Hugging Face cache first.
+
+    Nothing is read but the headers. Shards are listed by ``model.safetensors.index.json``, or there is a single
+    ``model.safetensors``.
+
+    Raises:
+        CheckpointError: the folder is missing or empty, has no config.json, holds only pickles, or a shard is missing,
+            truncated or lacks a tensor that the index promises; or the hub cannot be reached.
+    """
+    folder = _local_folder(path_or_id) or _download(str(path_or_id), revision)
+    _check_config_json(folder)
+    if (folder / _INDEX).is_file():
+        return Checkpoint(_open_sharded(folder), folder=folder)
+    if (folder / _SINGLE).is_file():
+        shard = _open(folder / _SINGLE)
+        return Checkpoint(dict.fromkeys(shard.keys(), shard), folder=folder)
+    raise _no_weights(folder)
+
+
+def _local_folder(path_or_id: str | os.PathLike[str]) -> Path | None:
+    """The folder, or ``None`` for what can only be a hub id (``name`` or ``owner/name``).
+
+    Raises:
+        CheckpointError: it is a path, and there is no such folder, or it is empty.
+    """
+    text = os.fspath(path_or_id)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise CheckpointError(f"model folder {text} is empty", hint="pass the folder of a saved model")
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{text} is a file, not a model folder", hint="pass the folder that holds it")
+    looks_like_path = text.startswith((".", "~")) or folder.is_absolute() or text.count("/") > 1 or "\\" in text
+    if isinstance(path_or_id, os.PathLike) or looks_like_path:
+        raise CheckpointError(f"there is no model folder {text}", hint="check the path, or pass a hub id: owner/name")
+    return None
+
+
+def _check_config_json(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"model folder {folder} has no config.json", hint="pass the folder that the model was saved to"
+        )
+
+
+def _config_error(source: str, error: Exception) -> CheckpointError | UnsupportedModelError:
+    reason = str(error).strip().split("\n")[0]
+    if isinstance(error, ValueError) and ("model type" in str(error) or "trust_remote_code" in str(error)):
+        return UnsupportedModelError(
+            f"transformers has no model of its own for {source}: {reason}",
+            hint=f"supported model types are: {', '.join(supported_model_types())}",
+        )
+    return CheckpointError(
+        f"the config of {source} cannot be read: {reason}",
+        hint="check the folder or hub id; for a gated model log in with: hf auth login",
+    )
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED))
+    except Exception as error:  # the hub client raises a dozen kinds: HTTP, offline, validation, not found, disk
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{model_id} is no folder here and cannot be downloaded from the hub: {reason}",
+            hint="check the id and the network; a gated model needs: hf auth login",
+        ) from error
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        return CheckpointError(
+            f"model folder {folder} holds its weights as pickles only, which can run code when they are loaded",
+            hint='if you trust them, convert once: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+        )
+    return CheckpointError(
+        f"model folder {folder} has neither {_SINGLE} nor {_INDEX}",
+        hint="rotq reads safetensors only; save the model with save_pretrained",
+    )
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} in {path.parent} is damaged or truncated: {error}", hint="download or copy it again"
+        ) from error
+
+
+def _open_sharded(folder: Path) -> dict[str, Any]:
+    weight_map = _read_index(folder)
+    shards: dict[str, Any] = {}
+    for name in sorted(set(weight_map.values())):
+        # A name with folders in it would reach outside the checkpoint.
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(
+                f"shard {name} is missing from {folder}, but {_INDEX} lists it", hint="download or copy it again"
+            )
+        shards[name] = _open(folder / name)
+    held = {name: set(shard.keys()) for name, shard in shards.items()}
+    for tensor, shard in weight_map.items():
+        if tensor not in held[shard]:
+            raise CheckpointError(
+                f"tensor {tensor} is not in {shard} of {folder}, where {_INDEX} places it",
+                hint="the shards and the index belong to different saves; download or copy them again",
+            )
+    return {tensor: shards[shard] for tensor, shard in weight_map.items()}
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The ``weight_map`` of a sharded checkpoint: shard by tensor name."""
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        weight_map = index["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("a shard is not given by its name")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{_INDEX} in {folder} is damaged: {error}", hint="download or copy it again") from error
+    return dict(weight_map)

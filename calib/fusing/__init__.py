@@ -1,0 +1,9 @@
+"""Folding norms and rotations into a checkpoint exactly, and running the result."""
+
+from __future__ import annotations
+
+from calib.fusing.expected import expected_tensors
+from calib.fusing.fuser import FusedModel, fuse
+from calib.fusing.materialize import materialize
+
+__all__ = ["FusedModel", "expected_tensors", "fuse", "materialize"]

@@ -1,0 +1,139 @@
+"""A checkpoint seen through the module tree: published names, stacked experts and tied embeddings resolved.
+
+Checkpoints name their tensors as the model was first published (Mixtral keeps a tensor per expert, GPT-2 leaves out the
+``transformer.`` prefix); the fuser works with the names of the transformers 5 module tree only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.architectures import Architecture, LinearSpec
+from calib.checkpoint import Checkpoint
+from calib.errors import CheckpointError
+
+_OTHER_CONFIG = "check that config.json belongs to these weights and that every shard is there"
+
+
+class SourceTensors:
+    """Reads the tensors of a model by their names in the module tree."""
+
+    def __init__(
+        self, checkpoint: Mapping[str, Tensor], config: Any, architecture: Architecture, expected: dict[str, torch.Size]
+    ) -> None:
+        """
+        Args:
+            checkpoint: tensors by published names or names in the module tree.
+            config: the config that belongs to them.
+            architecture: its table entry.
+            expected: shape of every tensor in the module tree.
+
+        Raises:
+            CheckpointError: a tensor is missing, or has another shape than the config calls for.
+        """
+        self._checkpoint = checkpoint
+        stored = _stored_names(checkpoint, architecture, expected)
+        if getattr(config, "tie_word_embeddings", False):
+            _tie(stored, architecture.embeddings[0].weight, architecture.head.weight)
+        stacked = {spec.weight: spec for spec in architecture.all_linears(config) if spec.stacked_from}
+        self._single: dict[str, str] = {}
+        """Stored name of a tensor that is stored in one piece."""
+        self._experts: dict[str, list[list[str]]] = {}
+        """Stored names of the tensors that make up each expert, where experts are stored one by one."""
+        for name, shape in expected.items():
+            if name not in stored and name in stacked:
+                self._experts[name] = _expert_names(stacked[name], shape[0], stored)
+                for pieces in self._experts[name]:
+                    self._check_shape(pieces, shape[1:])
+            else:
+                self._single[name] = _find(name, stored)
+                self._check_shape([self._single[name]], shape)
+
+    def unused(self) -> list[str]:
+        """Names in the checkpoint that the model has no use for, sorted."""
+        used = set(self._single.values())
+        used |= {piece for experts in self._experts.values() for pieces in experts for piece in pieces}
+        return sorted(set(self._checkpoint) - used)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called ``name`` in the module tree, in the dtype of the checkpoint.
+
+        Raises:
+            CheckpointError: it holds NaN or Inf, or no floating-point numbers.
+        """
+        if name in self._single:
+            return self._finite(self._single[name])
+        return torch.stack([torch.cat([self._finite(piece) for piece in pieces]) for pieces in self._experts[name]])
+
+    def _finite(self, stored: str) -> Tensor:
+        tensor = self._checkpoint[stored]
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"tensor {stored} holds {tensor.dtype}, not floating-point weights",
+                hint="start from the floating-point checkpoint",
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"tensor {stored} holds NaN or Inf", hint="the checkpoint is damaged; download or export it again"
+            )
+        return tensor
+
+    def _check_shape(self, pieces: list[str], wanted: torch.Size) -> None:
+        """The rows of ``pieces`` in turn must make up a tensor of shape ``wanted``."""
+        shapes = [self._shape(piece) for piece in pieces]
+        together = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+        if together != tuple(wanted):
+            raise CheckpointError(
+                f"tensor {' and '.join(pieces)} has shape {list(together)}, but the config calls for {list(wanted)}",
+                hint=_OTHER_CONFIG,
+            )
+
+    def _shape(self, stored: str) -> tuple[int, ...]:
+        if isinstance(self._checkpoint, Checkpoint):
+            return self._checkpoint.shape(stored)  # from the header of its file
+        return tuple(self._checkpoint[stored].shape)
+
+
+def _stored_names(
+    checkpoint: Mapping[str, Tensor], architecture: Architecture, expected: dict[str, torch.Size]
+) -> dict[str, str]:
+    """From names in the module tree to names in the checkpoint."""
+    stored = {}
+    for name in checkpoint:
+        canonical = name
+        for pattern, replacement in architecture.renames:
+            canonical = re.sub(pattern, replacement, canonical)
+        if canonical not in expected and not canonical.startswith(f"{architecture.base_prefix}."):
+            canonical = f"{architecture.base_prefix}.{canonical}"
+        stored[canonical] = name
+    return stored
+
+
+def _tie(stored: dict[str, str], embedding: str, head: str) -> None:
+    """Let the head read the embedding, or the reverse if only the head was stored; two stored ones stay apart.
+
+    transformers does the same when it loads a checkpoint (``PreTrainedModel.tie_weights``).
+    """
+    if embedding in stored:
+        stored.setdefault(head, stored[embedding])
+    elif head in stored:
+        stored[embedding] = stored[head]
+
+
+def _expert_names(spec: LinearSpec, experts: int, stored: dict[str, str]) -> list[list[str]]:
+    return [
+        [_find(piece.replace("{e}", str(expert)), stored) for piece in spec.stacked_from] for expert in range(experts)
+    ]
+
+
+def _find(name: str, stored: dict[str, str]) -> str:
+    if name not in stored:
+        raise CheckpointError(
+            f"tensor {name} is missing from the checkpoint, but the config calls for it", hint=_OTHER_CONFIG
+        )
+    return stored[name]

@@ -1,0 +1,283 @@
+"""The :class:`RotationSet`: every rotation of a model, which of them are folded and which run online, and their origin.
+
+Row-vector convention: a rotation ``Q`` takes an activation ``x`` to ``x Q``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.architectures import SPACE_OF, Architecture, Dimensions, Kind, Space
+from calib.errors import RotationError
+from calib.rotations.hadamard import apply_hadamard, hadamard_matrix
+from calib.rotations.starts import hadamard_start
+
+# Largest entry of |Q^T Q - I| that counts as orthogonal: what a float32 matrix of a few thousand rows reaches.
+ORTHOGONALITY_TOLERANCE = 1e-6
+_NAME = re.compile(r"(R1)|(R[234])\.(\d+)(?:\.(\w+))?")
+_ONLINE: tuple[Kind, ...] = ("r3", "r4")
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """One rotation: a matrix, or a Hadamard matrix given by its order and the seed of its signs."""
+
+    name: str
+    """``R1``, ``R2.{layer}``, ``R3.{layer}``, ``R4.{layer}``, or ``R4.{layer}.{branch}`` for shared experts."""
+    kind: Kind
+    space: Space
+    layer: int | None = None
+    matrix: Tensor | None = None
+    """float64 ``[n, n]``; R2 ``[kv_heads, head_dim, head_dim]``. ``None`` for a Hadamard matrix."""
+    order: int | None = None
+    seed: int | None = None
+    """Seed of the signs of a Hadamard matrix; ``None`` for no signs."""
+    online: bool = False
+    """Applied to activations at run time (R3, R4) instead of folded into weights (R1, R2)."""
+    origin: str = ""
+    """How it was chosen."""
+
+    def __post_init__(self) -> None:
+        match = _NAME.fullmatch(self.name)
+        layer = int(match[3]) if match and match[3] else None
+        if match is None or (match[1] or match[2]).lower() != self.kind or layer != self.layer:
+            raise RotationError(
+                f"rotation name {self.name!r} does not fit kind {self.kind!r} and layer {self.layer}",
+                hint="names are R1, R2.{layer}, R3.{layer} and R4.{layer}",
+            )
+        if self.space is not SPACE_OF[self.kind]:
+            raise RotationError(f"{self.name} acts on the {SPACE_OF[self.kind]} space, not on {self.space}")
+        if (self.matrix is None) == (self.order is None):
+            raise RotationError(f"{self.name} needs either a matrix or the order of a Hadamard matrix, not both")
+        if self.online != (self.kind in _ONLINE) or (self.online and self.matrix is not None):
+            raise RotationError(
+                f"{self.name}: R1 and R2 are folded into weights, R3 and R4 are online Hadamard rotations",
+                hint="give R3 and R4 an order and a seed",
+            )
+        if self.matrix is not None and self.matrix.dtype != torch.float64:
+            object.__setattr__(self, "matrix", self.matrix.double())
+
+    @property
+    def branch(self) -> str:
+        """The ``ffn`` space within the layer; empty but for shared experts."""
+        return self.name.split(".")[2] if self.name.count(".") == 2 else ""
+
+    def dense(self) -> Tensor:
+        """The float64 matrix ``[n, n]``, for R2 possibly ``[kv_heads, n, n]``, whichever way it is given."""
+        if self.matrix is not None:
+            return self.matrix
+        assert self.order is not None  # by __post_init__
+        return hadamard_matrix(self.order, seed=self.seed)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x Q`` over the last dimension of ``x``, in the dtype and on the device of ``x``."""
+        if self.matrix is None:
+            return apply_hadamard(x, seed=self.seed)
+        return x @ self.matrix.to(x)
+
+    def to(self, device: torch.device | str) -> Rotation:
+        """The same rotation with its matrix on ``device``."""
+        return self if self.matrix is None else replace(self, matrix=self.matrix.to(device))
+
+
+def fused_rotation(kind: Kind, matrix: Tensor, *, layer: int | None = None, origin: str = "") -> Rotation:
+    """An R1 ``[n, n]`` or an R2 ``[kv_heads, n, n]`` given by its matrix, which is kept in float64.
+
+    Raises:
+        RotationError: ``kind`` is an online rotation.
+    """
+    return Rotation(_name(kind, layer), kind, SPACE_OF[kind], layer, matrix=matrix, origin=origin)
+
+
+def hadamard_rotation(
+    kind: Kind, order: int, *, layer: int | None = None, seed: int | None = None, branch: str = "", origin: str = ""
+) -> Rotation:
+    """A rotation that is a Hadamard matrix of ``order``, with signs from ``seed`` (``None``: no signs)."""
+    name = _name(kind, layer) + (f".{branch}" if branch else "")
+    return Rotation(
+        name,
+        kind,
+        SPACE_OF[kind],
+        layer,
+        order=order,
+        seed=seed,
+        online=kind in _ONLINE,
+        origin=origin or ("Hadamard" if seed is None else f"Hadamard, seed {seed}"),
+    )
+
+
+def hadamard_rotations(
+    config: Any, architecture: Architecture, kinds: Iterable[Kind], *, seed: int | None = 0
+) -> RotationSet:
+    """Hadamard rotations of the given kinds for every layer: a start for R1 and R2, and all there is to R3 and R4.
+
+    On a model with LayerNorm, R1 is the Hadamard matrix reflected so that it fixes the all-ones vector.
+
+    Raises:
+        RotationError: a kind is refused for this architecture.
+    """
+    wanted = set(kinds)
+    sizes = architecture.dimensions(config)
+    rotations: list[Rotation] = []
+    if "r1" in wanted and architecture.norm_kind == "layer":
+        matrix = hadamard_start(sizes.hidden, seed, fix_ones=True)
+        rotations.append(fused_rotation("r1", matrix, origin=f"Hadamard that fixes ones, seed {seed}"))
+    elif "r1" in wanted:
+        rotations.append(hadamard_rotation("r1", sizes.hidden, seed=seed))
+    for layer in range(sizes.layers):
+        per_head: tuple[Kind, ...] = ("r2", "r3")
+        rotations += [
+            hadamard_rotation(kind, sizes.head_dim, layer=layer, seed=seed) for kind in per_head if kind in wanted
+        ]
+        if "r4" in wanted:
+            for spec in architecture.ffn_readers(config, layer):
+                width = architecture.ffn_width(spec, config)
+                rotations.append(hadamard_rotation("r4", width, layer=layer, seed=seed, branch=spec.branch))
+    result = RotationSet(rotations)
+    result.validate(config, architecture)
+    return result
+
+
+def _name(kind: Kind, layer: int | None) -> str:
+    return kind.upper() if layer is None else f"{kind.upper()}.{layer}"
+
+
+class RotationSet(Mapping[str, Rotation]):
+    """Every rotation of one model, by name. Immutable; an empty set stands for folding the norms alone."""
+
+    def __init__(self, rotations: Iterable[Rotation] = ()) -> None:
+        self._rotations: dict[str, Rotation] = {}
+        for rotation in rotations:
+            if rotation.name in self._rotations:
+                raise RotationError(f"rotation {rotation.name} is given twice")
+            self._rotations[rotation.name] = rotation
+
+    def __getitem__(self, name: str) -> Rotation:
+        return self._rotations[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rotations)
+
+    def __len__(self) -> int:
+        return len(self._rotations)
+
+    def __repr__(self) -> str:
+        return f"RotationSet({', '.join(self)})"
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds present, in the order r1, r2, r3, r4."""
+        present = {rotation.kind for rotation in self.values()}
+        return tuple(kind for kind in SPACE_OF if kind in present)
+
+    def r1(self) -> Rotation | None:
+        """The rotation of the residual stream."""
+        return self.get("R1")
+
+    def r2(self, layer: int) -> Rotation | None:
+        """The rotation of the values of ``layer``, per KV head."""
+        return self.get(f"R2.{layer}")
+
+    def r3(self, layer: int) -> Rotation | None:
+        """The online rotation of queries and keys of ``layer``."""
+        return self.get(f"R3.{layer}")
+
+    def r4(self, layer: int, branch: str = "") -> Rotation | None:
+        """The online rotation before the down projection of ``layer``, of its shared experts with that ``branch``."""
+        return self.get(f"R4.{layer}.{branch}" if branch else f"R4.{layer}")
+
+    def merged(self, other: Iterable[Rotation]) -> RotationSet:
+        """A set with the rotations of ``other`` added, replacing those of the same name."""
+        return RotationSet({**self._rotations, **{rotation.name: rotation for rotation in other}}.values())
+
+    def to(self, device: torch.device | str) -> RotationSet:
+        """The same set with every matrix on ``device``."""
+        return RotationSet(rotation.to(device) for rotation in self.values())
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``rotations.safetensors`` and the manifest ``rotations.json`` into ``folder``."""
+        from calib.rotations.rotation_files import save_rotations  # here, because it imports this module
+
+        save_rotations(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> RotationSet:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RotationError: a file is missing or damaged, or of a later format version.
+        """
+        from calib.rotations.rotation_files import load_rotations  # here, because it imports this module
+
+        return load_rotations(folder)
+
+    def validate(self, config: Any, architecture: Architecture) -> None:
+        """Check that this set can be fused into the model of ``config``.
+
+        Raises:
+            RotationError: a rotation is refused for this architecture, names a layer that does not exist, has the wrong
+                shape, is not orthogonal (``max |Q^T Q - I|`` above 1e-6), or is an R1 that does not fix the all-ones
+                vector on a model with LayerNorm.
+        """
+        sizes = architecture.dimensions(config)
+        for kind in self.kinds():
+            reason = architecture.refusal(kind, config)
+            if reason is not None:
+                raise RotationError(f"{kind.upper()} is refused for {architecture.name}: {reason}")
+        for rotation in self.values():
+            if rotation.layer is not None and rotation.layer >= sizes.layers:
+                raise RotationError(f"{rotation.name} names a layer that this model of {sizes.layers} does not have")
+            _check_shape(rotation, config, architecture, sizes)
+            defect = orthogonality_defect(rotation)
+            if not defect <= ORTHOGONALITY_TOLERANCE:
+                raise RotationError(
+                    f"{rotation.name} is not orthogonal: max |Q^T Q - I| is {defect:.1e}, "
+                    f"above {ORTHOGONALITY_TOLERANCE:.0e}",
+                    hint="project it onto the nearest orthogonal matrix (polar factor) in float64",
+                )
+        r1 = self.r1()
+        if r1 is not None and architecture.norm_kind == "layer":
+            _check_fixes_ones(r1, sizes.hidden)
+
+
+def orthogonality_defect(rotation: Rotation) -> float:
+    """Largest entry of ``|Q^T Q - I|`` in float64; 0 for a Hadamard matrix, which is exact by construction."""
+    if rotation.matrix is None:
+        return 0.0
+    q = rotation.matrix
+    return float((q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).abs().max())
+
+
+def _check_shape(rotation: Rotation, config: Any, architecture: Architecture, sizes: Dimensions) -> None:
+    n = sizes.hidden if rotation.kind == "r1" else sizes.head_dim
+    if rotation.kind == "r4":
+        assert rotation.layer is not None  # by the name
+        readers = architecture.ffn_readers(config, rotation.layer)
+        widths = {spec.branch: architecture.ffn_width(spec, config) for spec in readers}
+        if rotation.branch not in widths:
+            raise RotationError(f"{rotation.name} names a branch that {architecture.name} does not have")
+        n = widths[rotation.branch]
+    wanted = (sizes.kv_heads, n, n) if rotation.kind == "r2" else (n, n)
+    shape = (rotation.order,) * 2 if rotation.matrix is None else tuple(rotation.matrix.shape)
+    if shape != (wanted[-2:] if rotation.matrix is None else wanted):
+        raise RotationError(
+            f"{rotation.name} has shape {list(shape)} but the model needs {list(wanted)}",
+            hint="use rotations that were made for this model",
+        )
+
+
+def _check_fixes_ones(r1: Rotation, hidden: int) -> None:
+    """LayerNorm subtracts the mean along the all-ones vector, so R1 commutes with it only if ``1^T R1 = 1^T``."""
+    ones = torch.ones(hidden, dtype=torch.float64, device=None if r1.matrix is None else r1.matrix.device)
+    defect = float((r1.apply(ones) - ones).abs().max())
+    if not defect <= ORTHOGONALITY_TOLERANCE:
+        raise RotationError(
+            f"R1 moves the all-ones vector by {defect:.1e}, and this model has LayerNorm, which R1 would break",
+            hint="start R1 from the Hadamard matrix that fixes the all-ones vector",
+        )
