@@ -1,0 +1,244 @@
+"""All accumulators of one capture, fed with one activation after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calib.capture.reservoir import TokenReservoir, token_keys
+from calib.capture.result import Provenance, Samples, SiteStatistics
+from calib.capture.sites import CHUNK_TOKENS, CaptureConfig, Site
+from calib.capture.statistics import ChannelAccumulator, CovarianceAccumulator, accumulator_device, wide
+from calib.capture.storage import Capture
+from calib.data.batches import Batch
+from calib.data.tokens import combine_digests, row_digest
+from calib.errors import DataError, QuantizationError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class _Space:
+    """What is kept of one pooled space: the residual, or the values of one layer."""
+
+    covariance: CovarianceAccumulator
+    reservoir: TokenReservoir
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Which positions of the running batch are tokens, and which tokens they are.
+
+    Attributes:
+        positions: rows × length, padding included.
+        kept: [T] indices of the tokens among them; None for all.
+        rows: [T] the row id of each token.
+        places: [T] its position among the tokens of its row: the same, however the row is padded.
+    """
+
+    positions: int
+    kept: Tensor | None
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Tokens:
+        keep = batch.keep.cpu()
+        rows = torch.tensor(batch.row_ids, dtype=torch.int64).unsqueeze(1).expand_as(keep)
+        return cls(
+            positions=keep.numel(),
+            kept=None if batch.attention_mask is None else keep.flatten().nonzero().squeeze(1),
+            rows=rows[keep].numpy(),
+            places=(keep.cumsum(1) - 1)[keep].numpy(),
+        )
+
+
+class Collector:
+    """Statistics and samples of every site.
+
+    Call :meth:`begin` before each batch, :meth:`observe` for each activation, and :meth:`finish` once.
+
+    Args:
+        config: how much is kept.
+        num_kv_heads: key/value heads of each layer.
+        head_dim: width of a head.
+    """
+
+    def __init__(self, config: CaptureConfig, num_kv_heads: int, head_dim: int) -> None:
+        self._config = config
+        self._kv = num_kv_heads
+        self._head_dim = head_dim
+        self._r1: _Space | None = None
+        self._r1_channels: dict[str, ChannelAccumulator] = {}
+        self._r2: dict[int, _Space] = {}
+        self._r2_channels: dict[int, ChannelAccumulator] = {}
+        self._reached: set[str] = set()
+        self._digests: dict[int, bytes] = {}
+        self._seen = 0
+        self._tokens: _Tokens | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Take note of the tokens of ``batch``, which the model runs next."""
+        self._tokens = _Tokens.of(batch)
+        self._seen += len(self._tokens.rows)
+        for ids, keep, row_id in zip(batch.input_ids, batch.keep, batch.row_ids, strict=True):
+            self._digests[row_id] = row_digest(ids[keep])
+
+    def observe(self, site: Site, x: Tensor) -> None:
+        """Add the activation ``x`` [rows, length, n], or [rows · length, n], of ``site`` for the running batch.
+
+        Raises:
+            UnsupportedModelError: ``x`` does not hold one vector for each position, or not the width expected.
+            QuantizationError: ``x`` holds NaN or Inf at a token.
+        """
+        if self._tokens is None or x.shape[:-1].numel() != self._tokens.positions:
+            raise UnsupportedModelError(
+                f"'{site.module}' sees a tensor {list(x.shape)}, which is not one vector for each token of the batch",
+                hint="The architecture table must name a module that reads every token.",
+            )
+        self._reached.add(site.module)
+        x = x.reshape(self._tokens.positions, x.shape[-1])
+        if self._tokens.kept is not None:
+            x = x[self._tokens.kept.to(x.device)]
+        # amax passes NaN on, so these few numbers also tell whether anything is not finite.
+        absmax = wide(x.abs().amax(dim=1)).cpu().double().numpy()
+        finite = np.isfinite(absmax)
+        if not finite.all():
+            row, place = self._tokens.rows[~finite][0], self._tokens.places[~finite][0]
+            raise QuantizationError(
+                f"the input of '{site.module}' holds NaN or Inf (calibration row {row}, token {place})",
+                hint="The model overflows in this dtype, or its weights are damaged: try --dtype bfloat16 or float32.",
+            )
+        space = self._observe_r1(site, x) if site.rotation == "r1" else self._observe_r2(site, x)
+        keys = token_keys(self._config.seed, site.module, self._tokens.rows, self._tokens.places)
+        space.reservoir.offer(x, absmax, keys)
+
+    def _observe_r1(self, site: Site, x: Tensor) -> _Space:
+        width = x.shape[1]
+        if self._r1 is None:
+            self._r1 = self._space(1, width, x, self._config.reservoir_tokens)
+        if width != self._r1.covariance.channels:
+            raise UnsupportedModelError(
+                f"'{site.module}' is {width} wide, other R1 sites are {self._r1.covariance.channels}",
+                hint="All R1 sites must read the same residual.",
+            )
+        if site.module not in self._r1_channels:
+            self._r1_channels[site.module] = ChannelAccumulator(1, width, accumulator_device(x))
+        for chunk in torch.split(x, CHUNK_TOKENS):
+            self._r1_channels[site.module].update(chunk.unsqueeze(0))
+            self._r1.covariance.update(chunk.unsqueeze(0))
+        return self._r1
+
+    def _observe_r2(self, site: Site, x: Tensor) -> _Space:
+        width = self._kv * self._head_dim
+        if x.shape[1] % width:
+            raise UnsupportedModelError(
+                f"'{site.module}' is {x.shape[1]} wide, which is no multiple of "
+                f"{self._kv} key/value heads of {self._head_dim}",
+                hint="The architecture table does not fit this checkpoint.",
+            )
+        if site.layer not in self._r2:
+            self._r2[site.layer] = self._space(self._kv, self._head_dim, x, self._config.r2_tokens)
+            self._r2_channels[site.layer] = ChannelAccumulator(self._kv, self._head_dim, accumulator_device(x))
+        space = self._r2[site.layer]
+        for chunk in torch.split(x, CHUNK_TOKENS):
+            heads = by_kv_head(chunk, self._kv, self._head_dim)
+            self._r2_channels[site.layer].update(heads)
+            space.covariance.update(heads)
+        return space
+
+    def _space(self, groups: int, channels: int, x: Tensor, capacity: int) -> _Space:
+        massive = self._config.massive_tokens(capacity)
+        return _Space(
+            CovarianceAccumulator(groups, channels, accumulator_device(x)),
+            TokenReservoir(capacity, massive, x.shape[1], x.dtype),
+        )
+
+    def require_reached(self, sites: Sequence[Site]) -> None:
+        """Check, after a batch, that every site has been observed.
+
+        Raises:
+            UnsupportedModelError: one has not; the message names it.
+        """
+        missing = [site.module for site in sites if site.module not in self._reached]
+        if missing:
+            raise UnsupportedModelError(
+                f"the model never calls '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
+                hint="The architecture table does not fit this checkpoint, or its implementation bypasses the module.",
+            )
+
+    def finish(self, model: str) -> Capture:
+        """Turn what was gathered into a :class:`~calib.capture.storage.Capture`; the collector is spent by it.
+
+        Args:
+            model: the fingerprint of the model.
+
+        Raises:
+            DataError: no batch was run.
+        """
+        if not self._seen:
+            raise DataError("no calibration batch was run", hint="Give a longer text with --calib-dataset.")
+        provenance = Provenance(
+            model=model,
+            data_sha256=combine_digests(digest for _, digest in sorted(self._digests.items())),
+            rows=len(self._digests),
+            tokens=self._seen,
+            config=self._config,
+        )
+        sites = {name: channels.result().group(0) for name, channels in self._r1_channels.items()}
+        r1 = self._finish_r1()
+        r2, stack = self._finish_r2()
+        return Capture(r1=r1, sites=sites, r2=r2, r2_stack=stack, provenance=provenance)
+
+    def _finish_r1(self) -> SiteStatistics | None:
+        if self._r1 is None:
+            return None
+        space, self._r1 = self._r1, None
+        pooled = ChannelAccumulator(1, space.covariance.channels, space.covariance.device)
+        for channels in self._r1_channels.values():
+            pooled.merge(channels)
+        kept = space.reservoir.result()
+        samples = Samples(kept.rows, kept.weights, kept.massive)
+        return SiteStatistics(pooled.result().group(0), space.covariance.finish()[0], samples)
+
+    def _finish_r2(self) -> tuple[dict[int, SiteStatistics], Samples | None]:
+        """The statistics of each layer, whose samples are views of the stacked ones.
+
+        Layers are moved over one by one, and what each leaves is free for the next.
+        """
+        stack: Samples | None = None
+        layers: dict[int, SiteStatistics] = {}
+        for index, layer in enumerate(sorted(self._r2)):
+            space = self._r2.pop(layer)
+            kept = space.reservoir.result()
+            values = by_kv_head(kept.rows, self._kv, self._head_dim)
+            group = values.shape[1] // len(kept.rows)
+            if stack is None:
+                shape = (len(self._r2_channels), *values.shape)
+                weights = torch.empty((shape[0], values.shape[1]))
+                stack = Samples(torch.empty(shape, dtype=values.dtype), weights, kept.massive * group, group)
+            stack.values[index] = values
+            stack.weights[index] = kept.weights.repeat_interleave(group)
+            channels = self._r2_channels[layer].result()
+            layers[layer] = SiteStatistics(channels, space.covariance.finish(), stack.layer(index))
+        return layers, stack
+
+
+def by_kv_head(x: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+    """Regroup o_proj's input by the key/value head whose values each query head mixes.
+
+    Query heads are stored key/value head by key/value head: head h reads the values of head h // group.
+
+    Args:
+        x: [T, heads · head_dim].
+        num_kv_heads: kv.
+        head_dim: d.
+
+    Returns:
+        [kv, T · group, d], the group's heads of one token next to each other.
+    """
+    tokens = x.shape[0]
+    return x.view(tokens, num_kv_heads, -1, head_dim).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)

@@ -1,0 +1,164 @@
+"""Mergeable statistics: everything a rotation or an observer asks of an activation, in one pass and bounded memory.
+
+Both accumulators follow Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
+variances", 1979). For two sets a and b with counts nₐ, n_b, means mₐ, m_b and δ = m_b − mₐ:
+
+    m  = mₐ + δ · n_b / (nₐ + n_b)
+    M2 = M2ₐ + M2_b + δ δᵀ · nₐ n_b / (nₐ + n_b)          M2 = Σ (x − m)(x − m)ᵀ
+
+so a large mean is subtracted before anything is squared, and a sum of squares never cancels against it. A chunk's own
+product is taken in float32 (float64 for float64 activations), sums over chunks are kept in float64.
+
+Shapes: G groups (1 for R1, the key/value heads for R2), T tokens, n channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 512
+"""Rows of a covariance that are updated at once."""
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Statistics of each channel over all tokens.
+
+    Attributes:
+        count: tokens seen.
+        mean: [..., n] float64.
+        std: [..., n] float64, of the population (divided by the count).
+        minimum: [..., n] float64.
+        maximum: [..., n] float64.
+    """
+
+    count: int
+    mean: Tensor
+    std: Tensor
+    minimum: Tensor
+    maximum: Tensor
+
+    @property
+    def absmax(self) -> Tensor:
+        """[..., n] float64: the largest absolute value of each channel."""
+        return torch.maximum(self.minimum.abs(), self.maximum.abs())
+
+    def group(self, index: int) -> ChannelStatistics:
+        """The statistics of one group: entry ``index`` of the first dimension."""
+        vectors = (self.mean[index], self.std[index], self.minimum[index], self.maximum[index])
+        return ChannelStatistics(self.count, *vectors)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype in which products are taken: float32, or float64 where it has that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` [G, T, n] about its mean, a new tensor in a wide dtype, and that mean [G, n] in float64.
+
+    A float32 mean is off by 2⁻²⁴ of itself, which is much next to a small deviation. The deviations from that rounded
+    mean are exact, or nearly, so *their* mean is the error, and is added back.
+    """
+    rough = wide(x).mean(dim=1, keepdim=True)
+    centred = wide(x) - rough
+    device = accumulator_device(x)
+    mean = rough.to(device).double() + centred.mean(dim=1, keepdim=True).to(device).double()
+    return centred, mean.squeeze(1)
+
+
+def accumulator_device(x: Tensor) -> torch.device:
+    """Where float64 sums over ``x`` can live: its own device, or the CPU for one without float64 (Apple's MPS)."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+class ChannelAccumulator:
+    """Running :class:`ChannelStatistics` of [G, T, n] chunks."""
+
+    def __init__(self, groups: int, channels: int, device: torch.device) -> None:
+        shape = (groups, channels)
+        self.count = 0
+        self._mean = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._minimum = torch.full(shape, torch.inf, dtype=torch.float64, device=device)
+        self._maximum = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of ``x`` [G, T, n], of any floating dtype; T may be 0."""
+        if x.shape[1] == 0:
+            return
+        centred, mean = centre(x)
+        squares = centred.square_().sum(dim=1)
+        minimum, maximum = torch.aminmax(x, dim=1)
+        self._combine(x.shape[1], mean, squares, minimum, maximum)
+
+    def merge(self, other: ChannelAccumulator) -> None:
+        """Add all that ``other`` has seen, as if its tokens had been given to this accumulator."""
+        if other.count:
+            self._combine(other.count, other._mean, other._squares, other._minimum, other._maximum)
+
+    def result(self) -> ChannelStatistics:
+        """The statistics so far, [G, n] on the CPU."""
+        std = (self._squares / self.count).sqrt()
+        return ChannelStatistics(self.count, self._mean.cpu(), std.cpu(), self._minimum.cpu(), self._maximum.cpu())
+
+    def _combine(self, count: int, mean: Tensor, squares: Tensor, minimum: Tensor, maximum: Tensor) -> None:
+        delta = mean - self._mean
+        total = self.count + count
+        self._squares += squares.to(self._mean) + delta.square() * (self.count * count / total)
+        self._mean += delta * (count / total)
+        # In place: fresh small tensors between large ones that come and go would pin the heap, batch after batch.
+        torch.minimum(self._minimum, minimum.to(self._mean), out=self._minimum)
+        torch.maximum(self._maximum, maximum.to(self._mean), out=self._maximum)
+        self.count = total
+
+
+class CovarianceAccumulator:
+    """Running mean and covariance of [G, T, n] chunks: G · n² float64 numbers, whatever T adds up to."""
+
+    def __init__(self, groups: int, channels: int, device: torch.device) -> None:
+        self.count = 0
+        self.channels = channels
+        self.device = device
+        self._mean = torch.zeros((groups, channels), dtype=torch.float64, device=device)
+        self._products = torch.zeros((groups, channels, channels), dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of ``x`` [G, T, n], of any floating dtype; T may be 0.
+
+        Give at most a few thousand at once: the error of the float32 product grows with T, while that of the float64
+        sum over chunks does not matter.
+        """
+        if x.shape[1] == 0:
+            return
+        centred, mean = centre(x)
+        # In blocks of rows: adding float32 to float64 makes a float64 copy, which would double the memory of n².
+        for start in range(0, self.channels, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            self._products[:, rows] += (centred[..., rows].mT @ centred).to(self.device)
+        self._shift(x.shape[1], mean)
+
+    def merge(self, other: CovarianceAccumulator) -> None:
+        """Add all that ``other`` has seen, as if its tokens had been given to this accumulator."""
+        if other.count:
+            self._products += other._products
+            self._shift(other.count, other._mean)
+
+    def mean(self) -> Tensor:
+        """[G, n] float64 on the CPU."""
+        return self._mean.cpu()
+
+    def finish(self) -> Tensor:
+        """[G, n, n] float64 on the CPU, of the population (divided by the count); the accumulator is spent by it."""
+        return self._products.div_(self.count).cpu()
+
+    def _shift(self, count: int, mean: Tensor) -> None:
+        """Account for ``count`` tokens about ``mean`` [G, n], whose products have been added about that mean."""
+        delta = mean - self._mean
+        total = self.count + count
+        self._products.baddbmm_(delta.unsqueeze(2), delta.unsqueeze(1), alpha=self.count * count / total)
+        self._mean += delta * (count / total)
+        self.count = total
