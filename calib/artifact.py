@@ -1,0 +1,241 @@
+"""The :class:`QuantizedModel`: everything a backend needs, with no module, no packing and no runtime's key names.
+
+Saved as a folder: safetensors shards (unpacked integers, float scales, float remainder), one JSON manifest with a
+``format_version``, the rotations, and the files of the checkpoint that travel along (config, generation config,
+tokenizer). Loading is by memory map: a tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from calib.errors import CheckpointError
+from calib.rotations.rotation_set import RotationSet
+from calib.schemes import Scheme, TensorScheme, scheme_named
+
+MANIFEST = "quantized_model.json"
+FORMAT_VERSION = 1
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files of a checkpoint folder that every output carries, where they exist."""
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One quantized linear ``y = x W^T + b``, in the orientation and order of the source model.
+
+    Attributes:
+        name: dotted module path in the source model.
+        weight: stored values ``[out, in]``, unpacked: int8 storage for integer formats, float8 for float8.
+        weight_scale: shape by ``weight_scheme.granularity`` (:mod:`calib.schemes`), in the compute dtype.
+        weight_scheme: format and granularity of the weight.
+        bias: ``[out]`` in the compute dtype, or ``None``.
+        input_scheme: format and granularity of the input, or ``None`` where the input stays in float.
+        input_scale: shape ``[]`` in the compute dtype; ``None`` with ``input_scheme``.
+        online_rotation: name in :attr:`QuantizedModel.rotations` of the rotation that acts on the input before it is
+            quantized, or ``None``.
+    """
+
+    name: str
+    weight: Tensor
+    weight_scale: Tensor
+    weight_scheme: TensorScheme
+    bias: Tensor | None
+    input_scheme: TensorScheme | None
+    input_scale: Tensor | None
+    online_rotation: str | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a quantized model came from."""
+
+    source: str
+    """Folder or hub id of the float checkpoint."""
+    fingerprint: str
+    """SHA-256 of the source weights."""
+    recipe: dict[str, Any]
+    parameters: int
+    """Elements of the source weights."""
+    nbytes: int
+    """Bytes of the source weights, in their own dtypes."""
+    calibration_rows: int
+    calibration_tokens: int
+    calibration_sha256: str
+    """SHA-256 over the calibration token ids."""
+    versions: dict[str, str]
+    gate: tuple[dict[str, Any], ...] = ()
+    """The candidates that the rotations were chosen from, where there was a choice; rows of the report's gate table."""
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A rotated, calibrated, quantized model, independent of any runtime. Frozen; the tensors may be memory-mapped.
+
+    Attributes:
+        config: the Hugging Face config as a dictionary, with ``tie_word_embeddings`` false.
+        scheme: the preset the linears were quantized with.
+        dtype: what the target computes in; dtype of every float tensor and scale here.
+        linears: by module name, in topological order.
+        floats: every other tensor of the model by its checkpoint key: embeddings, norms, float linears.
+        kept: linears left in float, with the reason.
+        rotations: all rotations, folded and online.
+        provenance: where it came from.
+        files: files of the source checkpoint that travel along, by name.
+    """
+
+    config: dict[str, Any]
+    scheme: Scheme
+    dtype: torch.dtype
+    linears: Mapping[str, QuantizedLinear]
+    floats: Mapping[str, Tensor]
+    kept: Mapping[str, str]
+    rotations: RotationSet
+    provenance: Provenance
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write everything into ``folder``, which must exist and should be empty."""
+        from huggingface_hub import save_torch_state_dict
+
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "config": self.config,
+            "scheme": self.scheme.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "linears": {name: {"online_rotation": linear.online_rotation} for name, linear in self.linears.items()},
+            "kept": dict(self.kept),
+            "provenance": vars(self.provenance),
+        }
+        save_torch_state_dict(dict(self._tensors()), folder, filename_pattern="quantized_model{suffix}.safetensors")
+        self.rotations.save(folder)
+        copy_side_files(self.files, folder)
+        text = json.dumps(manifest, indent=2, allow_nan=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.floats.items()
+        for name, linear in self.linears.items():
+            for part in ("weight", "weight_scale", "bias", "input_scale"):
+                tensor = getattr(linear, part)
+                if tensor is not None:
+                    yield f"{name}.{part}", tensor.contiguous()
+
+    @classmethod
+    def load(cls, folder: Path) -> QuantizedModel:
+        """Open a saved model by memory map.
+
+        Raises:
+            CheckpointError: the folder is missing, incomplete, corrupt, or written by a newer rotq.
+        """
+        manifest = _read_manifest(folder)
+        tensors = _ShardedTensors(folder)
+        scheme = scheme_named(manifest["scheme"])
+        linears = {
+            name: QuantizedLinear(
+                name=name,
+                weight=tensors.required(f"{name}.weight"),
+                weight_scale=tensors.required(f"{name}.weight_scale"),
+                weight_scheme=scheme.weight,
+                bias=tensors.get(f"{name}.bias"),
+                input_scheme=scheme.activation,
+                input_scale=tensors.get(f"{name}.input_scale"),
+                online_rotation=entry["online_rotation"],
+            )
+            for name, entry in manifest["linears"].items()
+        }
+        parts = {f"{name}.{part}" for name in linears for part in ("weight", "weight_scale", "bias", "input_scale")}
+        return cls(
+            config=manifest["config"],
+            scheme=scheme,
+            dtype=getattr(torch, manifest["dtype"]),
+            linears=linears,
+            floats={key: tensors[key] for key in tensors if key not in parts},
+            kept=manifest["kept"],
+            rotations=RotationSet.load(folder),
+            provenance=Provenance(**{**manifest["provenance"], "gate": tuple(manifest["provenance"]["gate"])}),
+            files=side_files(folder),
+        )
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """The :data:`SIDE_FILES` that exist in ``folder``."""
+    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+
+
+def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy ``files`` into ``folder`` under their own names."""
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"'{folder}' is not a quantized model: it holds no {MANIFEST}", hint="`rotq calibrate -o DIR` writes one"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
+            hint="use the rotq that wrote it, or a newer one",
+        )
+    return manifest
+
+
+class _ShardedTensors(Mapping[str, Tensor]):
+    """Tensors of a saved model, memory-mapped shard by shard."""
+
+    def __init__(self, folder: Path) -> None:
+        self._shards: dict[str, Any] = {}
+        paths = sorted(folder.glob("quantized_model*.safetensors"))
+        if not paths:
+            raise CheckpointError(
+                f"'{folder}' holds no weights (quantized_model*.safetensors)", hint="run `rotq calibrate` again"
+            )
+        for path in paths:
+            try:
+                shard: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again") from error
+            self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118 - a handle is no mapping
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor: Tensor = self._shards[key].get_tensor(key)
+        return tensor
+
+    def required(self, key: str) -> Tensor:
+        """The tensor ``key``, which the manifest promises."""
+        if key not in self._shards:
+            raise CheckpointError(f"the saved model lacks the tensor '{key}'", hint="run `rotq calibrate` again")
+        return self[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)

@@ -1,0 +1,1 @@
+"""Calibration through NVIDIA ModelOpt: the only package of rotq that imports ``modelopt``."""

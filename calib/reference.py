@@ -1,0 +1,128 @@
+"""The torch model that an exported artifact must reproduce: fake quantization computed from the artifact alone.
+
+Every quantized linear becomes
+
+    y = Q(x R) W_dq^T + b,   Q(x) = clamp(round(x / s_x)) s_x,   W_dq = W_q s_w
+
+with the artifact's integers and scales, in float32. Nothing of ModelOpt is left in it: it defines the numbers that a
+runtime has to give.
+
+The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears, attention, head), is just
+as right: addition of floats fixes no order. What the two differ by, end to end, is the *split-sum floor*: no runtime
+that orders its sums in its own way can be held closer to the reference than that, since rounding flips amplify it
+wherever activations are quantized.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from calib.artifact import QuantizedLinear, QuantizedModel
+from calib.modules import set_submodule
+from calib.rotations.rotation_set import Rotation
+from calib.scales import dequantize, fake_quantize
+from calib.skeleton import build_skeleton
+
+_SPLIT_ATTENTION = "rotq_split_sum"
+
+
+class ReferenceLinear(nn.Module):
+    """Fake-quantized linear of one :class:`QuantizedLinear`; input ``[..., in]``, output ``[..., out]``, float32."""
+
+    def __init__(self, linear: QuantizedLinear, rotation: Rotation | None, *, split_sum: bool) -> None:
+        super().__init__()
+        self.source = linear
+        self.rotation = rotation
+        self.split_sum = split_sum
+        self.register_buffer(
+            "weight", dequantize(linear.weight, linear.weight_scale.float(), linear.weight_scheme), persistent=False
+        )
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate (where an online rotation acts), quantize, multiply."""
+        if self.rotation is not None:
+            x = self.rotation.apply(x)
+        return self.matmul(self.quantize(x))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The values that the integer kernel sees, in float."""
+        if self.source.input_scheme is None or self.source.input_scale is None:
+            return x
+        return fake_quantize(x, self.source.input_scale.float(), self.source.input_scheme.format)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """``x W^T + b`` on already quantized values."""
+        linear = _split_linear if self.split_sum else functional.linear
+        return linear(x, cast(Tensor, self.weight), cast("Tensor | None", self.bias))
+
+
+class _SplitLinear(nn.Linear):
+    """A float linear whose products are summed in two halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _split_linear(x, self.weight, self.bias)
+
+
+def build_reference(model: QuantizedModel, *, split_sum: bool = False) -> nn.Module:
+    """The Hugging Face model of ``model.config`` in eval mode, float32 on CPU, its quantized linears fake-quantized.
+
+    Args:
+        model: the artifact. R1, R2 and R4 may be in it; an online R3 is attached as :mod:`calib.online` does.
+        split_sum: sum every matmul in two halves (see the module's docstring).
+    """
+    floats = {name: tensor.float() for name, tensor in model.floats.items()}
+    network = build_skeleton(model.config, floats, skip=set(model.linears))
+    for name, linear in model.linears.items():
+        rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
+        set_submodule(network, name, ReferenceLinear(linear, rotation, split_sum=split_sum))
+    if split_sum:
+        for module in network.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _SplitLinear
+        _use_split_attention(network)
+    return network.eval()
+
+
+def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    half = weight.shape[1] // 2
+    total = functional.linear(x[..., :half], weight[:, :half]) + functional.linear(x[..., half:], weight[:, half:])
+    return total if bias is None else total + bias
+
+
+def _split_matmul(a: Tensor, b: Tensor) -> Tensor:
+    half = a.shape[-1] // 2
+    return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
+
+
+def _use_split_attention(network: nn.Module) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_SPLIT_ATTENTION, _split_attention)
+    AttentionMaskInterface.register(_SPLIT_ATTENTION, sdpa_mask)
+    network.set_attn_implementation(_SPLIT_ATTENTION)  # type: ignore[operator]
+
+
+def _split_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """``softmax(q k^T s + mask) v`` over ``[B, heads, S, d]`` as transformers' attention functions take it, split."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = _split_matmul(query, key.transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
+    if attention_mask is None:
+        lengths = scores.shape[-2:]
+        attention_mask = torch.ones(lengths, dtype=torch.bool, device=scores.device).tril(lengths[1] - lengths[0])
+    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(dim=-1)
+    return _split_matmul(weights, value).transpose(1, 2).contiguous(), None

@@ -1,0 +1,139 @@
+"""From observed magnitudes to scales, and from scales to stored integers.
+
+Two conventions are in use in the field, and both are here under their own names:
+
+* :func:`convert_to_scale`: ``scale = amax / maxbound``, ModelOpt's and every runtime's symmetric convention. rotq uses
+  this one everywhere.
+* :func:`compute_scale`: ``scale = 2 amax / (quant_max - quant_min)``, the QAT convention of Horizon's plugin. For int8
+  over -128 … 127 it divides by 127.5, so the two differ by 0.4 %.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib.errors import QuantizationError
+from calib.schemes import Granularity, NumberFormat, PerBlock, PerChannel, PerTensor, TensorScheme
+
+
+def convert_to_scale(amax: Tensor, maxbound: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn the largest magnitude of a range into the step between two quantized values.
+
+        scale = amax / maxbound,   so that   scale * maxbound = amax
+
+    The division is done in float64 and rounded once. A dead channel (amax 0) and a range that underflows ``dtype`` both
+    get the smallest normal number of ``dtype``: runtimes reject a scale of zero, and every value of such a range
+    quantizes to zero either way.
+
+    Args:
+        amax: largest magnitudes, any shape, any float dtype, in the units of the data; all finite and >= 0.
+        maxbound: the largest magnitude that the quantized format represents (int8 127, int4 7, float8 E4M3 448).
+        dtype: dtype of the scales; the dtype the target computes in.
+
+    Returns:
+        Scales of shape ``amax.squeeze().shape`` and dtype ``dtype``, every one finite and > 0.
+
+    Raises:
+        QuantizationError: an amax is negative, NaN or infinite, or overflows ``dtype``; or ``maxbound`` is not above 0.
+
+    Source: ``convert_to_scale`` of the nanoGPT example in NVIDIA's TensorRT-Incubator.
+    """
+    if not maxbound > 0:
+        raise QuantizationError(f"maxbound must be positive, got {maxbound}")
+    if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
+        raise QuantizationError(
+            "amax must be finite and >= 0 to become a scale; the statistics hold NaN, Inf or a negative value"
+        )
+    scale = (amax.detach().double() / maxbound).clamp(min=torch.finfo(dtype).tiny).to(dtype).squeeze()
+    if not bool(torch.isfinite(scale).all()):
+        raise QuantizationError(f"a scale overflows {dtype}: the largest amax is {float(amax.max()):.4g}")
+    return scale
+
+
+def compute_scale(data: Tensor, quant_min: float, quant_max: float) -> Tensor:
+    """Scale of ``data`` over an integer range, in the QAT convention.
+
+        scale = 2 max|data| / (quant_max - quant_min)
+
+    Args:
+        data: any non-empty float tensor; the scale has its units.
+        quant_min: smallest integer of the range (int8: -128).
+        quant_max: largest integer of the range (int8: 127); above ``quant_min``.
+
+    Returns:
+        A scale of shape ``[]`` in the dtype of ``data``, finite and > 0 (all-zero ``data``: smallest normal number).
+
+    Raises:
+        QuantizationError: ``data`` is empty or holds NaN or Inf, or the range is empty.
+
+    Source: ``compute_scale`` of Horizon's plugin documentation ("Calibration").
+    """
+    if quant_max <= quant_min:
+        raise QuantizationError(f"quant_max ({quant_max}) must be above quant_min ({quant_min})")
+    if data.numel() == 0:
+        raise QuantizationError("cannot compute a scale of an empty tensor")
+    return convert_to_scale(data.detach().abs().max(), (quant_max - quant_min) / 2, dtype=data.dtype)
+
+
+def weight_amax(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Largest magnitude of a weight ``[out, in]`` for every group that shares a scale.
+
+    Returns:
+        Shape ``[]`` (per tensor), ``[out]`` (per channel, axis 0) or ``[out, ceil(in / size)]`` (per block; the last
+        block of a row may be short).
+    """
+    magnitude = weight.detach().abs()
+    match granularity:
+        case PerTensor():
+            return magnitude.amax()
+        case PerChannel(axis):
+            return magnitude.amax(dim=1 - axis)
+        case PerBlock(size):
+            return _blocks(magnitude, size).amax(dim=-1)
+
+
+def quantize(weight: Tensor, scale: Tensor, scheme: TensorScheme) -> Tensor:
+    """Round a float weight ``[out, in]`` to the stored values of its format: ``clamp(round(w / scale))``, ties to even.
+
+    Returns:
+        Same shape; int8 storage for integer formats (int4 unpacked), ``float8_e4m3fn`` for float8.
+    """
+    ratio = weight.float() / expand_scale(scale, weight.shape, scheme.granularity)
+    if scheme.format.kind == "float":
+        return ratio.clamp(scheme.format.qmin, scheme.format.qmax).to(torch.float8_e4m3fn)
+    return ratio.round().clamp(scheme.format.qmin, scheme.format.qmax).to(torch.int8)
+
+
+def dequantize(stored: Tensor, scale: Tensor, scheme: TensorScheme) -> Tensor:
+    """The float32 values that stored values stand for: ``stored * scale``."""
+    return stored.float() * expand_scale(scale, stored.shape, scheme.granularity)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
+    """Quantize and dequantize activations with one scale: ``clamp(round(x / scale)) * scale``, ties to even.
+
+    This is ONNX's QuantizeLinear and DequantizeLinear to the bit. ModelOpt multiplies by ``127 / amax`` instead, which
+    rounds differently in about one of 10^5 values.
+    """
+    ratio = x / scale
+    if fmt.kind == "float":
+        return ratio.clamp(fmt.qmin, fmt.qmax).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    return ratio.round().clamp(fmt.qmin, fmt.qmax) * scale
+
+
+def expand_scale(scale: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
+    """Bring a scale into a shape that broadcasts against a weight of ``shape`` ``[out, in]``."""
+    match granularity:
+        case PerTensor():
+            return scale
+        case PerChannel(axis):
+            return scale.unsqueeze(1 - axis)
+        case PerBlock(size):
+            return scale.repeat_interleave(size, dim=-1)[..., : shape[-1]]
+
+
+def _blocks(magnitude: Tensor, size: int) -> Tensor:
+    short = -magnitude.shape[-1] % size
+    padded = torch.nn.functional.pad(magnitude, (0, short))
+    return padded.reshape(*padded.shape[:-1], -1, size)

@@ -1,0 +1,45 @@
+"""A Hugging Face model built from a config and some of its weights, the rest never allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from calib.errors import CheckpointError
+from calib.modules import set_submodule
+
+
+def build_skeleton(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, skip: Collection[str]) -> nn.Module:
+    """The causal LM of ``config`` in eval mode, holding ``tensors``, ``Identity`` where ``skip`` names a module.
+
+    The constructor runs without initialising weights, so what it allocates is never touched and costs no memory;
+    buffers that a constructor computes (rotary frequencies) are real.
+
+    Args:
+        config: a Hugging Face config as a dictionary, with ``model_type``.
+        tensors: parameters by checkpoint key, used without a copy.
+        skip: dotted names of modules that the caller puts something else in place of.
+
+    Raises:
+        CheckpointError: a parameter outside ``skip`` is missing, or ``tensors`` holds one that the model has not.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    with no_init_weights():
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **values), attn_implementation="sdpa"
+        )
+    for name in skip:
+        set_submodule(model, name, nn.Identity())
+    result = model.load_state_dict(dict(tensors), strict=False, assign=True)
+    if result.missing_keys or result.unexpected_keys:
+        raise CheckpointError(
+            f"the weights do not fit the config: missing {result.missing_keys[:4]}, "
+            f"unexpected {result.unexpected_keys[:4]}",
+            hint="the folder mixes files of two models, or was edited after it was written",
+        )
+    return model.eval().requires_grad_(False)
