@@ -1,0 +1,1 @@
+"""ONNX Q/DQ graphs: standard operators only, one file that several runtimes load."""

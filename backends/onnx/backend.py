@@ -1,0 +1,62 @@
+"""The ONNX backend's front: a :class:`~backends.base.Backend` that loads its heavy parts when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backends.base import Fusion, WriteOptions
+from backends.onnx.targets import TARGETS
+
+if TYPE_CHECKING:
+    from backends.onnx.runner import OnnxModel
+    from calib.artifact import QuantizedLinear, QuantizedModel
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+class OnnxBackend:
+    """Writes ``model.onnx`` with external data, and runs it in ONNX Runtime."""
+
+    name = "onnx"
+    targets = tuple(TARGETS)
+
+    def refusal(self, scheme: str, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return TARGETS[target].refusals.get(scheme)
+
+    def compute_dtype(self, target: str) -> str:
+        """See :class:`~backends.base.Backend`."""
+        return TARGETS[target].compute_dtype
+
+    def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
+        """See :class:`~backends.base.Backend`."""
+        from backends.onnx.write import write
+
+        write(model, folder / MODEL_FILE, opset=TARGETS[options.target].opset, progress=options.progress)
+
+    def load(self, folder: Path, *, exact: bool) -> OnnxModel:
+        """See :class:`~backends.base.Backend`."""
+        from backends.onnx.runner import OnnxModel
+
+        return OnnxModel(folder / MODEL_FILE, exact=exact)
+
+    def load_probed(self, folder: Path) -> OnnxModel:
+        """See :class:`~backends.base.Backend`."""
+        from backends.onnx.runner import OnnxModel
+
+        return OnnxModel(folder / MODEL_FILE, exact=True, probed=True)
+
+    def fusion(self, folder: Path) -> Fusion:
+        """See :class:`~backends.base.Backend`."""
+        from backends.onnx.fusion import fusion
+
+        return fusion(folder / MODEL_FILE)
+
+    def read_linears(self, folder: Path) -> Mapping[str, QuantizedLinear]:
+        """See :class:`~backends.base.Backend`."""
+        from backends.onnx.read import read_linears
+
+        return read_linears(folder / MODEL_FILE)
