@@ -1,0 +1,69 @@
+"""rotq's front door: the command line, and :func:`export` for Python.
+
+Importing this package imports neither torch nor a runtime; they come with the first call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calib.progress import Progress
+    from exporter.pipeline import ExportResult
+    from exporter.recipe import Recipe
+
+__all__ = ["export", "load_recipe"]
+
+
+def export(
+    model: Any = None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    output: str | Path,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Rotate, calibrate, quantize and write a causal LM for a runtime, and check parity there.
+
+    Args:
+        model: a checkpoint folder, a hub id, a Hugging Face model object, or ``None`` for the recipe's (by default the
+            embedded example model).
+        recipe: a :class:`~exporter.recipe.Recipe`, a YAML file, a preset's name, or ``None`` for the defaults.
+        output: the folder to create.
+        tokenizer: needed with a model object that was not loaded from a folder.
+        overwrite: replace an existing output folder that rotq wrote.
+        verify: run the parity check.
+        progress: called after every unit of work.
+
+    Returns:
+        The output folder, the resolved recipe and the report. ``result.report.status`` is ``passed``, ``failed`` (the
+        folder is kept) or ``unverified``.
+
+    Raises:
+        calib.errors.RotqError: a known failure, with a hint; nothing was written.
+    """
+    from calib.progress import silent
+    from exporter.pipeline import export as run
+    from exporter.recipe import Recipe as RecipeType
+    from exporter.run_options import RunOptions
+
+    resolved = recipe if isinstance(recipe, RecipeType) else load_recipe(recipe)
+    named = isinstance(model, str | Path)
+    if named:
+        resolved = resolved.model_copy(update={"model": str(model)})
+    elif model is not None:
+        resolved = resolved.model_copy(
+            update={"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
+        )
+    options = RunOptions(output=Path(output), overwrite=overwrite, verify=verify)
+    return run(resolved, options, model=None if named else model, tokenizer=tokenizer, progress=progress or silent)
+
+
+def load_recipe(source: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file, a preset's name or the defaults; see :func:`exporter.recipe.load_recipe`."""
+    from exporter.recipe import load_recipe as load
+
+    return load(source, overrides)

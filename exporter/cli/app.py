@@ -1,0 +1,72 @@
+"""The application: its commands, ``--version``, and the one place where a run becomes an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from exporter.cli import check_commands, info_commands, run_commands
+from exporter.cli.command import Command, Group
+from exporter.cli.errors import exit_code_of
+
+HELP = (
+    "Turn a Hugging Face causal LM into a rotated, calibrated, quantized model for a deployment runtime, and check it."
+)
+
+# rich's help would cost start-up time and draw boxes into pipes; its tracebacks hide frames of the libraries.
+app = typer.Typer(
+    cls=Group,
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for name, function, summary, examples in (
+    ("export", run_commands.export, "Rotate, quantize, write and verify.", run_commands.EXPORT_EXAMPLES),
+    ("capture", run_commands.capture, "Only capture activation statistics.", run_commands.CAPTURE_EXAMPLES),
+    ("calibrate", run_commands.calibrate, "Everything but writing for a runtime.", run_commands.CALIBRATE_EXAMPLES),
+    ("verify", check_commands.verify, "Repeat the parity check on a folder.", check_commands.VERIFY_EXAMPLES),
+    ("eval", check_commands.evaluate, "Perplexity of a folder or checkpoint.", check_commands.EVAL_EXAMPLES),
+    ("backends", info_commands.backends, "What can be written, and for what.", info_commands.BACKENDS_EXAMPLES),
+    ("env", info_commands.env, "Versions and hardware.", info_commands.ENV_EXAMPLES),
+):
+    app.command(name, cls=Command, short_help=summary, epilog="\n".join(examples))(function)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from exporter.environment import installed_version
+
+        typer.echo(f"rotq {installed_version('rotq') or '(not installed)'}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="\n".join(("rotq export --backend onnx -o out/demo", "rotq verify out/demo", "rotq COMMAND --help"))
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: see ``docs/cli.md``.
+
+    Args:
+        arguments: without the program's name; ``None``: those of the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            # A file name that the terminal cannot encode must not kill a run at its summary.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    return exit_code_of(lambda: app(list(sys.argv[1:] if arguments is None else arguments), prog_name="rotq"))

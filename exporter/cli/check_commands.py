@@ -1,0 +1,107 @@
+"""The commands that look at a result again: ``verify`` and ``eval``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calib.errors import CheckpointError, DataError
+from exporter.cli.command import with_flags
+from exporter.cli.options import TalkFlags
+from exporter.cli.resolve import check_device
+from exporter.cli.run_commands import parity_exit_code, print_report
+from exporter.cli.session import print_json, running, set_up
+
+VERIFY_EXAMPLES = (
+    "rotq verify out/demo",
+    "rotq verify out/mine -m ./my-model --rows 8",
+    "rotq verify out/demo --json",
+)
+EVAL_EXAMPLES = (
+    "rotq eval out/demo",
+    "rotq eval out/mine --text test.txt --window 512 --stride 256",
+    "rotq eval ./my-model --text test.txt --device cuda",
+)
+
+
+@with_flags
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'rotq export' wrote.")],
+    talk: TalkFlags,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="The float model, if it is no longer where it was.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Evaluation rows; default: the recipe's.")] = None,
+) -> None:
+    """Repeat the parity check on an exported folder, in its runtime, and update its report.
+
+    Exit code 3 means: parity failed; the folder is marked failed.
+    """
+    set_up(talk)
+    _check_exported(folder)
+    with running(talk) as progress:
+        from exporter.verification import verify as run
+
+        report = run(folder, model=model, rows=rows, progress=progress)
+    print_report(report, folder, talk)
+    raise typer.Exit(parity_exit_code(report, folder))
+
+
+@with_flags
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Exported folder, checkpoint folder or hub id.")],
+    talk: TalkFlags,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="File or hub data set; not given: the embedded evaluation text."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=2, help="Tokens the model sees at once; default: 2048.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="Tokens that windows move on by; default: the window.")
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option("--nsamples", min=1, help="Documents; default: all.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (checkpoints).")] = "auto",
+) -> None:
+    """Perplexity of an exported folder in its runtime, or of a checkpoint in torch.
+
+    Windows slide by --stride, and each token counts once, so figures of different windows can be compared.
+    """
+    set_up(talk)
+    check_device(device)
+    if text is not None and Path(text).suffix and not Path(text).is_file():
+        raise DataError(f"the text file '{text}' does not exist", hint="give a readable file to --text")
+    with running(talk) as progress:
+        from exporter.evaluation import evaluate as run
+
+        result = run(
+            source,
+            text,
+            window=window,
+            stride=stride,
+            nsamples=nsamples,
+            device=device,
+            progress=progress,
+        )
+    if talk.json_output:
+        print_json({"source": source, "text": text, **asdict(result)})
+    elif talk.quiet:
+        typer.echo(result.perplexity)
+    else:
+        from exporter.console import output_console, show_evaluation
+
+        show_evaluation(output_console(), result)
+
+
+def _check_exported(folder: Path) -> None:
+    # Before torch is imported: a mistyped path should not take ten seconds to be refused.
+    from exporter.report import REPORT_FILE
+
+    if not (folder / REPORT_FILE).is_file():
+        raise CheckpointError(
+            f"'{folder}' is not an exported folder: it has no {REPORT_FILE}", hint="give what 'rotq export -o' wrote"
+        )

@@ -1,0 +1,114 @@
+"""Exit codes, and the one line that a known failure gets.
+
+==== =====================================================================
+code meaning
+==== =====================================================================
+0    done
+1    known failure: ``error:`` and ``hint:`` on stderr, nothing written
+2    wrong usage
+3    exported, but parity failed: the folder is kept and marked failed
+130  interrupted
+==== =====================================================================
+
+Anything unforeseen keeps its traceback (Python exits with 1 then): it is a bug, and a bug report needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from calib.errors import RotqError
+from exporter.output import is_disk_full
+
+logger = logging.getLogger(__name__)
+
+DONE, FAILED, USAGE, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+MEMORY_HINT = "lower --batch-size or --seqlen, choose a smaller model, or another --device"
+
+
+class UsageError(Exception):
+    """Options that are each valid but not together, or a value that only a table knows to be wrong.
+
+    Args:
+        message: what is wrong, naming the option.
+        hint: what to give instead.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def exit_code_of(run: Callable[[], object]) -> int:
+    """Run the application; turn how it ends into an exit code, and known failures into lines on stderr."""
+    try:
+        run()
+    except SystemExit as stop:
+        return _flush(stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED))
+    except KeyboardInterrupt:
+        return _interrupted()
+    except UsageError as error:
+        _say(error.message, error.hint)
+        return USAGE
+    except RotqError as error:
+        _say(error.message, error.hint, error)
+        return FAILED
+    except MemoryError as error:
+        _say("out of memory", MEMORY_HINT, error)
+        return FAILED
+    except Exception as error:
+        known = _recognise(error)
+        if known is None:
+            raise
+        _say(*known, error)
+        return FAILED
+    return _flush(DONE)
+
+
+def _recognise(error: Exception) -> tuple[str, str] | None:
+    """Message and hint for failures of the machine, whose exception types belong to whichever library met them."""
+    if is_disk_full(error):
+        return "the disk is full", "free some space, or choose another -o/--output or --work-dir"
+    # torch's own types are not imported for this: the name is the same in all of its versions.
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return "out of memory", MEMORY_HINT
+    return None
+
+
+def _say(message: str, hint: str | None, error: BaseException | None = None) -> None:
+    if error is not None:
+        logger.info("where it happened:", exc_info=error)  # shown under -v only
+    typer.echo(f"error: {_one_line(message)}", err=True)
+    if hint:
+        typer.echo(f"hint: {_one_line(hint)}", err=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _interrupted() -> int:
+    typer.echo("interrupted", err=True)
+    return INTERRUPTED
+
+
+def _flush(code: int) -> int:
+    """``code``, unless the reader of a pipe (``rotq backends | head -1``) has gone: then there is nobody to tell."""
+    if code == INTERRUPTED:
+        return _interrupted()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        # The interpreter flushes once more when it exits; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

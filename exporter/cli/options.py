@@ -1,0 +1,230 @@
+"""The options that commands share, in groups, and the recipe keys that they override.
+
+A field left at ``None`` (or ``False``) was not given: the recipe decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+MODEL = "Model"
+QUANTIZATION = "Quantization"
+DATA = "Calibration and evaluation text"
+ROTATION = "Rotation"
+RUN = "Run"
+OUTPUT = "Output"
+DANGEROUS = "Dangerous"
+
+RECIPE_KEYS = {
+    "model": "model",
+    "revision": "revision",
+    "trust_remote_code": "trust_remote_code",
+    "device": "device",
+    "dtype": "dtype",
+    "backend": "backend",
+    "target": "target",
+    "scheme": "scheme",
+    "calib_dataset": "calibration.dataset",
+    "nsamples": "calibration.nsamples",
+    "seqlen": "calibration.seqlen",
+    "batch_size": "calibration.batch_size",
+    "eval_dataset": "evaluation.dataset",
+    "seed": "seed",
+    "rotate": "rotate",
+    "r1_lr": "rotation.r1.lr",
+    "r1_epochs": "rotation.r1.epochs",
+    "r2_lr": "rotation.r2.lr",
+    "r2_epochs": "rotation.r2.epochs",
+}
+"""Recipe key by field. ``rotation_optimizer`` sets two keys and is dealt with by :func:`overrides`."""
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m", "--model", help="Hub id or folder. Not given: the embedded example model.", rich_help_panel=MODEL
+        ),
+    ] = None
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=MODEL)
+    ] = None
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"] | None,
+        typer.Option("--dtype", help="What the target computes in; auto: the backend's.", rich_help_panel=MODEL),
+    ] = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=DANGEROUS
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class SchemeFlag:
+    """What the linears become."""
+
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", help="Quantization scheme, for example int8.", rich_help_panel=QUANTIZATION),
+    ] = None
+
+
+@dataclass(frozen=True)
+class BackendFlags:
+    """What is written."""
+
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="What to write: see 'rotq backends'.", rich_help_panel=QUANTIZATION)
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Runtime it is for; default: the backend's first.", rich_help_panel=QUANTIZATION),
+    ] = None
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Which text the statistics see."""
+
+    calib_dataset: Annotated[
+        str | None,
+        typer.Option("--calib-dataset", help="Hub name or .txt/.jsonl/.parquet file.", rich_help_panel=DATA),
+    ] = None
+    nsamples: Annotated[int | None, typer.Option("--nsamples", help="Calibration rows.", rich_help_panel=DATA)] = None
+    seqlen: Annotated[int | None, typer.Option("--seqlen", help="Tokens a row is cut at.", rich_help_panel=DATA)] = None
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Rows in one forward pass.", rich_help_panel=DATA)
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of sampling and of random starts.", rich_help_panel=DATA)
+    ] = None
+
+
+@dataclass(frozen=True)
+class EvalDataFlag:
+    """Which text parity is measured on."""
+
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option("--eval-dataset", help="As --calib-dataset; default: rows held back.", rich_help_panel=DATA),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RotationFlags:
+    """Which rotations, and how they are trained; the recipe has the other hyper-parameters."""
+
+    rotate: Annotated[
+        str | None,
+        typer.Option("--rotate", help="auto, none, or some of r1,r2,r3,r4.", rich_help_panel=ROTATION),
+    ] = None
+    rotation_optimizer: Annotated[
+        Literal["monotone", "qr", "riemannian-ns", "riemannian-cayley"] | None,
+        typer.Option(
+            "--rotation-optimizer",
+            help="qr: the DartQuant reference's; monotone has no learning rate.",
+            rich_help_panel=ROTATION,
+        ),
+    ] = None
+    r1_lr: Annotated[float | None, typer.Option("--r1-lr", help="Learning rate of R1.", rich_help_panel=ROTATION)] = (
+        None
+    )
+    r1_epochs: Annotated[int | None, typer.Option("--r1-epochs", help="Epochs of R1.", rich_help_panel=ROTATION)] = None
+    r2_lr: Annotated[float | None, typer.Option("--r2-lr", help="Learning rate of R2.", rich_help_panel=ROTATION)] = (
+        None
+    )
+    r2_epochs: Annotated[int | None, typer.Option("--r2-epochs", help="Epochs of R2.", rich_help_panel=ROTATION)] = None
+
+
+@dataclass(frozen=True)
+class RecipeFlag:
+    """Where settings come from that no option gives."""
+
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="YAML file or the name of a preset.", rich_help_panel=RUN)
+    ] = None
+
+
+@dataclass(frozen=True)
+class ResumeFlags:
+    """Work that need not be done again."""
+
+    from_capture: Annotated[
+        Path | None,
+        typer.Option("--from-capture", help="Folder of 'rotq capture': skips that step.", rich_help_panel=RUN),
+    ] = None
+    work_dir: Annotated[
+        Path | None, typer.Option("--work-dir", help="Keep intermediate results here.", rich_help_panel=RUN)
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --work-dir holds.", rich_help_panel=RUN)] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """Where the result goes."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder to create (required, except with --dry-run).", rich_help_panel=OUTPUT
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that rotq wrote.", rich_help_panel=OUTPUT)
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, sizes and recipe; do nothing.", rich_help_panel=OUTPUT)
+    ] = False
+
+
+@dataclass(frozen=True)
+class TalkFlags:
+    """How much is said."""
+
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document to stdout.", rich_help_panel=OUTPUT)
+    ] = False
+    verbose: Annotated[
+        bool,
+        typer.Option("-v", "--verbose", help="Show logs and warnings of all libraries.", rich_help_panel=OUTPUT),
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No settings, bars or tables; errors only.", rich_help_panel=OUTPUT)
+    ] = False
+
+
+def overrides(*groups: Any) -> dict[str, Any]:
+    """The recipe values, by dotted key, that were given as options."""
+    values: dict[str, Any] = {}
+    for group in groups:
+        for field in fields(group):
+            value = getattr(group, field.name)
+            if value is None or value is False:
+                continue
+            if field.name == "rotation_optimizer":
+                values["rotation.r1.optimizer"] = values["rotation.r2.optimizer"] = value
+            elif field.name in RECIPE_KEYS:
+                values[RECIPE_KEYS[field.name]] = value
+    return values
+
+
+def option_of(key: str) -> str:
+    """The option that overrides the recipe key ``key``, for messages."""
+    if key.endswith(".optimizer"):
+        return "--rotation-optimizer"
+    field = next(name for name, dotted in RECIPE_KEYS.items() if dotted == key)
+    return "--" + field.replace("_", "-")

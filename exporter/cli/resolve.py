@@ -1,0 +1,156 @@
+"""From options to a validated recipe and run options, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.errors import OutputError, QuantizationError, RecipeError
+from calib.schemes import SCHEMES, scheme_named
+from exporter.cli.errors import UsageError
+from exporter.cli.options import OutputFlags, ResumeFlags, option_of
+
+if TYPE_CHECKING:
+    from exporter.recipe import Recipe
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+FIXED_BY_ARTIFACT = (
+    "scheme",
+    "rotate",
+    "revision",
+    "calibration.dataset",
+    "calibration.nsamples",
+    "calibration.seqlen",
+    "rotation.r1.optimizer",
+    "rotation.r1.lr",
+    "rotation.r1.epochs",
+    "rotation.r2.lr",
+    "rotation.r2.epochs",
+)
+"""Decided once a model is quantized: an option that says otherwise while re-exporting is refused, not ignored."""
+
+
+def resolve(source: str | None, given: Mapping[str, Any], from_artifact: Path | None = None) -> Recipe:
+    """The recipe of a run: options over recipe file over defaults.
+
+    Args:
+        source: ``--recipe``.
+        given: what options override (:func:`exporter.cli.options.overrides`).
+        from_artifact: a quantized model to start from; without ``--recipe``, the recipe saved with it applies.
+
+    Raises:
+        UsageError: an option is at fault.
+        RotqError: the recipe is at fault.
+    """
+    from exporter.recipe import RECIPE_FILE, load_recipe
+
+    if from_artifact is not None:
+        fixed = [option_of(key) for key in FIXED_BY_ARTIFACT if key in given]
+        if fixed:
+            raise UsageError(
+                f"{fixed[0]} has no effect with --from-artifact: the artifact is quantized already",
+                hint="run 'rotq calibrate' again with that option, or leave it out",
+            )
+        if source is None and (from_artifact / RECIPE_FILE).is_file():
+            source = str(from_artifact / RECIPE_FILE)
+    _check_names(given)
+    try:
+        recipe = load_recipe(source, given)
+    except RecipeError as error:
+        load_recipe(source)  # raises again if the file itself is at fault
+        raise UsageError(
+            _in_terms_of_options(error.message, given), hint="'rotq export --help' describes it"
+        ) from error
+    _check_consistency(recipe, given)
+    return recipe
+
+
+def check_output(output: OutputFlags, resume: ResumeFlags | None = None) -> Path:
+    """The output folder, refused now rather than after the long job.
+
+    Raises:
+        UsageError: options that are missing or do not go together.
+        OutputError: the folder exists, or cannot be created.
+    """
+    from exporter.output import check_target
+
+    if resume is not None and resume.resume and resume.work_dir is None:
+        raise UsageError("--resume needs --work-dir", hint="give the folder that the interrupted run was given")
+    if output.output is None:
+        if output.dry_run:
+            return Path()
+        raise UsageError("missing option -o/--output", hint="name the folder to create, for example -o out/model")
+    if str(output.output) == "":
+        raise UsageError("-o/--output is empty", hint="name the folder to create, for example -o out/model")
+    try:
+        check_target(output.output, output.overwrite)
+    except OSError as error:
+        raise OutputError(
+            f"cannot use '{output.output}': {error.strerror}", hint="choose another -o/--output"
+        ) from error
+    return output.output
+
+
+def check_backend(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Refuse a backend, target or scheme that cannot be written, from the backends' tables.
+
+    Raises:
+        UsageError: ``--backend`` or ``--target`` names something that does not exist.
+        BackendError: the recipe does, or the target cannot express the scheme.
+    """
+    from backends.registry import available, check_target, get_backend
+
+    backends = {info.name: info for info in available()}
+    if "backend" in given and recipe.backend not in backends:
+        raise UsageError(f"unknown --backend '{recipe.backend}'", hint=f"installed: {', '.join(backends) or 'none'}")
+    backend = get_backend(recipe.backend)
+    if "target" in given and recipe.target not in backend.targets:
+        raise UsageError(
+            f"backend '{recipe.backend}' has no --target '{recipe.target}'",
+            hint=f"its targets are: {', '.join(backend.targets)}",
+        )
+    check_target(backend, recipe.scheme, recipe.target)
+
+
+def check_device(device: str) -> None:
+    """Refuse a ``--device`` that cannot exist; whether it does exist, only torch knows.
+
+    Raises:
+        UsageError: it is misspelt.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise UsageError(f"unknown --device '{device}'", hint="the devices are: auto, cpu, cuda, cuda:N")
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    scheme = given.get("scheme")
+    if scheme is not None and scheme not in SCHEMES:
+        raise UsageError(f"unknown --scheme '{scheme}'", hint=f"the schemes are: {', '.join(SCHEMES)}")
+    check_device(given.get("device", "auto"))
+
+
+def _check_consistency(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Refuse what would be silently ignored or fail late."""
+    for kind, training in (("r1", recipe.rotation.r1), ("r2", recipe.rotation.r2)):
+        if f"rotation.{kind}.lr" in given and training.optimizer == "monotone":
+            raise UsageError(
+                f"--{kind}-lr has no effect: the monotone optimizer has no learning rate",
+                hint=f"add --rotation-optimizer qr, or leave --{kind}-lr out",
+            )
+    try:
+        scheme_named(recipe.scheme)
+    except QuantizationError as error:
+        raise RecipeError(f"recipe key 'scheme': {error.message}", hint=error.hint) from error
+    if not _DEVICE.fullmatch(recipe.device):
+        raise RecipeError(
+            f"recipe key 'device': '{recipe.device}' is no device", hint="the devices are: auto, cpu, cuda, cuda:N"
+        )
+
+
+def _in_terms_of_options(message: str, given: Mapping[str, Any]) -> str:
+    for key in given:
+        message = message.replace(f"recipe key '{key}'", option_of(key))
+    return message

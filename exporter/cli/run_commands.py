@@ -1,0 +1,232 @@
+"""The commands that make something: ``export``, ``capture`` and ``calibrate``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from exporter.cli.command import with_flags
+from exporter.cli.errors import DONE, PARITY_FAILED
+from exporter.cli.options import (
+    RUN,
+    BackendFlags,
+    DataFlags,
+    EvalDataFlag,
+    ModelFlags,
+    OutputFlags,
+    RecipeFlag,
+    ResumeFlags,
+    RotationFlags,
+    SchemeFlag,
+    TalkFlags,
+    overrides,
+)
+from exporter.cli.resolve import check_backend, check_output, resolve
+from exporter.cli.session import print_json, running, set_up
+
+if TYPE_CHECKING:
+    from exporter.plan import Goal
+    from exporter.recipe import Recipe
+    from exporter.report import Report
+    from exporter.run_options import RunOptions
+
+EXPORT_EXAMPLES = (
+    "rotq export --backend onnx -o out/demo",
+    "rotq export -m meta-llama/Llama-3.2-1B --backend onnx --rotate r1,r2,r4 -o out/llama",
+    "rotq export -m ./my-model --calib-dataset notes.jsonl --nsamples 64 -o out/mine",
+    "rotq export --recipe int8-reference -m ./my-model --dry-run",
+    "rotq export --from-artifact out/calibrated --backend onnx -o out/onnx",
+)
+CAPTURE_EXAMPLES = (
+    "rotq capture -m ./my-model --calib-dataset wikitext2 -o out/capture",
+    "rotq export -m ./my-model --from-capture out/capture -o out/mine",
+)
+CALIBRATE_EXAMPLES = (
+    "rotq calibrate -m ./my-model --scheme int8 -o out/calibrated",
+    "rotq export --from-artifact out/calibrated --backend onnx -o out/onnx",
+)
+
+
+@with_flags
+def export(
+    models: ModelFlags,
+    backends: BackendFlags,
+    schemes: SchemeFlag,
+    rotations: RotationFlags,
+    data: DataFlags,
+    evaluation: EvalDataFlag,
+    recipes: RecipeFlag,
+    resuming: ResumeFlags,
+    outputs: OutputFlags,
+    talk: TalkFlags,
+    from_artifact: Annotated[
+        Path | None,
+        typer.Option("--from-artifact", help="Folder of 'rotq calibrate': only write and verify.", rich_help_panel=RUN),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.", rich_help_panel=RUN)] = False,
+) -> None:
+    """Rotate, calibrate, quantize, write for a runtime, and check parity in that runtime.
+
+    Exit code 3 means: exported, but parity failed; the folder is kept and marked failed.
+    """
+    set_up(talk)
+    options = _run_options(outputs, resuming, verify=not no_verify, from_artifact=from_artifact)
+    given = overrides(models, backends, schemes, rotations, data, evaluation)
+    recipe = resolve(recipes.recipe, given, from_artifact)
+    check_backend(recipe, given)
+    if outputs.dry_run:
+        _print_plan(recipe, options, "export", talk)
+        return
+    _print_settings(recipe, options, "export", talk)
+    with running(talk) as progress:
+        from exporter.pipeline import export as run
+
+        result = run(recipe, options, progress=progress)
+    print_report(result.report, result.output, talk)
+    if not talk.quiet:
+        folder = shlex.quote(str(result.output))
+        _say("next:", f"rotq verify {folder}", f"rotq eval {folder} --text FILE")
+    raise typer.Exit(parity_exit_code(result.report, result.output))
+
+
+@with_flags
+def capture(models: ModelFlags, data: DataFlags, recipes: RecipeFlag, outputs: OutputFlags, talk: TalkFlags) -> None:
+    """Capture the statistics that rotations are trained on, and stop there.
+
+    Memory and disk stay bounded whatever --nsamples is: covariances and a token reservoir, not activations.
+    """
+    set_up(talk)
+    options = _run_options(outputs, None)
+    recipe = resolve(recipes.recipe, overrides(models, data))
+    if outputs.dry_run:
+        _print_plan(recipe, options, "capture", talk)
+        return
+    _print_settings(recipe, options, "capture", talk)
+    with running(talk) as progress:
+        from exporter.pipeline import run_capture
+
+        folder = run_capture(recipe, options, progress=progress)
+    _print_folder(folder, talk)
+    if not talk.quiet:
+        _say("next:", f"rotq export {_model_option(recipe)}--from-capture {shlex.quote(str(folder))} -o OUT")
+
+
+@with_flags
+def calibrate(
+    models: ModelFlags,
+    backends: BackendFlags,
+    schemes: SchemeFlag,
+    rotations: RotationFlags,
+    data: DataFlags,
+    recipes: RecipeFlag,
+    resuming: ResumeFlags,
+    outputs: OutputFlags,
+    talk: TalkFlags,
+) -> None:
+    """Rotate, calibrate and quantize, and stop at the saved model that no runtime has shaped yet.
+
+    'rotq export --from-artifact' writes it for a runtime, without a GPU and without calibrating again. --backend and
+    --target only decide the dtype here, and which schemes are possible.
+    """
+    set_up(talk)
+    options = _run_options(outputs, resuming)
+    given = overrides(models, backends, schemes, rotations, data)
+    recipe = resolve(recipes.recipe, given)
+    check_backend(recipe, given)
+    if outputs.dry_run:
+        _print_plan(recipe, options, "calibrate", talk)
+        return
+    _print_settings(recipe, options, "calibrate", talk)
+    with running(talk) as progress:
+        from exporter.pipeline import calibrate as run
+
+        result = run(recipe, options, progress=progress)
+    _print_folder(result.output, talk)
+    if not talk.quiet:
+        _say("next:", f"rotq export --from-artifact {shlex.quote(str(result.output))} -o OUT")
+
+
+def print_report(report: Report, folder: Path, talk: TalkFlags) -> None:
+    """Write the result to stdout: the document, the path alone, or the summary."""
+    if talk.json_output:
+        print_json({"output": str(folder), **report.model_dump(mode="json")})
+    elif talk.quiet:
+        typer.echo(folder)
+    else:
+        from exporter.console import output_console, show_report
+
+        show_report(output_console(), report, folder)
+
+
+def parity_exit_code(report: Report, folder: Path) -> int:
+    """0, or 3 with a line on stderr for a report that is marked failed."""
+    if report.status != "failed":
+        return DONE
+    from exporter.summary import failed_rows
+
+    typer.echo(f"error: parity failed: {'; '.join(failed_rows(report))}", err=True)
+    typer.echo(
+        f"hint: '{folder}' is kept and marked failed; do not deploy it; try another --rotate or --scheme",
+        err=True,
+    )
+    return PARITY_FAILED
+
+
+def _run_options(
+    outputs: OutputFlags, resuming: ResumeFlags | None, *, verify: bool = True, from_artifact: Path | None = None
+) -> RunOptions:
+    output = check_output(outputs, resuming)
+    from exporter.run_options import RunOptions
+
+    return RunOptions(
+        output=output,
+        overwrite=outputs.overwrite,
+        verify=verify,
+        work_dir=resuming.work_dir if resuming else None,
+        resume=bool(resuming and resuming.resume),
+        from_artifact=from_artifact,
+        from_capture=resuming.from_capture if resuming else None,
+    )
+
+
+def _print_plan(recipe: Recipe, options: RunOptions, goal: Goal, talk: TalkFlags) -> None:
+    from exporter.plan import plan
+
+    planned = plan(recipe, options, goal=goal)
+    if talk.json_output:
+        print_json(planned.as_dict())
+    else:
+        from exporter.console import output_console, show_plan
+
+        show_plan(output_console(), planned)
+
+
+def _print_settings(recipe: Recipe, options: RunOptions, goal: Goal, talk: TalkFlags) -> None:
+    """Say on stderr, before the long job, what it is going to do."""
+    if talk.quiet:
+        return
+    from exporter.cli.settings import settings
+    from exporter.console import error_console, show_settings
+
+    _say(f"rotq {goal}")
+    show_settings(error_console(), settings(recipe, options, goal))
+
+
+def _print_folder(folder: Path, talk: TalkFlags) -> None:
+    if talk.json_output:
+        print_json({"output": str(folder)})
+    else:
+        typer.echo(folder)
+
+
+def _model_option(recipe: Recipe) -> str:
+    from exporter.recipe import EMBEDDED
+
+    return "" if recipe.model == EMBEDDED else f"-m {shlex.quote(recipe.model)} "
+
+
+def _say(*lines: str) -> None:
+    typer.echo("\n  ".join(lines), err=True)

@@ -1,0 +1,100 @@
+"""The surroundings of a run: who may write to stdout, which libraries may speak, and where the bars are drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from calib.progress import Progress, silent
+from exporter.cli.errors import UsageError
+from exporter.cli.options import TalkFlags
+
+OWN = ("exporter", "calib", "backends")
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is at that moment: while a bar is up, that is rich's stand-in, which draws the
+    line above the bar.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+class _OwnOrSevere(logging.Filter):
+    """Lets rotq's own warnings through; of other libraries, nothing: what they report is not for a user to act on."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name.split(".")[0] in OWN or record.levelno >= logging.CRITICAL
+
+
+def set_up(talk: TalkFlags) -> None:
+    """Configure logging and warnings for the rest of the process.
+
+    Raises:
+        UsageError: both ``-v`` and ``-q``.
+    """
+    if talk.verbose and talk.quiet:
+        raise UsageError("-v/--verbose and -q/--quiet exclude each other", hint="give one of them")
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if talk.verbose else "%(message)s"))
+    logging.getLogger().addHandler(handler)
+    for name in OWN:
+        level = logging.ERROR if talk.quiet else logging.INFO if talk.verbose else logging.WARNING
+        logging.getLogger(name).setLevel(level)
+    if talk.verbose:
+        return
+    handler.addFilter(_OwnOrSevere())
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:  # -W and PYTHONWARNINGS are asked for, and win
+        warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def running(talk: TalkFlags) -> Iterator[Progress]:
+    """Surround the long part of a command: bars on, libraries quiet, stdout kept for the result.
+
+    Libraries print to stdout as they like (torch.onnx.export does); until the end of the block that is swallowed, or
+    goes to stderr under ``-v``.
+    """
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(sys.stderr if talk.verbose else nowhere):
+        if not talk.verbose:
+            _silence_libraries()
+        if talk.quiet:
+            yield silent
+            return
+        from exporter.console import ConsoleProgress, error_console
+
+        with ConsoleProgress(error_console()) as progress:
+            yield progress
+
+
+def print_json(document: Any) -> None:
+    """Write the one JSON document of ``--json`` to stdout."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False, default=str))
+
+
+def _silence_libraries() -> None:
+    # torch and transformers install handlers of their own when they are imported, so they come first. A command that
+    # gets here needs both anyway.
+    import torch  # noqa: F401
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("torch", "onnxscript", "onnx_ir", "modelopt", "nvidia-modelopt", "datasets"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    transformers_logging.set_verbosity_error()
+    hub_bars = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if hub_bars:
+        # transformers takes the hub's bars down with its own, but a download of 15 GB must show that it moves.
+        enable_progress_bars()

@@ -1,0 +1,45 @@
+"""The resolved settings of a run as a reader wants them: short names, the few that matter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from exporter.recipe import EMBEDDED, Recipe
+
+if TYPE_CHECKING:
+    from exporter.plan import Goal
+    from exporter.run_options import RunOptions
+
+
+def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
+    """Names and values, in the order of the run; what a goal does not use is left out."""
+    data = recipe.calibration
+    shown: dict[str, str] = {}
+    if options.from_artifact is not None:
+        shown["artifact"] = str(options.from_artifact)
+    elif recipe.model == EMBEDDED:
+        shown["model"] = "the embedded example model (no -m/--model given)"
+    else:
+        shown["model"] = recipe.model + (f" at {recipe.revision}" if recipe.revision else "")
+    if recipe.trust_remote_code:
+        shown["trust remote code"] = "yes: the model's own Python code runs"
+    if goal == "export":
+        shown["backend"] = f"{recipe.backend}, target {recipe.target or 'default'}"
+    if goal != "capture":
+        shown["scheme"] = recipe.scheme
+    if options.from_artifact is None:
+        if goal != "capture":
+            shown["rotate"] = recipe.rotate
+        text = "the embedded example text" if data.dataset == EMBEDDED else data.dataset
+        shown["calibration"] = (
+            f"{text}, {data.nsamples} rows of up to {data.seqlen} tokens, batches of {data.batch_size}"
+        )
+    if options.from_capture is not None:
+        shown["capture"] = f"reused from {options.from_capture}"
+    shown["device"] = f"{recipe.device}, dtype {recipe.dtype}, seed {recipe.seed}"
+    if goal == "export" and not options.verify:
+        shown["parity"] = "not checked (--no-verify)"
+    if options.work_dir is not None:
+        shown["work dir"] = f"{options.work_dir}{' (resuming)' if options.resume else ''}"
+    shown["output"] = f"{options.output}{' (overwriting)' if options.overwrite else ''}"
+    return shown

@@ -1,0 +1,136 @@
+"""Printing: settings, reports, plans, backends and the environment. No decisions are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from exporter import summary
+from exporter.console.streams import table_box
+from exporter.environment import Environment
+from exporter.report import Report
+from exporter.summary import Table, human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from backends.registry import BackendInfo
+    from exporter.evaluation import EvalResult
+    from exporter.plan import Plan
+
+
+def show_settings(console: Console, settings: Mapping[str, str]) -> None:
+    """Print names and values, aligned."""
+    width = max(map(len, settings))
+    for name, value in settings.items():
+        _line(console, f"  {name:<{width}}  {value}")
+
+
+def show_report(console: Console, report: Report, folder: Path) -> None:
+    """Print the summary of a finished run."""
+    _line(
+        console,
+        f"{summary.source_words(report.model.source)}: {report.model.model_type}, "
+        f"{report.model.parameters:,} parameters",
+    )
+    for line in summary.layer_lines(report):
+        _line(console, line)
+    _line(console, f"size: {summary.size_words(report)}")
+    calibration = report.calibration
+    _line(console, f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of {calibration.dataset}")
+    _show_table(console, summary.gate_table(report))
+    for line in summary.gate_findings(report):
+        _line(console, line)
+    _show_table(console, summary.rotation_table(report))
+    if not report.rotations:
+        _line(console, "rotations: none")
+    _show_table(console, summary.parity_table(report), alarm=True)
+    _show_table(console, summary.seconds_table(report))
+    verdict = {"passed": "parity passed", "failed": "PARITY FAILED: do not deploy", "unverified": "parity not checked"}
+    style = {"passed": "green", "failed": "bold red", "unverified": "yellow"}
+    _line(
+        console,
+        f"{folder} ({report.backend}, {report.target}, {report.scheme}, rotate {report.rotate}): "
+        f"{verdict[report.status]}",
+        style[report.status],
+    )
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Print a plan, then the complete recipe, which can be saved and edited."""
+    _line(
+        console,
+        f"{summary.source_words(plan.model)}: {plan.model_type}, {plan.parameters:,} parameters, "
+        f"{plan.quantized_parameters:,} of them to be quantized",
+    )
+    stages = tuple((stage.name, stage.detail, human_seconds(stage.seconds)) for stage in plan.stages)
+    total = ("total", "an estimate: see docs/cli.md", human_seconds(plan.seconds))
+    _show_table(console, Table("Plan", ("stage", "what", "time"), (*stages, total), right=frozenset({2})))
+    _line(console, f"weights: {human_bytes(plan.bytes_before)} -> about {human_bytes(plan.bytes_after)}")
+    _line(console, f"memory: about {human_bytes(plan.peak_memory)} at the peak")
+    _line(console, f"output: {plan.output or '(no -o/--output given)'}")
+    _line(console, f"files: {', '.join(plan.files)}")
+    _line(console, "\nrecipe:")
+    _line(console, plan.recipe.rstrip())
+
+
+def show_evaluation(console: Console, result: EvalResult) -> None:
+    """Print a perplexity."""
+    _line(
+        console,
+        f"perplexity {result.perplexity:.4f} (nll {result.nll:.5f} nats per token, "
+        f"{result.tokens:,} tokens, in {result.runtime})",
+    )
+
+
+def show_backends(console: Console, backends: Iterable[BackendInfo]) -> None:
+    """Print what each backend writes: its targets and, for each scheme, whether it can be expressed."""
+    rows = []
+    refused = []
+    for backend in backends:
+        for target, schemes in backend.schemes.items():
+            able = ", ".join(scheme for scheme, reason in schemes.items() if reason is None)
+            rows.append((backend.name, target, able or "none", backend.distribution))
+            refused += [
+                f"{backend.name}/{target} cannot express {scheme}: {reason}"
+                for scheme, reason in schemes.items()
+                if reason is not None
+            ]
+    _show_table(console, Table("Backends", ("backend", "target", "schemes", "from"), tuple(rows)))
+    for line in refused:
+        _line(console, line)
+
+
+def show_environment(console: Console, found: Environment) -> None:
+    """Print the environment, aligned."""
+    settings = {
+        "python": f"{found.python} ({found.executable})",
+        "system": found.system,
+        "cpu": f"{found.cpu}, {found.cores} cores",
+        "memory": "unknown" if found.memory_bytes is None else human_bytes(found.memory_bytes),
+        "cuda": "; ".join(found.cuda_devices) or "none",
+        **{name: version or "not installed" for name, version in found.versions.items()},
+        **found.variables,
+    }
+    show_settings(console, settings)
+
+
+def _show_table(console: Console, table: Table, *, alarm: bool = False) -> None:
+    if not table.rows:
+        return
+    _line(console, f"\n{table.title}", "bold")
+    drawn = RichTable(box=table_box(console), pad_edge=False)
+    for index, name in enumerate(table.header):
+        # Folding, because an ellipsis would hide figures, and is not ASCII.
+        drawn.add_column(name, justify="right" if index in table.right else "left", overflow="fold")
+    for index, row in enumerate(table.rows):
+        style = ("bold red" if alarm else "bold green") if index in table.marked else None
+        drawn.add_row(*map(Text, row), style=style)
+    console.print(drawn)
+
+
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    console.print(Text(text), style=style, soft_wrap=True)

@@ -1,0 +1,168 @@
+"""What a checkpoint says about itself without its weights being read: ``config.json`` and the safetensors headers.
+
+A safetensors file begins with the length of its header (8 bytes, little-endian) and the header (JSON: dtype, shape and
+byte range of every tensor), so a 70B checkpoint is described by a few hundred kilobytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from calib.errors import CheckpointError
+from exporter.recipe import EMBEDDED
+
+EMBEDDED_FOLDER = "data/llama-5m"
+
+_MAX_HEADER = 100_000_000
+"""The format's own limit; a larger number means that the file is not safetensors."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Name, dtype (in safetensors' spelling, ``BF16``), shape and size of one stored tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """Product of the shape."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class CheckpointHeaders:
+    """A checkpoint, described."""
+
+    source: str
+    config: dict[str, Any]
+    tensors: tuple[TensorHeader, ...]
+
+
+def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
+    """Describe a checkpoint folder, a hub id, or the embedded model.
+
+    Raises:
+        CheckpointError: it does not exist, is incomplete or corrupt, or the hub cannot be reached.
+    """
+    if model == EMBEDDED:
+        return read_folder(Path(str(resources.files("exporter") / EMBEDDED_FOLDER)), EMBEDDED)
+    if Path(model).is_dir():
+        return read_folder(Path(model), model)
+    if Path(model).exists():
+        raise CheckpointError(f"the model '{model}' is a file", hint="give the folder that holds config.json")
+    if model.count("/") > 1 or model.startswith((".", "/", "~", "\\")):
+        raise CheckpointError(f"the model folder '{model}' does not exist", hint="check the path given to -m/--model")
+    return _read_hub(model, revision)
+
+
+def read_folder(folder: Path, source: str, stem: str = "model") -> CheckpointHeaders:
+    """Describe a local folder whose weights are ``<stem>.safetensors`` or shards with an index."""
+    config = _read_json(folder / "config.json")
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"'{index}' has no weight_map", hint="download the checkpoint again")
+        shards = sorted(set(map(str, weight_map.values())))
+    else:
+        shards = [f"{stem}.safetensors"]
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise CheckpointError(
+                f"'{folder}' lacks the weight file '{shard}'", hint="download the checkpoint again, as safetensors"
+            )
+    tensors = tuple(tensor for shard in shards for tensor in _read_header(folder / shard))
+    return CheckpointHeaders(source, config, tensors)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"'{path.parent}' has no {path.name}", hint="give a Hugging Face model folder or a hub id to -m/--model"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read '{path}': {error}", hint="download the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{path}' is not a JSON object", hint="download the checkpoint again")
+    return content
+
+
+def _read_header(path: Path) -> Iterator[TensorHeader]:
+    corrupt = CheckpointError(f"'{path}' is not a complete safetensors file", hint="download the checkpoint again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise corrupt
+        (length,) = struct.unpack("<Q", start)
+        if length > min(_MAX_HEADER, size - 8):
+            raise corrupt
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise corrupt
+            yield TensorHeader(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise corrupt from error
+
+
+def _read_hub(repo: str, revision: str | None) -> CheckpointHeaders:
+    # Importing huggingface_hub's client costs a quarter of a second that local folders need not pay.
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    hint = "check the spelling; a folder needs a path that exists; a private model needs HF_TOKEN"
+    try:
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+        if isinstance(cached, str) and _weights_beside(Path(cached).parent):
+            return read_folder(Path(cached).parent, repo)
+        config = _read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
+        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision))
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
+        # HfHubHTTPError is an OSError too: the hub answered, and said no.
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            first = str(error).strip().splitlines()[-1]
+            raise CheckpointError(f"the hub does not give '{repo}': {first}", hint=hint) from error
+        raise CheckpointError(
+            f"'{repo}' is no folder here, is not in the hub cache, and the hub cannot be reached",
+            hint="check the path or the network; unset HF_HUB_OFFLINE if it is set",
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"'{repo}' is neither a folder nor a hub id", hint=hint) from error
+
+
+def _weights_beside(folder: Path) -> bool:
+    return any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
+
+
+def _hub_tensors(repo: str, revision: str | None) -> tuple[TensorHeader, ...]:
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        files = get_safetensors_metadata(repo, revision=revision).files_metadata.values()
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(
+            f"'{repo}' has no safetensors weights", hint="choose a revision that has them, or convert the checkpoint"
+        ) from error
+    return tuple(
+        TensorHeader(name, tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
+        for file in files
+        for name, tensor in file.tensors.items()
+    )

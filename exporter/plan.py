@@ -1,0 +1,337 @@
+"""What a run would do, how much it would read, hold and write, and roughly how long it would take: ``--dry-run``.
+
+Nothing is loaded: sizes come from ``config.json`` and the safetensors headers, so planning a 70B model takes a second.
+
+The time is an estimate from floating-point operations. One forward pass costs ``2 · (weights in matmuls)`` per token,
+plus ``2 · layers · seqlen · heads · head_dim`` for causal attention. A device is taken to deliver
+:data:`EFFICIENCY` of its matmul throughput; the CPU's is timed here, a GPU's is :data:`GPU_FLOPS`. To this come fixed
+costs: importing the libraries and tracing the graph. Small models are dominated by those, and by overheads that this
+model does not know; large ones by the passes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from calib.errors import UnsupportedModelError
+from calib.schemes import PerBlock, PerChannel, Scheme, scheme_named
+from exporter.environment import cuda_devices
+from exporter.headers import CheckpointHeaders, TensorHeader, read_folder, read_headers
+from exporter.recipe import RECIPE_FILE, Recipe
+from exporter.report import REPORT_FILE
+
+if TYPE_CHECKING:
+    from exporter.run_options import RunOptions
+
+Goal = Literal["export", "calibrate", "capture"]
+
+EFFICIENCY = 0.5
+"""Share of the matmul throughput that a whole forward pass reaches: norms, softmax and memory traffic take the rest.
+Measured 0.3 to 0.65 for the embedded model on two cores that other jobs used too."""
+LIBRARY_BYTES = 500 * 2**20
+"""Resident memory once torch, transformers and ModelOpt are imported; measured 473 MiB."""
+GPU_FLOPS = 2e13
+"""Float32 matmul throughput assumed for a CUDA device. Data-centre cards of the last generations reach 2 to 6 e13."""
+IMPORT_SECONDS = 15.0
+"""Importing torch, transformers and ModelOpt; measured 7 to 13 s for ModelOpt alone."""
+TRACE_SECONDS_PER_LAYER = 2.0
+"""torch.onnx.export of one decoder layer, whatever its width."""
+GATE_CANDIDATES = 3
+"""Rotation sets that ``--rotate auto`` compares."""
+PARITY_PASSES = 7
+"""Forward passes over the evaluation rows: float and rotated; fake-quant and split-sum; the runtime in two modes; the
+per-layer comparison."""
+FLOPS_PER_ENTRY = 4
+"""Of training on X [tokens, n], for each token and entry of Q: X Q and the gradient or target, at 2 operations each."""
+
+_FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BLOCK = re.compile(r"\.\d+\.")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_EMBEDDING = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_FILES = {
+    "onnx": ("model.onnx", "model.onnx.data"),
+    "safetensors": ("model.safetensors (sharded above 5 GB)",),
+    "calibrate": ("quantized_model.safetensors (sharded above 5 GB)", "quantized_model.json"),
+    "capture": ("capture statistics and token reservoirs (safetensors and JSON)",),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run."""
+
+    name: str
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has not happened. All sizes in bytes; ``peak_memory`` and ``seconds`` are estimates."""
+
+    goal: Goal
+    model: str
+    model_type: str
+    parameters: int
+    quantized_parameters: int
+    bytes_before: int
+    bytes_after: int
+    peak_memory: int
+    stages: tuple[Stage, ...]
+    output: str | None
+    """``None`` where no folder was named, which a dry run allows."""
+    files: tuple[str, ...]
+    recipe: str
+    """The complete resolved recipe, as YAML."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages together."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**asdict(self), "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the estimates need to know about a model."""
+
+    hidden: int
+    layers: int
+    attention: int
+    """heads · head_dim"""
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    seqlen: int
+    blocks: tuple[TensorHeader, ...]
+    """Weights of the decoder's linears."""
+    head: int
+    """Elements of the output projection."""
+    parameters: int
+    stored: int
+    """Parameters once a tied head has its own copy."""
+
+    @property
+    def linear_parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.blocks)
+
+    def forward_flops(self, tokens: int) -> float:
+        matmuls = 2 * (self.linear_parameters + self.head)
+        return float(tokens) * (matmuls + 2 * self.layers * self.seqlen * self.attention)
+
+
+def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
+    """Work out a run from the checkpoint's headers.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, QuantizationError: what the run itself would refuse at its start.
+    """
+    artifact = options.from_artifact
+    checkpoint = (
+        read_headers(recipe.model, recipe.revision)
+        if artifact is None
+        else read_folder(artifact, str(artifact), stem="quantized_model")
+    )
+    model_type = str(checkpoint.config.get("model_type", "unknown"))
+    _check_model_type(model_type)
+    sizes = _sizes(checkpoint, recipe)
+    scheme = scheme_named(recipe.scheme)
+    flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
+    width = _float_bytes(recipe, goal)
+    after = sizes.parameters * 4 if goal == "capture" else _bytes_after(sizes, scheme, width)
+    return Plan(
+        goal=goal,
+        model=checkpoint.source,
+        model_type=model_type,
+        parameters=sizes.parameters,
+        quantized_parameters=0 if goal == "capture" else sizes.linear_parameters,
+        bytes_before=sum(tensor.nbytes for tensor in checkpoint.tensors),
+        bytes_after=_capture_bytes(sizes, recipe) if goal == "capture" else after,
+        peak_memory=_peak_memory(sizes, recipe, goal, after),
+        stages=tuple(_stages(recipe, options, goal, sizes, scheme, flops * EFFICIENCY)),
+        output=None if options.output == Path() else str(options.output),
+        files=_files(recipe, goal),
+        recipe=recipe.to_yaml(),
+    )
+
+
+def matmul_flops(size: int = 768, seconds: float = 0.1) -> float:
+    """Float32 matmul throughput of this CPU: the best of a few products, so that other jobs disturb it least."""
+    import numpy as np
+
+    a = np.full((size, size), 0.5, dtype=np.float32)
+    a @ a  # the first product starts the thread pool
+    best, stop = math.inf, time.perf_counter() + seconds
+    while (start := time.perf_counter()) < stop:
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _check_model_type(model_type: str) -> None:
+    from calib.architectures import supported_model_types
+
+    if model_type not in supported_model_types():
+        raise UnsupportedModelError(
+            f"model_type '{model_type}' is not in the architecture table; "
+            f"supported are: {', '.join(supported_model_types())}",
+            hint="use a model of a supported family; rotq never guesses how a model is wired",
+        )
+
+
+def _float_bytes(recipe: Recipe, goal: Goal) -> int:
+    if recipe.dtype != "auto":
+        return _FLOAT_BYTES[recipe.dtype]
+    if goal == "capture":
+        return _FLOAT_BYTES["float32"]
+    from backends.registry import check_target, get_backend
+
+    backend = get_backend(recipe.backend)
+    return _FLOAT_BYTES[backend.compute_dtype(check_target(backend, recipe.scheme, recipe.target))]
+
+
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and bool(cuda_devices()))
+
+
+def _sizes(checkpoint: CheckpointHeaders, recipe: Recipe) -> _Sizes:
+    config = checkpoint.config.get("text_config") or checkpoint.config
+
+    def number(*keys: str, default: int = 1) -> int:
+        return int(next((config[key] for key in keys if config.get(key)), default))
+
+    hidden = number("hidden_size", "n_embd")
+    heads = number("num_attention_heads", "n_head")
+    head_dim = number("head_dim", default=hidden // heads)
+    # Weights only: the scales of an artifact are 1-D or 2-D too.
+    weights = [tensor for tensor in checkpoint.tensors if len(tensor.shape) >= 2 and not tensor.name.endswith("_scale")]
+    embedding = next((tensor.elements for tensor in weights if _EMBEDDING.search(tensor.name)), 0)
+    head = next((tensor.elements for tensor in weights if _HEAD.search(tensor.name)), 0)
+    parameters = sum(tensor.elements for tensor in checkpoint.tensors)
+    return _Sizes(
+        hidden=hidden,
+        layers=number("num_hidden_layers", "n_layer"),
+        attention=heads * head_dim,
+        kv_heads=number("num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        vocabulary=number("vocab_size"),
+        seqlen=min(recipe.calibration.seqlen, number("max_position_embeddings", "n_positions", default=2**31)),
+        blocks=tuple(tensor for tensor in weights if _BLOCK.search(tensor.name)),
+        head=head or embedding,
+        parameters=parameters,
+        stored=parameters + (0 if head else embedding),
+    )
+
+
+def _bytes_after(sizes: _Sizes, scheme: Scheme, width: int) -> int:
+    total = (sizes.stored - sizes.linear_parameters) * width
+    for tensor in sizes.blocks:
+        total += math.ceil(tensor.elements * scheme.weight.format.bits / 8)
+        match scheme.weight.granularity:
+            case PerChannel():
+                total += math.prod(tensor.shape[:-1]) * width
+            case PerBlock(size=size):
+                total += math.prod(tensor.shape[:-1]) * math.ceil(tensor.shape[-1] / size) * width
+            case _:
+                total += width
+    return total
+
+
+def _capture_bytes(sizes: _Sizes, recipe: Recipe) -> int:
+    """Covariances and reservoirs of the R1 sites (two a layer) and of the R2 sites (one a kv head and layer)."""
+    r1 = 2 * sizes.layers * sizes.hidden**2 + recipe.rotation.r1_tokens * sizes.hidden
+    r2 = sizes.layers * sizes.kv_heads * (sizes.head_dim**2 + recipe.rotation.r2_tokens * sizes.head_dim)
+    return 4 * (r1 + r2)
+
+
+def _peak_memory(sizes: _Sizes, recipe: Recipe, goal: Goal, after: int) -> int:
+    """The libraries, the float32 model, the statistics, the largest weight in float64 twice, the logits of a batch, and
+    the output.
+    """
+    largest = max((tensor.elements for tensor in sizes.blocks), default=0)
+    logits = recipe.calibration.batch_size * sizes.seqlen * sizes.vocabulary * 4
+    written = 0 if goal == "capture" else after
+    return LIBRARY_BYTES + 4 * sizes.stored + _capture_bytes(sizes, recipe) + 16 * largest + logits + written
+
+
+def _stages(recipe: Recipe, options: RunOptions, goal: Goal, sizes: _Sizes, scheme: Scheme, rate: float) -> list[Stage]:
+    """The steps in order, with their time at ``rate`` floating-point operations a second."""
+    data = recipe.calibration
+    one_pass = sizes.forward_flops(data.nsamples * sizes.seqlen) / rate
+    stages = [Stage("start", "import torch, transformers and ModelOpt", IMPORT_SECONDS)]
+    if options.from_artifact is None:
+        rows = f"{data.nsamples} rows of {sizes.seqlen} tokens of {data.dataset}"
+        stages.append(Stage("load", f"read {sizes.parameters:,} parameters, fold the norms", sizes.stored * 4 / 1e9))
+        wanted = {"r1", "r2"} if recipe.rotate == "auto" else {"r1", "r2"} & set(recipe.rotate.split(","))
+        if goal == "capture" or wanted:
+            reused = options.from_capture
+            what = f"statistics of {rows}" if reused is None else f"reuse {reused}"
+            stages.append(Stage("capture", what, one_pass if reused is None else 0.0))
+        if goal == "capture":
+            return stages
+        stages += _training_stages(recipe, sizes, wanted, rate)
+        stages += _quantizing_stages(recipe, sizes, scheme, rate, rows)
+    if goal == "calibrate":
+        return stages
+    write = sizes.layers * TRACE_SECONDS_PER_LAYER if recipe.backend == "onnx" else 0.0
+    stages.append(
+        Stage("write", f"{recipe.backend} ({recipe.target or 'default target'})", write + sizes.stored * 4 / 1e9)
+    )
+    if options.verify:
+        evaluation_tokens = recipe.evaluation.nsamples * sizes.seqlen
+        parity = PARITY_PASSES * sizes.forward_flops(evaluation_tokens) / rate
+        stages.append(Stage("verify", f"three rungs of parity on {evaluation_tokens:,} tokens", parity))
+    return stages
+
+
+def _training_stages(recipe: Recipe, sizes: _Sizes, wanted: set[str], rate: float) -> list[Stage]:
+    rotation = recipe.rotation
+    stages = []
+    if "r1" in wanted:
+        flops = FLOPS_PER_ENTRY * rotation.r1.epochs * rotation.r1_tokens * sizes.hidden**2
+        detail = f"{sizes.hidden} x {sizes.hidden}, {rotation.r1.epochs} epochs, {rotation.r1.optimizer}"
+        stages.append(Stage("train R1", detail, flops / rate))
+    if "r2" in wanted:
+        count = sizes.layers * sizes.kv_heads
+        flops = FLOPS_PER_ENTRY * rotation.r2.epochs * rotation.r2_tokens * sizes.head_dim**2 * count
+        detail = f"{count} of {sizes.head_dim} x {sizes.head_dim}, {rotation.r2.epochs} epochs, {rotation.r2.optimizer}"
+        stages.append(Stage("train R2", detail, flops / rate))
+    return stages
+
+
+def _quantizing_stages(recipe: Recipe, sizes: _Sizes, scheme: Scheme, rate: float, rows: str) -> list[Stage]:
+    """Fusing and calibrating, once for each candidate of ``--rotate auto``, and the comparison of these."""
+    candidates = GATE_CANDIDATES if recipe.rotate == "auto" else 1
+    each = f", for {candidates} rotation sets" if candidates > 1 else ""
+    # Every weight meets one residual rotation, in float64, at half of float32's speed.
+    stages = [Stage("fuse", f"exact, in float64{each}", candidates * 4 * sizes.stored * sizes.hidden / rate)]
+    if scheme.weight_only:
+        stages.append(Stage("calibrate", f"scales of the weights only: needs no data{each}", 0.0))
+    else:
+        one_pass = sizes.forward_flops(recipe.calibration.nsamples * sizes.seqlen) / rate
+        stages.append(Stage("calibrate", f"amax over {rows}{each}", candidates * one_pass))
+    if candidates > 1:
+        tokens = recipe.gate.nsamples * sizes.seqlen
+        compared = (candidates + 1) * sizes.forward_flops(tokens) / rate
+        stages.append(Stage("gate", f"the {candidates} sets and the original on {tokens:,} held-out tokens", compared))
+    return stages
+
+
+def _files(recipe: Recipe, goal: Goal) -> tuple[str, ...]:
+    if goal == "capture":
+        return (*_FILES["capture"], RECIPE_FILE)
+    weights = (
+        _FILES["calibrate"] if goal == "calibrate" else _FILES.get(recipe.backend, (f"files of {recipe.backend}",))
+    )
+    rotations = ("rotations.safetensors", "rotations.json")
+    last = (RECIPE_FILE,) if goal == "calibrate" else (RECIPE_FILE, REPORT_FILE, "README.md")
+    return (*weights, *_SIDE_FILES, *rotations, *last)

@@ -1,0 +1,222 @@
+"""The recipe: everything a run needs, in one validated, frozen object that is saved with the output as ``rotq.yaml``.
+
+Precedence: command-line flag > recipe file > preset > the defaults below. An unknown key is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from calib.errors import RecipeError
+
+RECIPE_FILE = "rotq.yaml"
+EMBEDDED = "embedded"
+ROTATIONS = ("r1", "r2", "r3", "r4")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Section):
+    """Which text the statistics see."""
+
+    dataset: str = EMBEDDED
+    """Hub data-set name, local .txt/.jsonl/.parquet file, or ``embedded``: the example text that ships with rotq."""
+    nsamples: int = Field(128, ge=1)
+    """Rows for capture and amax."""
+    seqlen: int = Field(512, ge=2)
+    """Tokens a row is cut at; never beyond what the model's positions allow."""
+    batch_size: int = Field(8, ge=1)
+    layout: Literal["auto", "documents", "windows"] = "auto"
+    """``documents``: a row is one document; ``windows``: text is joined and cut into rows of exactly ``seqlen``."""
+
+
+class Gate(_Section):
+    """Held-out rows, disjoint from calibration, on which ``--rotate auto`` compares its candidates."""
+
+    nsamples: int = Field(32, ge=1)
+
+
+class Evaluation(_Section):
+    """Rows, disjoint from the other two splits, on which parity and quality are measured."""
+
+    dataset: str | None = None
+    """As ``calibration.dataset``; ``None`` keeps rows of the calibration text apart (the embedded text has its own)."""
+    nsamples: int = Field(32, ge=1)
+
+
+class Training(_Section):
+    """How one kind of rotation is trained; the fields of :class:`calib.rotations.train.TrainConfig` that a user sets.
+
+    The preset ``int8-reference`` holds DartQuant's published values (NeurIPS 2025).
+    """
+
+    objective: Literal["auto", "whip", "lp", "kurtosis", "range", "scheme"] = "auto"
+    """What to minimise; ``auto`` picks by the scheme that is exported."""
+    optimizer: Literal["qr", "riemannian-ns", "riemannian-cayley", "monotone"] = "monotone"
+    """``qr``: the reference's QR-orthogonalised latent; ``monotone``: the learning-rate-free polar step."""
+    start: Literal["identity", "random", "hadamard", "pca-hadamard", "pca-ones"] = "hadamard"
+    epochs: int = Field(10, ge=0)
+    batch_size: int | None = Field(None, ge=1)
+    """Tokens a step; null: all of them."""
+    subset: float = Field(1.0, gt=0, le=1)
+    """Share of the batches seen in an epoch."""
+    accumulation_steps: int = Field(1, ge=1)
+    lr: float | None = Field(None, gt=0)
+    """Learning rate; null: the optimizer's default. ``monotone`` has none."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    update: Literal["sgd", "adam"] = "sgd"
+    cosine: bool = False
+    normalize: bool = True
+    """Scale samples to unit mean square first."""
+
+
+class Rotation(_Section):
+    """Capture and training of R1 and R2."""
+
+    r1: Training = Training()
+    r2: Training = Training()
+    r1_tokens: int = Field(16384, ge=2)
+    """Rows of the R1 reservoir, over all of its sites together."""
+    r2_tokens: int = Field(1024, ge=2)
+    """Tokens of the R2 reservoir, per layer."""
+    massive_fraction: float = Field(0.125, ge=0, le=0.5)
+    """Share of either reservoir that is reserved for the tokens of largest magnitude."""
+    held_out: float = Field(0.2, gt=0, lt=1)
+    """Share of the reservoirs on which trained rotations are judged, never trained."""
+
+
+class Recipe(_Section):
+    """One run of rotq."""
+
+    model: str = EMBEDDED
+    """Checkpoint folder or hub id; ``embedded``: the example model that ships with rotq."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    backend: str = "onnx"
+    target: str | None = None
+    """Runtime the output is for; ``None``: the backend's default."""
+    scheme: str = "int8"
+    rotate: str = "auto"
+    """``auto``, ``none`` or a comma-separated subset of r1, r2, r3, r4."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Dtype the target computes in; folded weights are rounded to it, once. ``auto``: the backend's."""
+    seed: int = Field(0, ge=0)
+    calibration: Calibration = Calibration()
+    gate: Gate = Gate()
+    evaluation: Evaluation = Evaluation()
+    rotation: Rotation = Rotation()
+
+    @field_validator("rotate")
+    @classmethod
+    def _known_rotations(cls, value: str) -> str:
+        value = value.lower().replace(" ", "")
+        if value in ("auto", "none"):
+            return value
+        kinds = value.split(",")
+        unknown = [kind for kind in kinds if kind not in ROTATIONS]
+        if unknown or len(set(kinds)) != len(kinds):
+            raise ValueError(f"expected 'auto', 'none' or distinct names out of {', '.join(ROTATIONS)}; got '{value}'")
+        return ",".join(sorted(kinds))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with rotq."""
+    folder = resources.files("exporter") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Build the recipe of a run.
+
+    Args:
+        source: a YAML file, the name of a preset, or ``None`` for the defaults. A preset's name wins over a file's.
+        overrides: values by dotted key (``{"calibration.nsamples": 64}``) that win over ``source``; ``None`` values
+            are skipped.
+
+    Raises:
+        RecipeError: the source does not exist, is not YAML, or holds an unknown key or a value out of range.
+    """
+    values = _read(source) if source is not None else {}
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _assign(values, key, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(
+            _explain(error), hint="`rotq export --dry-run` prints a complete recipe with every key"
+        ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win, silently; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    if str(source) in presets():
+        text = (resources.files("exporter") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"cannot read the recipe '{source}': {error}",
+                hint=f"give a YAML file or one of the presets: {', '.join(presets())}",
+            ) from error
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe '{source}' is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe '{source}' must be a mapping of keys to values, not a {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"recipe key '{parent}' must be a mapping, not '{inner}'")
+        # A copy, because two YAML aliases of one mapping are one object, and only this key was asked for.
+        values[parent] = dict(inner)
+        values = values[parent]
+    values[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown recipe key '{key}'")
+        else:
+            problems.append(f"recipe key '{key}': {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+    return "; ".join(problems)

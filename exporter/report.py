@@ -1,0 +1,143 @@
+"""What a run found, as data: the content of ``report.json`` and of the summary that the console prints.
+
+Pure data and arithmetic-free: the pipeline fills it, :mod:`exporter.console` and :mod:`exporter.card` show it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REPORT_FILE = "report.json"
+REPORT_FORMAT_VERSION = 1
+
+Status = Literal["passed", "failed", "unverified"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GateRow(_Frozen):
+    """One candidate of ``--rotate auto``: quality of the quantized model on held-out tokens against the float model."""
+
+    rotate: str
+    """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``, ``r1,r2,r4``)."""
+    kl: float
+    """Mean KL(float || quantized) per token, in nats."""
+    top1: float
+    """Share of tokens whose most likely next token is the same, 0 to 1."""
+    perplexity: float
+    chosen: bool = False
+
+
+class ParityRow(_Frozen):
+    """One figure of the parity check and the bound it is held to."""
+
+    rung: Literal[1, 2, 3]
+    name: str
+    """What was compared, in a few words."""
+    metric: str
+    """``relative L2``, ``KL``, ``top-1 agreement``, ``perplexity ratio`` or ``unfused``."""
+    measured: float | None
+    """``None`` where the row could not be run; ``note`` then says why."""
+    bound: float | None
+    """``None``: reported only, not judged."""
+    passed: bool | None
+    note: str = ""
+
+
+class KeptLayer(_Frozen):
+    """A linear left in float."""
+
+    name: str
+    reason: str
+
+
+class ModelSummary(_Frozen):
+    """What went in."""
+
+    source: str
+    """Folder or hub id as given, or ``embedded``."""
+    model_type: str
+    parameters: int
+    fingerprint: str
+    """SHA-256 over the names, shapes, dtypes and bytes of the source weights."""
+
+
+class LayerSummary(_Frozen):
+    """What was quantized and how large it became."""
+
+    quantized: int
+    kept: list[KeptLayer]
+    bytes_before: int
+    """Bytes of all source weights in the checkpoint's own dtype."""
+    bytes_after: int
+    """Bytes of all weights, scales and biases in the exported folder."""
+
+
+class CalibrationSummary(_Frozen):
+    """Which tokens the statistics saw."""
+
+    dataset: str
+    rows: int
+    tokens: int
+    sha256: str
+    """Over the token ids, in order."""
+
+
+class RotationSummary(_Frozen):
+    """One rotation of the result: what it acts on, whether a user meets it at run time, and how it was chosen."""
+
+    name: str
+    space: str
+    order: int
+    online: bool
+    origin: str
+
+
+class Report(_Frozen):
+    """Everything a later reader needs to judge, repeat or compare a run."""
+
+    format_version: int = REPORT_FORMAT_VERSION
+    status: Status
+    backend: str
+    target: str
+    scheme: str
+    rotate: str
+    model: ModelSummary
+    layers: LayerSummary
+    calibration: CalibrationSummary
+    rotations: list[RotationSummary]
+    gate: list[GateRow]
+    parity: list[ParityRow]
+    seconds: dict[str, float]
+    """Wall-clock seconds by stage."""
+    versions: dict[str, str]
+    checksums: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every other file in the folder, by relative path."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``report.json`` into ``folder``."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        """Read ``report.json`` from ``folder``.
+
+        Raises:
+            OSError, pydantic.ValidationError: left to the caller, who knows what the folder should be.
+        """
+        return cls.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
+
+
+def parity_status(rows: list[ParityRow]) -> Status:
+    """``failed`` if a judged row failed, ``unverified`` if none was judged, else ``passed``."""
+    judged = [row.passed for row in rows if row.passed is not None]
+    if not judged:
+        return "unverified"
+    return "passed" if all(judged) else "failed"

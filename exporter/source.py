@@ -1,0 +1,209 @@
+"""What a run starts from: the float checkpoint, its tokenizer, and the three splits of token rows."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.architectures import Architecture, architecture_for
+from calib.artifact import side_files
+from calib.checkpoint import Checkpoint, load_config, open_checkpoint
+from calib.data.documents import read_documents
+from calib.data.sources import resolve_source
+from calib.data.splits import split_documents
+from calib.data.tokens import clamp_seqlen, tokenize
+from calib.errors import CheckpointError, DataError
+from exporter.recipe import EMBEDDED, Recipe
+
+logger = logging.getLogger(__name__)
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float model: everything that a run reads of it."""
+
+    name: str
+    """As given: a folder, a hub id, or ``embedded``."""
+    config: Any
+    architecture: Architecture
+    checkpoint: Checkpoint
+    tokenizer: Any
+    files: dict[str, Path]
+    """Files that every output carries along (tokenizer, generation config); not ``config.json``, which changes."""
+    model: nn.Module | None = None
+    """The model object, where one was given instead of a folder."""
+    trust_remote_code: bool = False
+    scratch: Any = field(default=None, repr=False)
+    """Keeps the temporary folder alive that holds the files of a model object."""
+
+    def original(self, device: torch.device | str) -> nn.Module:
+        """The unchanged model in float32 and eval mode, whatever dtype it is stored in: parity's yardstick."""
+        from copy import deepcopy
+
+        from transformers import AutoModelForCausalLM
+
+        if self.model is not None:
+            return deepcopy(self.model).to(device, torch.float32).eval().requires_grad_(False)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            self.checkpoint.folder, config=self.config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        return model.to(device).eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, dtypes and bytes of all tensors, in the order of their names."""
+        digest = hashlib.sha256()
+        for name in sorted(self.checkpoint):
+            tensor = self.checkpoint[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def parameters(self) -> int:
+        """Elements of all tensors in the checkpoint."""
+        return sum(tensor.numel() for tensor in self.checkpoint.values())
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the checkpoint, in its own dtypes."""
+        return sum(tensor.nbytes for tensor in self.checkpoint.values())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of the three disjoint splits, int64 ``[tokens]`` each."""
+
+    train: list[Tensor]
+    gate: list[Tensor]
+    evaluation: list[Tensor]
+
+
+def embedded_folder() -> Path:
+    """Folder of the example model and its texts, which ship with rotq."""
+    return Path(str(resources.files("exporter") / "data" / "llama-5m"))
+
+
+def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Source:
+    """Open the float model of a recipe, or wrap a model object.
+
+    Raises:
+        CheckpointError: missing, incomplete or damaged files.
+        UnsupportedModelError: an architecture that rotq refuses.
+    """
+    if model is not None:
+        return _wrap(model, tokenizer)
+    path = embedded_folder() if recipe.model == EMBEDDED else recipe.model
+    config = load_config(path, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
+    architecture = architecture_for(config)
+    checkpoint = open_checkpoint(path, revision=recipe.revision)
+    folder = checkpoint.folder
+    assert folder is not None  # it was opened from files
+    files = side_files(folder)
+    files.pop(_CONFIG, None)
+    return Source(
+        name=recipe.model,
+        config=config,
+        architecture=architecture,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer or load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code),
+        files=files,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
+    """Read and tokenize the text of a recipe into three splits that share no document.
+
+    Args:
+        recipe: names the text and how much of it.
+        tokenizer: the model's tokenizer.
+        config: the model's config, which bounds ``seqlen``.
+
+    Raises:
+        DataError: text that is missing, empty or too short.
+    """
+    data = recipe.calibration
+    if data.dataset == EMBEDDED and recipe.model != EMBEDDED:
+        logger.warning(
+            "calibrating '%s' on the example text that ships with rotq; text like the model's own use gives better "
+            "scales: --calib-dataset FILE",
+            recipe.model,
+        )
+    text = str(embedded_folder() / "calibration.txt") if data.dataset == EMBEDDED else data.dataset
+    wanted = recipe.evaluation.dataset
+    if wanted is None and data.dataset == EMBEDDED:
+        wanted = EMBEDDED
+    own = str(embedded_folder() / "evaluation.txt") if wanted == EMBEDDED else wanted
+    documents = read_documents(text)
+    splits = split_documents(documents, seed=recipe.seed, evaluation=read_documents(own) if own is not None else 0.15)
+
+    def rows(texts: list[str], nsamples: int, dataset: str) -> list[Tensor]:
+        resolved = resolve_source(dataset)
+        return tokenize(
+            texts,
+            tokenizer,
+            seqlen=clamp_seqlen(data.seqlen, config),
+            nsamples=nsamples,
+            seed=recipe.seed,
+            layout=resolved.layout if data.layout == "auto" else data.layout,
+            joiner=resolved.joiner,
+        )
+
+    return Rows(
+        train=rows(splits.train, data.nsamples, text),
+        gate=rows(splits.gate, recipe.gate.nsamples, text),
+        evaluation=rows(splits.evaluation, recipe.evaluation.nsamples, own or text),
+    )
+
+
+def _wrap(model: Any, tokenizer: Any) -> Source:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise CheckpointError(f"a {type(model).__name__} is no Hugging Face model: it has no config")
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    if tokenizer is None:
+        if not Path(name).is_dir():
+            raise DataError(
+                "a model object needs its tokenizer to read calibration text", hint="pass tokenizer=AutoTokenizer..."
+            )
+        tokenizer = load_tokenizer(Path(name))
+    scratch = tempfile.TemporaryDirectory(prefix="rotq-")
+    tokenizer.save_pretrained(scratch.name)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(scratch.name)
+    return Source(
+        name=name,
+        config=config,
+        architecture=architecture_for(config),
+        checkpoint=Checkpoint.from_module(model),
+        tokenizer=tokenizer,
+        files=side_files(Path(scratch.name)),
+        model=model,
+        scratch=scratch,
+    )
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError or a tokenizers exception of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot load the tokenizer in '{folder}': {reason}",
+            hint="copy tokenizer.json of the model into the folder",
+        ) from error

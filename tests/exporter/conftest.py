@@ -1,0 +1,55 @@
+"""Fixtures of the front door's tests: an installed backend that writes nothing, and a stand-in for the pipeline."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+
+STUB = """
+class Stub:
+    name = "stub"
+    targets = ("one", "two")
+
+    def refusal(self, scheme, target):
+        return "no float8 kernels" if (scheme, target) == ("float8", "one") else None
+
+    def compute_dtype(self, target):
+        return "float32"
+"""
+
+
+@pytest.fixture(scope="session")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with an installed distribution of two backends, of which one is broken."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "stub_backend.py").write_text(STUB)
+    info = folder / "stub-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stub\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rotq.backends]\nstub = stub_backend:Stub\nbroken = no_such_module:Thing\n")
+    return str(folder)
+
+
+@pytest.fixture
+def clean_logging() -> Iterator[None]:
+    """The command line configures logging for its process, which here is the test's."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    root.handlers = before
+    for name in ("exporter", "calib", "backends"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, clean_logging: None, plugins: str) -> types.ModuleType:
+    """Stands in for ``exporter.pipeline``; a test gives it the function it needs."""
+    module = types.ModuleType("exporter.pipeline")
+    monkeypatch.setitem(sys.modules, "exporter.pipeline", module)
+    monkeypatch.setattr("exporter.cli.session._silence_libraries", lambda: None)
+    monkeypatch.syspath_prepend(plugins)
+    return module

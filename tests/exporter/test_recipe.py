@@ -1,0 +1,88 @@
+"""Recipes: precedence, refusal of what is unknown, and what a saved recipe means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from calib.errors import RecipeError
+from calib.rotations.train import TrainConfig
+from exporter.recipe import Recipe, load_recipe, presets
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 3\ncalibration:\n  nsamples: 16\n  seqlen: 64\n")
+    recipe = load_recipe(path, {"calibration.nsamples": 8, "rotation.r1.epochs": 2, "scheme": None})
+    assert (recipe.seed, recipe.calibration.nsamples, recipe.calibration.seqlen) == (3, 8, 64)
+    assert (recipe.rotation.r1.epochs, recipe.rotation.r2.epochs) == (2, Recipe().rotation.r2.epochs)
+    assert recipe.scheme == "int8"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scheem: int8", "unknown recipe key 'scheem'"),
+        ("calibration: {rows: 3}", "unknown recipe key 'calibration.rows'"),
+        ("rotation: {r1: {learning_rate: 1}}", r"unknown recipe key 'rotation.r1.learning_rate'"),
+        ("calibration: {nsamples: 0}", r"'calibration.nsamples': .* \(got 0\)"),
+        ("rotate: r1,r9", "expected 'auto', 'none' or distinct names"),
+        ("rotate: r1,r1", "distinct"),
+        ("dtype: float64", "'dtype'"),
+        ("- a\n- b", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("seed: 1\nseed: 2", "not valid YAML.*seed"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in caught.value.message
+
+
+def test_a_missing_recipe_lists_the_presets() -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe 'int9'") as caught:
+        load_recipe("int9")
+    assert "int8-reference" in str(caught.value.hint)
+
+
+def test_an_override_below_something_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'calibration' must be a mapping"):
+        load_recipe(write(tmp_path, "calibration: 3"), {"calibration.seqlen": 4})
+
+
+def test_an_override_does_not_leak_through_a_yaml_alias(tmp_path: Path) -> None:
+    path = write(tmp_path, "rotation:\n  r1: &shared {epochs: 5}\n  r2: *shared\n")
+    recipe = load_recipe(path, {"rotation.r1.epochs": 1})
+    assert (recipe.rotation.r1.epochs, recipe.rotation.r2.epochs) == (1, 5)
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1e-3 as a string.
+    assert load_recipe(write(tmp_path, "rotation: {r1: {lr: 1e-3}}")).rotation.r1.lr == 0.001
+
+
+def test_a_saved_recipe_reads_back_equal_and_complete(tmp_path: Path) -> None:
+    recipe = load_recipe("int8-reference", {"model": "some/model", "rotate": "R4, r1"})
+    assert recipe.rotate == "r1,r4"
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
+
+
+def test_presets_load_and_int8_is_the_default() -> None:
+    assert {"int8", "int8-reference"} <= set(presets())
+    assert load_recipe("int8") == Recipe()
+
+
+@pytest.mark.parametrize("kind", ["r1", "r2"])
+def test_the_reference_preset_holds_the_published_values(kind: str) -> None:
+    published = TrainConfig.reference(rotation=kind)
+    preset = getattr(load_recipe("int8-reference").rotation, kind)
+    assert preset.model_dump() == {name: getattr(published, name) for name in type(preset).model_fields}
