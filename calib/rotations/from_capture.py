@@ -1,19 +1,32 @@
-"""The rotations of a whole model, trained on what was captured from it."""
+"""The rotations of a whole model, trained on what was captured from it, each behind its gate."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from calib.architectures import KINDS, Architecture
+from calib.capture.result import Samples
 from calib.capture.storage import Capture
 from calib.errors import RotationError
 from calib.progress import Progress, silent
 from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotation
+from calib.rotations.selection import CandidateError, Judge, select
 from calib.rotations.train import TrainConfig, TrainResult, train_rotation
+
+
+@dataclass(frozen=True)
+class TrainedRotations:
+    """Rotations of a model, and what each was chosen from."""
+
+    rotations: RotationSet
+    """R1 and R2 only where some rotation was better than none."""
+    table: tuple[CandidateError, ...] = ()
+    """A row for every candidate of every rotation that went through the gate."""
 
 
 def train_rotations(
@@ -25,13 +38,17 @@ def train_rotations(
     r1: TrainConfig,
     r2: TrainConfig,
     held_out: float,
+    judge: Judge | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
-) -> RotationSet:
-    """Train R1 and R2, and set up the Hadamard rotations R3 and R4, as far as they are in ``kinds``.
+) -> TrainedRotations:
+    """Train R1 and R2, keep what is best, and set up the Hadamard rotations R3 and R4, as far as they are in ``kinds``.
 
     R1 is one matrix over the pooled residual samples; the R2 of all layers and kv heads are trained in one batch. R3
     and R4 are plain Hadamard matrices: they run online, where a trained matrix would cost a dense product.
+
+    The samples are split in three: ``held_out`` of them for the gate, as much of the rest to stop training by, and what
+    remains to train on.
 
     Args:
         capture: samples of the model's norm-folded activations.
@@ -41,11 +58,37 @@ def train_rotations(
         r1: how to train R1; ``fix_ones`` is set for LayerNorm models.
         r2: how to train R2.
         held_out: share of the samples that is only measured on.
+        judge: the gate's measure; ``None`` keeps the trained rotations, whatever they are worth.
         device: where training runs.
         progress: called after every step.
 
     Raises:
         RotationError: the architecture refuses one of ``kinds``, or the samples cannot be trained on.
+    """
+    check_offered(kinds, config, architecture)
+    rotations: list[Rotation] = []
+    table: tuple[CandidateError, ...] = ()
+    if "r1" in kinds:
+        settings = replace(r1, fix_ones=architecture.norm_kind == "layer")
+        matrix, origin, rows = _best(capture, "r1", settings, held_out, judge, device, progress)
+        rotations += [] if matrix is None else [fused_rotation("r1", matrix, origin=origin)]
+        table += rows
+    if "r2" in kinds:
+        matrix, origin, rows = _best(capture, "r2", r2, held_out, judge, device, progress)
+        if matrix is not None:
+            rotations += [
+                fused_rotation("r2", heads, layer=layer, origin=origin)
+                for layer, heads in zip(capture.r2, matrix, strict=True)
+            ]
+        table += rows
+    return TrainedRotations(RotationSet([*rotations, *online_rotations(config, architecture, kinds)]), table)
+
+
+def check_offered(kinds: Collection[str], config: Any, architecture: Architecture) -> None:
+    """Refuse what the architecture refuses.
+
+    Raises:
+        RotationError: with the reason.
     """
     for kind in kinds:
         reason = architecture.refusal(kind, config)
@@ -54,18 +97,6 @@ def train_rotations(
                 f"{kind.upper()} is refused for {architecture.name}: {reason}",
                 hint=f"leave {kind} out of --rotate",
             )
-    rotations: list[Rotation] = []
-    if "r1" in kinds:
-        fix_ones = architecture.norm_kind == "layer"
-        result = _train(capture, "r1", replace(r1, fix_ones=fix_ones), held_out, device, progress)
-        rotations.append(fused_rotation("r1", result.matrix, origin=_origin(result)))
-    if "r2" in kinds:
-        result = _train(capture, "r2", r2, held_out, device, progress)
-        rotations += [
-            fused_rotation("r2", matrix, layer=layer, origin=_origin(result))
-            for layer, matrix in zip(capture.r2, result.matrix, strict=True)
-        ]
-    return RotationSet([*rotations, *online_rotations(config, architecture, kinds)])
 
 
 def online_rotations(config: Any, architecture: Architecture, kinds: Collection[str]) -> list[Rotation]:
@@ -88,29 +119,40 @@ def ordered_kinds(kinds: Collection[str]) -> str:
     return ",".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
-def _train(
+def _best(
     capture: Capture,
     rotation: Literal["r1", "r2"],
     config: TrainConfig,
     held_out: float,
+    judge: Judge | None,
     device: torch.device | str,
     progress: Progress,
+) -> tuple[Tensor | None, str, tuple[CandidateError, ...]]:
+    """The rotation to use (``None``: none), how it was chosen, and the gate's rows."""
+    train, held = (_on(part, device) for part in capture.held_out(rotation, held_out))
+    result = _train(rotation, *train.split(held_out), config, progress)
+    if judge is None:
+        return result.matrix, _origin(result), ()
+    chosen = select(rotation, result.matrix, train, held, judge, seed=config.seed, fix_ones=config.fix_ones)
+    origin = _origin(result) if chosen.name == "trained" else f"{chosen.name}, seed {config.seed}: better than training"
+    return chosen.matrix, origin, chosen.table
+
+
+def _train(
+    rotation: Literal["r1", "r2"], train: Samples, stop: Samples, config: TrainConfig, progress: Progress
 ) -> TrainResult:
-    train, held = capture.held_out(rotation, held_out)
-    weights = train.weights.to(device)
+    weights = train.weights
     if rotation == "r2":  # one weight for a token, whatever the kv head
         weights = weights.unsqueeze(-2).expand(train.values.shape[:-1])
 
     def report(stage: str, done: int, total: int | None) -> None:
         progress(f"train {rotation}", done, total)
 
-    return train_rotation(
-        train.values.to(device),
-        config,
-        weights=weights,
-        held_out=held.values.to(device),
-        progress=report,
-    )
+    return train_rotation(train.values, config, weights=weights, held_out=stop.values, progress=report)
+
+
+def _on(samples: Samples, device: torch.device | str) -> Samples:
+    return replace(samples, values=samples.values.to(device), weights=samples.weights.to(device))
 
 
 def _origin(result: TrainResult) -> str:

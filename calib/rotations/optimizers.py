@@ -14,11 +14,13 @@ from torch import Tensor
 
 from calib.errors import RotationError
 from calib.rotations.objectives import Objective
-from calib.rotations.polar import newton_schulz
+from calib.rotations.polar import newton_schulz, polar_factor
 
 OptimizerName = Literal["qr", "riemannian-ns", "riemannian-cayley", "monotone"]
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
-# Doubling this often takes a fraction of 0.1 beyond 1, and any other start to steps below float32 resolution.
+# The monotone step's curvature, as a fraction of its unit: doubled this often in one step, and never beyond this, where
+# the step is below float32 resolution.
+_LARGEST_FRACTION = 1e4
 _MOST_DOUBLINGS = 6
 
 UpdateRule = Literal["sgd", "adam"]
@@ -185,12 +187,12 @@ class MonotoneStepper:
 
     ``c`` is the worst case. Averaged over a bell-shaped ``y`` the kink alone outweighs the curvature elsewhere, the
     loss is nearly concave in ``Q``, and a smaller ``c`` takes longer steps. So ``c`` starts at ``fraction`` of the
-    bound; a step that turns out to have raised the loss is taken back and ``c`` doubled, up to the bound, where the
-    guarantee holds. Losses without a known bound use ``|G| / |Y|`` as the unit of ``c`` and double without limit.
+    bound; a step that turns out to have raised the loss is taken back and ``c`` doubled until it does not. At the bound
+    the guarantee holds. Losses without a known bound use ``|G| / |Y|`` as the unit of ``c``.
 
     ``damping`` adds ``damping * |A| / sqrt(n) * Q0`` to the matrix ``A`` whose polar factor is taken. As
     ``<Q, Q0> = n - |Q - Q0|^2 / 2`` this is a proximal term: it keeps the guarantee, leaves directions alone in which
-    the activations carry nothing (fewer tokens than channels, dead heads), and bounds the work of Newton-Schulz.
+    the activations carry nothing (fewer tokens than channels, dead heads), and bounds the condition number.
     """
 
     def __init__(self, start: Tensor, problem: Problem, *, fraction: float, damping: float) -> None:
@@ -210,6 +212,8 @@ class MonotoneStepper:
             self._seen = None
         loss, gradient = self._seen or self._evaluate(x, self._q, weights)
         self._seen = None
+        if not bool(torch.isfinite(loss).all()):
+            return loss  # for the caller to refuse; there is no polar factor of NaN
         spread = self._unit(gradient) * (self._moment @ self._q)
         target = torch.addcmul(self._problem.pulled_back(x, gradient).neg_(), self._fraction, spread)
         del gradient  # as large as the batch: make room for the next one
@@ -220,7 +224,8 @@ class MonotoneStepper:
             if not bool(rose.any()):
                 break
             # The heads that did not rise keep their target and get the same Q again.
-            increase = torch.where(rose[..., None, None], self._fraction, 0.0)
+            doubled = (2.0 * self._fraction).clamp_max(_LARGEST_FRACTION)
+            increase = torch.where(rose[..., None, None], doubled - self._fraction, 0.0)
             self._fraction = self._fraction + increase
             target = torch.addcmul(target, increase, spread)
             q = self._solve(target)
@@ -248,7 +253,7 @@ class MonotoneStepper:
         scale = torch.linalg.matrix_norm(target, keepdim=True) / target.shape[-1] ** 0.5
         scale = torch.where(scale > 0, scale, 1.0)  # no signal at all: the polar factor of Q itself, Q stays
         damped = torch.add(target / scale, self._q, alpha=self._damping)
-        return newton_schulz(damped, least=1e-3, tolerance=1e-3)
+        return polar_factor(damped, tolerance=1e-3)
 
     def rotation(self) -> Tensor:
         """The rotation after the last step."""

@@ -50,6 +50,33 @@ def newton_schulz(a: Tensor, *, least: float, tolerance: float, max_iterations: 
     return x
 
 
+def polar_factor(a: Tensor, *, tolerance: float) -> Tensor:
+    """Polar factor of ``a`` ``[*batch, n, n]`` with every entry of ``X^T X - I`` below ``tolerance``.
+
+    On a CPU ``A (A^T A)^(-1/2)`` by one symmetric eigendecomposition costs about 10 matmuls, where Newton-Schulz takes
+    20 to 25 for the ill-conditioned matrices of real activations. Squaring the condition number costs accuracy in the
+    weakest directions, those that ``<Q, A>`` hardly depends on; orthogonality is repaired by unscaled iterations. On a
+    GPU, where a decomposition costs hundreds of matmuls, Newton-Schulz does it all.
+    """
+    if a.device.type != "cpu":
+        return newton_schulz(a, least=1e-3, tolerance=tolerance)
+    power, axes = torch.linalg.eigh(a.mT @ a)
+    largest = power[..., -1:].clamp_min(torch.finfo(a.dtype).tiny)
+    # Eigenvalues below the rounding of the largest are noise; those directions come out short and are finished below.
+    root = power.clamp_min(torch.finfo(a.dtype).eps * largest).rsqrt()
+    x: Tensor = a @ ((axes * root.unsqueeze(-2)) @ axes.mT)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(3):
+        gram = x.mT @ x
+        distance = float((gram - eye).abs().max())
+        if distance <= tolerance:
+            return x
+        if distance > 0.1:
+            break
+        x = 0.5 * (x @ (3.0 * eye - gram))
+    return newton_schulz(x, least=0.1, tolerance=tolerance)
+
+
 def spectral_norm(a: Tensor) -> Tensor:
     """An upper estimate ``[*batch, 1, 1]`` of the largest singular value: the power method, times a margin."""
     generator = torch.Generator().manual_seed(0)

@@ -29,8 +29,8 @@ from calib.rotations.rotation_set import (
 )
 
 FORMAT_VERSION = 1
-_TENSORS = "rotations.safetensors"
-_MANIFEST = "rotations.json"
+TENSORS = "rotations.safetensors"
+MANIFEST = "rotations.json"
 _R2_KEY = "model.layers.{i}.self_attn.R2"
 _FIELDS = ("name", "kind", "space", "layer", "order", "seed", "online", "origin")
 
@@ -40,10 +40,10 @@ def save_rotations(rotations: RotationSet, folder: str | os.PathLike[str]) -> No
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     matrices = {name: r.matrix.contiguous().cpu() for name, r in rotations.items() if r.matrix is not None}
-    save_file(matrices, target / _TENSORS)
+    save_file(matrices, target / TENSORS)
     entries = [{field: getattr(rotation, field) for field in _FIELDS} for rotation in rotations.values()]
     manifest = {"format_version": FORMAT_VERSION, "rotations": entries}
-    (target / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
@@ -54,14 +54,14 @@ def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
     """
     source = Path(folder)
     try:
-        manifest = json.loads((source / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]
         entries = manifest["rotations"]
-        matrices = load_file(source / _TENSORS)
+        matrices = load_file(source / TENSORS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RotationError(
             f"the rotations in {source} cannot be read: {error}",
-            hint=f"the folder needs {_MANIFEST} and {_TENSORS}, both written by rotq",
+            hint=f"the folder needs {MANIFEST} and {TENSORS}, both written by rotq",
         ) from error
     if version != FORMAT_VERSION:
         raise RotationError(
@@ -76,10 +76,10 @@ def _from_entry(entry: Any, matrices: dict[str, Tensor], source: Path) -> Rotati
         values = {field: entry[field] for field in _FIELDS}
         values["space"] = Space(values["space"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RotationError(f"{_MANIFEST} in {source} is damaged: {error!r}", hint="write it again") from error
+        raise RotationError(f"{MANIFEST} in {source} is damaged: {error!r}", hint="write it again") from error
     matrix = matrices.get(values["name"])
     if matrix is None and values["order"] is None:
-        raise RotationError(f"the matrix of {values['name']} is missing from {source / _TENSORS}")
+        raise RotationError(f"the matrix of {values['name']} is missing from {source / TENSORS}")
     return Rotation(**values, matrix=matrix)
 
 

@@ -192,6 +192,11 @@ class RotationSet(Mapping[str, Rotation]):
         """The online rotation before the down projection of ``layer``, of its shared experts with that ``branch``."""
         return self.get(f"R4.{layer}.{branch}" if branch else f"R4.{layer}")
 
+    def of(self, kinds: Iterable[str]) -> RotationSet:
+        """The rotations of the given kinds alone."""
+        wanted = set(kinds)
+        return RotationSet(rotation for rotation in self.values() if rotation.kind in wanted)
+
     def merged(self, other: Iterable[Rotation]) -> RotationSet:
         """A set with the rotations of ``other`` added, replacing those of the same name."""
         return RotationSet({**self._rotations, **{rotation.name: rotation for rotation in other}}.values())

@@ -45,9 +45,8 @@ def hadamard_start(n: int, seed: int | None, *, fix_ones: bool = False) -> Tenso
     """The random Hadamard matrix ``H`` ``[n, n]``; with ``fix_ones``, ``H (I - 2 u^T u)``.
 
     ``1 H`` and ``1`` have equal length, so the reflection along ``u = (1 H - 1) / |1 H - 1|`` carries the one into the
-    other: ``1 H (I - 2 u^T u) = 1``. As ``H`` is orthogonal the columns are fixed too. Entries stay below ``3 /
-    sqrt(n)`` on average; the largest is ``2 - 4 / sqrt(n)`` at worst, where ``1 H`` is a multiple of a unit vector (no
-    signs).
+    other: ``1 H (I - 2 u^T u) = 1``. As the product is orthogonal it fixes ones as a column too. A reflection of rank
+    one changes few entries much: the median stays within 10 % of ``1 / sqrt(n)``.
     """
     matrix = hadamard_matrix(n, seed=seed)
     if not fix_ones:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from torch import Tensor
 from calib.errors import RotationError
 from calib.rotations.objectives import ActivationScheme, make_objective
 from calib.rotations.optimizers import MonotoneStepper, Problem, QrStepper, RiemannianStepper
-from calib.rotations.polar import newton_schulz, project_orthogonal, spectral_norm
+from calib.rotations.polar import newton_schulz, polar_factor, project_orthogonal, spectral_norm
 from calib.rotations.starts import haar_start
 
 EXACT = 1e-12
@@ -26,7 +28,8 @@ def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
 
 def polar_by_svd(matrix: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(matrix.double())
-    return u @ vh
+    factor: Tensor = u @ vh
+    return factor
 
 
 def orthogonality_error(matrix: Tensor) -> float:
@@ -41,6 +44,16 @@ def test_newton_schulz_finds_the_polar_factor_whatever_the_conditioning(n: int, 
     factor = newton_schulz(matrix, least=1e-3, tolerance=1e-10)
     # A tolerance t on X^T X leaves an error of t / 2 in each direction.
     torch.testing.assert_close(factor, polar_by_svd(matrix), rtol=0, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 24), st.floats(0, 3), st.integers(0, 10_000))
+def test_the_polar_factor_is_right_where_squaring_loses_the_condition(n: int, decades: float, seed: int) -> None:
+    singular = torch.logspace(0, -decades, n, dtype=torch.float64)
+    matrix = (haar_start(n, seed) * singular) @ haar_start(n, seed + 1)
+    factor = polar_factor(matrix, tolerance=1e-10)
+    # eps * condition^2 is 2e-10 at three decades, a few times over.
+    torch.testing.assert_close(factor, polar_by_svd(matrix), rtol=0, atol=1e-8)
 
 
 def test_newton_schulz_is_batched_over_any_dimensions() -> None:
@@ -109,14 +122,14 @@ def test_the_proven_step_finds_the_box_that_independent_uniform_channels_hide_in
 
 
 @pytest.mark.parametrize("retraction", ["ns", "cayley"])
-def test_riemannian_steps_stay_on_the_group_and_go_down(retraction: str) -> None:
+def test_riemannian_steps_stay_on_the_group_and_go_down(retraction: Literal["ns", "cayley"]) -> None:
     x = heavy_tailed(2, 128, 16)
     stepper = RiemannianStepper(
         haar_start(16, 0).float().expand(2, 16, 16),
         Problem(make_objective("whip")),
         lr=0.02,
         momentum=0.5,
-        retraction=retraction,  # type: ignore[arg-type]
+        retraction=retraction,
         accumulate=1,
     )
     losses = torch.stack([stepper.step(x, None) for _ in range(40)])
@@ -127,13 +140,14 @@ def test_riemannian_steps_stay_on_the_group_and_go_down(retraction: str) -> None
 def test_both_retractions_agree_to_second_order() -> None:
     x, start = heavy_tailed(128, 16), haar_start(16, 0).float()
     ends = []
-    for retraction in ("ns", "cayley"):
+    retractions: tuple[Literal["ns", "cayley"], ...] = ("ns", "cayley")
+    for retraction in retractions:
         stepper = RiemannianStepper(
             start,
             Problem(make_objective("whip")),
             lr=1e-2,
             momentum=0.0,
-            retraction=retraction,  # type: ignore[arg-type]
+            retraction=retraction,
             accumulate=1,
         )
         stepper.step(x, None)
@@ -152,7 +166,7 @@ def test_the_qr_step_is_the_reference_algorithm_with_its_last_step() -> None:
         q, _ = torch.linalg.qr(latent)
         loss = torch.exp(-(x @ q).abs()).sum(-1).mean()
         assert torch.equal(stepper.step(x, None), loss.detach())
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(stepper.rotation(), torch.linalg.qr(latent.detach()).Q)

@@ -23,7 +23,7 @@ def activations(*shape: int, seed: int = 0) -> Tensor:
     n = shape[-1]
     features = torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).exp()
     mixing = torch.randn(n, n, generator=torch.Generator().manual_seed(99)) / n**0.5
-    x = features @ mixing
+    x: Tensor = features @ mixing
     return x / x.square().mean().sqrt()
 
 
@@ -199,7 +199,7 @@ def nan_samples() -> Tensor:
 )
 def test_bad_samples_are_refused_with_a_hint(samples: Tensor, config: TrainConfig, options: dict[str, Tensor]) -> None:
     with pytest.raises(RotationError) as error:
-        train_rotation(samples, config, **options)
+        train_rotation(samples, config, **options)  # type: ignore[arg-type]
     assert error.value.hint
 
 
