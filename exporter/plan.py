@@ -23,12 +23,12 @@ from calib.schemes import PerBlock, PerChannel, Scheme, scheme_named
 from exporter.environment import cuda_devices
 from exporter.headers import CheckpointHeaders, TensorHeader, read_folder, read_headers
 from exporter.recipe import RECIPE_FILE, Recipe
-from exporter.report import REPORT_FILE
+from exporter.report import COMPARED_ROWS, REPORT_FILE, ROTATE_REPORT_FILE
 
 if TYPE_CHECKING:
     from exporter.run_options import RunOptions
 
-Goal = Literal["export", "calibrate", "capture"]
+Goal = Literal["export", "calibrate", "capture", "rotate"]
 
 EFFICIENCY = 0.5
 """Share of the matmul throughput that a whole forward pass reaches: norms, softmax and memory traffic take the rest.
@@ -59,6 +59,7 @@ _FILES = {
     "safetensors": ("model.safetensors (sharded above 5 GB)",),
     "calibrate": ("quantized_model.safetensors (sharded above 5 GB)", "quantized_model.json"),
     "capture": ("capture statistics and token reservoirs (safetensors and JSON)",),
+    "rotate": ("model.safetensors (sharded above 5 GB)",),
 }
 
 
@@ -146,15 +147,20 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     sizes = _sizes(checkpoint, recipe)
     scheme = scheme_named(recipe.scheme)
     flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
-    width = _float_bytes(recipe, goal)
-    after = sizes.parameters * 4 if goal == "capture" else _bytes_after(sizes, scheme, width)
+    before = sum(tensor.nbytes for tensor in checkpoint.tensors)
+    if goal == "capture":
+        after = sizes.parameters * 4
+    elif goal == "rotate":
+        after = sizes.stored * _FLOAT_BYTES.get(recipe.dtype, before // max(1, sizes.parameters))
+    else:
+        after = _bytes_after(sizes, scheme, _float_bytes(recipe))
     return Plan(
         goal=goal,
         model=checkpoint.source,
         model_type=model_type,
         parameters=sizes.parameters,
-        quantized_parameters=0 if goal == "capture" else sizes.linear_parameters,
-        bytes_before=sum(tensor.nbytes for tensor in checkpoint.tensors),
+        quantized_parameters=0 if goal in ("capture", "rotate") else sizes.linear_parameters,
+        bytes_before=before,
         bytes_after=_capture_bytes(sizes, recipe) if goal == "capture" else after,
         peak_memory=_peak_memory(sizes, recipe, goal, after),
         stages=tuple(_stages(recipe, options, goal, sizes, scheme, flops * EFFICIENCY)),
@@ -188,11 +194,9 @@ def _check_model_type(model_type: str) -> None:
         )
 
 
-def _float_bytes(recipe: Recipe, goal: Goal) -> int:
+def _float_bytes(recipe: Recipe) -> int:
     if recipe.dtype != "auto":
         return _FLOAT_BYTES[recipe.dtype]
-    if goal == "capture":
-        return _FLOAT_BYTES["float32"]
     from backends.registry import check_target, get_backend
 
     backend = get_backend(recipe.backend)
@@ -272,6 +276,8 @@ def _stages(recipe: Recipe, options: RunOptions, goal: Goal, sizes: _Sizes, sche
         rows = f"{data.nsamples} rows of {sizes.seqlen} tokens of {data.dataset}"
         stages.append(Stage("load", f"read {sizes.parameters:,} parameters, fold the norms", sizes.stored * 4 / 1e9))
         wanted = {"r1", "r2"} if recipe.rotate == "auto" else {"r1", "r2"} & set(recipe.rotate.split(","))
+        if recipe.rotation.files:  # taken to hold all that is wanted: reading them belongs to the run
+            wanted = set()
         if goal == "capture" or wanted:
             reused = options.from_capture
             what = f"statistics of {rows}" if reused is None else f"reuse {reused}"
@@ -279,6 +285,8 @@ def _stages(recipe: Recipe, options: RunOptions, goal: Goal, sizes: _Sizes, sche
         if goal == "capture":
             return stages
         stages += _training_stages(recipe, sizes, wanted, rate)
+        if goal == "rotate":
+            return stages + _rotating_stages(recipe, sizes, rate)
         stages += _quantizing_stages(recipe, sizes, scheme, rate, rows)
     if goal == "calibrate":
         return stages
@@ -308,6 +316,16 @@ def _training_stages(recipe: Recipe, sizes: _Sizes, wanted: set[str], rate: floa
     return stages
 
 
+def _rotating_stages(recipe: Recipe, sizes: _Sizes, rate: float) -> list[Stage]:
+    """Fusing once, writing, and comparing the written folder with the original."""
+    tokens = min(COMPARED_ROWS, recipe.evaluation.nsamples) * sizes.seqlen
+    return [
+        Stage("fuse", "exact, in float64", 4 * sizes.stored * sizes.hidden / rate),
+        Stage("write", "a Hugging Face folder", sizes.stored * 4 / 1e9),
+        Stage("compare", f"the folder with the original on {tokens:,} tokens", 2 * sizes.forward_flops(tokens) / rate),
+    ]
+
+
 def _quantizing_stages(recipe: Recipe, sizes: _Sizes, scheme: Scheme, rate: float, rows: str) -> list[Stage]:
     """Fusing and calibrating, once for each candidate of ``--rotate auto``, and the comparison of these."""
     candidates = GATE_CANDIDATES if recipe.rotate == "auto" else 1
@@ -329,9 +347,11 @@ def _quantizing_stages(recipe: Recipe, sizes: _Sizes, scheme: Scheme, rate: floa
 def _files(recipe: Recipe, goal: Goal) -> tuple[str, ...]:
     if goal == "capture":
         return (*_FILES["capture"], RECIPE_FILE)
+    rotations = ("rotations.safetensors", "rotations.json")
+    if goal == "rotate":
+        return (*_FILES["rotate"], *_SIDE_FILES, *rotations, RECIPE_FILE, ROTATE_REPORT_FILE, "README.md")
     weights = (
         _FILES["calibrate"] if goal == "calibrate" else _FILES.get(recipe.backend, (f"files of {recipe.backend}",))
     )
-    rotations = ("rotations.safetensors", "rotations.json")
     last = (RECIPE_FILE,) if goal == "calibrate" else (RECIPE_FILE, REPORT_FILE, "README.md")
     return (*weights, *_SIDE_FILES, *rotations, *last)

@@ -32,6 +32,7 @@ for name, function, summary, examples in (
     ("export", run_commands.export, "Rotate, quantize, write and verify.", run_commands.EXPORT_EXAMPLES),
     ("capture", run_commands.capture, "Only capture activation statistics.", run_commands.CAPTURE_EXAMPLES),
     ("calibrate", run_commands.calibrate, "Everything but writing for a runtime.", run_commands.CALIBRATE_EXAMPLES),
+    ("rotate", run_commands.rotate, "Write the rotated float checkpoint.", run_commands.ROTATE_EXAMPLES),
     ("verify", check_commands.verify, "Repeat the parity check on a folder.", check_commands.VERIFY_EXAMPLES),
     ("eval", check_commands.evaluate, "Perplexity of a folder or checkpoint.", check_commands.EVAL_EXAMPLES),
     ("backends", info_commands.backends, "What can be written, and for what.", info_commands.BACKENDS_EXAMPLES),

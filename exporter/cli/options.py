@@ -39,6 +39,7 @@ RECIPE_KEYS = {
     "r1_epochs": "rotation.r1.epochs",
     "r2_lr": "rotation.r2.lr",
     "r2_epochs": "rotation.r2.epochs",
+    "rotations": "rotation.files",
 }
 """Recipe key by field. ``rotation_optimizer`` sets two keys and is dealt with by :func:`overrides`."""
 
@@ -130,6 +131,14 @@ class RotationFlags:
         str | None,
         typer.Option("--rotate", help="auto, none, or some of r1,r2,r3,r4.", rich_help_panel=ROTATION),
     ] = None
+    rotations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--rotations",
+            help="Use these instead of training: a rotq folder, r1.pt and r2.pt, or R.bin. Repeatable.",
+            rich_help_panel=ROTATION,
+        ),
+    ] = None
     rotation_optimizer: Annotated[
         Literal["monotone", "qr", "riemannian-ns", "riemannian-cayley"] | None,
         typer.Option(
@@ -213,8 +222,10 @@ def overrides(*groups: Any) -> dict[str, Any]:
     for group in groups:
         for field in fields(group):
             value = getattr(group, field.name)
-            if value is None or value is False:
+            if value is None or value is False or value == []:
                 continue
+            if isinstance(value, list):
+                value = [str(item) for item in value]
             if field.name == "rotation_optimizer":
                 values["rotation.r1.optimizer"] = values["rotation.r2.optimizer"] = value
             elif field.name in RECIPE_KEYS:

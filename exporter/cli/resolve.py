@@ -20,6 +20,7 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 FIXED_BY_ARTIFACT = (
     "scheme",
     "rotate",
+    "rotation.files",
     "revision",
     "calibration.dataset",
     "calibration.nsamples",

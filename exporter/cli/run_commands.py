@@ -1,4 +1,4 @@
-"""The commands that make something: ``export``, ``capture`` and ``calibrate``."""
+"""The commands that make something: ``export``, ``capture``, ``calibrate`` and ``rotate``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from exporter.cli.command import with_flags
 from exporter.cli.errors import DONE, PARITY_FAILED
 from exporter.cli.options import (
+    ROTATION,
     RUN,
     BackendFlags,
     DataFlags,
@@ -43,6 +44,11 @@ EXPORT_EXAMPLES = (
 CAPTURE_EXAMPLES = (
     "rotq capture -m ./my-model --calib-dataset wikitext2 -o out/capture",
     "rotq export -m ./my-model --from-capture out/capture -o out/mine",
+)
+ROTATE_EXAMPLES = (
+    "rotq rotate -m ./my-model --calib-dataset notes.jsonl -o out/rotated",
+    "rotq rotate -m ./my-model --rotations r1.pt --rotations r2.pt -o out/rotated",
+    "rotq rotate -m ./my-model --dtype float32 --write-dartquant -o out/rotated",
 )
 CALIBRATE_EXAMPLES = (
     "rotq calibrate -m ./my-model --scheme int8 -o out/calibrated",
@@ -147,6 +153,48 @@ def calibrate(
     _print_folder(result.output, talk)
     if not talk.quiet:
         _say("next:", f"rotq export --from-artifact {shlex.quote(str(result.output))} -o OUT")
+
+
+@with_flags
+def rotate(
+    models: ModelFlags,
+    schemes: SchemeFlag,
+    rotations: RotationFlags,
+    data: DataFlags,
+    recipes: RecipeFlag,
+    resuming: ResumeFlags,
+    outputs: OutputFlags,
+    talk: TalkFlags,
+    write_dartquant: Annotated[
+        bool, typer.Option("--write-dartquant", help="Also write r1.pt and r2.pt.", rich_help_panel=ROTATION)
+    ] = False,
+) -> None:
+    """Fold norms and rotations into the weights, and write a float checkpoint that loads like the original.
+
+    Rotations are chosen for --scheme, but nothing is quantized. --rotate is r1,r2 unless given: what runs online (r3,
+    r4) cannot be in a stock folder. --dtype auto is the source's own.
+    """
+    set_up(talk)
+    options = _run_options(outputs, resuming)
+    recipe = resolve(recipes.recipe, overrides(models, schemes, rotations, data))
+    if outputs.dry_run:
+        _print_plan(recipe, options, "rotate", talk)
+        return
+    _print_settings(recipe, options, "rotate", talk)
+    with running(talk) as progress:
+        from exporter.rotating import rotate as run
+
+        result = run(recipe, options, write_dartquant=write_dartquant, progress=progress)
+    if talk.json_output:
+        print_json({"output": str(result.output), **result.report.model_dump(mode="json")})
+    elif talk.quiet:
+        typer.echo(result.output)
+    else:
+        from exporter.console import output_console, show_rotated
+
+        show_rotated(output_console(), result.report, result.output)
+        folder = shlex.quote(str(result.output))
+        _say("next:", f"rotq eval {folder} --text FILE", f"rotq export -m {folder} --rotate none -o OUT")
 
 
 def print_report(report: Report, folder: Path, talk: TalkFlags) -> None:

@@ -29,7 +29,9 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
         shown["scheme"] = recipe.scheme
     if options.from_artifact is None:
         if goal != "capture":
-            shown["rotate"] = recipe.rotate
+            shown["rotate"] = "r1,r2" if goal == "rotate" and recipe.rotate == "auto" else recipe.rotate
+            if recipe.rotation.files:
+                shown["rotations"] = ", ".join(recipe.rotation.files)
         text = "the embedded example text" if data.dataset == EMBEDDED else data.dataset
         shown["calibration"] = (
             f"{text}, {data.nsamples} rows of up to {data.seqlen} tokens, batches of {data.batch_size}"

@@ -9,6 +9,7 @@ from exporter.console.show import (
     show_evaluation,
     show_plan,
     show_report,
+    show_rotated,
     show_settings,
 )
 from exporter.console.streams import error_console, output_console
@@ -22,5 +23,6 @@ __all__ = [
     "show_evaluation",
     "show_plan",
     "show_report",
+    "show_rotated",
     "show_settings",
 ]

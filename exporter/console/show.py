@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from exporter import summary
 from exporter.console.streams import table_box
 from exporter.environment import Environment
-from exporter.report import Report
+from exporter.report import Report, RotateReport, RotationGateRow
 from exporter.summary import Table, human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     _line(console, f"size: {summary.size_words(report)}")
     calibration = report.calibration
     _line(console, f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of {calibration.dataset}")
+    show_rotation_gate(console, report.rotation_gate)
     _show_table(console, summary.gate_table(report))
     for line in summary.gate_findings(report):
         _line(console, line)
@@ -57,6 +58,29 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
         f"{verdict[report.status]}",
         style[report.status],
     )
+
+
+def show_rotated(console: Console, report: RotateReport, folder: Path) -> None:
+    """Print the summary of ``rotq rotate``."""
+    _line(
+        console,
+        f"{summary.source_words(report.model.source)}: {report.model.model_type}, "
+        f"{report.model.parameters:,} parameters",
+    )
+    show_rotation_gate(console, report.rotation_gate)
+    _show_table(console, summary.rotation_table(report))
+    if not report.rotations:
+        _line(console, "rotations: none; the norms alone are folded")
+    _show_table(console, summary.parity_table(report), alarm=True)
+    _show_table(console, summary.seconds_table(report))
+    _line(console, f"{folder} ({report.dtype}, rotate {report.rotate}): computes what the original does", "green")
+
+
+def show_rotation_gate(console: Console, rows: Sequence[RotationGateRow]) -> None:
+    """Print what each rotation was chosen from."""
+    _show_table(console, summary.rotation_gate_table(rows))
+    for line in summary.rotation_gate_findings(rows):
+        _line(console, line)
 
 
 def show_plan(console: Console, plan: Plan) -> None:

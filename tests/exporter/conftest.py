@@ -9,28 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-STUB = """
-class Stub:
-    name = "stub"
-    targets = ("one", "two")
-
-    def refusal(self, scheme, target):
-        return "no float8 kernels" if (scheme, target) == ("float8", "one") else None
-
-    def compute_dtype(self, target):
-        return "float32"
-"""
+from tests.plugins import install_plugins
 
 
 @pytest.fixture(scope="session")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with an installed distribution of two backends, of which one is broken."""
     folder = tmp_path_factory.mktemp("plugins")
-    (folder / "stub_backend.py").write_text(STUB)
-    info = folder / "stub-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stub\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[rotq.backends]\nstub = stub_backend:Stub\nbroken = no_such_module:Thing\n")
+    install_plugins(folder)
     return str(folder)
 
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from exporter.card import render_card, source_license, write_card
 from exporter.recipe import Recipe, load_recipe
-from exporter.report import ModelSummary
+from exporter.report import ModelSummary, RotationGateRow
 
 
 def test_the_metadata_is_what_the_hub_reads() -> None:
@@ -59,6 +59,17 @@ def test_the_gate_is_shown_with_what_did_not_help() -> None:
     text = render_card(Recipe(), sample_report())
     assert "| **r1,r2,r4** | **0.004** | **97.00%** | **14.460** | **chosen** |" in text
     assert "r1,r2 did not help: KL 0.17 against 0.16 without rotation" in text
+
+
+def test_the_candidates_of_each_rotation_are_shown_with_what_was_kept() -> None:
+    measure = "held-out activations, int8"
+    rows = [
+        RotationGateRow(rotation="R1", candidate="hadamard", error=1e-4, measure=measure, chosen=True),
+        RotationGateRow(rotation="R1", candidate="trained", error=3e-4, measure=measure),
+    ]
+    text = render_card(Recipe(), sample_report(rotation_gate=rows))
+    assert "| **R1** | **hadamard** | **1.000e-04** |" in text
+    assert "* training R1 gained nothing over hadamard: 3.00 x its error" in text
 
 
 def test_cells_cannot_break_the_table() -> None:

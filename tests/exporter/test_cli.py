@@ -17,7 +17,7 @@ from cli_support import ROOT, rotq, write_llama
 from exporter.recipe import load_recipe
 
 HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "onnx_ir", "datasets")
-COMMANDS = ("export", "capture", "calibrate", "verify", "eval", "backends", "env")
+COMMANDS = ("export", "capture", "calibrate", "rotate", "verify", "eval", "backends", "env")
 
 
 def command_line(value: object) -> str:
@@ -51,6 +51,8 @@ def imported(*arguments: str, path: str = "") -> tuple[set[str], int]:
         (["export", "--scheme", "int9", "-o", "x"], 2),
         (["export", "--backend", "stub", "-m", "./nowhere", "--dry-run"], 1),
         (["export", "--backend", "stub", "--dry-run"], 0),
+        (["rotate", "--rotations", "r1.pt", "--rotations", "r2.pt", "--dry-run"], 0),
+        (["export", "--from-artifact", "x", "--rotations", "r1.pt", "-o", "y"], 2),
         (["verify", "./nowhere"], 1),
     ],
     ids=command_line,

@@ -1,0 +1,157 @@
+"""Which rotations a recipe asks for, and where they come from: files, training, or a Hadamard matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from calib.capture.storage import Capture
+from calib.errors import RotationError
+from calib.fusing import FusedModel
+from calib.progress import Progress
+from calib.rotations.from_capture import (
+    TrainedRotations,
+    check_offered,
+    online_rotations,
+    ordered_kinds,
+    train_rotations,
+)
+from calib.rotations.imported import import_rotations
+from calib.rotations.objectives import ActivationScheme
+from calib.rotations.readers import residual_rows, value_rows
+from calib.rotations.rotation_set import RotationSet
+from calib.rotations.selection import Judge, judge_for
+from calib.rotations.train import TrainConfig
+from calib.schemes import PerTensor, Scheme, scheme_named
+from exporter.gate import CANDIDATES
+from exporter.recipe import Recipe, Training
+from exporter.report import RotationSummary
+from exporter.source import Source
+
+
+def kinds_of(rotate: str) -> list[str]:
+    """The kinds in what ``--rotate`` takes, but for ``auto``."""
+    return [] if rotate == "none" else rotate.split(",")
+
+
+def candidate_sets(recipe: Recipe, source: Source, given: RotationSet) -> list[str]:
+    """What ``--rotate auto`` compares on this architecture; else the one set that was asked for.
+
+    Raises:
+        RotationError: ``given`` holds a rotation that no candidate has.
+    """
+    sets = [recipe.rotate]
+    if recipe.rotate == "auto":
+        offered = [
+            [kind for kind in kinds_of(rotate) if source.architecture.refusal(kind, source.config) is None]
+            for rotate in CANDIDATES
+        ]
+        sets = list(dict.fromkeys(map(ordered_kinds, offered)))
+    unused = set(given.kinds()) - {kind for rotate in sets for kind in kinds_of(rotate)}
+    if unused:
+        kinds = ordered_kinds({*unused, *given.kinds()})
+        raise RotationError(
+            f"the given files hold {', '.join(kind.upper() for kind in sorted(unused))}, which --rotate "
+            f"{recipe.rotate} leaves out",
+            hint=f"give --rotate {kinds}, or other files to --rotations",
+        )
+    return sets
+
+
+def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
+    """The rotations in the recipe's files, checked against the model.
+
+    Raises:
+        RotationError: a file cannot be read, or holds what does not fit the model or is not orthogonal.
+    """
+    if not recipe.rotation.files:
+        return RotationSet()
+    return import_rotations(recipe.rotation.files, source.config, source.architecture)
+
+
+def trainable(kinds: Collection[str], given: RotationSet) -> list[str]:
+    """Those of ``kinds`` that have to be trained."""
+    return sorted({"r1", "r2"} & set(kinds) - set(given.kinds()))
+
+
+def rotations_of(
+    kinds: Collection[str],
+    recipe: Recipe,
+    source: Source,
+    given: RotationSet,
+    statistics: Capture | None,
+    folded: FusedModel | None,
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> TrainedRotations:
+    """Rotations of the wanted ``kinds``: those of ``given``, trained ones, and Hadamard matrices for R3 and R4.
+
+    Args:
+        kinds: which of r1, r2, r3, r4.
+        recipe: how to train.
+        source: the float model.
+        given: rotations from files.
+        statistics: what to train on; needed where something is :func:`trainable`.
+        folded: the norm-folded model; needed for weight-only schemes, whose gate looks at weights.
+        device: where training runs.
+        progress: called after every step.
+
+    Raises:
+        RotationError: a kind is refused, or the samples cannot be trained on.
+    """
+    check_offered(kinds, source.config, source.architecture)
+    wanted = set(kinds) - set(given.kinds())
+    made = TrainedRotations(RotationSet(online_rotations(source.config, source.architecture, wanted)))
+    if statistics is not None:
+        settings, scheme = recipe.rotation, scheme_named(recipe.scheme)
+        made = train_rotations(
+            statistics,
+            source.config,
+            source.architecture,
+            wanted,
+            r1=_training(settings.r1, scheme, recipe.seed),
+            r2=_training(settings.r2, scheme, recipe.seed),
+            held_out=settings.held_out,
+            judge=_judge(scheme, folded) if settings.select else None,
+            device=device,
+            progress=progress,
+        )
+    return TrainedRotations(made.rotations.merged(given.of(kinds).values()), made.table)
+
+
+def activation_scheme(scheme: Scheme) -> ActivationScheme | None:
+    """What the rotation trainer should know of how activations are quantized; ``None`` where they are not."""
+    if scheme.activation is None or scheme.activation.format.kind != "integer":
+        return None
+    granularity = "tensor" if isinstance(scheme.activation.granularity, PerTensor) else "token"
+    return ActivationScheme(bits=scheme.activation.format.bits, symmetric=True, granularity=granularity)  # type: ignore[arg-type]
+
+
+def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:
+    """The rows of a report."""
+    return [
+        RotationSummary(
+            name=rotation.name,
+            space=str(rotation.space) if rotation.layer is None else f"{rotation.space}[{rotation.layer}]",
+            order=rotation.order or rotation.dense().shape[-1],
+            online=rotation.online,
+            origin=rotation.origin,
+        )
+        for rotation in rotations.values()
+    ]
+
+
+def _training(settings: Training, scheme: Scheme, seed: int) -> TrainConfig:
+    return TrainConfig(**settings.model_dump(), scheme=activation_scheme(scheme), seed=seed)
+
+
+def _judge(scheme: Scheme, folded: FusedModel | None) -> Judge:
+    if folded is None:
+        return judge_for(scheme)
+    found = {
+        "r1": residual_rows(folded.state, folded.config, folded.architecture),
+        "r2": value_rows(folded.state, folded.config, folded.architecture),
+    }
+    return judge_for(scheme, {name: rows for name, rows in found.items() if rows is not None})
