@@ -8,9 +8,7 @@ with the artifact's integers and scales, in float32. Nothing of ModelOpt is left
 runtime has to give.
 
 The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears, attention, head), is just
-as right: addition of floats fixes no order. What the two differ by, end to end, is the *split-sum floor*: no runtime
-that orders its sums in its own way can be held closer to the reference than that, since rounding flips amplify it
-wherever activations are quantized.
+as right: addition of floats fixes no order. :mod:`calib.floor` measures what the two differ by.
 """
 
 from __future__ import annotations
@@ -21,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calib.architectures import architecture_for
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.modules import set_submodule
-from calib.rotations.rotation_set import Rotation
+from calib.online import attach_online
+from calib.rotations.rotation_set import Rotation, RotationSet
 from calib.scales import dequantize, fake_quantize
 from calib.skeleton import build_skeleton
 
@@ -72,7 +72,7 @@ def build_reference(model: QuantizedModel, *, split_sum: bool = False) -> nn.Mod
     """The Hugging Face model of ``model.config`` in eval mode, float32 on CPU, its quantized linears fake-quantized.
 
     Args:
-        model: the artifact. R1, R2 and R4 may be in it; an online R3 is attached as :mod:`calib.online` does.
+        model: the artifact. Any rotation may be in it; :mod:`calib.online` attaches those outside the linears.
         split_sum: sum every matmul in two halves (see the module's docstring).
     """
     floats = {name: tensor.float() for name, tensor in model.floats.items()}
@@ -80,6 +80,10 @@ def build_reference(model: QuantizedModel, *, split_sum: bool = False) -> nn.Mod
     for name, linear in model.linears.items():
         rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
         set_submodule(network, name, ReferenceLinear(linear, rotation, split_sum=split_sum))
+    config: Any = network.config
+    inside = {linear.online_rotation for linear in model.linears.values()}  # the rest: R3, and R4 of float experts
+    outside = RotationSet(rotation for name, rotation in model.rotations.items() if name not in inside)
+    attach_online(network, architecture_for(config), config, outside)
     if split_sum:
         for module in network.modules():
             if type(module) is nn.Linear:
@@ -124,5 +128,6 @@ def _split_attention(
     if attention_mask is None:
         lengths = scores.shape[-2:]
         attention_mask = torch.ones(lengths, dtype=torch.bool, device=scores.device).tril(lengths[1] - lengths[0])
-    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(dim=-1)
+    # The smallest number, not -inf: a padded query sees no key at all, and NaN would spread from it.
+    weights = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return _split_matmul(weights, value).transpose(1, 2).contiguous(), None

@@ -3,7 +3,7 @@
 1. The original float model against the rotated one: relative L2 of logits, at most 1e-5 in float32. The fold is exact.
 2. The torch fake-quant reference, computed from the artifact alone, against the export *run in its runtime*.
    Each linear on identical inputs: at most 1e-5. End to end, where activations are quantized, rounding flips amplify,
-   so the bound is twice the split-sum floor (:mod:`calib.reference`) of the same run; weight-only it is 1e-5.
+   so the bound is twice the floor (:mod:`calib.floor`) of the same run; weight-only it is 1e-5.
 3. The original float model against the export: KL divergence, top-1 agreement, perplexity. This is quality; the scheme
    says how much it may cost.
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from backends.base import Backend, RuntimeModel
 from calib.artifact import QuantizedModel
+from calib.floor import Difference, one_flip_floor, split_sum_floor
 from calib.fusing import FusedModel, materialize
 from calib.perplexity import compare_logits, model_logits
 from calib.progress import Progress
@@ -59,22 +60,6 @@ class Subject:
     device: torch.device | str = "cpu"
 
 
-class _Difference:
-    """Relative L2 between two streams of tensors, accumulated in float64."""
-
-    def __init__(self) -> None:
-        self._squares = self._reference = 0.0
-
-    def add(self, values: Tensor, reference: Tensor) -> None:
-        reference = reference.double().cpu()
-        self._squares += float((values.double().cpu() - reference).square().sum())
-        self._reference += float(reference.square().sum())
-
-    @property
-    def value(self) -> float:
-        return float((self._squares / max(self._reference, torch.finfo(torch.float64).tiny)) ** 0.5)
-
-
 def check_parity(subject: Subject, progress: Progress) -> list[ParityRow]:
     """Run all three rungs and judge them.
 
@@ -100,7 +85,7 @@ def check_parity(subject: Subject, progress: Progress) -> list[ParityRow]:
 
 def _rung1(subject: Subject, source: Source, fused: FusedModel) -> ParityRow:
     original, rotated = source.original(subject.device), materialize(fused, device=subject.device).float()
-    difference = _Difference()
+    difference = Difference()
     for row in subject.rows:
         difference.add(_logits(rotated, row), _logits(original, row))
     exact = subject.quantized.dtype == torch.float32
@@ -136,7 +121,7 @@ def _rung2(subject: Subject) -> list[ParityRow]:
 def _linears_row(subject: Subject, reference: nn.Module) -> ParityRow:
     """The worst linear of the runtime against torch, both fed what entered that linear in the runtime."""
     probed = subject.backend.load_probed(subject.folder)
-    differences = {name: _Difference() for name in subject.quantized.linears}
+    differences = {name: Difference() for name in subject.quantized.linears}
     for row in subject.rows[:_PROBE_ROWS]:
         found = probed.probe(row[:_PROBE_TOKENS].unsqueeze(0), list(differences))
         for name, (entering, leaving) in found.items():
@@ -150,20 +135,20 @@ def _linears_row(subject: Subject, reference: nn.Module) -> ParityRow:
 
 
 def _end_to_end_bound(subject: Subject, reference: nn.Module) -> tuple[float, list[ParityRow]]:
-    """The bound of the end-to-end rows, and the row that says where it comes from."""
+    """The bound of the end-to-end rows, and the rows that say where it comes from."""
     if subject.quantized.scheme.weight_only:
         return WEIGHT_ONLY_BOUND, []
-    split = build_reference(subject.quantized, split_sum=True)
-    difference = _Difference()
-    for row in subject.rows:
-        difference.add(_logits(split, row), _logits(reference, row))
-    note = "torch against itself, sums in another order"
-    floor = _row(2, "split-sum floor", "relative L2", difference.value, None, note)
-    return FLOOR_FACTOR * difference.value, [floor]
+    split = split_sum_floor(subject.quantized, reference, subject.rows)
+    flip = one_flip_floor(reference, subject.rows)
+    rows = [
+        _row(2, "split-sum floor", "relative L2", split, None, "torch against itself, sums in another order"),
+        _row(2, "one-flip floor", "relative L2", flip, None, "torch against itself, one value a row rounded over"),
+    ]
+    return FLOOR_FACTOR * max(split, flip), rows
 
 
 def _prefill(runtime: RuntimeModel, reference: nn.Module, rows: Sequence[Tensor]) -> float:
-    difference = _Difference()
+    difference = Difference()
     for row in rows:
         ids = row.unsqueeze(0)
         logits, _ = runtime.forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])
@@ -183,7 +168,7 @@ def _decode(runtime: RuntimeModel, reference: nn.Module, rows: Sequence[Tensor])
         here = slice(step, step + 1)
         logits, past = runtime.forward(ids[:, here], mask[:, : step + 1], positions[:, here], past)
         steps.append(logits)
-    difference = _Difference()
+    difference = Difference()
     for index, row in enumerate(torch.cat(steps, dim=1)):
         difference.add(row.unsqueeze(0), _logits(reference, ids[index]))
     return difference.value
@@ -196,7 +181,7 @@ def _padded(runtime: RuntimeModel, reference: nn.Module, rows: Sequence[Tensor])
     ids = torch.stack([nn.functional.pad(row, (longest - row.numel(), 0)) for row in cut])
     mask = torch.stack([nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in cut])
     logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
-    difference = _Difference()
+    difference = Difference()
     for row, found in zip(cut, logits, strict=True):
         difference.add(found[longest - row.numel() :].unsqueeze(0), _logits(reference, row))
     return difference.value
