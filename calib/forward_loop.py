@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from calib.data.batches import Batch, length_batches
 from calib.data.tokens import Tokenizer, calibration_rows, clamp_seqlen
@@ -54,7 +55,10 @@ class ForwardLoop:
         device = next(model.parameters()).device
         with evaluating(model), torch.no_grad():
             for batch in track(self._batches, "forward", len(self._batches), self._progress):
-                logits = model(**batch.model_inputs(device), use_cache=False).logits
+                try:
+                    logits = model(**batch.model_inputs(device), use_cache=False).logits
+                except AssertionError as error:  # how ModelOpt's calibrators say that they saw NaN or Inf
+                    raise _not_finite(model, batch) from error
                 if not _finite(logits, batch):
                     raise _not_finite(model, batch)
 
@@ -117,36 +121,36 @@ def _finite(x: Tensor, batch: Batch) -> bool:
 
 
 def _not_finite(model: nn.Module, batch: Batch) -> QuantizationError:
-    """Run ``batch`` again with a hook on every module, and name the first whose output is not finite.
+    """Run ``batch`` again with hooks on every module, and name the first that takes or gives what is not finite.
 
-    Modules report in the order in which they finish, so the innermost one comes before those that contain it.
+    Modules report their outputs in the order in which they finish, so the innermost one comes before those that contain
+    it. Inputs are watched as well: what overflows may be a product between modules, as in a gated MLP.
     """
-    culprits: list[str] = []
+    culprits: list[tuple[str, str]] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            del module, args
-            x = output[0] if isinstance(output, tuple) and output else output
-            if (
-                not culprits
-                and isinstance(x, Tensor)
-                and x.shape[:2] == batch.input_ids.shape
-                and not _finite(x, batch)
-            ):
-                culprits.append(name)
+    def look(what: str, name: str, values: Any) -> None:
+        x = values[0] if isinstance(values, tuple) and values else values
+        if not culprits and isinstance(x, Tensor) and x.shape[:2] == batch.input_ids.shape and not _finite(x, batch):
+            culprits.append((what, name))
 
-        return hook
+    def watch(name: str, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(lambda _, args: look("input", name, args)),
+            module.register_forward_hook(lambda _, args, output: look("output", name, output)),
+        ]
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    handles = [handle for name, module in model.named_modules() if name for handle in watch(name, module)]
     try:
         model(**batch.model_inputs(next(model.parameters()).device), use_cache=False)
+    except AssertionError:
+        pass  # ModelOpt's calibrators assert again; the hooks have seen what led there
     finally:
         for handle in handles:
             handle.remove()
-    name = culprits[0] if culprits else "the model"
+    what, name = culprits[0] if culprits else ("output", "the model")
     damaged = culprits and not all(bool(torch.isfinite(p).all()) for p in model.get_submodule(name).parameters())
     return QuantizationError(
-        f"the output of '{name}' holds NaN or Inf during calibration",
+        f"the {what} of '{name}' holds NaN or Inf during calibration",
         hint="Its weights hold NaN or Inf: the checkpoint is damaged."
         if damaged
         else "The model overflows in this dtype: try --dtype bfloat16 or float32.",

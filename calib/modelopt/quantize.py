@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calib.errors import DataError, QuantizationError
 from calib.modelopt.config import modelopt_config
 from calib.modules import get_submodule
-from calib.schemes import Scheme, scheme_named
+from calib.schemes import Granularity, PerBlock, PerChannel, PerTensor, Scheme, scheme_named
 
 ForwardLoop = Callable[[nn.Module], None]
 
@@ -51,8 +51,10 @@ def modelopt_quantize(
         The same model; its linears are ModelOpt's ``QuantLinear`` whose quantizers hold amax.
 
     Raises:
-        QuantizationError: unknown mode, or a quantized linear that calibration never reached.
+        QuantizationError: unknown mode, a quantized linear that calibration never reached, or NaN or Inf in the weights
+            or inputs of one.
         DataError: the mode quantizes activations and no forward loop was given.
+        CheckpointError: one of ``modules`` does not exist.
 
     Source: ``modelopt_quantize`` of the nanoGPT example in NVIDIA's TensorRT-Incubator.
     """
@@ -63,8 +65,22 @@ def modelopt_quantize(
             hint="pass forward_loop=create_forward_loop(...)",
         )
     names = list(modules) if modules is not None else _linears_but_head(model)
-    with torch.no_grad():
-        quantized: nn.Module = mtq.quantize(model, modelopt_config(scheme, names), forward_loop)
+    linears: dict[str, Any] = {name: get_submodule(model, name) for name in names}
+    damaged = [name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())]
+    if damaged:
+        raise _not_finite(f"the weights of {', '.join(damaged)}")
+    entered: list[str] = []
+    watch = [
+        linear.register_forward_pre_hook(lambda *_, name=name: entered.append(name)) for name, linear in linears.items()
+    ]
+    try:
+        with torch.no_grad():
+            quantized: nn.Module = mtq.quantize(model, modelopt_config(scheme, names), forward_loop)
+    except AssertionError as error:  # ModelOpt asserts that what it collects is finite
+        raise _not_finite(f"the input of {entered[-1] if entered else 'a linear'}") from error
+    finally:
+        for handle in watch:
+            handle.remove()
     read_amax(quantized, scheme, names)
     return quantized
 
@@ -79,8 +95,8 @@ def read_amax(model: nn.Module, scheme: Scheme, modules: Sequence[str]) -> dict[
     unreached: list[str] = []
     for name in modules:
         linear: Any = get_submodule(model, name)
-        weight = _amax(linear.weight_quantizer)
-        inputs = None if scheme.activation is None else _amax(linear.input_quantizer)
+        weight = _amax(linear.weight_quantizer, _amax_shape(linear.weight, scheme.weight.granularity))
+        inputs = None if scheme.activation is None else _amax(linear.input_quantizer, (1,))
         if weight is None or (inputs is None and scheme.activation is not None):
             unreached.append(name)
             continue
@@ -92,21 +108,36 @@ def read_amax(model: nn.Module, scheme: Scheme, modules: Sequence[str]) -> dict[
         )
     broken = [name for name, amax in found.items() if not _finite(amax)]
     if broken:
-        raise QuantizationError(
-            f"calibration found NaN or Inf at: {', '.join(broken)}", hint="check the checkpoint's weights and dtype"
-        )
+        raise _not_finite(", ".join(broken))
     return found
 
 
-def _amax(quantizer: Any) -> Tensor | None:
-    if getattr(quantizer, "amax", None) is None:
-        return None
-    exported: Tensor = quantizer.export_amax()
-    return exported.detach().float().cpu()
+def _amax(quantizer: Any, shape: tuple[int, ...]) -> Tensor | None:
+    """What a quantizer collected. Its ``export_amax`` would put 127 in place of zero, NaN and Inf."""
+    collected: Tensor | None = getattr(quantizer, "amax", None)
+    return None if collected is None else collected.detach().float().cpu().reshape(shape)
+
+
+def _amax_shape(weight: Tensor, granularity: Granularity) -> tuple[int, ...]:
+    """The shape of :attr:`LinearAmax.weight`; ModelOpt keeps ``[]``, ``[out, 1]`` and ``[out * blocks, 1]``."""
+    match granularity:
+        case PerTensor():
+            return (1,)
+        case PerChannel():
+            return (-1,)
+        case PerBlock():
+            return (weight.shape[0], -1)
 
 
 def _finite(amax: LinearAmax) -> bool:
     return all(bool(torch.isfinite(value).all()) for value in (amax.weight, amax.input) if value is not None)
+
+
+def _not_finite(where: str) -> QuantizationError:
+    return QuantizationError(
+        f"calibration found NaN or Inf in {where}",
+        hint="check the checkpoint's weights; a model that overflows in its dtype needs --dtype bfloat16 or float32",
+    )
 
 
 def _linears_but_head(model: Any) -> list[str]:
