@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 
 from backends.base import Fusion
-from backends.onnx.runner import open_session, session_options
+from backends.onnx.runner import open_session, read_proto, session_options
 
 _WEIGHT_SUFFIX = "/DequantizeWeight"
 
@@ -23,7 +23,7 @@ def fusion(path: Path) -> Fusion:
     Raises:
         BackendError: ONNX Runtime cannot load the graph.
     """
-    written = onnx.load(path, load_external_data=False).graph
+    written = read_proto(path).graph
     weights = {
         node.input[0]: node.name.removesuffix(_WEIGHT_SUFFIX)
         for node in written.node

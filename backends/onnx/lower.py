@@ -62,7 +62,7 @@ class _Lowering:
         builder = tape.Tape()
         linear = self.quantized.linears.get(name)
         if linear is not None:
-            output = self._quantized_linear(builder, x, linear)
+            output = self._batched(builder, x, linear)
         elif f"{name}.weight" in self.quantized.floats:
             output = self._float_linear(builder, x, name)
         else:
@@ -74,6 +74,19 @@ class _Lowering:
         self.graph.insert_before(node, list(builder.nodes))
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
+
+    def _batched(self, builder: tape.Tape, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
+        """The linear over a value of three dimensions at least; OPT flattens batch and sequence before its MLP.
+
+        ONNX Runtime makes a float Gemm of a two-dimensional MatMul and its bias before it looks for integer kernels.
+        """
+        if x.shape is None or len(x.shape) != 2:
+            return self._quantized_linear(builder, x, linear)
+        first = self._initializer("axes.0", (1,), ir.DataType.INT64, lambda: torch.tensor([0]))
+        batched = builder.op("Unsqueeze", [x, first], name=f"{linear.name}/Unsqueeze")
+        batched.shape, batched.type = ir.Shape([1, *x.shape]), x.type
+        output = self._quantized_linear(builder, batched, linear)
+        return builder.op("Squeeze", [output, first], name=f"{linear.name}/Squeeze")
 
     def _quantized_linear(self, builder: tape.Tape, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
         if linear.input_scale is not None:
@@ -163,13 +176,18 @@ class _Lowering:
     ) -> ir.Value:
         """The initializer called ``name``, made on first use. Its bytes are read when they are written, not kept."""
         if name not in self._initializers:
-            tensor = ir.LazyTensor(
-                lambda: ir.tensor(read(), dtype=dtype, name=name), dtype=dtype, shape=ir.Shape(shape), name=name
-            )
+            tensor = ir.LazyTensor(lambda: _tensor(read(), dtype, name), dtype=dtype, shape=ir.Shape(shape), name=name)
             value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
             self.graph.register_initializer(value)
             self._initializers[name] = value
         return self._initializers[name]
+
+
+def _tensor(values: Tensor, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+    """``values`` as they are stored. torch has no 4-bit dtype, so int4 goes through numpy's, which onnx_ir packs."""
+    if dtype == ir.DataType.INT4:
+        return ir.tensor(values.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+    return ir.tensor(values, dtype=dtype, name=name)
 
 
 def _scale_for_kn(linear: QuantizedLinear) -> Tensor:

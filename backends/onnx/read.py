@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from backends.onnx.runner import read_proto
 from backends.onnx.write import METADATA_KEY
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
@@ -22,8 +23,10 @@ def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
     Raises:
         BackendError: the file is missing, damaged, or was not written by rotq.
     """
+    proto = read_proto(path)
     try:
-        model = ir.load(path)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
         entries = json.loads(model.metadata_props[METADATA_KEY])
         return {
             name: _linear(model.graph, name, entry["scheme"], entry["online_rotation"])
@@ -31,7 +34,7 @@ def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
         }
     except (OSError, ValueError, KeyError) as error:
         raise BackendError(
-            f"'{path}' is missing, damaged, or not a graph of rotq: {error}", hint="export the model again"
+            f"'{path}' or its data is damaged, or not a graph of rotq: {error}", hint="export the model again"
         ) from error
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
 from torch import Tensor
 
 from calib.errors import BackendError
@@ -80,6 +81,18 @@ def session_options(*, exact: bool) -> ort.SessionOptions:
     return options
 
 
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The graph file at ``path`` without its external data.
+
+    Raises:
+        BackendError: it is missing, or no ONNX file.
+    """
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise _unreadable(path, str(error)) from error
+
+
 def open_session(source: str | bytes, options: ort.SessionOptions, path: Path) -> ort.InferenceSession:
     """A CPU session over ``source``, a path or a serialized model that was read from ``path``.
 
@@ -89,11 +102,14 @@ def open_session(source: str | bytes, options: ort.SessionOptions, path: Path) -
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        reason = " ".join(str(error).split())
-        raise BackendError(
-            f"ONNX Runtime cannot load '{path}': {reason}",
-            hint="the file or its .data file is missing, damaged or edited",
-        ) from error
+        raise _unreadable(path, str(error)) from error
+
+
+def _unreadable(path: Path, reason: str) -> BackendError:
+    return BackendError(
+        f"ONNX Runtime cannot load '{path}': {' '.join(reason.split())}",
+        hint="the file or its .data file is missing, damaged or edited",
+    )
 
 
 def _empty_cache(entry: ort.NodeArg, batch: int) -> Tensor:
@@ -103,7 +119,7 @@ def _empty_cache(entry: ort.NodeArg, batch: int) -> Tensor:
 
 def _tap_outputs(path: Path) -> dict[str, tuple[str, str]]:
     """For each linear, the value that enters its quantizer (or its MatMul) and the value that leaves it."""
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = read_proto(path).graph
     producers = {name: node for node in graph.node for name in node.output}
     taps: dict[str, tuple[str, str]] = {}
     for node in graph.node:
@@ -121,7 +137,7 @@ def _tap_outputs(path: Path) -> dict[str, tuple[str, str]]:
 
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
     """The graph with further values as outputs, serialized without its external data."""
-    model = onnx.load(path, load_external_data=False)
+    model = read_proto(path)
     known = {output.name for output in model.graph.output}
     for name in dict.fromkeys(names):
         if name not in known:

@@ -4,6 +4,10 @@ The model is traced once with each linear replaced by a placeholder node ``rotq:
 the module's name. :mod:`backends.onnx.lower` then puts weights, scales and online rotations in its place. So no linear
 weight is in memory during the trace, none is constant-folded or renamed, and the graph does not depend on the scheme.
 
+An online R3 sits inside the attention, after RoPE and before the cache, so it is traced with the model: a Reshape and a
+MatMul with a small constant for each Kronecker factor. Cached keys are rotated, in ``past_key_values`` as in
+``present``.
+
 Inputs and outputs have the names that onnxruntime-genai and optimum know:
 
     input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence],
@@ -23,8 +27,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from calib.architectures import architecture_for
 from calib.errors import BackendError
 from calib.modules import set_submodule
+from calib.online import attach_online
+from calib.rotations.rotation_set import RotationSet
 from calib.skeleton import build_skeleton
 
 DOMAIN = "rotq"
@@ -74,7 +81,12 @@ class _FlatCache(nn.Module):
 
 
 def trace(
-    config: Mapping[str, Any], floats: Mapping[str, Tensor], widths: Mapping[str, int], *, opset: int
+    config: Mapping[str, Any],
+    floats: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    *,
+    opset: int,
+    r3: RotationSet | None = None,
 ) -> ir.Model:
     """Trace the model of ``config`` to an ONNX graph whose linears in ``widths`` are ``rotq::Linear`` placeholders.
 
@@ -83,6 +95,7 @@ def trace(
         floats: every parameter outside those linears, by checkpoint key, in the dtype of the graph.
         widths: output features of each linear, by module name.
         opset: ONNX opset of the result.
+        r3: online rotations of queries and keys to put into the graph.
 
     Returns:
         A model whose float initializers have their checkpoint keys as names.
@@ -93,6 +106,9 @@ def trace(
     network = build_skeleton(config, floats, skip=widths)
     for name, out_features in widths.items():
         set_submodule(network, name, _OpenLinear(name, out_features))
+    if r3:
+        hf_config: Any = network.config
+        attach_online(network, architecture_for(hf_config), hf_config, r3)
     inputs, names, dynamic = _example(network, next(iter(floats.values())).dtype)
     layers = (len(names) - 3) // 2
     with torch.no_grad(), _quiet():

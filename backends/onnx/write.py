@@ -12,6 +12,8 @@ from onnx_ir.passes import common as passes
 from backends.onnx.lower import lower
 from backends.onnx.trace import trace
 from calib.artifact import QuantizedModel
+from calib.errors import BackendError
+from calib.kept import KEPT_EXPERTS
 from calib.progress import Progress
 
 METADATA_KEY = "rotq.linears"
@@ -38,11 +40,18 @@ def write(model: QuantizedModel, path: Path, *, opset: int, progress: Progress) 
 
 def build(model: QuantizedModel, *, opset: int) -> ir.Model:
     """The graph of ``model`` in memory, its large initializers still unread."""
+    experts = [name for name, reason in model.kept.items() if reason == KEPT_EXPERTS]
+    if experts:
+        raise BackendError(
+            f"a mixture of experts ('{model.config['model_type']}') cannot be written as ONNX yet: torch.onnx does not "
+            f"translate grouped experts such as '{experts[0]}'",
+            hint="use a dense model",
+        )
     widths = {name: linear.weight.shape[0] for name, linear in model.linears.items()}
     widths |= {name: model.floats[f"{name}.weight"].shape[0] for name in model.kept}
     open_keys = {f"{name}.{part}" for name in model.kept for part in ("weight", "bias")}
     floats = {key: tensor for key, tensor in model.floats.items() if key not in open_keys}
-    graph = trace(model.config, floats, widths, opset=opset)
+    graph = trace(model.config, floats, widths, opset=opset, r3=model.rotations.of({"r3"}))
     lower(graph, model)
     passes.RemoveUnusedNodesPass()(graph)
     passes.RemoveUnusedOpsetsPass()(graph)

@@ -1,0 +1,117 @@
+"""Exports of tiny models. Tracing one takes seconds, so each is made once and shared by all tests that only look."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from backends.base import WriteOptions
+from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
+from backends.onnx.runner import OnnxModel
+from calib.architectures import Kind
+from calib.artifact import QuantizedModel
+from calib.fusing import fuse
+from calib.reference import build_reference
+from calib.rotations.rotation_set import RotationSet, hadamard_rotation
+from tests.tiny import CONFIGS, SIZES, fuse_tiny, make_tiny, quantize_fused
+
+ALL: tuple[Kind, ...] = ("r1", "r2", "r4")
+WIDE = SIZES | {"intermediate_size": 200}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A tiny model as artifact, as the torch model it must equal, and as the folder that was written."""
+
+    quantized: QuantizedModel
+    reference: nn.Module
+    folder: Path
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        """The written graph, without its external data."""
+        return onnx.load(self.folder / MODEL_FILE, load_external_data=False).graph
+
+    def runtime(self) -> OnnxModel:
+        """In ONNX Runtime, with arithmetic as written."""
+        return OnnxBackend().load(self.folder, exact=True)
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Of the torch reference."""
+        with torch.no_grad():
+            found: Tensor = self.reference(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        return found
+
+
+def _quantize(name: str) -> QuantizedModel:
+    config, scheme, kinds = CASES[name]
+    tiny = make_tiny(config())
+    if name == "no-signs":
+        width = tiny.config.intermediate_size
+        rotations = RotationSet(hadamard_rotation("r4", width, layer=layer) for layer in range(2))
+        fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float32)
+        return quantize_fused(fused, scheme)
+    if name == "head-bias":
+        tiny.state["transformer.ln_f.weight"][7] = 1e-9
+    return quantize_fused(fuse_tiny(tiny, kinds), scheme)
+
+
+CASES: dict[str, tuple[Callable[[], object], str, Sequence[Kind]]] = {
+    "llama": (CONFIGS["llama"], "int8", ALL),  # GQA; R4 of order 88 = 44 x 2 with signs
+    "bias-tied": (CONFIGS["llama-bias-tied-headdim"], "int8", ()),
+    "block-diagonal": (lambda: transformers.LlamaConfig(**SIZES | {"intermediate_size": 90}), "int8-weight-only", ALL),
+    "no-signs": (CONFIGS["llama-bias-tied-headdim"], "int8-weight-only", ("r4",)),
+    "odd": (CONFIGS["llama-odd"], "int4-weight-only", ALL),  # R4 of order 99, blocks of 45 and 99
+    "short-block": (lambda: transformers.LlamaConfig(**WIDE), "int4-weight-only", ()),  # 200 = 128 + 72
+    "mistral": (CONFIGS["mistral"], "int8-weight-only", ALL),  # sliding window
+    "qwen2": (CONFIGS["qwen2"], "int4-weight-only", ALL),
+    "qwen3": (CONFIGS["qwen3"], "int8", (*ALL, "r3")),
+    "gpt2": (CONFIGS["gpt2"], "int8", ALL),  # Conv1D, LayerNorm, learned positions
+    "opt": (CONFIGS["opt"], "int8", ALL),  # an MLP over flattened tokens
+    "head-bias": (CONFIGS["gpt2"], "int8-weight-only", ("r1",)),
+}
+
+
+@pytest.fixture(scope="session")
+def export_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """An export by its name in :data:`CASES`; made on first use."""
+    made: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name not in made:
+            torch.set_num_threads(1)  # matrices of 48 rows only lose time to threads
+            quantized = _quantize(name)
+            folder = tmp_path_factory.mktemp(name)
+            OnnxBackend().write(quantized, folder, WriteOptions("ort"))
+            made[name] = Exported(quantized, build_reference(quantized), folder)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=CASES)
+def exported(request: pytest.FixtureRequest, export_of: Callable[[str], Exported]) -> Exported:
+    """Every export in turn. Tests that write must copy it."""
+    return export_of(request.param)
+
+
+@pytest.fixture
+def llama(export_of: Callable[[str], Exported]) -> Exported:
+    """The static int8 Llama with all rotations."""
+    return export_of("llama")
+
+
+@pytest.fixture
+def copied(llama: Exported, tmp_path: Path) -> Path:
+    """A copy of its folder, to damage."""
+    for name in (MODEL_FILE, DATA_FILE):
+        shutil.copyfile(llama.folder / name, tmp_path / name)
+    return tmp_path

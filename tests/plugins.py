@@ -1,0 +1,27 @@
+"""An installed distribution with two backends: one that writes nothing, and one that cannot be imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STUB = """
+class Stub:
+    name = "stub"
+    targets = ("one", "two")
+
+    def refusal(self, scheme, target):
+        return "no float8 kernels" if (scheme, target) == ("float8", "one") else None
+
+    def compute_dtype(self, target):
+        return "float32"
+"""
+ENTRY_POINTS = "[rotq.backends]\nstub = stub_backend:Stub\nbroken = no_such_module:Thing\n"
+
+
+def install_plugins(folder: Path) -> None:
+    """Write the distribution into ``folder``, which then only has to be on the path."""
+    (folder / "stub_backend.py").write_text(STUB)
+    info = folder / "stub-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stub\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
