@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Provenance:
     versions: dict[str, str]
     gate: tuple[dict[str, Any], ...] = ()
     """The candidates that the rotations were chosen from, where there was a choice; rows of the report's gate table."""
+    rotation_gate: tuple[dict[str, Any], ...] = ()
+    """The candidates that each rotation was chosen from, with their errors."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class QuantizedModel:
         """Write everything into ``folder``, which must exist and should be empty."""
         from huggingface_hub import save_torch_state_dict
 
+        tensors = dict(self._tensors())
         manifest = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
@@ -125,8 +128,9 @@ class QuantizedModel:
             "linears": {name: {"online_rotation": linear.online_rotation} for name, linear in self.linears.items()},
             "kept": dict(self.kept),
             "provenance": vars(self.provenance),
+            "tensors": sorted(tensors),
         }
-        save_torch_state_dict(dict(self._tensors()), folder, filename_pattern="quantized_model{suffix}.safetensors")
+        save_torch_state_dict(tensors, folder, filename_pattern="quantized_model{suffix}.safetensors")
         self.rotations.save(folder)
         copy_side_files(self.files, folder)
         text = json.dumps(manifest, indent=2, allow_nan=False)
@@ -146,15 +150,26 @@ class QuantizedModel:
 
         Raises:
             CheckpointError: the folder is missing, incomplete, corrupt, or written by a newer rotq.
+            RotationError: its rotations are.
         """
         manifest = _read_manifest(folder)
         tensors = _ShardedTensors(folder)
+        try:
+            tensors.check_complete(manifest["tensors"])
+            return cls._from_manifest(manifest, tensors, folder)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"'{folder / MANIFEST}' is damaged: {error}", hint="run `rotq calibrate` again"
+            ) from error
+
+    @classmethod
+    def _from_manifest(cls, manifest: Mapping[str, Any], tensors: _ShardedTensors, folder: Path) -> QuantizedModel:
         scheme = scheme_named(manifest["scheme"])
         linears = {
             name: QuantizedLinear(
                 name=name,
-                weight=tensors.required(f"{name}.weight"),
-                weight_scale=tensors.required(f"{name}.weight_scale"),
+                weight=tensors[f"{name}.weight"],
+                weight_scale=tensors[f"{name}.weight_scale"],
                 weight_scheme=scheme.weight,
                 bias=tensors.get(f"{name}.bias"),
                 input_scheme=scheme.activation,
@@ -172,9 +187,14 @@ class QuantizedModel:
             floats={key: tensors[key] for key in tensors if key not in parts},
             kept=manifest["kept"],
             rotations=RotationSet.load(folder),
-            provenance=Provenance(**{**manifest["provenance"], "gate": tuple(manifest["provenance"]["gate"])}),
+            provenance=_provenance(manifest["provenance"]),
             files=side_files(folder),
         )
+
+
+def _provenance(values: Mapping[str, Any]) -> Provenance:
+    tables = {name: tuple(values[name]) for name in ("gate", "rotation_gate")}
+    return Provenance(**{**values, **tables})
 
 
 def side_files(folder: Path) -> dict[str, Path]:
@@ -228,11 +248,14 @@ class _ShardedTensors(Mapping[str, Tensor]):
         tensor: Tensor = self._shards[key].get_tensor(key)
         return tensor
 
-    def required(self, key: str) -> Tensor:
-        """The tensor ``key``, which the manifest promises."""
-        if key not in self._shards:
-            raise CheckpointError(f"the saved model lacks the tensor '{key}'", hint="run `rotq calibrate` again")
-        return self[key]
+    def check_complete(self, promised: Iterable[str]) -> None:
+        """Every tensor that the manifest promises must be there: an optional one would be missed by nobody."""
+        missing = [key for key in promised if key not in self._shards]
+        if missing:
+            raise CheckpointError(
+                f"the saved model lacks {len(missing)} tensor(s), such as '{missing[0]}'",
+                hint="a shard is missing; copy the folder again or run `rotq calibrate` again",
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shards)

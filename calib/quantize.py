@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,13 +12,11 @@ from calib.architectures import LinearSpec, Space
 from calib.artifact import Provenance, QuantizedLinear, QuantizedModel
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel, materialize
+from calib.kept import kept_reasons
 from calib.modelopt.quantize import ForwardLoop, LinearAmax, modelopt_quantize, read_amax
 from calib.scales import convert_to_scale, quantize
 from calib.schemes import Granularity, PerBlock, PerChannel, Scheme
-
-KEPT_HEAD = "output head: float unless asked for"
-KEPT_EXPERTS = "fused expert parameters: not quantized yet"
-KEPT_ROUTER = "router or gate: decides which experts run, and is tiny"
+from calib.skeleton import portable_config
 
 
 def quantize_model(
@@ -49,7 +47,7 @@ def quantize_model(
     linears = {name: _quantize_linear(fused, specs[name], scheme, amax[name]) for name in names}
     parts = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
     return QuantizedModel(
-        config=fused.config.to_dict(),
+        config=portable_config(fused.config),
         scheme=scheme,
         dtype=fused.dtype,
         linears=linears,
@@ -59,12 +57,6 @@ def quantize_model(
         provenance=provenance,
         files=dict(files or {}),
     )
-
-
-def kept_reasons(fused: FusedModel, quantized: Collection[str]) -> dict[str, str]:
-    """Why each linear that is not in ``quantized`` stays in float, by module name."""
-    specs = fused.architecture.all_linears(fused.config)
-    return {spec.name: _reason(spec, fused) for spec in specs if spec.name not in quantized}
 
 
 def _calibrate(
@@ -116,9 +108,3 @@ def _scale_shape(weight: Tensor, granularity: Granularity) -> tuple[int, ...]:
             return (out_features, -(-in_features // size))
         case _:
             return ()
-
-
-def _reason(spec: LinearSpec, fused: FusedModel) -> str:
-    if spec.name == fused.architecture.head.name:
-        return KEPT_HEAD
-    return KEPT_EXPERTS if spec.layout == "experts" else KEPT_ROUTER
