@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exporter import summary
 from exporter.recipe import EMBEDDED, Recipe
-from exporter.report import Report
+from exporter.report import Report, RotateReport
 from exporter.summary import Table
 
 CARD_FILE = "README.md"
@@ -77,6 +77,36 @@ def render_card(recipe: Recipe, report: Report, license_name: str | None = None)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(recipe, report)}"))
 
 
+def render_rotated_card(recipe: Recipe, report: RotateReport, license_name: str | None = None) -> str:
+    """The card of a rotated float checkpoint."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        license=license_name,
+        base_model=_base_model(report.model.source),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rotq", "rotated"],
+    )
+    parts = [
+        f"# {_title(report.model.source)}, rotated",
+        f"A {report.model.model_type} model of {report.model.parameters:,} parameters whose norms and rotations "
+        f"(`{report.rotate}`) rotq folded into the weights, stored as {report.dtype}. It computes what the original "
+        "does and loads like it: `AutoModelForCausalLM.from_pretrained(FOLDER)`. Nothing is quantized; the rotations "
+        f"were chosen for `{report.scheme}`.",
+        "## Rotations",
+        _markdown(summary.rotation_table(report)) or "None: the norms alone are folded.",
+        _rotation_gate(report),
+        "## Equivalence",
+        "Logits of the reloaded folder against the original model in float32.",
+        _markdown(summary.parity_table(report)) or "Not measured.",
+        "## Recipe",
+        f"`rotq rotate --recipe rotq.yaml` repeats this run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```",
+    ]
+    text = "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
 def source_license(recipe: Recipe) -> str | None:
     """License that the source checkpoint's own card states, or ``None`` where it has none or cannot be read.
 
@@ -121,10 +151,11 @@ def _body(recipe: Recipe, report: Report) -> str:
         "## Rotations",
         _rotation_words(report),
         _markdown(summary.rotation_table(report)),
+        _rotation_gate(report),
     ]
     if report.gate:
         parts += [
-            "### How they were chosen",
+            "### How the set was chosen",
             "Candidates, quantized, on held-out tokens against the float model:",
             _markdown(summary.gate_table(report)),
             "\n".join(f"* {line}" for line in summary.gate_findings(report)),
@@ -153,6 +184,19 @@ def _rotation_words(report: Report) -> str:
             "they act on: whoever loads the weights elsewhere must apply them too."
         )
     return "All rotations are folded into the weights: a runtime needs to know nothing about them."
+
+
+def _rotation_gate(report: Report | RotateReport) -> str:
+    if not report.rotation_gate:
+        return ""
+    return "\n\n".join(
+        (
+            "### How each was chosen",
+            "Relative squared error of the quantizer of the scheme; the lowest is kept:",
+            _markdown(summary.rotation_gate_table(report.rotation_gate)),
+            "\n".join(f"* {line}" for line in summary.rotation_gate_findings(report.rotation_gate)),
+        )
+    )
 
 
 def _markdown(table: Table) -> str:

@@ -15,8 +15,8 @@ from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError
 from calib.perplexity import LogitsFunction, Perplexity, model_logits, perplexity
 from calib.progress import Progress, silent, track
+from exporter.device import resolve_device
 from exporter.parity import runtime_logits
-from exporter.pipeline import resolve_device
 from exporter.recipe import EMBEDDED
 from exporter.report import REPORT_FILE, Report
 from exporter.source import embedded_folder, load_tokenizer

@@ -7,13 +7,11 @@ Each step is a function elsewhere; this module only puts them in order, times th
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,45 +20,33 @@ import torch
 
 from backends.base import Backend, WriteOptions
 from backends.registry import check_target, get_backend
-from calib.artifact import Provenance, QuantizedModel, copy_side_files
+from calib.artifact import Provenance, QuantizedModel
 from calib.capture.session import capture
 from calib.capture.sites import CaptureConfig
 from calib.capture.storage import Capture
 from calib.data.batches import length_batches
 from calib.data.tokens import token_hash
-from calib.errors import QuantizationError, RotqError
+from calib.errors import RotqError
 from calib.forward_loop import forward_loop_over
 from calib.fusing import FusedModel, fuse, materialize
 from calib.perplexity import model_logits
 from calib.progress import Progress, silent
 from calib.quantize import quantize_model
-from calib.rotations.from_capture import online_rotations, train_rotations
-from calib.rotations.objectives import ActivationScheme
+from calib.rotations.from_capture import TrainedRotations
 from calib.rotations.rotation_set import RotationSet
-from calib.rotations.train import TrainConfig
-from calib.schemes import PerTensor, Scheme, scheme_named
-from exporter.card import write_card
-from exporter.gate import CANDIDATES, Candidate, choose
-from exporter.output import atomic_folder, sha256_tree
+from calib.schemes import Scheme, scheme_named
+from exporter.describe import describe, finish, package_versions, write_side_files
+from exporter.device import resolve_device
+from exporter.gate import Candidate, choose
+from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
 from exporter.parity import Subject, check_parity
-from exporter.recipe import RECIPE_FILE, Recipe, Training
-from exporter.report import (
-    CalibrationSummary,
-    GateRow,
-    KeptLayer,
-    LayerSummary,
-    ModelSummary,
-    ParityRow,
-    Report,
-    RotationSummary,
-    parity_status,
-)
+from exporter.recipe import RECIPE_FILE, Recipe
+from exporter.report import GateRow, ParityRow, Report
+from exporter.rotations import candidate_sets, given_rotations, kinds_of, rotations_of, trainable
 from exporter.run_options import RunOptions
 from exporter.source import Rows, Source, load_tokenizer, open_source, read_rows
 from exporter.workdir import ARTIFACT, CAPTURE, WorkDir
-
-_PACKAGES = ("rotq", "torch", "transformers", "nvidia-modelopt", "onnx", "onnxscript", "onnxruntime", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ def export(
         RotqError: a known failure; nothing was written then.
     """
     check_output(options.output, options.overwrite)
-    run = _Run(recipe, options, model, tokenizer, progress)
+    run = Run(recipe, options, model, tokenizer, progress)
     quantized = run.quantize()
     with atomic_folder(options.output, overwrite=options.overwrite) as folder:
         report = run.write(quantized, folder)
@@ -112,7 +98,7 @@ def calibrate(
 ) -> CalibrateResult:
     """Stop at the saved :class:`~calib.artifact.QuantizedModel`; arguments and errors as for :func:`export`."""
     check_output(options.output, options.overwrite)
-    run = _Run(recipe, options, model, tokenizer, progress)
+    run = Run(recipe, options, model, tokenizer, progress)
     quantized = run.quantize()
     with atomic_folder(options.output, overwrite=options.overwrite) as folder, run.stage("save"):
         quantized.save(folder)
@@ -125,7 +111,7 @@ def run_capture(
 ) -> Path:
     """Only capture the statistics that rotations are trained on; arguments and errors as for :func:`export`."""
     check_output(options.output, options.overwrite)
-    run = _Run(recipe, options, model, tokenizer, progress)
+    run = Run(recipe, options, model, tokenizer, progress)
     statistics = run.captured()
     with atomic_folder(options.output, overwrite=options.overwrite) as folder:
         statistics.save(folder / "statistics")
@@ -136,32 +122,8 @@ def run_capture(
     return options.output
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        QuantizationError: the device does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise QuantizationError(
-            f"cannot use the device '{name}': {reason}", hint="--device cpu always works"
-        ) from error
-    return device
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    return {name: version(name) for name in _PACKAGES}
-
-
 @dataclass
-class _Run:
+class Run:
     """One run: its inputs, opened when they are first needed, and how long its stages took."""
 
     recipe: Recipe
@@ -173,10 +135,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.scheme: Scheme = scheme_named(self.recipe.scheme)
-        self.backend: Backend = get_backend(self.recipe.backend)
-        self.target = check_target(self.backend, self.recipe.scheme, self.recipe.target)
         self.device = resolve_device(self.recipe.device)
-        self.work = WorkDir(self.options.work_dir, self.recipe, resume=self.options.resume)
         self._fused: FusedModel | None = None
         self._artifact: QuantizedModel | None = None
 
@@ -186,6 +145,21 @@ class _Run:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @cached_property
+    def work(self) -> WorkDir:
+        """Where finished steps are kept."""
+        return WorkDir(self.options.work_dir, self.recipe, resume=self.options.resume)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What writes the result."""
+        return get_backend(self.recipe.backend)
+
+    @cached_property
+    def target(self) -> str:
+        """The runtime it is for, which must be able to express the scheme."""
+        return check_target(self.backend, self.recipe.scheme, self.recipe.target)
 
     @cached_property
     def source(self) -> Source:
@@ -249,66 +223,52 @@ class _Run:
         self.work.keep(CAPTURE, lambda folder: found.save(folder / CAPTURE))
         return found
 
-    def rotations(self, kinds: list[str]) -> RotationSet:
-        """Rotations of these kinds, trained where they are trainable."""
-        source, settings = self.source, self.recipe.rotation
-        if not {"r1", "r2"} & set(kinds):
-            return RotationSet(online_rotations(source.config, source.architecture, kinds))
-        statistics = self.captured()
+    def rotations(self, kinds: list[str]) -> TrainedRotations:
+        """Rotations of these kinds: from files, trained where they are trainable, each behind its gate."""
+        given = self.given
+        statistics = folded = None
+        if trainable(kinds, given):
+            statistics = self.captured()
+            folded = self.fuse(RotationSet()) if self.scheme.weight_only else None
         with self.stage("train"):
-            return train_rotations(
-                statistics,
-                source.config,
-                source.architecture,
-                kinds,
-                r1=self._training(settings.r1),
-                r2=self._training(settings.r2),
-                held_out=settings.held_out,
-                device=self.device,
-                progress=self.progress,
+            return rotations_of(
+                kinds, self.recipe, self.source, given, statistics, folded, device=self.device, progress=self.progress
             )
 
-    def _training(self, settings: Training) -> TrainConfig:
-        return TrainConfig(**settings.model_dump(), scheme=activation_scheme(self.scheme), seed=self.recipe.seed)
+    @cached_property
+    def given(self) -> RotationSet:
+        """Rotations from the recipe's files."""
+        return given_rotations(self.recipe, self.source)
 
     def quantize(self) -> QuantizedModel:
         """The quantized model; its provenance holds the gate's table where there was a choice."""
+        target = self.target  # refused here, before the long job
         given = self.options.from_artifact or self.work.finished(ARTIFACT)
         if given is not None:
             self._artifact = QuantizedModel.load(given)
-            check_target(self.backend, self._artifact.scheme.name, self.target)
+            check_target(self.backend, self._artifact.scheme.name, target)
             return self._artifact
-        candidates = self._candidates()
-        kinds = sorted({kind for rotate in candidates for kind in _kinds(rotate)})
-        trained = self.rotations(kinds)
+        candidates = candidate_sets(self.recipe, self.source, self.given)
+        trained = self.rotations(sorted({kind for rotate in candidates for kind in kinds_of(rotate)}))
+        rows: list[GateRow] = []
+        make = partial(self._candidate, trained=trained.rotations)
         if len(candidates) == 1:
-            candidate = self._candidate(candidates[0], trained=trained)
-            quantized = candidate.quantized
+            candidate = make(candidates[0])
         else:
             original = model_logits(self.source.original(self.device))
-            make = partial(self._candidate, trained=trained)
-            candidate, gate = choose(candidates, make, original, self.rows.gate, self.progress)
-            table = tuple(row.model_dump() for row in gate)
-            quantized = replace(candidate.quantized, provenance=replace(candidate.quantized.provenance, gate=table))
+            candidate, rows = choose(candidates, make, original, self.rows.gate, self.progress)
+        provenance = replace(
+            candidate.quantized.provenance,
+            gate=tuple(row.model_dump() for row in rows),
+            rotation_gate=tuple(asdict(row) for row in trained.table),
+        )
+        quantized = replace(candidate.quantized, provenance=provenance)
         self._fused = candidate.fused
         self.work.keep(ARTIFACT, quantized.save)
         return quantized
 
-    def _candidates(self) -> list[str]:
-        """What ``--rotate auto`` compares on this architecture; else the one set that was asked for."""
-        if self.recipe.rotate != "auto":
-            return [self.recipe.rotate]
-        source = self.source
-        offered = [
-            ",".join(kind for kind in _kinds(rotate) if source.architecture.refusal(kind, source.config) is None)
-            or "none"
-            for rotate in CANDIDATES
-        ]
-        return list(dict.fromkeys(offered))
-
     def _candidate(self, rotate: str, *, trained: RotationSet) -> Candidate:
-        kinds = _kinds(rotate)
-        fused = self.fuse(RotationSet(rotation for rotation in trained.values() if rotation.kind in kinds))
+        fused = self.fuse(trained.of(kinds_of(rotate)))
         batches = length_batches(self.rows.train, self.recipe.calibration.batch_size)
         with self.stage("calibrate"):
             quantized = quantize_model(
@@ -365,82 +325,3 @@ class _Run:
             if self.options.from_artifact is None:
                 raise
             return None, None
-
-
-def describe(
-    quantized: QuantizedModel,
-    parity: list[ParityRow],
-    folder: Path,
-    backend: str,
-    target: str,
-    seconds: dict[str, float],
-) -> Report:
-    """The report of a written folder, but for its checksums."""
-    origin = quantized.provenance
-    return Report(
-        status=parity_status(parity),
-        backend=backend,
-        target=target,
-        scheme=quantized.scheme.name,
-        rotate=",".join(quantized.rotations.kinds()) or "none",
-        model=ModelSummary(
-            source=origin.source,
-            model_type=quantized.config["model_type"],
-            parameters=origin.parameters,
-            fingerprint=origin.fingerprint,
-        ),
-        layers=LayerSummary(
-            quantized=len(quantized.linears),
-            kept=[KeptLayer(name=name, reason=reason) for name, reason in quantized.kept.items()],
-            bytes_before=origin.nbytes,
-            bytes_after=sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith("model.")),
-        ),
-        calibration=CalibrationSummary(
-            dataset=origin.recipe["calibration"]["dataset"],
-            rows=origin.calibration_rows,
-            tokens=origin.calibration_tokens,
-            sha256=origin.calibration_sha256,
-        ),
-        rotations=[
-            RotationSummary(
-                name=rotation.name,
-                space=str(rotation.space) if rotation.layer is None else f"{rotation.space}[{rotation.layer}]",
-                order=rotation.order or rotation.dense().shape[-1],
-                online=rotation.online,
-                origin=rotation.origin,
-            )
-            for rotation in quantized.rotations.values()
-        ],
-        gate=[GateRow.model_validate(row) for row in origin.gate],
-        parity=parity,
-        seconds=seconds,
-        versions=package_versions(),
-    )
-
-
-def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) -> None:
-    """Everything that travels with the weights: config, tokenizer, generation config, recipe and rotations."""
-    copy_side_files(quantized.files, folder)
-    (folder / "config.json").write_text(json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    quantized.rotations.save(folder)
-
-
-def finish(report: Report, recipe: Recipe, folder: Path) -> Report:
-    """Write the card, take the checksums, and write the report, which therefore is in neither."""
-    write_card(folder, recipe, report)
-    report = report.model_copy(update={"checksums": sha256_tree(folder)})
-    report.save(folder)
-    return report
-
-
-def activation_scheme(scheme: Scheme) -> ActivationScheme | None:
-    """What the rotation trainer should know of how activations are quantized; ``None`` where they are not."""
-    if scheme.activation is None or scheme.activation.format.kind != "integer":
-        return None
-    granularity = "tensor" if isinstance(scheme.activation.granularity, PerTensor) else "token"
-    return ActivationScheme(bits=scheme.activation.format.bits, symmetric=True, granularity=granularity)  # type: ignore[arg-type]
-
-
-def _kinds(rotate: str) -> list[str]:
-    return [] if rotate == "none" else rotate.split(",")

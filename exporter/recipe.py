@@ -91,6 +91,12 @@ class Rotation(_Section):
     """Share of either reservoir that is reserved for the tokens of largest magnitude."""
     held_out: float = Field(0.2, gt=0, lt=1)
     """Share of the reservoirs on which trained rotations are judged, never trained."""
+    select: bool = True
+    """Compare each trained rotation with identity, Hadamard and PCA-Hadamard, and keep the one with the lowest error;
+    false keeps the trained one, whatever it is worth."""
+    files: list[str] = []
+    """Rotations made elsewhere, used instead of training: a folder or rotations.safetensors of rotq, DartQuant's r1.pt
+    and r2.pt, SpinQuant's R.bin."""
 
 
 class Recipe(_Section):

@@ -12,7 +12,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_FILE = "report.json"
+ROTATE_REPORT_FILE = "rotation_report.json"
 REPORT_FORMAT_VERSION = 1
+COMPARED_ROWS = 8
+"""Rows on which ``rotq rotate`` compares the folder it wrote with the original."""
 
 Status = Literal["passed", "failed", "unverified"]
 
@@ -31,6 +34,22 @@ class GateRow(_Frozen):
     top1: float
     """Share of tokens whose most likely next token is the same, 0 to 1."""
     perplexity: float
+    chosen: bool = False
+
+
+class RotationGateRow(_Frozen):
+    """One candidate of one rotation: the error that the exported quantizer makes on what it rotates."""
+
+    rotation: str
+    """``R1``, or ``R2`` for those of all layers."""
+    candidate: str
+    """``identity``, ``hadamard``, ``pca-hadamard`` or ``trained``."""
+    error: float
+    """Relative squared error; for R2 the mean over layers."""
+    layers: list[float] = Field(default_factory=list)
+    """The error of every layer; empty for R1."""
+    measure: str
+    """What was quantized, and how."""
     chosen: bool = False
 
 
@@ -113,6 +132,7 @@ class Report(_Frozen):
     calibration: CalibrationSummary
     rotations: list[RotationSummary]
     gate: list[GateRow]
+    rotation_gate: list[RotationGateRow] = Field(default_factory=list)
     parity: list[ParityRow]
     seconds: dict[str, float]
     """Wall-clock seconds by stage."""
@@ -133,6 +153,28 @@ class Report(_Frozen):
             OSError, pydantic.ValidationError: left to the caller, who knows what the folder should be.
         """
         return cls.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
+
+
+class RotateReport(_Frozen):
+    """What ``rotq rotate`` found: how the rotations were chosen, and that the folder computes what the source does."""
+
+    format_version: int = REPORT_FORMAT_VERSION
+    model: ModelSummary
+    dtype: str
+    """Dtype of the written weights."""
+    scheme: str
+    """The scheme that the rotations were chosen for; nothing is quantized."""
+    rotate: str
+    rotations: list[RotationSummary]
+    rotation_gate: list[RotationGateRow]
+    parity: list[ParityRow]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write ``rotation_report.json`` into ``folder``: its model is a checkpoint, not an export."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        (folder / ROTATE_REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def parity_status(rows: list[ParityRow]) -> Status:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import tempfile
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,6 @@ class Source:
     model: nn.Module | None = None
     """The model object, where one was given instead of a folder."""
     trust_remote_code: bool = False
-    scratch: Any = field(default=None, repr=False)
-    """Keeps the temporary folder alive that holds the files of a model object."""
 
     def original(self, device: torch.device | str) -> nn.Module:
         """The unchanged model in float32 and eval mode, whatever dtype it is stored in: parity's yardstick."""
@@ -175,20 +175,21 @@ def _wrap(model: Any, tokenizer: Any) -> Source:
                 "a model object needs its tokenizer to read calibration text", hint="pass tokenizer=AutoTokenizer..."
             )
         tokenizer = load_tokenizer(Path(name))
-    scratch = tempfile.TemporaryDirectory(prefix="rotq-")
-    tokenizer.save_pretrained(scratch.name)
+    scratch = Path(tempfile.mkdtemp(prefix="rotq-"))
+    tokenizer.save_pretrained(scratch)
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(scratch.name)
-    return Source(
+        model.generation_config.save_pretrained(scratch)
+    source = Source(
         name=name,
         config=config,
         architecture=architecture_for(config),
         checkpoint=Checkpoint.from_module(model),
         tokenizer=tokenizer,
-        files=side_files(Path(scratch.name)),
+        files=side_files(scratch),
         model=model,
-        scratch=scratch,
     )
+    weakref.finalize(source, shutil.rmtree, scratch, ignore_errors=True)
+    return source
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exporter.recipe import EMBEDDED
-from exporter.report import ParityRow, Report
+from exporter.report import ParityRow, Report, RotateReport, RotationGateRow
 
 _INDEX = re.compile(r"(?<=[.\[])\d+")
 
@@ -105,7 +106,42 @@ def gate_findings(report: Report) -> list[str]:
     return findings
 
 
-def rotation_table(report: Report) -> Table:
+def rotation_gate_table(rows: Sequence[RotationGateRow]) -> Table:
+    """The candidates of each rotation by the error of the exported quantizer."""
+    return Table(
+        "Candidates of each rotation (relative squared quantization error)",
+        ("rotation", "candidate", "error", "range over layers", "measured on", ""),
+        tuple(
+            (
+                row.rotation,
+                row.candidate,
+                f"{row.error:.3e}",
+                f"{min(row.layers):.2e} to {max(row.layers):.2e}" if row.layers else "",
+                row.measure,
+                "chosen" if row.chosen else "",
+            )
+            for row in rows
+        ),
+        right=frozenset({2}),
+        marked=frozenset(index for index, row in enumerate(rows) if row.chosen),
+    )
+
+
+def rotation_gate_findings(rows: Sequence[RotationGateRow]) -> list[str]:
+    """Say plainly where training, or rotating at all, gained nothing."""
+    chosen = {row.rotation: row for row in rows if row.chosen}
+    trained = {row.rotation: row for row in rows if row.candidate == "trained"}
+    findings = []
+    for name, best in chosen.items():
+        if best.candidate == "identity":
+            findings.append(f"{name} is left out: no rotation lowers this error")
+        elif best.candidate != "trained" and name in trained:
+            ratio = trained[name].error / best.error
+            findings.append(f"training {name} gained nothing over {best.candidate}: {ratio:.2f} x its error")
+    return findings
+
+
+def rotation_table(report: Report | RotateReport) -> Table:
     """The rotations of the result; equal ones (R2 of every layer and head) share a row."""
     kinds: Counter[tuple[str, str, str, str, str]] = Counter()
     for rotation in report.rotations:
@@ -123,7 +159,7 @@ def rotation_table(report: Report) -> Table:
     )
 
 
-def parity_table(report: Report) -> Table:
+def parity_table(report: Report | RotateReport) -> Table:
     """Every parity figure with its bound and verdict."""
     return Table(
         "Parity",
@@ -153,7 +189,7 @@ def failed_rows(report: Report) -> list[str]:
     ]
 
 
-def seconds_table(report: Report) -> Table:
+def seconds_table(report: Report | RotateReport) -> Table:
     """Wall-clock time by stage, and in total."""
     rows = [(stage, human_seconds(seconds)) for stage, seconds in report.seconds.items()]
     rows.append(("total", human_seconds(sum(report.seconds.values()))))

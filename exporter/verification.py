@@ -18,8 +18,8 @@ from backends.registry import get_backend
 from calib.artifact import Provenance, QuantizedModel
 from calib.errors import CheckpointError
 from calib.fusing import FusedModel, fuse
+from calib.kept import kept_reasons
 from calib.progress import Progress, silent
-from calib.quantize import kept_reasons
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import scheme_named
 from exporter.output import sha256_tree

@@ -1,0 +1,90 @@
+"""What an exported folder holds besides the weights: the side files, the report and the card."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from calib.artifact import QuantizedModel, copy_side_files
+from exporter.card import write_card
+from exporter.output import sha256_tree
+from exporter.recipe import RECIPE_FILE, Recipe
+from exporter.report import (
+    CalibrationSummary,
+    GateRow,
+    KeptLayer,
+    LayerSummary,
+    ModelSummary,
+    ParityRow,
+    Report,
+    RotationGateRow,
+    parity_status,
+)
+from exporter.rotations import rotation_summaries
+
+_PACKAGES = ("rotq", "torch", "transformers", "nvidia-modelopt", "onnx", "onnxscript", "onnxruntime", "safetensors")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def describe(
+    quantized: QuantizedModel,
+    parity: list[ParityRow],
+    folder: Path,
+    backend: str,
+    target: str,
+    seconds: dict[str, float],
+) -> Report:
+    """The report of a written folder, but for its checksums."""
+    origin = quantized.provenance
+    return Report(
+        status=parity_status(parity),
+        backend=backend,
+        target=target,
+        scheme=quantized.scheme.name,
+        rotate=",".join(quantized.rotations.kinds()) or "none",
+        model=ModelSummary(
+            source=origin.source,
+            model_type=quantized.config["model_type"],
+            parameters=origin.parameters,
+            fingerprint=origin.fingerprint,
+        ),
+        layers=LayerSummary(
+            quantized=len(quantized.linears),
+            kept=[KeptLayer(name=name, reason=reason) for name, reason in quantized.kept.items()],
+            bytes_before=origin.nbytes,
+            bytes_after=sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith("model.")),
+        ),
+        calibration=CalibrationSummary(
+            dataset=origin.recipe["calibration"]["dataset"],
+            rows=origin.calibration_rows,
+            tokens=origin.calibration_tokens,
+            sha256=origin.calibration_sha256,
+        ),
+        rotations=rotation_summaries(quantized.rotations),
+        gate=[GateRow.model_validate(row) for row in origin.gate],
+        rotation_gate=[RotationGateRow.model_validate(row) for row in origin.rotation_gate],
+        parity=parity,
+        seconds=seconds,
+        versions=package_versions(),
+    )
+
+
+def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) -> None:
+    """Everything that travels with the weights: config, tokenizer, generation config, recipe and rotations."""
+    copy_side_files(quantized.files, folder)
+    (folder / "config.json").write_text(json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    quantized.rotations.save(folder)
+
+
+def finish(report: Report, recipe: Recipe, folder: Path) -> Report:
+    """Write the card, take the checksums, and write the report, which therefore is in neither."""
+    write_card(folder, recipe, report)
+    report = report.model_copy(update={"checksums": sha256_tree(folder)})
+    report.save(folder)
+    return report
