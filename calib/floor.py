@@ -4,11 +4,11 @@ Where activations are quantized, a difference in the last bit of a float can mov
 Such a *flip* changes it by a whole step, and the layers after it amplify that. So two evaluations that are both right
 differ by
 
-* the **split-sum floor**: the reference against itself with every matmul summed in two halves. On most models flips
-  are many, and this is what a runtime shows as well.
+* the **split-sum floor**: the reference against itself with every matmul summed in two halves. Where that flips
+  something in most rows, as on any model of size, it is what a runtime shows as well.
 * the **one-flip floor**: the reference against itself with one value in each row rounded the other way, the one that
-  lies closest to a boundary. On small or insensitive models flips are rare events: a run of either side may see none or
-  one. No runtime can be asked for less than one.
+  lies closest to a boundary. It stands in where flips are rare events (tiny models, short rows): a run of either side
+  may see none or one, and no runtime can be asked for less than one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from calib.artifact import QuantizedModel
 from calib.perplexity import model_logits
 from calib.reference import ReferenceLinear, build_reference
+
+UNFLIPPED = 1e-5
+"""Relative L2 of a row's logits that rounding in float32 alone explains; a flip moves them by 1e-3 and more."""
 
 
 class Difference:
@@ -42,14 +45,32 @@ class Difference:
         return float((self._squares / max(self._reference, torch.finfo(torch.float64).tiny)) ** 0.5)
 
 
-def split_sum_floor(quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor]) -> float:
-    """Relative L2 of logits over ``rows`` (int64 ``[tokens]``) between the reference and its split-sum variant."""
+@dataclass(frozen=True)
+class SplitSumFloor:
+    """The split-sum floor of some rows."""
+
+    value: float
+    """Relative L2 of the logits of all rows."""
+    flipped: float
+    """Share of the rows in which something flipped, 0 to 1."""
+
+    @property
+    def representative(self) -> bool:
+        """Whether flips are common enough that another run shows about as many."""
+        return self.flipped >= 0.5
+
+
+def split_sum_floor(quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor]) -> SplitSumFloor:
+    """The reference against its split-sum variant over ``rows`` (int64 ``[tokens]``)."""
     split = model_logits(build_reference(quantized, split_sum=True))
     plain = model_logits(reference)
-    difference = Difference()
+    total, flipped = Difference(), 0
     for row in rows:
-        difference.add(split(row.unsqueeze(0)), plain(row.unsqueeze(0)))
-    return difference.value
+        one, values, expected = Difference(), split(row.unsqueeze(0)), plain(row.unsqueeze(0))
+        one.add(values, expected)
+        total.add(values, expected)
+        flipped += one.value > UNFLIPPED
+    return SplitSumFloor(total.value, flipped / max(len(rows), 1))
 
 
 def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor]) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from calib.floor import Difference, one_flip_floor, split_sum_floor
+from calib.floor import UNFLIPPED, Difference, one_flip_floor, split_sum_floor
 from calib.perplexity import model_logits
 from calib.reference import ReferenceLinear, build_reference
 from tests.tiny import CONFIGS, quantize_tiny, token_rows
@@ -47,7 +47,10 @@ def test_where_nothing_is_rounded_nothing_flips() -> None:
     rows = token_rows([24, 20])
     assert one_flip_floor(reference, rows) == 0
     # Two orders of float32 summation over a few layers: some 1e-7 a matmul, and nothing that amplifies it.
-    assert 0 < split_sum_floor(quantized, reference, rows) < 1e-5
+    floor = split_sum_floor(quantized, reference, rows)
+    assert 0 < floor.value < UNFLIPPED
+    assert floor.flipped == 0
+    assert not floor.representative
 
 
 def _quantized_inputs(reference: nn.Module, row: torch.Tensor) -> dict[str, torch.Tensor]:
