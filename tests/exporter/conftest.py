@@ -6,10 +6,17 @@ import logging
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.plugins import install_plugins
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths in these tests mean an empty folder, not the checkout, where a user's output may lie."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
