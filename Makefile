@@ -27,6 +27,7 @@ test: check
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.rotation
+	$(BIN)/python -m benchmarks.w4a4
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

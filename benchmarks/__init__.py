@@ -1,0 +1,1 @@
+"""What rotq measures of itself, as ratios in one run."""
