@@ -26,6 +26,7 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.rotation
 	$(BIN)/python -m benchmarks.w4a4
 

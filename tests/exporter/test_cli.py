@@ -61,15 +61,6 @@ def test_what_needs_no_model_imports_no_library(arguments: list[str], code: int,
     assert imported(*arguments, path=plugins) == (set(), code)
 
 
-def test_help_is_fast() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert rotq("--help").returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5  # the smallest, because other processes may share the machine
-
-
 def test_every_command_is_listed_and_has_examples() -> None:
     listed = rotq("--help").stdout
     for command in COMMANDS:
