@@ -114,10 +114,7 @@ def run_capture(
     run = Run(recipe, options, model, tokenizer, progress)
     statistics = run.captured()
     with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-        statistics.save(folder / "statistics")
-        for path in (folder / "statistics").iterdir():
-            path.rename(folder / path.name)
-        (folder / "statistics").rmdir()
+        statistics.write(folder)
         (folder / RECIPE_FILE).write_text(run.recipe.to_yaml(), encoding="utf-8")
     return options.output
 
@@ -220,7 +217,7 @@ class Run:
                 ),
                 progress=self.progress,
             )
-        self.work.keep(CAPTURE, lambda folder: found.save(folder / CAPTURE))
+        self.work.keep(CAPTURE, found.write)
         return found
 
     def rotations(self, kinds: list[str]) -> TrainedRotations:

@@ -172,6 +172,16 @@ def test_a_run_resumes_from_its_work_folder(exported: Path, tmp_path: Path) -> N
     assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (exported / "model.onnx.data").read_bytes()
 
 
+def test_a_run_that_ended_after_its_capture_resumes_there(exported: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(exported.parent / "work", tmp_path / "work")
+    shutil.rmtree(work / "artifact")
+    recipe = load_recipe(None, SMALL)
+    result = export(recipe, RunOptions(tmp_path / "out", work_dir=work, resume=True, verify=False))
+    assert "capture" not in result.report.seconds
+    assert "calibrate" in result.report.seconds
+    assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (exported / "model.onnx.data").read_bytes()
+
+
 def test_a_resume_with_another_setting_is_refused_by_name(exported: Path, tmp_path: Path) -> None:
     work = shutil.copytree(exported.parent / "work", tmp_path / "work")
     changed = load_recipe(None, {**SMALL, "calibration.seqlen": 64})

@@ -98,7 +98,7 @@ class Capture:
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         try:
             partial.mkdir(parents=True)
-            self._write(partial)
+            self.write(partial)
             partial.rename(folder)
         except OSError as error:
             raise OutputError(
@@ -130,7 +130,8 @@ class Capture:
         except (KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"'{folder / MANIFEST}' is damaged: {error!r}", hint=_AGAIN) from error
 
-    def _write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
+        """Write the files of the capture into ``folder``, which exists and is empty."""
         statistics: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
 
