@@ -121,6 +121,7 @@ def _tap_outputs(path: Path) -> dict[str, tuple[str, str]]:
     """For each linear, the value that enters its quantizer (or its MatMul) and the value that leaves it."""
     graph = read_proto(path).graph
     producers = {name: node for node in graph.node for name in node.output}
+    named = {node.name: node for node in graph.node}
     taps: dict[str, tuple[str, str]] = {}
     for node in graph.node:
         if node.op_type != "MatMul" or not node.name.endswith("/MatMul") or "/Factor" in node.name:
@@ -130,8 +131,8 @@ def _tap_outputs(path: Path) -> dict[str, tuple[str, str]]:
         dequantize = producers.get(entering)
         if dequantize is not None and dequantize.op_type == "DequantizeLinear":
             entering = producers[dequantize.input[0]].input[0]
-        added = next((user.output[0] for user in graph.node if user.name == f"{module}/Add"), None)
-        taps[module] = (entering, added or node.output[0])
+        last = named.get(f"{module}/Add", node)
+        taps[module] = (entering, last.output[0])
     return taps
 
 

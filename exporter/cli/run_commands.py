@@ -83,10 +83,8 @@ def export(
     given = overrides(models, backends, schemes, rotations, data, evaluation)
     recipe = resolve(recipes.recipe, given, from_artifact)
     check_backend(recipe, given)
-    if outputs.dry_run:
-        _print_plan(recipe, options, "export", talk)
+    if _announced_only(recipe, options, "export", outputs, talk):
         return
-    _print_settings(recipe, options, "export", talk)
     with running(talk) as progress:
         from exporter.pipeline import export as run
 
@@ -107,10 +105,8 @@ def capture(models: ModelFlags, data: DataFlags, recipes: RecipeFlag, outputs: O
     set_up(talk)
     options = _run_options(outputs, None)
     recipe = resolve(recipes.recipe, overrides(models, data))
-    if outputs.dry_run:
-        _print_plan(recipe, options, "capture", talk)
+    if _announced_only(recipe, options, "capture", outputs, talk):
         return
-    _print_settings(recipe, options, "capture", talk)
     with running(talk) as progress:
         from exporter.pipeline import run_capture
 
@@ -142,10 +138,8 @@ def calibrate(
     given = overrides(models, backends, schemes, rotations, data)
     recipe = resolve(recipes.recipe, given)
     check_backend(recipe, given)
-    if outputs.dry_run:
-        _print_plan(recipe, options, "calibrate", talk)
+    if _announced_only(recipe, options, "calibrate", outputs, talk):
         return
-    _print_settings(recipe, options, "calibrate", talk)
     with running(talk) as progress:
         from exporter.pipeline import calibrate as run
 
@@ -177,10 +171,8 @@ def rotate(
     set_up(talk)
     options = _run_options(outputs, resuming)
     recipe = resolve(recipes.recipe, overrides(models, schemes, rotations, data))
-    if outputs.dry_run:
-        _print_plan(recipe, options, "rotate", talk)
+    if _announced_only(recipe, options, "rotate", outputs, talk):
         return
-    _print_settings(recipe, options, "rotate", talk)
     with running(talk) as progress:
         from exporter.rotating import rotate as run
 
@@ -238,6 +230,15 @@ def _run_options(
         from_artifact=from_artifact,
         from_capture=resuming.from_capture if resuming else None,
     )
+
+
+def _announced_only(recipe: Recipe, options: RunOptions, goal: Goal, outputs: OutputFlags, talk: TalkFlags) -> bool:
+    """Print the plan of a dry run, or the settings of a real one; whether it was a dry run."""
+    if outputs.dry_run:
+        _print_plan(recipe, options, goal, talk)
+    else:
+        _print_settings(recipe, options, goal, talk)
+    return outputs.dry_run
 
 
 def _print_plan(recipe: Recipe, options: RunOptions, goal: Goal, talk: TalkFlags) -> None:
