@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from calib.capture.reservoir import TokenReservoir, token_keys
 from calib.capture.result import Provenance, Samples, SiteStatistics
 from calib.capture.sites import CHUNK_TOKENS, CaptureConfig, Site
-from calib.capture.statistics import ChannelAccumulator, CovarianceAccumulator, accumulator_device, wide
+from calib.capture.statistics import ChannelAccumulator, CovarianceAccumulator
 from calib.capture.storage import Capture
+from calib.capture.workspace import Workspace, accumulator_device, wide
 from calib.data.batches import Batch
 from calib.data.tokens import combine_digests, row_digest
 from calib.errors import DataError, QuantizationError, UnsupportedModelError
@@ -63,22 +65,27 @@ class Collector:
 
     Args:
         config: how much is kept.
+        sites: the R1 and R2 sites, each of which every batch must reach.
         num_kv_heads: key/value heads of each layer.
         head_dim: width of a head.
     """
 
-    def __init__(self, config: CaptureConfig, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, config: CaptureConfig, sites: Sequence[Site], num_kv_heads: int, head_dim: int) -> None:
         self._config = config
+        self._sites = tuple(sites)
         self._kv = num_kv_heads
         self._head_dim = head_dim
         self._r1: _Space | None = None
         self._r1_channels: dict[str, ChannelAccumulator] = {}
         self._r2: dict[int, _Space] = {}
+        self._r2_layers = sorted({site.layer for site in sites if site.rotation == "r2"})
+        self._r2_store = torch.empty(0)
         self._r2_channels: dict[int, ChannelAccumulator] = {}
         self._reached: set[str] = set()
         self._digests: dict[int, bytes] = {}
         self._seen = 0
         self._tokens: _Tokens | None = None
+        self._workspace = Workspace()
 
     def begin(self, batch: Batch) -> None:
         """Take note of the tokens of ``batch``, which the model runs next."""
@@ -94,32 +101,27 @@ class Collector:
             UnsupportedModelError: ``x`` does not hold one vector for each position, or not the width expected.
             QuantizationError: ``x`` holds NaN or Inf at a token.
         """
-        if self._tokens is None or x.shape[:-1].numel() != self._tokens.positions:
+        tokens = self._tokens
+        if tokens is None or x.shape[:-1].numel() != tokens.positions:
             raise UnsupportedModelError(
                 f"'{site.module}' sees a tensor {list(x.shape)}, which is not one vector for each token of the batch",
                 hint="The architecture table must name a module that reads every token.",
             )
         self._reached.add(site.module)
-        x = x.reshape(self._tokens.positions, x.shape[-1])
-        if self._tokens.kept is not None:
-            x = x[self._tokens.kept.to(x.device)]
-        # amax passes NaN on, so these few numbers also tell whether anything is not finite.
-        absmax = wide(x.abs().amax(dim=1)).cpu().double().numpy()
-        finite = np.isfinite(absmax)
-        if not finite.all():
-            row, place = self._tokens.rows[~finite][0], self._tokens.places[~finite][0]
-            raise QuantizationError(
-                f"the input of '{site.module}' holds NaN or Inf (calibration row {row}, token {place})",
-                hint="The model overflows in this dtype, or its weights are damaged: try --dtype bfloat16 or float32.",
-            )
-        space = self._observe_r1(site, x) if site.rotation == "r1" else self._observe_r2(site, x)
-        keys = token_keys(self._config.seed, site.module, self._tokens.rows, self._tokens.places)
-        space.reservoir.offer(x, absmax, keys)
+        x = x.reshape(tokens.positions, x.shape[-1])
+        keys = token_keys(self._config.seed, site.module, tokens.rows, tokens.places)
+        for first in range(0, len(keys), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
+            chunk = x[part] if tokens.kept is None else x[tokens.kept[part].to(x.device)]
+            absmax = _finite_absmax(chunk, site, tokens, first)
+            space = self._observe_r1(site, chunk) if site.rotation == "r1" else self._observe_r2(site, chunk)
+            space.reservoir.offer(chunk, absmax, keys[part])
 
     def _observe_r1(self, site: Site, x: Tensor) -> _Space:
         width = x.shape[1]
         if self._r1 is None:
-            self._r1 = self._space(1, width, x, self._config.reservoir_tokens)
+            store = torch.empty((self._config.reservoir_tokens, width), dtype=x.dtype)
+            self._r1 = self._space(1, width, x, store)
         if width != self._r1.covariance.channels:
             raise UnsupportedModelError(
                 f"'{site.module}' is {width} wide, other R1 sites are {self._r1.covariance.channels}",
@@ -127,9 +129,9 @@ class Collector:
             )
         if site.module not in self._r1_channels:
             self._r1_channels[site.module] = ChannelAccumulator(1, width, accumulator_device(x))
-        for chunk in torch.split(x, CHUNK_TOKENS):
-            self._r1_channels[site.module].update(chunk.unsqueeze(0))
-            self._r1.covariance.update(chunk.unsqueeze(0))
+        chunk = self._workspace.chunk(x.unsqueeze(0))
+        self._r1_channels[site.module].update(chunk)
+        self._r1.covariance.update(chunk, self._workspace)
         return self._r1
 
     def _observe_r2(self, site: Site, x: Tensor) -> _Space:
@@ -140,30 +142,32 @@ class Collector:
                 f"{self._kv} key/value heads of {self._head_dim}",
                 hint="The architecture table does not fit this checkpoint.",
             )
+        if not self._r2:
+            # One for all layers, which the capture keeps: what a layer of its own would free could stay on the heap.
+            shape = (len(self._r2_layers), self._config.r2_tokens, x.shape[1])
+            self._r2_store = torch.empty(shape, dtype=x.dtype)
         if site.layer not in self._r2:
-            self._r2[site.layer] = self._space(self._kv, self._head_dim, x, self._config.r2_tokens)
+            store = self._r2_store[self._r2_layers.index(site.layer)]
+            self._r2[site.layer] = self._space(self._kv, self._head_dim, x, store)
             self._r2_channels[site.layer] = ChannelAccumulator(self._kv, self._head_dim, accumulator_device(x))
         space = self._r2[site.layer]
-        for chunk in torch.split(x, CHUNK_TOKENS):
-            heads = by_kv_head(chunk, self._kv, self._head_dim)
-            self._r2_channels[site.layer].update(heads)
-            space.covariance.update(heads)
+        chunk = self._workspace.chunk(_heads(x, self._kv, self._head_dim))
+        self._r2_channels[site.layer].update(chunk)
+        space.covariance.update(chunk, self._workspace)
         return space
 
-    def _space(self, groups: int, channels: int, x: Tensor, capacity: int) -> _Space:
-        massive = self._config.massive_tokens(capacity)
-        return _Space(
-            CovarianceAccumulator(groups, channels, accumulator_device(x)),
-            TokenReservoir(capacity, massive, x.shape[1], x.dtype),
-        )
+    def _space(self, groups: int, channels: int, x: Tensor, store: Tensor) -> _Space:
+        massive = self._config.massive_tokens(len(store))
+        covariance = CovarianceAccumulator(groups, channels, accumulator_device(x))
+        return _Space(covariance, TokenReservoir(store, massive))
 
-    def require_reached(self, sites: Sequence[Site]) -> None:
+    def require_reached(self) -> None:
         """Check, after a batch, that every site has been observed.
 
         Raises:
             UnsupportedModelError: one has not; the message names it.
         """
-        missing = [site.module for site in sites if site.module not in self._reached]
+        missing = [site.module for site in self._sites if site.module not in self._reached]
         if missing:
             raise UnsupportedModelError(
                 f"the model never calls '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
@@ -207,24 +211,42 @@ class Collector:
     def _finish_r2(self) -> tuple[dict[int, SiteStatistics], Samples | None]:
         """The statistics of each layer, whose samples are views of the stacked ones.
 
-        Layers are moved over one by one, and what each leaves is free for the next.
+        The samples are regrouped by head layer by layer, within the store of all. Where a text is so short that
+        S < capacity, they also move together: layer i to where i · S tokens precede it, which is never beyond where it
+        lay, and so never onto a layer that is still to come.
         """
         stack: Samples | None = None
         layers: dict[int, SiteStatistics] = {}
         for index, layer in enumerate(sorted(self._r2)):
             space = self._r2.pop(layer)
             kept = space.reservoir.result()
-            values = by_kv_head(kept.rows, self._kv, self._head_dim)
+            # Of a copy: with a single key/value head this is a view, and would be moved onto itself.
+            values = by_kv_head(kept.rows.clone(), self._kv, self._head_dim)
             group = values.shape[1] // len(kept.rows)
             if stack is None:
-                shape = (len(self._r2_channels), *values.shape)
-                weights = torch.empty((shape[0], values.shape[1]))
-                stack = Samples(torch.empty(shape, dtype=values.dtype), weights, kept.massive * group, group)
+                shape = (len(self._r2_layers), *values.shape)
+                stacked = self._r2_store.flatten()[: math.prod(shape)].view(shape)
+                stack = Samples(stacked, torch.empty((shape[0], values.shape[1])), kept.massive * group, group)
             stack.values[index] = values
             stack.weights[index] = kept.weights.repeat_interleave(group)
             channels = self._r2_channels[layer].result()
             layers[layer] = SiteStatistics(channels, space.covariance.finish(), stack.layer(index))
         return layers, stack
+
+
+def _finite_absmax(x: Tensor, site: Site, tokens: _Tokens, first: int) -> NDArray[np.float64]:
+    """The largest absolute value of each token of ``x`` [T, n]: the T tokens of the batch from number ``first`` on."""
+    minimum, maximum = torch.aminmax(x, dim=1)
+    # Both pass NaN on, so these few numbers also tell whether anything is not finite.
+    absmax: NDArray[np.float64] = torch.maximum(maximum, -minimum).to(wide(x.dtype)).cpu().double().numpy()
+    bad = np.flatnonzero(~np.isfinite(absmax))
+    if len(bad):
+        row, place = tokens.rows[first + bad[0]], tokens.places[first + bad[0]]
+        raise QuantizationError(
+            f"the input of '{site.module}' holds NaN or Inf (calibration row {row}, token {place})",
+            hint="The model overflows in this dtype, or its weights are damaged: try --dtype bfloat16 or float32.",
+        )
+    return absmax
 
 
 def by_kv_head(x: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
@@ -240,5 +262,9 @@ def by_kv_head(x: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
     Returns:
         [kv, T · group, d], the group's heads of one token next to each other.
     """
-    tokens = x.shape[0]
-    return x.view(tokens, num_kv_heads, -1, head_dim).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+    return _heads(x, num_kv_heads, head_dim).reshape(num_kv_heads, -1, head_dim)
+
+
+def _heads(x: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+    """The same as a view [kv, T, group, d]."""
+    return x.view(x.shape[0], num_kv_heads, -1, head_dim).transpose(0, 1)

@@ -40,6 +40,10 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
+_COLUMNS = 256
+"""Columns of the sample that are put in order at once; bounds the copy."""
+
+
 def _mix(bits: Keys) -> Keys:
     """SplitMix64's finaliser: a bijection of 64-bit words whose output bits each depend on all input bits."""
     bits = (bits ^ (bits >> np.uint64(30))) * _MIX_1
@@ -72,19 +76,18 @@ class ReservoirResult:
 
 
 class TokenReservoir:
-    """The reservoir described above, on the CPU, in the dtype of the activations.
+    """The reservoir described above.
 
     Args:
-        capacity: M + K, the most tokens kept.
-        massive: M, at most ``capacity`` − 1.
-        width: n, the channels of a token.
-        dtype: the dtype of the tokens.
+        store: [M + K, n] on the CPU, in the dtype of the activations: where the tokens are kept.
+        massive: M, at most M + K − 1.
     """
 
-    def __init__(self, capacity: int, massive: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, store: Tensor, massive: int) -> None:
+        capacity = len(store)
         self._capacity = capacity
         self._massive_capacity = massive
-        self._rows = torch.empty((capacity, width), dtype=dtype)
+        self._rows = store
         self._keys: Keys = np.empty(capacity, dtype=np.uint64)
         self._absmax = np.empty(capacity, dtype=np.float64)
         self._is_massive = np.zeros(capacity, dtype=np.bool_)
@@ -140,11 +143,17 @@ class TokenReservoir:
         return massive, others
 
     def result(self) -> ReservoirResult:
-        """The sample, in an order that depends on the keys alone."""
+        """The sample, in an order that depends on the keys alone; the reservoir is spent by it.
+
+        Its rows are the first of the store, where they are put in order: a copy in order would double the memory.
+        """
         massive = np.flatnonzero(self._is_massive[: self._filled])
         others = np.flatnonzero(~self._is_massive[: self._filled])
         order = np.concatenate([massive[np.argsort(self._keys[massive])], others[np.argsort(self._keys[others])]])
         weights = torch.ones(self._filled)
         if len(others):
             weights[len(massive) :] = (self.seen - len(massive)) / len(others)
-        return ReservoirResult(self._rows[torch.from_numpy(order)], weights, len(massive))
+        rows, ordered = self._rows[: self._filled], torch.from_numpy(order)
+        for columns in torch.split(rows, _COLUMNS, dim=1):
+            columns.copy_(columns[ordered])
+        return ReservoirResult(rows, weights, len(massive))

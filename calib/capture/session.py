@@ -53,10 +53,10 @@ def capture(
         UnsupportedModelError: a site names no module, is never reached, or sees a tensor that does not fit.
         QuantizationError: an activation holds NaN or Inf; the message names the module.
     """
-    collector = Collector(config or CaptureConfig(), num_kv_heads, head_dim)
     wanted = [site for site in sites if site.rotation in ("r1", "r2")]
     if not wanted:
         raise UnsupportedModelError("no R1 or R2 site to capture", hint="Use --rotate with r1 or r2.")
+    collector = Collector(config or CaptureConfig(), wanted, num_kv_heads, head_dim)
     # The head reads nothing that a rotation is trained on, and its logits are the largest tensor of a forward pass.
     body = getattr(model, "base_model", model)
     device = next(model.parameters()).device
@@ -69,7 +69,7 @@ def capture(
         for batch in track(batches, "capture", total, progress):
             collector.begin(batch)
             body(**batch.model_inputs(device), use_cache=False)
-            collector.require_reached(wanted)
+            collector.require_reached()
     return collector.finish(model_fingerprint(model))
 
 

@@ -7,7 +7,8 @@ variances", 1979). For two sets a and b with counts nₐ, n_b, means mₐ, m_b a
     M2 = M2ₐ + M2_b + δ δᵀ · nₐ n_b / (nₐ + n_b)          M2 = Σ (x − m)(x − m)ᵀ
 
 so a large mean is subtracted before anything is squared, and a sum of squares never cancels against it. A chunk's own
-product is taken in float32 (float64 for float64 activations), sums over chunks are kept in float64.
+product is taken in float32 (float64 for float64 activations), sums over chunks are kept in float64. The parts of a
+chunk, centred about its mean, come from :mod:`calib.capture.workspace`.
 
 Shapes: G groups (1 for R1, the key/value heads for R2), T tokens, n channels.
 """
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from calib.capture.workspace import Chunk, Workspace
 
 _BLOCK = 512
 """Rows of a covariance that are updated at once."""
@@ -52,31 +55,8 @@ class ChannelStatistics:
         return ChannelStatistics(self.count, *vectors)
 
 
-def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype in which products are taken: float32, or float64 where it has that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def centre(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` [G, T, n] about its mean, a new tensor in a wide dtype, and that mean [G, n] in float64.
-
-    A float32 mean is off by 2⁻²⁴ of itself, which is much next to a small deviation. The deviations from that rounded
-    mean are exact, or nearly, so *their* mean is the error, and is added back.
-    """
-    rough = wide(x).mean(dim=1, keepdim=True)
-    centred = wide(x) - rough
-    device = accumulator_device(x)
-    mean = rough.to(device).double() + centred.mean(dim=1, keepdim=True).to(device).double()
-    return centred, mean.squeeze(1)
-
-
-def accumulator_device(x: Tensor) -> torch.device:
-    """Where float64 sums over ``x`` can live: its own device, or the CPU for one without float64 (Apple's MPS)."""
-    return torch.device("cpu") if x.device.type == "mps" else x.device
-
-
 class ChannelAccumulator:
-    """Running :class:`ChannelStatistics` of [G, T, n] chunks."""
+    """Running :class:`ChannelStatistics` of chunks."""
 
     def __init__(self, groups: int, channels: int, device: torch.device) -> None:
         shape = (groups, channels)
@@ -86,14 +66,9 @@ class ChannelAccumulator:
         self._minimum = torch.full(shape, torch.inf, dtype=torch.float64, device=device)
         self._maximum = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
 
-    def update(self, x: Tensor) -> None:
-        """Add the tokens of ``x`` [G, T, n], of any floating dtype; T may be 0."""
-        if x.shape[1] == 0:
-            return
-        centred, mean = centre(x)
-        squares = centred.square_().sum(dim=1)
-        minimum, maximum = torch.aminmax(x, dim=1)
-        self._combine(x.shape[1], mean, squares, minimum, maximum)
+    def update(self, chunk: Chunk) -> None:
+        """Add the tokens of ``chunk``."""
+        self._combine(chunk.count, chunk.mean, chunk.squares, chunk.minimum, chunk.maximum)
 
     def merge(self, other: ChannelAccumulator) -> None:
         """Add all that ``other`` has seen, as if its tokens had been given to this accumulator."""
@@ -117,7 +92,7 @@ class ChannelAccumulator:
 
 
 class CovarianceAccumulator:
-    """Running mean and covariance of [G, T, n] chunks: G · n² float64 numbers, whatever T adds up to."""
+    """Running mean and covariance of chunks: G · n² float64 numbers, whatever T adds up to."""
 
     def __init__(self, groups: int, channels: int, device: torch.device) -> None:
         self.count = 0
@@ -126,20 +101,22 @@ class CovarianceAccumulator:
         self._mean = torch.zeros((groups, channels), dtype=torch.float64, device=device)
         self._products = torch.zeros((groups, channels, channels), dtype=torch.float64, device=device)
 
-    def update(self, x: Tensor) -> None:
-        """Add the tokens of ``x`` [G, T, n], of any floating dtype; T may be 0.
+    def update(self, chunk: Chunk, workspace: Workspace) -> None:
+        """Add the tokens of ``chunk``, with the buffers of ``workspace``, in which it lives.
 
-        Give at most a few thousand at once: the error of the float32 product grows with T, while that of the float64
+        It should hold a few thousand at most: the error of the float32 product grows with T, while that of the float64
         sum over chunks does not matter.
         """
-        if x.shape[1] == 0:
-            return
-        centred, mean = centre(x)
-        # In blocks of rows: adding float32 to float64 makes a float64 copy, which would double the memory of n².
-        for start in range(0, self.channels, _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            self._products[:, rows] += (centred[..., rows].mT @ centred).to(self.device)
-        self._shift(x.shape[1], mean)
+        x = chunk.centred
+        # In blocks of rows: the products of all would be as large as the covariance, and twice that in float64.
+        for first in range(0, self.channels, _BLOCK):
+            rows = slice(first, min(first + _BLOCK, self.channels))
+            shape = (x.shape[0], rows.stop - first, self.channels)
+            block = torch.bmm(x[..., rows].mT, x, out=workspace.take("products", shape, x.dtype, x.device))
+            # Adding float32 to float64 would allocate this copy.
+            addend = workspace.take("addend", shape, torch.float64, self.device).copy_(block.to(self.device))
+            self._products[:, rows].add_(addend)
+        self._shift(chunk.count, chunk.mean)
 
     def merge(self, other: CovarianceAccumulator) -> None:
         """Add all that ``other`` has seen, as if its tokens had been given to this accumulator."""

@@ -19,7 +19,7 @@ def keys_of(count: int, seed: int = 0) -> NDArray[np.uint64]:
 
 def fill(absmax: NDArray[np.float64], keys: NDArray[np.uint64], order: list[list[int]], massive: int) -> TokenReservoir:
     """A reservoir of 8 that is offered the tokens in the given batches. Token i is the row [i, 2i]."""
-    reservoir = TokenReservoir(8, massive, 2, torch.float32)
+    reservoir = TokenReservoir(torch.empty(8, 2), massive)
     for batch in order:
         rows = torch.tensor([[float(i), 2.0 * i] for i in batch]).reshape(-1, 2)
         reservoir.offer(rows, absmax[batch], keys[batch])
