@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from calib.fusing.expected import expected_tensors
 from calib.fusing.fuser import FusedModel, fuse
-from calib.fusing.materialize import materialize
+from calib.fusing.materialize import materialize, unloaded
 
-__all__ = ["FusedModel", "expected_tensors", "fuse", "materialize"]
+__all__ = ["FusedModel", "expected_tensors", "fuse", "materialize", "unloaded"]

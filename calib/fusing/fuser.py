@@ -5,9 +5,10 @@ It walks the architecture table; nothing here knows a model family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from calib.errors import CheckpointError, UnsupportedModelError
 from calib.fusing.expected import expected_tensors
 from calib.fusing.norms import FoldedNorm, fold_norm
 from calib.fusing.source import SourceTensors
-from calib.fusing.weights import rotate_linear
+from calib.fusing.state import LazyTensors
+from calib.fusing.weights import rotate_bias, rotate_weight
 from calib.progress import Progress, silent, track
 from calib.rotations.rotation_set import RotationSet
 
@@ -30,8 +32,8 @@ _ROWS = 16384
 class FusedModel:
     """A folded and rotated model: tensors by their names in the transformers module tree, without any module."""
 
-    state: dict[str, Tensor]
-    """Every tensor of the model, in ``dtype``, on the CPU."""
+    state: Mapping[str, Tensor]
+    """Every tensor of the model, in ``dtype``, on the CPU: held, or computed on every access (``fuse(lazy=True)``)."""
     config: Any
     """A copy of the config with ``tie_word_embeddings=False`` and ``dtype`` set."""
     architecture: Architecture
@@ -41,6 +43,8 @@ class FusedModel:
     """Tensors of the checkpoint that the model has no use for."""
     refusals: tuple[str, ...]
     """Why a stock model folder cannot hold this model; empty when it can."""
+    smoothing: Mapping[str, Tensor] = field(default_factory=dict)
+    """Scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their group."""
 
 
 def fuse(
@@ -51,6 +55,7 @@ def fuse(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    lazy: bool = False,
     progress: Progress = silent,
 ) -> FusedModel:
     """Fold every norm, then R1, R2 and the inverse of R4, into the weights of ``checkpoint``.
@@ -65,18 +70,21 @@ def fuse(
         rotations: what to fold; R3 and R4 also have to run online (:func:`calib.online.attach_online`).
         dtype: floating dtype that the target computes in.
         device: where the float64 products are computed.
-        progress: called after every weight.
+        lazy: compute a tensor whenever it is asked for instead of all of them now. The bytes are the same; what is
+            wrong with the values of a weight (NaN, overflow) is raised on access. ``checkpoint`` must stay open.
+        progress: called after every weight; not called if ``lazy``.
 
     Raises:
         RotationError: a rotation that does not fit the model.
         CheckpointError: a tensor is missing, has the wrong shape, holds NaN or Inf, or overflows float16.
         UnsupportedModelError: the model has a parameter that the table does not know.
     """
-    return _Fuser(checkpoint, config, architecture, rotations, dtype, torch.device(device)).run(progress)
+    fuser = _Fuser(checkpoint, config, architecture, rotations, dtype, torch.device(device))
+    return fuser.run(lazy, progress)
 
 
 class _Fuser:
-    """The state of one :func:`fuse` call."""
+    """The state of one :func:`fuse` call, or of what its lazy result computes."""
 
     def __init__(
         self,
@@ -97,9 +105,8 @@ class _Fuser:
         self.device = device
         self.expected = expected_tensors(config)
         self.source = SourceTensors(checkpoint, config, architecture, self.expected)
-        self.state: dict[str, Tensor] = {}
 
-    def run(self, progress: Progress) -> FusedModel:
+    def run(self, lazy: bool, progress: Progress) -> FusedModel:
         self._check_coverage()
         linears = list(self.architecture.all_linears(self.config))
         readers: dict[str, list[LinearSpec]] = {norm: [] for norm in self.architecture.norm_names(self.config)}
@@ -107,23 +114,14 @@ class _Fuser:
             if spec.norm is not None:
                 readers[spec.norm].append(spec)
         folds = {norm: self._fold(norm, specs) for norm, specs in readers.items()}
-        for embedding in self.architecture.embeddings:
-            self._fuse_embedding(embedding.weight)
-        for spec in track(linears, "fuse", len(linears), progress):
-            fold = folds.get(spec.norm) if spec.norm else None
-            if spec is self.architecture.head:
-                self._fuse_head(fold)
-            else:
-                self._fuse_linear(spec, fold)
-        for name in self.expected.keys() - self.state.keys():
-            self._store(name, self.source.read(name))
-        # In the order of the module tree, so that the same model is always written the same.
-        order = [*self.expected, *(name for name in self.state if name not in self.expected)]
+        state: Mapping[str, Tensor] = self._lazy_state(linears, folds)
+        if not lazy:
+            state = self._computed(state, linears, progress)
         config = deepcopy(self.config)
         config.tie_word_embeddings = False
         config.dtype = self.dtype
         return FusedModel(
-            state={name: self.state[name] for name in order},
+            state=state,
             config=config,
             architecture=self.architecture,
             rotations=self.rotations,
@@ -149,11 +147,35 @@ class _Fuser:
                 hint="this version of transformers or this config has a feature that rotq does not know",
             )
 
+    def _lazy_state(self, linears: list[LinearSpec], folds: Mapping[str, FoldedNorm | None]) -> LazyTensors:
+        """What computes each tensor, in the order of the module tree, so that a model is always written the same."""
+        compute: dict[str, Callable[[], Tensor]] = {name: partial(self._untouched, name) for name in self.expected}
+        for norm, fold in folds.items():
+            if fold is not None:
+                compute[f"{norm}.weight"] = partial(self._gain, norm, fold)
+            if fold is not None and fold.kept_bias is not None:
+                compute[f"{norm}.bias"] = partial(self._rounded, f"{norm}.bias", fold.kept_bias)
+        for embedding in self.architecture.embeddings:
+            compute[embedding.weight] = partial(self._embedding, embedding.weight)
+        for spec in linears:
+            fold = folds.get(spec.norm) if spec.norm else None
+            compute[spec.weight] = partial(self._weight, spec, fold)
+            takes_bias = fold is not None and fold.shift is not None
+            if spec.bias is not None and (spec.bias in self.expected or takes_bias):
+                compute[spec.bias] = partial(self._bias, spec, spec.bias, fold)
+        return LazyTensors(compute)
+
+    def _computed(
+        self, state: Mapping[str, Tensor], linears: list[LinearSpec], progress: Progress
+    ) -> dict[str, Tensor]:
+        """All tensors of ``state``, in its order."""
+        held: dict[str, Tensor] = {}
+        for spec in track(linears, "fuse", len(linears), progress):
+            held |= {name: state[name] for name in (spec.weight, spec.bias) if name is not None and name in state}
+        return {name: held[name] if name in held else state[name] for name in state}
+
     def _read(self, name: str) -> Tensor:
         return self.source.read(name).to(self.device, torch.float64)
-
-    def _store(self, name: str, tensor: Tensor) -> None:
-        self.state[name] = self._rounded(name, tensor)
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         # A copy, so that no tensor of the result shares memory with the checkpoint.
@@ -166,12 +188,15 @@ class _Fuser:
             )
         return rounded
 
+    def _untouched(self, name: str) -> Tensor:
+        return self._rounded(name, self.source.read(name))
+
     def _fold(self, name: str, readers: list[LinearSpec]) -> FoldedNorm | None:
         """Fold the norm ``name``; ``None`` for one without parameters."""
         weight, bias = f"{name}.weight", f"{name}.bias"
         if weight not in self.expected:
             return None
-        fold = fold_norm(
+        return fold_norm(
             name,
             self._read(weight) + self.architecture.gain_offset,
             self._read(bias) if bias in self.expected else None,
@@ -179,58 +204,50 @@ class _Fuser:
             r1=self.on_device.r1(),
             dtype=self.dtype,
         )
-        self._store(weight, torch.ones_like(fold.gain) - self.architecture.gain_offset)
-        if fold.kept_bias is not None:
-            self._store(bias, fold.kept_bias)
-        return fold
 
-    def _fuse_embedding(self, name: str) -> None:
+    def _gain(self, norm: str, fold: FoldedNorm) -> Tensor:
+        """What the norm stores so that it multiplies by one."""
+        return self._rounded(f"{norm}.weight", torch.ones_like(fold.gain) - self.architecture.gain_offset)
+
+    def _embedding(self, name: str) -> Tensor:
         """Rows are written into the residual stream as they are: ``E <- E R1``."""
         table = self.source.read(name)
         r1 = self.on_device.r1()
         if r1 is None:
-            self._store(name, table)
-            return
+            return self._rounded(name, table)
         result = torch.empty(table.shape, dtype=self.dtype)
         for start in range(0, table.shape[0], _ROWS):
             rows = table[start : start + _ROWS].to(self.device, torch.float64)
             result[start : start + _ROWS] = self._rounded(name, r1.apply(rows))
-        self.state[name] = result
+        return result
 
-    def _fuse_linear(self, spec: LinearSpec, fold: FoldedNorm | None) -> None:
+    def _weight(self, spec: LinearSpec, fold: FoldedNorm | None) -> Tensor:
+        """The weight in its stored layout.
+
+        Of the output head a block of rows at a time: nothing mixes them, as they leave the model.
+        """
         stored = self.source.read(spec.weight)
         if spec.layout == "experts":
-            experts = [self._fused(expert, None, spec, fold)[0] for expert in stored]
-            self.state[spec.weight] = torch.stack(experts)
-            return
-        assert spec.bias is not None  # only experts lack the name of one
-        bias = self._read(spec.bias) if spec.bias in self.expected else None
-        weight, bias = self._fused(stored, bias, spec, fold)
-        self.state[spec.weight] = weight
-        if bias is not None:
-            self._store(spec.bias, bias)
+            return torch.stack([self._rotated(expert, spec, fold) for expert in stored])
+        if spec is self.architecture.head:
+            return torch.cat([self._rotated(rows, spec, fold) for rows in torch.split(stored, _ROWS)])
+        return self._rotated(stored, spec, fold)
 
-    def _fuse_head(self, fold: FoldedNorm | None) -> None:
-        """The output head, a block of rows at a time: nothing mixes them, as they leave the model."""
-        spec = self.architecture.head
-        weight = self.source.read(spec.weight)
-        fused = [self._fused(rows, None, spec, fold) for rows in torch.split(weight, _ROWS)]
-        self.state[spec.weight] = torch.cat([rows for rows, _ in fused])
-        bias = [part for _, part in fused if part is not None]
-        if bias:
-            self._store(f"{spec.name}.bias", torch.cat(bias))
-
-    def _fused(
-        self, stored: Tensor, bias: Tensor | None, spec: LinearSpec, fold: FoldedNorm | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The weight, rounded and in its stored layout, and the float64 bias."""
+    def _rotated(self, stored: Tensor, spec: LinearSpec, fold: FoldedNorm | None) -> Tensor:
         weight = stored.to(self.device, torch.float64)
         weight = weight.mT if spec.layout == "conv1d" else weight
-        if fold is not None:
-            if fold.shift is not None:
-                taken = weight @ fold.shift
-                bias = taken if bias is None else bias + taken
-            weight = weight * fold.gain
-        weight, bias = rotate_linear(weight, bias, spec, self.on_device, self.sizes)
+        weight = weight if fold is None else weight * fold.gain
+        weight = rotate_weight(weight, spec, self.on_device, self.sizes)
         weight = weight.mT if spec.layout == "conv1d" else weight
-        return self._rounded(spec.weight, weight), bias
+        return self._rounded(spec.weight, weight)
+
+    def _bias(self, spec: LinearSpec, name: str, fold: FoldedNorm | None) -> Tensor:
+        """The bias, with what the linear takes of its norm's: ``c + b W^T`` with the weight as it is stored."""
+        bias = self._read(name) if name in self.expected else None
+        if fold is not None and fold.shift is not None:
+            stored = self.source.read(spec.weight)
+            stored = stored.mT if spec.layout == "conv1d" else stored
+            parts = [rows.to(self.device, torch.float64) @ fold.shift for rows in torch.split(stored, _ROWS)]
+            bias = torch.cat(parts) if bias is None else bias + torch.cat(parts)
+        assert bias is not None  # _lazy_state names no other
+        return self._rounded(name, rotate_bias(bias, spec, self.on_device, self.sizes))

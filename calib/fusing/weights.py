@@ -16,10 +16,8 @@ from calib.architectures import Dimensions, LinearSpec, Space
 from calib.rotations.rotation_set import Rotation, RotationSet
 
 
-def rotate_linear(
-    weight: Tensor, bias: Tensor | None, spec: LinearSpec, rotations: RotationSet, sizes: Dimensions
-) -> tuple[Tensor, Tensor | None]:
-    """The weight ``[out, in]`` and bias ``[out]`` of ``spec``, rotated on the side it reads and the side it writes.
+def rotate_weight(weight: Tensor, spec: LinearSpec, rotations: RotationSet, sizes: Dimensions) -> Tensor:
+    """The weight ``[out, in]`` of ``spec``, rotated on the side it reads and the side it writes.
 
     R3 and R4 run online: R4 leaves its inverse in the weights that read the rotated activation, and no online rotation
     reaches a writer.
@@ -29,15 +27,22 @@ def rotate_linear(
         weight = _rotate_heads_read(weight, source, sizes) if spec.reads is Space.VALUE else source.apply(weight)
     if spec.writes is Space.RESIDUAL:
         target = rotation_of(Space.RESIDUAL, spec, rotations)
-        if target is not None:
-            weight = target.apply(weight.mT).mT
-            bias = None if bias is None else target.apply(bias)
+        weight = weight if target is None else target.apply(weight.mT).mT
     values = _value_rows(spec, weight.shape[0], sizes)
     target = rotation_of(Space.VALUE, spec, rotations)
-    if values and target is not None:
-        weight = _rotate_heads_written(weight, values, target, sizes)
-        bias = None if bias is None else _rotate_heads_written(bias[:, None], values, target, sizes)[:, 0]
-    return weight, bias
+    return _rotate_heads_written(weight, values, target, sizes) if values and target is not None else weight
+
+
+def rotate_bias(bias: Tensor, spec: LinearSpec, rotations: RotationSet, sizes: Dimensions) -> Tensor:
+    """The bias ``[out]`` of ``spec``, rotated on the side it writes: an output, it follows the rows of the weight."""
+    if spec.writes is Space.RESIDUAL:
+        target = rotation_of(Space.RESIDUAL, spec, rotations)
+        bias = bias if target is None else target.apply(bias)
+    values = _value_rows(spec, bias.shape[0], sizes)
+    target = rotation_of(Space.VALUE, spec, rotations)
+    if not values or target is None:
+        return bias
+    return _rotate_heads_written(bias[:, None], values, target, sizes)[:, 0]
 
 
 def rotation_of(space: Space | None, spec: LinearSpec, rotations: RotationSet) -> Rotation | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import CheckpointError
-from calib.fusing import FusedModel, materialize
+from calib.fusing import FusedModel, materialize, unloaded
 from calib.skeleton import build_skeleton
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, relative_l2, token_rows
 from tests.tolerances import SAME_SUMS
@@ -25,6 +25,16 @@ def test_the_skeleton_with_all_weights_is_the_model(name: str) -> None:
     skeleton = build_skeleton(fused.config.to_dict(), fused.state, skip=())
     ids = token_rows()[1][None]
     assert relative_l2(skeleton(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits) <= SAME_SUMS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_unloaded_model_allocates_no_weight_and_has_real_buffers(name: str) -> None:
+    fused = fuse_tiny(make_tiny(CONFIGS[name]()))
+    model = unloaded(fused)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert set(model.state_dict()) == set(fused.state)
+    loaded = dict(materialize(fused).named_buffers())
+    assert all(torch.equal(buffer, loaded[key]) for key, buffer in model.named_buffers())
 
 
 def test_weights_are_used_without_a_copy_and_are_frozen(llama: FusedModel) -> None:
