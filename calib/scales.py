@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calib.errors import QuantizationError
-from calib.schemes import Granularity, NumberFormat, PerBlock, PerChannel, PerTensor, TensorScheme
+from calib.schemes import NumberFormat
 
 
 def convert_to_scale(amax: Tensor, maxbound: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,40 +76,6 @@ def compute_scale(data: Tensor, quant_min: float, quant_max: float) -> Tensor:
     return convert_to_scale(data.detach().abs().max(), (quant_max - quant_min) / 2, dtype=data.dtype)
 
 
-def weight_amax(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Largest magnitude of a weight ``[out, in]`` for every group that shares a scale.
-
-    Returns:
-        Shape ``[]`` (per tensor), ``[out]`` (per channel, axis 0) or ``[out, ceil(in / size)]`` (per block; the last
-        block of a row may be short).
-    """
-    magnitude = weight.detach().abs()
-    match granularity:
-        case PerTensor():
-            return magnitude.amax()
-        case PerChannel(axis):
-            return magnitude.amax(dim=1 - axis)
-        case PerBlock(size):
-            return _blocks(magnitude, size).amax(dim=-1)
-
-
-def quantize(weight: Tensor, scale: Tensor, scheme: TensorScheme) -> Tensor:
-    """Round a float weight ``[out, in]`` to the stored values of its format: ``clamp(round(w / scale))``, ties to even.
-
-    Returns:
-        Same shape; int8 storage for integer formats (int4 unpacked), ``float8_e4m3fn`` for float8.
-    """
-    ratio = weight.float() / expand_scale(scale, weight.shape, scheme.granularity)
-    if scheme.format.kind == "float":
-        return ratio.clamp(scheme.format.qmin, scheme.format.qmax).to(torch.float8_e4m3fn)
-    return ratio.round().clamp(scheme.format.qmin, scheme.format.qmax).to(torch.int8)
-
-
-def dequantize(stored: Tensor, scale: Tensor, scheme: TensorScheme) -> Tensor:
-    """The float32 values that stored values stand for: ``stored * scale``."""
-    return stored.float() * expand_scale(scale, stored.shape, scheme.granularity)
-
-
 def fake_quantize(x: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
     """Quantize and dequantize activations with one scale: ``clamp(round(x / scale)) * scale``, ties to even.
 
@@ -120,20 +86,3 @@ def fake_quantize(x: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
     if fmt.kind == "float":
         return ratio.clamp(fmt.qmin, fmt.qmax).to(torch.float8_e4m3fn).to(x.dtype) * scale
     return ratio.round().clamp(fmt.qmin, fmt.qmax) * scale
-
-
-def expand_scale(scale: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
-    """Bring a scale into a shape that broadcasts against a weight of ``shape`` ``[out, in]``."""
-    match granularity:
-        case PerTensor():
-            return scale
-        case PerChannel(axis):
-            return scale.unsqueeze(1 - axis)
-        case PerBlock(size):
-            return scale.repeat_interleave(size, dim=-1)[..., : shape[-1]]
-
-
-def _blocks(magnitude: Tensor, size: int) -> Tensor:
-    short = -magnitude.shape[-1] % size
-    padded = torch.nn.functional.pad(magnitude, (0, short))
-    return padded.reshape(*padded.shape[:-1], -1, size)

@@ -7,8 +7,8 @@ cannot express; nothing here knows a runtime, a library or a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from calib.errors import QuantizationError
 
@@ -33,7 +33,8 @@ class NumberFormat:
 INT8 = NumberFormat("int8", 8, -128, 127, 127, "integer")
 INT4 = NumberFormat("int4", 4, -8, 7, 7, "integer")
 FLOAT8 = NumberFormat("float8_e4m3", 8, -448, 448, 448, "float")
-FORMATS = {fmt.name: fmt for fmt in (INT8, INT4, FLOAT8)}
+FLOAT4 = NumberFormat("float4_e2m1", 4, -6, 6, 6, "float")
+FORMATS = {fmt.name: fmt for fmt in (INT8, INT4, FLOAT8, FLOAT4)}
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,61 @@ class PerBlock:
     size: int
 
 
-Granularity = PerTensor | PerChannel | PerBlock
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each row of an activation ``[tokens, in]``, computed while running."""
+
+
+@dataclass(frozen=True)
+class PerCluster:
+    """One static scale for each of ``clusters`` sets of input channels; see :mod:`calib.clusters`. Scale ``[in]``."""
+
+    clusters: int
+
+
+Granularity = PerTensor | PerChannel | PerBlock | PerToken | PerCluster
+
+ScaleFormat = Literal["compute", "e4m3", "e8m0", "e8m0-floor"]
+"""What the scales of a tensor are stored as.
+
+* ``compute``: the dtype the target computes in.
+* ``e4m3``: FP8, relative to one second-level scale for the tensor in float32 (NVFP4).
+* ``e8m0``: a power of two, rounded up so that nothing is clipped (ModelOpt's rule for MX formats).
+* ``e8m0-floor``: a power of two by the rule of the OCP MX specification 1.0, which clips the top of some blocks.
+"""
 
 
 @dataclass(frozen=True)
 class TensorScheme:
-    """How one kind of tensor is quantized: symmetric, with static scales."""
+    """How one kind of tensor is quantized."""
 
     format: NumberFormat
     granularity: Granularity
+    symmetric: bool = True
+    """Without (``True``) or with a zero point; integer formats only."""
+    dynamic: bool = False
+    """Activations: the scales are computed from the values while running."""
+    scale_format: ScaleFormat = "compute"
+
+    def __post_init__(self) -> None:
+        if not self.symmetric and self.format.kind != "integer":
+            raise QuantizationError(
+                f"{self.format.name} has no zero point", hint="asymmetric quantization needs an integer format"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether something of it has to be observed: a static scale, or the second level of a dynamic one."""
+        return not self.dynamic or self.scale_format == "e4m3"
+
+
+@dataclass(frozen=True)
+class LinearScheme:
+    """How one linear is quantized."""
+
+    weight: TensorScheme
+    input: TensorScheme | None
+    """``None``: the input stays in float."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +130,23 @@ class Scheme:
         """Whether activations stay in float, so that calibration needs no data."""
         return self.activation is None
 
+    @property
+    def linear(self) -> LinearScheme:
+        """What it means for one linear."""
+        return LinearScheme(self.weight, self.activation)
+
+
+_INT8_WEIGHT = TensorScheme(INT8, PerChannel(0))
+_INT4_BLOCKS = TensorScheme(INT4, PerBlock(128))
+_INT8_STATIC = TensorScheme(INT8, PerTensor())
+_NVFP4 = TensorScheme(FLOAT4, PerBlock(16), scale_format="e4m3")
+_MXFP4 = TensorScheme(FLOAT4, PerBlock(32), scale_format="e8m0")
+_MXFP8 = TensorScheme(FLOAT8, PerBlock(32), scale_format="e8m0")
+
+
+def _per_token(fmt: NumberFormat) -> TensorScheme:
+    return TensorScheme(fmt, PerToken(), dynamic=True)
+
 
 SCHEMES = {
     scheme.name: scheme
@@ -90,23 +154,44 @@ SCHEMES = {
         Scheme(
             "int8",
             "static INT8 W8A8: weights per output channel, activations per tensor",
-            TensorScheme(INT8, PerChannel(0)),
-            TensorScheme(INT8, PerTensor()),
+            _INT8_WEIGHT,
+            _INT8_STATIC,
+            max_perplexity_ratio=1.02,
+        ),
+        Scheme(
+            "int8-dynamic",
+            "INT8 W8A8: weights per output channel, activations per token while running",
+            _INT8_WEIGHT,
+            _per_token(INT8),
             max_perplexity_ratio=1.02,
         ),
         Scheme(
             "int8-weight-only",
             "INT8 weights per output channel, float activations",
-            TensorScheme(INT8, PerChannel(0)),
+            _INT8_WEIGHT,
             None,
             max_perplexity_ratio=1.01,
         ),
         Scheme(
             "int4-weight-only",
             "INT4 weights in blocks of 128 input features, float activations",
-            TensorScheme(INT4, PerBlock(128)),
+            _INT4_BLOCKS,
             None,
             max_perplexity_ratio=1.10,
+        ),
+        Scheme(
+            "w4a8",
+            "INT4 weights in blocks of 128 input features, static INT8 activations per tensor",
+            _INT4_BLOCKS,
+            _INT8_STATIC,
+            max_perplexity_ratio=1.12,
+        ),
+        Scheme(
+            "w4a4",
+            "INT4 weights per output channel, INT4 activations per token while running",
+            TensorScheme(INT4, PerChannel(0)),
+            _per_token(INT4),
+            max_perplexity_ratio=1.35,
         ),
         Scheme(
             "float8",
@@ -115,8 +200,43 @@ SCHEMES = {
             TensorScheme(FLOAT8, PerTensor()),
             max_perplexity_ratio=1.02,
         ),
+        Scheme(
+            "float8-dynamic",
+            "FP8 E4M3: weights per output channel, activations per token while running",
+            TensorScheme(FLOAT8, PerChannel(0)),
+            _per_token(FLOAT8),
+            max_perplexity_ratio=1.02,
+        ),
+        Scheme(
+            "nvfp4",
+            "NVFP4: E2M1 in blocks of 16 with E4M3 scales, weights and activations",
+            _NVFP4,
+            replace(_NVFP4, dynamic=True),
+            max_perplexity_ratio=1.15,
+        ),
+        Scheme(
+            "mxfp4",
+            "MXFP4: E2M1 in blocks of 32 with power-of-two scales, weights and activations",
+            _MXFP4,
+            replace(_MXFP4, dynamic=True),
+            max_perplexity_ratio=1.35,
+        ),
+        Scheme(
+            "mxfp8",
+            "MXFP8: E4M3 in blocks of 32 with power-of-two scales, weights and activations",
+            _MXFP8,
+            replace(_MXFP8, dynamic=True),
+            max_perplexity_ratio=1.02,
+        ),
     )
 }
+
+KV_SCHEMES = {
+    "int8": TensorScheme(INT8, PerTensor()),
+    "int4": TensorScheme(INT4, PerTensor()),
+    "float8": TensorScheme(FLOAT8, PerTensor()),
+}
+"""How ``--kv`` quantizes cached keys (after RoPE and R3) and values: one static scale each for a layer."""
 
 
 def scheme_named(name: str) -> Scheme:
@@ -128,3 +248,61 @@ def scheme_named(name: str) -> Scheme:
     if name not in SCHEMES:
         raise QuantizationError(f"unknown scheme '{name}'", hint=f"the schemes are: {', '.join(SCHEMES)}")
     return SCHEMES[name]
+
+
+def linear_words(scheme: LinearScheme) -> str:
+    """``scheme`` in a few words, for tables: ``int4 weights in blocks of 128, int8 inputs per tensor``."""
+    weights = f"{_words(scheme.weight)}".replace(" ", " weights ", 1)
+    if scheme.input is None:
+        return f"{weights}, float inputs"
+    return f"{weights}, {_words(scheme.input).replace(' ', ' inputs ', 1)}"
+
+
+def _words(scheme: TensorScheme) -> str:
+    match scheme.granularity:
+        case PerBlock(size):
+            grouping = f"in blocks of {size}"
+        case PerCluster(clusters):
+            grouping = f"in {clusters} clusters"
+        case PerChannel():
+            grouping = "per channel"
+        case PerToken():
+            grouping = "per token"
+        case _:
+            grouping = "per tensor"
+    return f"{scheme.format.name} {grouping}{'' if scheme.symmetric else ' with zero points'}"
+
+
+_GRANULARITIES: dict[str, type[Any]] = {
+    "tensor": PerTensor,
+    "channel": PerChannel,
+    "block": PerBlock,
+    "token": PerToken,
+    "cluster": PerCluster,
+}
+
+
+def tensor_scheme_to_dict(scheme: TensorScheme) -> dict[str, Any]:
+    """``scheme`` as JSON values that :func:`tensor_scheme_from_dict` reads back."""
+    kind = next(name for name, granularity in _GRANULARITIES.items() if isinstance(scheme.granularity, granularity))
+    return {
+        "format": scheme.format.name,
+        "granularity": kind,
+        **vars(scheme.granularity),
+        "symmetric": scheme.symmetric,
+        "dynamic": scheme.dynamic,
+        "scale_format": scheme.scale_format,
+    }
+
+
+def tensor_scheme_from_dict(values: dict[str, Any]) -> TensorScheme:
+    """The scheme that :func:`tensor_scheme_to_dict` wrote.
+
+    Raises:
+        KeyError: a format or granularity that this version does not know, or a missing value.
+        TypeError: a value that the granularity does not take.
+    """
+    rest = dict(values)
+    fmt, kind = FORMATS[rest.pop("format")], _GRANULARITIES[rest.pop("granularity")]
+    flags = {key: rest.pop(key) for key in ("symmetric", "dynamic", "scale_format")}
+    return TensorScheme(fmt, kind(**rest), **flags)
