@@ -1,0 +1,1 @@
+"""Rounding the weights of linears: to nearest, with searched limits, by GPTQ, by AdaRound."""
