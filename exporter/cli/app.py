@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from exporter.cli import check_commands, info_commands, run_commands
+from exporter.cli import check_commands, info_commands, run_commands, stats_command
 from exporter.cli.command import Command, Group
 from exporter.cli.errors import exit_code_of
 
@@ -33,6 +33,7 @@ for name, function, summary, examples in (
     ("capture", run_commands.capture, "Only capture activation statistics.", run_commands.CAPTURE_EXAMPLES),
     ("calibrate", run_commands.calibrate, "Everything but writing for a runtime.", run_commands.CALIBRATE_EXAMPLES),
     ("rotate", run_commands.rotate, "Write the rotated float checkpoint.", run_commands.ROTATE_EXAMPLES),
+    ("stats", stats_command.stats, "Statistics before and after rotation, by damage.", stats_command.EXAMPLES),
     ("verify", check_commands.verify, "Repeat the parity check on a folder.", check_commands.VERIFY_EXAMPLES),
     ("eval", check_commands.evaluate, "Perplexity of a folder or checkpoint.", check_commands.EVAL_EXAMPLES),
     ("backends", info_commands.backends, "What can be written, and for what.", info_commands.BACKENDS_EXAMPLES),

@@ -26,33 +26,33 @@ def show_settings(console: Console, settings: Mapping[str, str]) -> None:
     """Print names and values, aligned."""
     width = max(map(len, settings))
     for name, value in settings.items():
-        _line(console, f"  {name:<{width}}  {value}")
+        show_line(console, f"  {name:<{width}}  {value}")
 
 
 def show_report(console: Console, report: Report, folder: Path) -> None:
     """Print the summary of a finished run."""
-    _line(
+    show_line(
         console,
         f"{summary.source_words(report.model.source)}: {report.model.model_type}, "
         f"{report.model.parameters:,} parameters",
     )
     for line in summary.layer_lines(report):
-        _line(console, line)
-    _line(console, f"size: {summary.size_words(report)}")
+        show_line(console, line)
+    show_line(console, f"size: {summary.size_words(report)}")
     calibration = report.calibration
-    _line(console, f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of {calibration.dataset}")
+    show_line(console, f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of {calibration.dataset}")
     show_rotation_gate(console, report.rotation_gate)
-    _show_table(console, summary.gate_table(report))
+    show_table(console, summary.gate_table(report))
     for line in summary.gate_findings(report):
-        _line(console, line)
-    _show_table(console, summary.rotation_table(report))
+        show_line(console, line)
+    show_table(console, summary.rotation_table(report))
     if not report.rotations:
-        _line(console, "rotations: none")
-    _show_table(console, summary.parity_table(report), alarm=True)
-    _show_table(console, summary.seconds_table(report))
+        show_line(console, "rotations: none")
+    show_table(console, summary.parity_table(report), alarm=True)
+    show_table(console, summary.seconds_table(report))
     verdict = {"passed": "parity passed", "failed": "PARITY FAILED: do not deploy", "unverified": "parity not checked"}
     style = {"passed": "green", "failed": "bold red", "unverified": "yellow"}
-    _line(
+    show_line(
         console,
         f"{folder} ({report.backend}, {report.target}, {report.scheme}, rotate {report.rotate}): "
         f"{verdict[report.status]}",
@@ -62,48 +62,48 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
 
 def show_rotated(console: Console, report: RotateReport, folder: Path) -> None:
     """Print the summary of ``rotq rotate``."""
-    _line(
+    show_line(
         console,
         f"{summary.source_words(report.model.source)}: {report.model.model_type}, "
         f"{report.model.parameters:,} parameters",
     )
     show_rotation_gate(console, report.rotation_gate)
-    _show_table(console, summary.rotation_table(report))
+    show_table(console, summary.rotation_table(report))
     if not report.rotations:
-        _line(console, "rotations: none; the norms alone are folded")
-    _show_table(console, summary.parity_table(report), alarm=True)
-    _show_table(console, summary.seconds_table(report))
-    _line(console, f"{folder} ({report.dtype}, rotate {report.rotate}): computes what the original does", "green")
+        show_line(console, "rotations: none; the norms alone are folded")
+    show_table(console, summary.parity_table(report), alarm=True)
+    show_table(console, summary.seconds_table(report))
+    show_line(console, f"{folder} ({report.dtype}, rotate {report.rotate}): computes what the original does", "green")
 
 
 def show_rotation_gate(console: Console, rows: Sequence[RotationGateRow]) -> None:
     """Print what each rotation was chosen from."""
-    _show_table(console, summary.rotation_gate_table(rows))
+    show_table(console, summary.rotation_gate_table(rows))
     for line in summary.rotation_gate_findings(rows):
-        _line(console, line)
+        show_line(console, line)
 
 
 def show_plan(console: Console, plan: Plan) -> None:
     """Print a plan, then the complete recipe, which can be saved and edited."""
-    _line(
+    show_line(
         console,
         f"{summary.source_words(plan.model)}: {plan.model_type}, {plan.parameters:,} parameters, "
         f"{plan.quantized_parameters:,} of them to be quantized",
     )
     stages = tuple((stage.name, stage.detail, human_seconds(stage.seconds)) for stage in plan.stages)
     total = ("total", "an estimate: see docs/cli.md", human_seconds(plan.seconds))
-    _show_table(console, Table("Plan", ("stage", "what", "time"), (*stages, total), right=frozenset({2})))
-    _line(console, f"weights: {human_bytes(plan.bytes_before)} -> about {human_bytes(plan.bytes_after)}")
-    _line(console, f"memory: about {human_bytes(plan.peak_memory)} at the peak")
-    _line(console, f"output: {plan.output or '(no -o/--output given)'}")
-    _line(console, f"files: {', '.join(plan.files)}")
-    _line(console, "\nrecipe:")
-    _line(console, plan.recipe.rstrip())
+    show_table(console, Table("Plan", ("stage", "what", "time"), (*stages, total), right=frozenset({2})))
+    show_line(console, f"weights: {human_bytes(plan.bytes_before)} -> about {human_bytes(plan.bytes_after)}")
+    show_line(console, f"memory: about {human_bytes(plan.peak_memory)} at the peak")
+    show_line(console, f"output: {plan.output or '(no -o/--output given)'}")
+    show_line(console, f"files: {', '.join(plan.files)}")
+    show_line(console, "\nrecipe:")
+    show_line(console, plan.recipe.rstrip())
 
 
 def show_evaluation(console: Console, result: EvalResult) -> None:
     """Print a perplexity."""
-    _line(
+    show_line(
         console,
         f"perplexity {result.perplexity:.4f} (nll {result.nll:.5f} nats per token, "
         f"{result.tokens:,} tokens, in {result.runtime})",
@@ -123,9 +123,9 @@ def show_backends(console: Console, backends: Iterable[BackendInfo]) -> None:
                 for scheme, reason in schemes.items()
                 if reason is not None
             ]
-    _show_table(console, Table("Backends", ("backend", "target", "schemes", "from"), tuple(rows)))
+    show_table(console, Table("Backends", ("backend", "target", "schemes", "from"), tuple(rows)))
     for line in refused:
-        _line(console, line)
+        show_line(console, line)
 
 
 def show_environment(console: Console, found: Environment) -> None:
@@ -142,10 +142,11 @@ def show_environment(console: Console, found: Environment) -> None:
     show_settings(console, settings)
 
 
-def _show_table(console: Console, table: Table, *, alarm: bool = False) -> None:
+def show_table(console: Console, table: Table, *, alarm: bool = False) -> None:
+    """Print a table, unless it has no rows."""
     if not table.rows:
         return
-    _line(console, f"\n{table.title}", "bold")
+    show_line(console, f"\n{table.title}", "bold")
     drawn = RichTable(box=table_box(console), pad_edge=False)
     for index, name in enumerate(table.header):
         # Folding, because an ellipsis would hide figures, and is not ASCII.
@@ -156,5 +157,6 @@ def _show_table(console: Console, table: Table, *, alarm: bool = False) -> None:
     console.print(drawn)
 
 
-def _line(console: Console, text: str, style: str | None = None) -> None:
+def show_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print one line as it is, however long."""
     console.print(Text(text), style=style, soft_wrap=True)
