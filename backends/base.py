@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calib.artifact import QuantizedLinear, QuantizedModel
+    from calib.schemes import LinearScheme, TensorScheme
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,11 @@ class Backend(Protocol):
     targets: tuple[str, ...]
     """Runtimes it writes for; the first is the default."""
 
-    def refusal(self, scheme: str, target: str) -> str | None:
-        """Why ``target`` cannot express ``scheme`` (of :data:`calib.schemes.SCHEMES`), else ``None``. Torch-free."""
+    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
+        """Why ``target`` cannot express a linear of ``scheme``, else ``None``. Torch-free."""
+
+    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
+        """Why ``target`` cannot express a KV cache of ``scheme``, else ``None``. Torch-free."""
 
     def compute_dtype(self, target: str) -> str:
         """Dtype the target computes in: ``float32``, ``float16`` or ``bfloat16``."""

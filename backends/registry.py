@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from backends.base import Backend
 from calib.errors import BackendError
-from calib.schemes import SCHEMES
+from calib.schemes import SCHEMES, LinearScheme, TensorScheme
 
 GROUP = "rotq.backends"
 
@@ -56,31 +56,84 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def check_target(backend: Backend, scheme: str, target: str | None) -> str:
-    """The target to write for, after checking that it can express ``scheme``.
+def target_of(backend: Backend, target: str | None) -> str:
+    """``target``, or the backend's default where it is ``None``.
 
     Raises:
-        BackendError: unknown target, or one that cannot express the scheme; the hint lists what would work.
+        BackendError: the backend has no such target.
     """
     if target is not None and target not in backend.targets:
         raise BackendError(
             f"backend '{backend.name}' has no target '{target}'", hint=f"its targets are: {', '.join(backend.targets)}"
         )
-    chosen = target or backend.targets[0]
-    reason = backend.refusal(scheme, chosen)
-    if reason is not None:
-        possible = [name for name in SCHEMES if backend.refusal(name, chosen) is None]
-        raise BackendError(
-            f"target '{chosen}' of backend '{backend.name}' cannot express scheme '{scheme}': {reason}",
-            hint=f"schemes it can express: {', '.join(possible)}",
-        )
+    return target or backend.targets[0]
+
+
+def check_target(backend: Backend, schemes: Mapping[str, LinearScheme], target: str | None) -> str:
+    """The target to write for, after checking that it can express every linear.
+
+    Args:
+        backend: what writes.
+        schemes: how linears are quantized, by what the error calls them: the scheme's name, or modules.
+        target: one of its targets, or ``None`` for its default.
+
+    Raises:
+        BackendError: unknown target, or one that cannot express a scheme; the hint lists what would work.
+    """
+    chosen = target_of(backend, target)
+    for name, scheme in schemes.items():
+        reason = backend.refusal(scheme, chosen)
+        if reason is not None:
+            possible = [preset.name for preset in SCHEMES.values() if backend.refusal(preset.linear, chosen) is None]
+            raise BackendError(
+                f"target '{chosen}' of backend '{backend.name}' cannot express {name}: {reason}",
+                hint=f"schemes it can express: {', '.join(possible)}",
+            )
     return chosen
+
+
+def check_cache(backend: Backend, cache: TensorScheme | None, target: str) -> None:
+    """Refuse a quantized KV cache that ``target`` cannot express.
+
+    Raises:
+        BackendError: with the reason.
+    """
+    reason = None if cache is None else backend.cache_refusal(cache, target)
+    if cache is not None and reason is not None:
+        raise BackendError(
+            f"target '{target}' of backend '{backend.name}' cannot express a KV cache of {cache.format.name}: {reason}",
+            hint="leave --kv out, or choose another target",
+        )
+
+
+def check_expressible(
+    backend: Backend, target: str, linears: Mapping[str, LinearScheme], cache: TensorScheme | None
+) -> None:
+    """Refuse a model of which ``target`` cannot express something.
+
+    Args:
+        backend: what writes.
+        target: one of its targets.
+        linears: how each linear is quantized, by module name.
+        cache: how the KV cache is, if it is.
+
+    Raises:
+        BackendError: naming the first linear that it cannot express, or the cache.
+    """
+    first: dict[LinearScheme, str] = {}
+    for name, scheme in linears.items():
+        first.setdefault(scheme, f"'{name}'")
+    check_target(backend, {name: scheme for scheme, name in first.items()}, target)
+    check_cache(backend, cache, target)
 
 
 def _describe(entry: EntryPoint) -> BackendInfo:
     try:
         backend: Backend = entry.load()()
-        schemes = {target: {name: backend.refusal(name, target) for name in SCHEMES} for target in backend.targets}
+        schemes = {
+            target: {scheme.name: backend.refusal(scheme.linear, target) for scheme in SCHEMES.values()}
+            for target in backend.targets
+        }
     except Exception as error:  # a broken plugin must not take the list down
         return BackendInfo(entry.name, _distribution(entry), (), {}, f"{type(error).__name__}: {error}")
     return BackendInfo(backend.name, _distribution(entry), backend.targets, schemes)

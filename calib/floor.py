@@ -99,8 +99,9 @@ def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor]) -> float:
         def flip(
             linear: ReferenceLinear, x: Tensor, ties: dict[ReferenceLinear, _Tie] = ties, nearest: float = nearest
         ) -> None:
-            if ties[linear].distance == nearest:  # q, k and v read one input: it flips for all of them
-                x.view(-1)[ties[linear].index] = ties[linear].other
+            tie = ties.get(linear)  # an expert that only the flip sends a token to has none
+            if tie is not None and tie.distance == nearest:  # q, k and v read one input: it flips for all of them
+                x.view(-1)[tie.index] = tie.other
 
         difference.add(_with_hooks(linears, flip, lambda: logits(row.unsqueeze(0))), plain)  # noqa: B023
     return difference.value

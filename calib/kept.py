@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from calib.architectures import LinearSpec
 from calib.fusing import FusedModel
 
 KEPT_HEAD = "output head: float unless asked for"
-KEPT_EXPERTS = "fused expert parameters: not quantized yet"
 KEPT_ROUTER = "router or gate: decides which experts run, and is tiny"
 
 
 def kept_reasons(fused: FusedModel, quantized: Collection[str]) -> dict[str, str]:
-    """Why each linear that is not in ``quantized`` stays in float, by module name."""
+    """Why each linear that is not in ``quantized`` stays in float, by module name.
+
+    A 3-D expert parameter is quantized where its experts are, which have names of their own.
+    """
+    head = fused.architecture.head.name
     specs = fused.architecture.all_linears(fused.config)
-    return {spec.name: _reason(spec, fused) for spec in specs if spec.name not in quantized}
-
-
-def _reason(spec: LinearSpec, fused: FusedModel) -> str:
-    if spec.name == fused.architecture.head.name:
-        return KEPT_HEAD
-    return KEPT_EXPERTS if spec.layout == "experts" else KEPT_ROUTER
+    kept = (spec.name for spec in specs if spec.name not in quantized and f"{spec.name}.0" not in quantized)
+    return {name: KEPT_HEAD if name == head else KEPT_ROUTER for name in kept}

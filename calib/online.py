@@ -23,11 +23,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from calib.architectures import Architecture, Dimensions, LinearSpec, Space
 from calib.errors import RotationError, UnsupportedModelError
+from calib.experts.modules import mix_experts
 from calib.rotations.rotation_set import Rotation, RotationSet
 
 _ROPE_FUNCTION = "apply_rotary_pos_emb"
@@ -95,24 +95,26 @@ def _attach_r4(model: nn.Module, spec: LinearSpec, rotation: Rotation) -> None:
 def _rotated_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The eager loop over experts (transformers ``MixtralExperts.forward``) with R4 before the down projection.
 
-    It calls ``torch.nn.functional.linear`` exactly twice per expert, which is where ModelOpt quantizes.
-
     Args:
         experts: module with ``gate_up_proj [E, 2 f, h]``, ``down_proj [E, h, f]`` and ``act_fn``.
         hidden_states: ``[tokens, h]``.
         top_k_index: chosen experts, ``[tokens, k]``.
         top_k_weights: their weights, ``[tokens, k]``.
     """
-    rotation: Rotation | None = getattr(experts, "_rotq_r4", None)
-    result = torch.zeros_like(hidden_states)
-    for expert in sorted(set(top_k_index.flatten().tolist())):
-        token, position = torch.where(top_k_index == expert)
-        gate, up = nn.functional.linear(hidden_states[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    rotation = rotation_of_experts(experts)
+
+    def expert(index: int, x: Tensor) -> Tensor:
+        gate, up = nn.functional.linear(x, experts.gate_up_proj[index]).chunk(2, dim=-1)
         inner = experts.act_fn(gate) * up
         inner = inner if rotation is None else rotation.apply(inner)
-        inner = nn.functional.linear(inner, experts.down_proj[expert])
-        result.index_add_(0, token, (inner * top_k_weights[token, position, None]).to(result.dtype))
-    return result
+        return nn.functional.linear(inner, experts.down_proj[index])
+
+    return mix_experts(hidden_states, top_k_index, top_k_weights, expert)
+
+
+def rotation_of_experts(experts: nn.Module) -> Rotation | None:
+    """The R4 that :func:`attach_online` attached to a module with 3-D expert parameters."""
+    return getattr(experts, "_rotq_r4", None)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 Every quantized linear becomes
 
-    y = Q(x R) W_dq^T + b,   Q(x) = clamp(round(x / s_x)) s_x,   W_dq = W_q s_w
+    y = Q(x R) W_dq^T + b,   Q(x) = (clamp(round(x / s_x) + z_x) - z_x) s_x,   W_dq = (W_q - z_w) s_w
 
-with the artifact's integers and scales, in float32. Nothing of ModelOpt is left in it: it defines the numbers that a
-runtime has to give.
+with the artifact's numbers and scales, in float32; Q as :mod:`calib.inputs` says. Nothing of ModelOpt is left in it: it
+defines the numbers that a runtime has to give.
 
 The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears, attention, head), is just
 as right: addition of floats fixes no order. :mod:`calib.floor` measures what the two differ by.
@@ -21,10 +21,13 @@ from torch.nn import functional
 
 from calib.architectures import architecture_for
 from calib.artifact import QuantizedLinear, QuantizedModel
+from calib.experts.gather import gather_experts
+from calib.experts.modules import Experts
+from calib.inputs import fake_quantize_input
+from calib.kv_cache import attach_cache
 from calib.modules import set_submodule
 from calib.online import attach_online
 from calib.rotations.rotation_set import Rotation, RotationSet
-from calib.scales import dequantize, fake_quantize
 from calib.skeleton import build_skeleton
 
 _SPLIT_ATTENTION = "rotq_split_sum"
@@ -38,9 +41,7 @@ class ReferenceLinear(nn.Module):
         self.source = linear
         self.rotation = rotation
         self.split_sum = split_sum
-        self.register_buffer(
-            "weight", dequantize(linear.weight, linear.weight_scale.float(), linear.weight_scheme), persistent=False
-        )
+        self.register_buffer("weight", linear.values(), persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,9 +52,12 @@ class ReferenceLinear(nn.Module):
 
     def quantize(self, x: Tensor) -> Tensor:
         """The values that the integer kernel sees, in float."""
-        if self.source.input_scheme is None or self.source.input_scale is None:
+        source = self.source
+        if source.input_scheme is None:
             return x
-        return fake_quantize(x, self.source.input_scale.float(), self.source.input_scheme.format)
+        scale = None if source.input_scale is None else source.input_scale.float()
+        zero = None if source.input_zero_point is None else source.input_zero_point.float()
+        return fake_quantize_input(x, source.input_scheme, scale, zero)
 
     def matmul(self, x: Tensor) -> Tensor:
         """``x W^T + b`` on already quantized values."""
@@ -75,21 +79,39 @@ def build_reference(model: QuantizedModel, *, split_sum: bool = False) -> nn.Mod
         model: the artifact. Any rotation may be in it; :mod:`calib.online` attaches those outside the linears.
         split_sum: sum every matmul in two halves (see the module's docstring).
     """
+    config = _config(model)
+    architecture = architecture_for(config)
+    tables = {table.name for table in architecture.embeddings}
     floats = {name: tensor.float() for name, tensor in model.floats.items()}
-    network = build_skeleton(model.config, floats, skip=set(model.linears))
+    floats |= {f"{name}.weight": model.linears[name].values() for name in tables & model.linears.keys()}
+    modules: dict[str, nn.Module] = {}
     for name, linear in model.linears.items():
-        rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
-        set_submodule(network, name, ReferenceLinear(linear, rotation, split_sum=split_sum))
-    config: Any = network.config
-    inside = {linear.online_rotation for linear in model.linears.values()}  # the rest: R3, and R4 of float experts
+        if name not in tables:
+            rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
+            modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum)
+    gather_experts(modules, floats, architecture, config, model.rotations)
+    network = build_skeleton(model.config, floats, skip=set(modules))
+    for name, module in modules.items():
+        set_submodule(network, name, module)
+    within = (module for module in network.modules() if isinstance(module, ReferenceLinear | Experts))
+    inside = {module.rotation.name for module in within if module.rotation is not None}
+    # the rest: R3, and the R4 of float linears and experts
     outside = RotationSet(rotation for name, rotation in model.rotations.items() if name not in inside)
-    attach_online(network, architecture_for(config), config, outside)
+    attach_online(network, architecture, network.config, outside)
     if split_sum:
         for module in network.modules():
             if type(module) is nn.Linear:
                 module.__class__ = _SplitLinear
         _use_split_attention(network)
+    if model.cache is not None:
+        attach_cache(network, architecture, model.cache)
     return network.eval()
+
+
+def _config(model: QuantizedModel) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**model.config)
 
 
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

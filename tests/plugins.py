@@ -10,7 +10,10 @@ class Stub:
     targets = ("one", "two")
 
     def refusal(self, scheme, target):
-        return "no float8 kernels" if (scheme, target) == ("float8", "one") else None
+        return "no float8 kernels" if (scheme.weight.format.name, target) == ("float8_e4m3", "one") else None
+
+    def cache_refusal(self, scheme, target):
+        return None
 
     def compute_dtype(self, target):
         return "float32"

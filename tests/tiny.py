@@ -15,6 +15,7 @@ from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.forward_loop import forward_loop_over
 from calib.fusing import FusedModel, fuse
+from calib.quantization import resolve
 from calib.quantize import quantize_model
 from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotations
 from calib.rotations.starts import haar_start
@@ -91,6 +92,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "olmo2": lambda: transformers.Olmo2Config(**SIZES),
 }
+
+
+def wide_llama() -> Any:
+    """A Llama whose widths are multiples of 32, as the formats with fixed blocks have it."""
+    sizes = SIZES | {"hidden_size": 96, "intermediate_size": 64}
+    return transformers.LlamaConfig(**sizes, head_dim=16)
 
 
 @dataclass
@@ -176,7 +183,7 @@ def fuse_tiny(tiny: Tiny, kinds: Sequence[Kind] = (), dtype: torch.dtype = torch
 def quantize_fused(fused: FusedModel, scheme: str = "int8", batch_size: int = 4) -> QuantizedModel:
     """Calibrated on :func:`token_rows`."""
     loop = forward_loop_over(length_batches(token_rows(), batch_size))
-    return quantize_model(fused, scheme_named(scheme), loop, PROVENANCE)
+    return quantize_model(fused, resolve(scheme_named(scheme), fused.architecture, fused.config), loop, PROVENANCE)
 
 
 def quantize_tiny(config: Any, scheme: str = "int8", kinds: Sequence[Kind] = ()) -> QuantizedModel:

@@ -12,6 +12,7 @@ from backends.onnx.targets import TARGETS
 if TYPE_CHECKING:
     from backends.onnx.runner import OnnxModel
     from calib.artifact import QuantizedLinear, QuantizedModel
+    from calib.schemes import LinearScheme, TensorScheme
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -23,9 +24,13 @@ class OnnxBackend:
     name = "onnx"
     targets = tuple(TARGETS)
 
-    def refusal(self, scheme: str, target: str) -> str | None:
+    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
         """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].refusals.get(scheme)
+        return TARGETS[target].refusal(scheme)
+
+    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return "the graph's cache is in float"
 
     def compute_dtype(self, target: str) -> str:
         """See :class:`~backends.base.Backend`."""

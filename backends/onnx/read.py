@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -14,7 +15,7 @@ from backends.onnx.runner import read_proto
 from backends.onnx.write import METADATA_KEY
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
-from calib.schemes import PerBlock, scheme_named
+from calib.schemes import PerBlock, tensor_scheme_from_dict
 
 
 def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
@@ -28,18 +29,15 @@ def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
         entries = json.loads(model.metadata_props[METADATA_KEY])
-        return {
-            name: _linear(model.graph, name, entry["scheme"], entry["online_rotation"])
-            for name, entry in entries.items()
-        }
+        return {name: _linear(model.graph, name, entry) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError) as error:
         raise BackendError(
             f"'{path}' or its data is damaged, or not a graph of rotq: {error}", hint="export the model again"
         ) from error
 
 
-def _linear(graph: ir.Graph, name: str, scheme_name: str, online_rotation: str | None) -> QuantizedLinear:
-    scheme = scheme_named(scheme_name)
+def _linear(graph: ir.Graph, name: str, entry: Mapping[str, Any]) -> QuantizedLinear:
+    weight_scheme = tensor_scheme_from_dict(entry["weight"])
     nodes = {node.name: node for node in graph}
     product = nodes[f"{name}/MatMul"]
     weight_node = nodes[f"{name}/DequantizeWeight"]
@@ -51,12 +49,12 @@ def _linear(graph: ir.Graph, name: str, scheme_name: str, online_rotation: str |
     return QuantizedLinear(
         name=name,
         weight=_constant(weight_node, 0).T.contiguous(),
-        weight_scale=scale.T.contiguous() if isinstance(scheme.weight.granularity, PerBlock) else scale,
-        weight_scheme=scheme.weight,
+        weight_scale=scale.T.contiguous() if isinstance(weight_scheme.granularity, PerBlock) else scale,
+        weight_scheme=weight_scheme,
         bias=None if bias_node is None else _constant(bias_node, 1),
-        input_scheme=scheme.activation,
+        input_scheme=None if entry["input"] is None else tensor_scheme_from_dict(entry["input"]),
         input_scale=_constant(producer, 1) if static and producer is not None else None,
-        online_rotation=online_rotation,
+        online_rotation=entry["online_rotation"],
     )
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
+from transformers import AutoConfig
 
 from backends.onnx.lower import lower
 from backends.onnx.trace import trace
+from calib.architectures import architecture_for
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.kept import KEPT_EXPERTS
 from calib.progress import Progress
 
 METADATA_KEY = "rotq.linears"
@@ -40,7 +41,8 @@ def write(model: QuantizedModel, path: Path, *, opset: int, progress: Progress) 
 
 def build(model: QuantizedModel, *, opset: int) -> ir.Model:
     """The graph of ``model`` in memory, its large initializers still unread."""
-    experts = [name for name, reason in model.kept.items() if reason == KEPT_EXPERTS]
+    config = AutoConfig.for_model(**model.config)
+    experts = architecture_for(config).expert_parameters(config)
     if experts:
         raise BackendError(
             f"a mixture of experts ('{model.config['model_type']}') cannot be written as ONNX yet: torch.onnx does not "
@@ -62,9 +64,6 @@ def build(model: QuantizedModel, *, opset: int) -> ir.Model:
         value.metadata_props.clear()
     graph.graph.name = str(model.config["model_type"])
     graph.producer_name, graph.producer_version = "rotq", model.provenance.versions.get("rotq", "")
-    schemes = {
-        name: {"scheme": model.scheme.name, "online_rotation": linear.online_rotation}
-        for name, linear in model.linears.items()
-    }
-    graph.metadata_props[METADATA_KEY] = json.dumps(schemes)
+    entries = {name: linear.description() for name, linear in model.linears.items()}
+    graph.metadata_props[METADATA_KEY] = json.dumps(entries)
     return graph

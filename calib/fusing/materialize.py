@@ -30,7 +30,7 @@ def unloaded(fused: FusedModel) -> Any:
     accept_biases(model, fused.state)
     fill_buffers(model)
     if fused.architecture.experts is not None:
-        # The grouped kernels have no float64, and ModelOpt sees experts through the two linears of the eager loop only.
+        # The grouped kernels have no float64.
         model.set_experts_implementation("eager")
     model.requires_grad_(False)
     model.eval()

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
 import modelopt.torch.quantization as mtq
 import torch
 from torch import Tensor, nn
 
 from calib.errors import DataError, QuantizationError
-from calib.modelopt.config import modelopt_config
-from calib.modules import get_submodule
-from calib.schemes import Granularity, PerBlock, PerChannel, PerTensor, Scheme, scheme_named
+from calib.modelopt.config import config_of, modelopt_calibrates, modelopt_config
+from calib.modules import get_submodule, set_submodule
+from calib.schemes import LinearScheme, TensorScheme, scheme_named
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ForwardLoop = Callable[[nn.Module], None]
-
-
-@dataclass(frozen=True)
-class LinearAmax:
-    """Largest magnitudes that ModelOpt saw at one linear.
-
-    Attributes:
-        weight: float32, shape ``[1]`` (per tensor), ``[out]`` (per channel) or ``[out, ceil(in / size)]`` (per block).
-        input: float32 ``[1]``, or ``None`` where the scheme leaves inputs in float.
-    """
-
-    weight: Tensor
-    input: Tensor | None
 
 
 def modelopt_quantize(
@@ -65,6 +56,83 @@ def modelopt_quantize(
             hint="pass forward_loop=create_forward_loop(...)",
         )
     names = list(modules) if modules is not None else _linears_but_head(model)
+    schemes = dict.fromkeys(names, scheme.linear)
+    with _watched(model, names):
+        quantized: nn.Module = mtq.quantize(model, config_of(schemes), forward_loop)
+    read_input_amax(quantized, _calibrated_inputs(schemes))
+    return quantized
+
+
+def input_amax(model: nn.Module, inputs: Mapping[str, TensorScheme], run: ForwardLoop) -> dict[str, Tensor]:
+    """The largest magnitude that enters each linear of ``inputs`` while ``run`` runs the model, as ModelOpt sees it.
+
+    ModelOpt works on a copy of the module tree that shares every parameter, so ``model`` stays as it is.
+
+    Args:
+        model: the model, or a block of one.
+        inputs: how each input is quantized, by module name; :func:`~calib.modelopt.config.modelopt_calibrates` each.
+        run: runs the model it is given over all calibration data.
+
+    Returns:
+        Float32 ``[]`` on the CPU by name.
+
+    Raises:
+        QuantizationError: a linear was never reached, or its weights or inputs hold NaN or Inf.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copy = deepcopy(model, shared)
+    for name, module in list(copy.named_modules()):
+        if "forward" in vars(module):
+            set_submodule(copy, name, _Opaque(module))
+    with _watched(copy, list(inputs)):
+        quantized = mtq.quantize(copy, modelopt_config({}, inputs), run)
+    return read_input_amax(quantized, list(inputs))
+
+
+class _Opaque(nn.Module):
+    """Hides a module whose forward was replaced: ModelOpt would convert it and put the forward of its class back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._hidden = (module,)  # in a tuple, it is no submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hidden[0](*args, **kwargs)
+
+
+def read_input_amax(model: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:
+    """The calibrated amax ``[]`` (float32, CPU) of the inputs of ``modules``, by name.
+
+    Raises:
+        QuantizationError: a linear holds no amax (it was never run) or one that is NaN or infinite; all are named.
+    """
+    collected = {name: _amax(get_submodule(model, name)) for name in modules}
+    unreached = [name for name, amax in collected.items() if amax is None]
+    if unreached:
+        raise QuantizationError(
+            f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
+            hint="use more calibration rows (--nsamples), or check that the model runs these layers",
+        )
+    found = {name: amax for name, amax in collected.items() if amax is not None}
+    broken = [name for name, amax in found.items() if not bool(torch.isfinite(amax))]
+    if broken:
+        raise _not_finite(", ".join(broken))
+    return found
+
+
+def _amax(linear: Any) -> Tensor | None:
+    """What the input quantizer collected. Its ``export_amax`` would put 127 in place of zero, NaN and Inf."""
+    collected: Tensor | None = getattr(linear.input_quantizer, "amax", None)
+    return None if collected is None else collected.detach().float().cpu().reshape(())
+
+
+def _calibrated_inputs(schemes: Mapping[str, LinearScheme]) -> list[str]:
+    return [name for name, scheme in schemes.items() if scheme.input is not None and modelopt_calibrates(scheme.input)]
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Name what is not finite, in weights before ModelOpt runs and in inputs where it asserts."""
     linears: dict[str, Any] = {name: get_submodule(model, name) for name in names}
     damaged = [name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())]
     if damaged:
@@ -75,62 +143,12 @@ def modelopt_quantize(
     ]
     try:
         with torch.no_grad():
-            quantized: nn.Module = mtq.quantize(model, modelopt_config(scheme, names), forward_loop)
+            yield
     except AssertionError as error:  # ModelOpt asserts that what it collects is finite
         raise _not_finite(f"the input of {entered[-1] if entered else 'a linear'}") from error
     finally:
         for handle in watch:
             handle.remove()
-    read_amax(quantized, scheme, names)
-    return quantized
-
-
-def read_amax(model: nn.Module, scheme: Scheme, modules: Sequence[str]) -> dict[str, LinearAmax]:
-    """The calibrated amax of every linear in ``modules``, by name.
-
-    Raises:
-        QuantizationError: a linear holds no amax (it was never run) or one that is NaN or infinite; all are named.
-    """
-    found: dict[str, LinearAmax] = {}
-    unreached: list[str] = []
-    for name in modules:
-        linear: Any = get_submodule(model, name)
-        weight = _amax(linear.weight_quantizer, _amax_shape(linear.weight, scheme.weight.granularity))
-        inputs = None if scheme.activation is None else _amax(linear.input_quantizer, (1,))
-        if weight is None or (inputs is None and scheme.activation is not None):
-            unreached.append(name)
-            continue
-        found[name] = LinearAmax(weight, inputs)
-    if unreached:
-        raise QuantizationError(
-            f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
-            hint="use more calibration rows (--nsamples), or check that the model runs these layers",
-        )
-    broken = [name for name, amax in found.items() if not _finite(amax)]
-    if broken:
-        raise _not_finite(", ".join(broken))
-    return found
-
-
-def _amax(quantizer: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """What a quantizer collected. Its ``export_amax`` would put 127 in place of zero, NaN and Inf."""
-    collected: Tensor | None = getattr(quantizer, "amax", None)
-    return None if collected is None else collected.detach().float().cpu().reshape(shape)
-
-
-def _amax_shape(weight: Tensor, granularity: Granularity) -> tuple[int, ...]:
-    """The shape of :attr:`LinearAmax.weight`; ModelOpt keeps ``[]``, ``[out, 1]`` and ``[out * blocks, 1]``."""
-    match granularity:
-        case PerTensor():
-            return (1,)
-        case PerChannel():
-            return (-1,)
-        case PerBlock():
-            return (weight.shape[0], -1)
-
-
-def _finite(amax: LinearAmax) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in (amax.weight, amax.input) if value is not None)
 
 
 def _not_finite(where: str) -> QuantizationError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,26 @@ from torch import Tensor, nn
 
 from calib.architectures import Space
 from calib.artifact import QuantizedModel
-from calib.errors import QuantizationError
+from calib.data.batches import length_batches
+from calib.errors import DataError, QuantizationError
+from calib.forward_loop import forward_loop_over
 from calib.fusing import FusedModel, materialize
-from calib.kept import KEPT_EXPERTS, KEPT_HEAD, KEPT_ROUTER
-from calib.scales import dequantize, expand_scale
+from calib.grids import expand_grid
+from calib.kept import KEPT_HEAD, KEPT_ROUTER
+from calib.quantization import customised, resolve
+from calib.quantize import quantize_model
+from calib.reference import build_reference
 from calib.schemes import SCHEMES, scheme_named
-from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, quantize_fused, token_rows
+from tests.tiny import (
+    CONFIGS,
+    PROVENANCE,
+    fuse_tiny,
+    make_tiny,
+    quantize_fused,
+    relative_l2,
+    token_rows,
+    wide_llama,
+)
 from tests.tolerances import half_step
 
 MODELS = ["llama", "llama-bias-tied-headdim", "llama-odd", "gpt2", "gpt2-untied-inner", "qwen2", "opt-nobias"]
@@ -37,8 +53,8 @@ def test_weights_are_within_half_a_step_of_the_fused_ones(pair: tuple[FusedModel
         stored = fused.state[spec.weight]
         weight = stored.T if spec.layout == "conv1d" else stored
         assert linear.weight.shape == weight.shape  # [out, in], also where the model stores [in, out]
-        steps = expand_scale(linear.weight_scale, weight.shape, linear.weight_scheme.granularity)
-        error = (dequantize(linear.weight, linear.weight_scale, linear.weight_scheme) - weight).abs()
+        steps, _ = expand_grid(linear.grid, weight.shape, linear.weight_scheme.granularity)
+        error = (linear.values() - weight).abs()
         assert bool((error <= steps * half_step(linear.weight_scheme.format.maxbound)).all()), spec.name
         bias = fused.state.get(f"{spec.name}.bias")
         assert (linear.bias is None) == (bias is None)
@@ -102,19 +118,15 @@ def test_without_r4_no_linear_names_a_rotation() -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_experts_and_routers_stay_float_with_a_reason(name: str) -> None:
+def test_routers_and_gates_stay_float_with_a_reason(name: str) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS[name]()))
     quantized = quantize_fused(fused, "int8")
-    experts = fused.architecture.expert_parameters(fused.config)
-    assert experts
-    for parameter in experts:
-        assert quantized.kept[parameter] == KEPT_EXPERTS
-        assert torch.equal(quantized.floats[parameter], fused.state[parameter])
     routers = {name for name, reason in quantized.kept.items() if reason == KEPT_ROUTER}
     assert routers
     assert all("gate" in name for name in routers)
-    assert quantized.kept["lm_head"] == KEPT_HEAD
-    assert all("experts." not in name or "shared" in name for name in quantized.linears)
+    assert quantized.kept == dict.fromkeys(routers, KEPT_ROUTER) | {"lm_head": KEPT_HEAD}
+    for router in routers:
+        assert torch.equal(quantized.floats[f"{router}.weight"], fused.state[f"{router}.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -142,14 +154,106 @@ def test_a_dead_output_channel_keeps_a_positive_scale() -> None:
 def test_a_weight_that_is_not_finite_is_named() -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
     fused.state["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    with pytest.raises(QuantizationError, match=r"NaN or Inf in the weights of model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(QuantizationError, match=r"weights of 'model\.layers\.1\.mlp\.up_proj' hold NaN or Inf"):
         quantize_fused(fused, "int8-weight-only")
 
 
-def test_the_scheme_decides_and_the_provenance_is_kept() -> None:
-    fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
+def test_the_scheme_decides_and_survives_saving(tmp_path: Path) -> None:
+    errors: dict[str, float] = {}
+    fused = fuse_tiny(make_tiny(wide_llama()), ["r1", "r2", "r4"])
+    original = materialize(fused)
+    ids = torch.stack(token_rows([11, 11]))
+    expected = original(input_ids=ids).logits
     for name in SCHEMES:
         quantized = quantize_fused(fused, name)
         assert quantized.scheme is scheme_named(name)
         assert quantized.provenance == PROVENANCE
         assert {linear.weight_scheme for linear in quantized.linears.values()} == {quantized.scheme.weight}
+        assert {linear.input_scheme for linear in quantized.linears.values()} == {quantized.scheme.activation}
+        folder = tmp_path / name
+        folder.mkdir()
+        quantized.save(folder)
+        loaded = build_reference(QuantizedModel.load(folder))(input_ids=ids).logits
+        assert torch.equal(loaded, build_reference(quantized)(input_ids=ids).logits)
+        # these weights are random and large: what counts is that coarser formats are worse, in this order
+        errors[name] = relative_l2(loaded, expected)
+    assert errors["int8-weight-only"] < errors["int8"] < errors["float8"] < errors["w4a8"] < errors["w4a4"]
+    assert errors["int8-dynamic"] < errors["int8"]
+    assert errors["mxfp8"] < errors["nvfp4"] < errors["mxfp4"]
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4"])
+def test_formats_with_fixed_blocks_name_the_linears_that_do_not_fit(scheme: str) -> None:
+    fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
+    with pytest.raises(
+        QuantizationError, match=r"do not divide the .* input features of .*layers\.1\.mlp\.down_proj"
+    ) as e:
+        quantize_fused(fused, scheme)
+    assert "--override" in str(e.value.hint)
+
+
+def quantized_with(config: Any, scheme: str = "int8", **settings: Any) -> tuple[FusedModel, QuantizedModel]:
+    fused = fuse_tiny(make_tiny(config), ["r1", "r2"])
+    how = resolve(scheme_named(scheme), fused.architecture, fused.config, **settings)
+    loop = forward_loop_over(length_batches(token_rows(), 4))
+    return fused, quantize_model(fused, how, loop, PROVENANCE)
+
+
+def test_overrides_reach_the_artifact_and_survive_saving(tmp_path: Path) -> None:
+    overrides = {"*.0.*": "float", "*.1.mlp.*": "int4-weight-only", "lm_head": "int8-weight-only"}
+    overrides |= {"model.embed_tokens": "int8-weight-only"}
+    fused, quantized = quantized_with(CONFIGS["llama"](), overrides=overrides)
+    assert "model.layers.0.mlp.up_proj" in quantized.kept
+    assert torch.equal(
+        quantized.floats["model.layers.0.mlp.up_proj.weight"], fused.state["model.layers.0.mlp.up_proj.weight"]
+    )
+    assert quantized.linears["model.layers.1.mlp.up_proj"].input_scheme is None
+    assert "lm_head" not in quantized.kept
+    assert "lm_head.weight" not in quantized.floats
+    quantized.save(tmp_path)
+    loaded = QuantizedModel.load(tmp_path)
+    assert loaded.schemes() == quantized.schemes()
+    ids = torch.stack(token_rows([11, 11]))
+    found = build_reference(loaded)(input_ids=ids).logits
+    assert torch.equal(found, build_reference(quantized)(input_ids=ids).logits)
+    table = build_reference(loaded).get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    step = quantized.linears["model.embed_tokens"].weight_scale[:, None]
+    assert bool(((table - fused.state["model.embed_tokens.weight"]).abs() <= step * half_step(127)).all())
+
+
+def test_zero_points_survive_saving(tmp_path: Path) -> None:
+    fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r1", "r2"])
+    scheme = customised(scheme_named("int8"), weight_symmetric=False, activation_symmetric=False)
+    how = resolve(scheme, fused.architecture, fused.config)
+    quantized = quantize_model(fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+    for linear in quantized.linears.values():
+        assert linear.weight_zero_point is not None
+        assert linear.input_zero_point is not None
+        steps, _ = expand_grid(linear.grid, linear.weight.shape, linear.weight_scheme.granularity)
+        weight = fused.state[f"{linear.name}.weight"]
+        # half a step of rounding, half a step of the zero point's own rounding
+        assert bool(((linear.values() - weight).abs() <= steps * 2 * half_step(127)).all())
+    quantized.save(tmp_path)
+    ids = torch.stack(token_rows([11, 11]))
+    found = build_reference(QuantizedModel.load(tmp_path))(input_ids=ids).logits
+    assert torch.equal(found, build_reference(quantized)(input_ids=ids).logits)
+    assert relative_l2(found, materialize(fused)(input_ids=ids).logits) < 0.1
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "adaround:iterations=50", "mse"])
+def test_weight_algorithms_stay_on_their_grids(algorithm: str) -> None:
+    _, quantized = quantized_with(CONFIGS["gpt2"](), "int4-weight-only", weights=algorithm)
+    for linear in quantized.linears.values():
+        assert linear.weight.dtype == torch.int8
+        assert int(linear.weight.min()) >= -8
+        assert int(linear.weight.max()) <= 7
+    build_reference(quantized)
+
+
+def test_nothing_is_run_where_nothing_has_to_be_seen() -> None:
+    fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
+    how = resolve(scheme_named("w4a4"), fused.architecture, fused.config)
+    assert quantize_model(fused, how, None, PROVENANCE).linears
+    static = resolve(scheme_named("int8"), fused.architecture, fused.config)
+    with pytest.raises(DataError, match="needs calibration data"):
+        quantize_model(fused, static, None, PROVENANCE)

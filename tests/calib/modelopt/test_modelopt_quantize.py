@@ -13,17 +13,18 @@ from calib.data.batches import length_batches
 from calib.errors import CheckpointError, DataError, QuantizationError
 from calib.forward_loop import forward_loop_over
 from calib.fusing import materialize
-from calib.modelopt.config import modelopt_config
-from calib.modelopt.quantize import modelopt_quantize, read_amax
-from calib.scales import weight_amax
-from calib.schemes import SCHEMES, scheme_named
-from tests.tiny import CONFIGS, fuse_tiny, make_tiny, token_rows
+from calib.grids import weight_grid
+from calib.modelopt.config import modelopt_calibrates, modelopt_config
+from calib.modelopt.quantize import input_amax, modelopt_quantize, read_input_amax
+from calib.schemes import INT8, SCHEMES, PerCluster, PerTensor, TensorScheme, scheme_named
+from tests.tiny import CONFIGS, fuse_tiny, make_tiny, token_rows, wide_llama
 
+WIDE = "llama-wide"
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
 def model_of(name: str = "llama") -> Any:
-    return make_tiny(CONFIGS[name]()).model(torch.float32)
+    return make_tiny(wide_llama() if name == WIDE else CONFIGS[name]()).model(torch.float32)
 
 
 def loop(batch_size: int = 4) -> Callable[[nn.Module], None]:
@@ -54,35 +55,42 @@ def watched_inputs(model: Any, names: list[str]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("mode", SCHEMES)
-def test_amax_is_the_abs_max_of_weights_and_inputs(mode: str) -> None:
+def test_modelopt_runs_every_scheme_and_reads_the_abs_max_of_inputs(mode: str) -> None:
     scheme = scheme_named(mode)
-    plain, model = model_of(), model_of()
+    plain, model = model_of(WIDE), model_of(WIDE)
     names = linear_names(plain)
-    inputs = watched_inputs(plain, names)
     quantized = modelopt_quantize(model, mode, forward_loop=None if scheme.weight_only else loop())
     assert quantized is model
-    amax = read_amax(quantized, scheme, names)
+    if scheme.activation is None or not modelopt_calibrates(scheme.activation):
+        return
+    inputs = watched_inputs(plain, names)
+    amax = read_input_amax(quantized, names)
     assert list(amax) == names
-    for name in names:
-        weight = plain.get_submodule(name).weight.detach()
-        expected = weight_amax(weight, scheme.weight.granularity)
-        assert torch.equal(amax[name].weight.reshape(expected.shape), expected), name
-        if scheme.weight_only:
-            assert amax[name].input is None
-        else:  # rows were batched in the calibration, which moves a sum by a few eps
-            assert amax[name].input is not None
-            assert float(amax[name].input) == pytest.approx(inputs[name], rel=1e-5)
+    for name in names:  # rows were batched in the calibration, which moves a sum by a few eps
+        assert float(amax[name]) == pytest.approx(inputs[name], rel=1e-5)
 
 
-def test_blocks_that_do_not_divide_are_calibrated_block_by_block() -> None:
-    """200 input features in blocks of 128: the second block has 72."""
+@pytest.mark.parametrize("mode", ["int8", "int4-weight-only", "float8"])
+def test_modelopts_weight_scales_are_ours(mode: str) -> None:
+    """amax of each group, ``[]``, ``[out, 1]`` or ``[out * blocks, 1]``; 200 features end in a block of 72."""
+    scheme = scheme_named(mode).weight
     model = nn.Sequential(nn.Linear(200, 16, bias=False)).eval()
     weight = model[0].weight.detach().clone()
-    modelopt_quantize(model, "int4-weight-only", modules=["0"])
-    amax = read_amax(model, scheme_named("int4-weight-only"), ["0"])["0"].weight
-    assert amax.shape == (16, 2)
-    assert torch.equal(amax[:, 0], weight[:, :128].abs().amax(1))
-    assert torch.equal(amax[:, 1], weight[:, 128:].abs().amax(1))
+    modelopt_quantize(model, mode, modules=["0"], forward_loop=lambda module: module(torch.ones(1, 200)))
+    quantizer: Any = model[0].weight_quantizer
+    grid = weight_grid(weight, scheme)
+    assert torch.equal(grid.scale, (quantizer.amax.double() / scheme.format.maxbound).float().reshape(grid.scale.shape))
+
+
+def test_observing_leaves_the_model_as_it_is() -> None:
+    model = model_of()
+    before = {name: (type(part), id(getattr(part, "weight", None))) for name, part in model.named_modules()}
+    names = linear_names(model)
+    inputs = dict.fromkeys(names, SCHEMES["int8"].linear.input)
+    amax = input_amax(model, inputs, loop())
+    assert {name: (type(part), id(getattr(part, "weight", None))) for name, part in model.named_modules()} == before
+    watched = watched_inputs(model, names)
+    assert all(float(amax[name]) == pytest.approx(watched[name], rel=1e-5) for name in names)
 
 
 def test_the_batch_size_does_not_change_amax() -> None:
@@ -94,7 +102,7 @@ def test_the_batch_size_does_not_change_amax() -> None:
             model.model.embed_tokens.weight[0] = 1e4
         names = linear_names(model)
         modelopt_quantize(model, "int8", forward_loop=loop(batch_size))
-        found.append(torch.cat([amax.input for amax in read_amax(model, SCHEMES["int8"], names).values()]))
+        found.append(torch.stack(list(read_input_amax(model, names).values())))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0.0)
 
 
@@ -134,7 +142,7 @@ def test_inputs_are_seen_after_the_online_rotation() -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r4"])
     rotated = materialize(fused)
     modelopt_quantize(rotated, "int8", forward_loop=loop())
-    found = float(read_amax(rotated, SCHEMES["int8"], [DOWN])[DOWN].input)  # type: ignore[arg-type]
+    found = float(read_input_amax(rotated, [DOWN])[DOWN])
     before: list[Tensor] = []
     plain = make_tiny(CONFIGS["llama"]()).model(torch.float32)
     plain.get_submodule(DOWN).register_forward_pre_hook(lambda module, args: before.append(args[0]))
@@ -190,11 +198,20 @@ def test_an_input_that_is_always_zero_has_amax_zero() -> None:
     """ModelOpt's own export would say 127 here, a scale of 1, without a word."""
     model = nn.Sequential(nn.Linear(4, 4))
     modelopt_quantize(model, "int8", forward_loop=lambda module: module(torch.zeros(1, 4)), modules=["0"])
-    assert read_amax(model, SCHEMES["int8"], ["0"])["0"].input == torch.zeros(1)
+    assert read_input_amax(model, ["0"])["0"] == torch.zeros(())
 
 
 def test_a_config_names_every_module_once_and_disables_the_rest() -> None:
-    entries = modelopt_config(SCHEMES["int4-weight-only"], ["a", "b"])["quant_cfg"]
+    entries = modelopt_config(dict.fromkeys("ab", SCHEMES["int4-weight-only"].weight), {})["quant_cfg"]
     assert entries[0] == {"quantizer_name": "*", "enable": False}
     assert [entry["quantizer_name"] for entry in entries[1:]] == ["a.weight_quantizer", "b.weight_quantizer"]
     assert entries[1]["cfg"] == {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
+
+
+def test_zero_points_are_not_modelopts() -> None:
+    scheme = TensorScheme(INT8, PerTensor(), symmetric=False)
+    assert not modelopt_calibrates(scheme)
+    with pytest.raises(QuantizationError, match="no zero point"):
+        modelopt_config({}, {"a": scheme})
+    with pytest.raises(QuantizationError, match="no quantizer PerCluster"):
+        modelopt_config({}, {"a": TensorScheme(INT8, PerCluster(2))})
