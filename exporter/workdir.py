@@ -16,7 +16,7 @@ from calib.errors import OutputError
 from exporter.output import atomic_folder
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 
-CAPTURE, ARTIFACT = "capture", "artifact"
+CAPTURE, ARTIFACT, WALK = "capture", "artifact", "layerwise"
 _FREE = ("backend", "target", "evaluation")
 """Settings that no kept step depends on."""
 
@@ -51,6 +51,13 @@ class WorkDir:
         if self.folder is None or not (self.folder / step).is_dir():
             return None
         return self.folder / step
+
+    def step(self, name: str) -> Path:
+        """The folder of a step that keeps what it has finished by itself, made if it is not there."""
+        assert self.folder is not None  # asked for only where there is one
+        path = self.folder / name
+        path.mkdir(exist_ok=True)
+        return path
 
     def keep(self, step: str, save: Any) -> None:
         """Keep a step: ``save(folder)`` writes it, and it appears whole or not at all."""

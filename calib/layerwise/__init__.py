@@ -1,0 +1,10 @@
+"""Calibrating a model block by block, so that neither the model nor the checkpoint is ever whole in memory."""
+
+from __future__ import annotations
+
+from calib.layerwise.blocks import Block, linear_groups
+from calib.layerwise.protocol import Calibrator
+from calib.layerwise.runner import CalibrationRunner
+from calib.layerwise.shards import ShardStore
+
+__all__ = ["Block", "CalibrationRunner", "Calibrator", "ShardStore", "linear_groups"]
