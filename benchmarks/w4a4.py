@@ -2,9 +2,16 @@
 
 Activations are fake-quantized per token to int4, symmetric and asymmetric; weights per output channel to symmetric
 int4 by rounding to nearest. Nothing is trained but rotations. Rows: no rotation, random Hadamard, DartQuant's reference
-(Whip, QR latent, SGD; 100 steps over 4 n tokens) and ours (R1 on activations and weight rows together, R2 from PCA).
+(Whip, QR latent, SGD; 100 steps over 4 n tokens) and what the pipeline makes of the scheme ``w4a4``; that one again
+with weight scales that clip for the least squared error, still rounded to nearest.
 
-    python -m benchmarks.w4a4 --model DIR --text FILE.txt [--calib-text FILE.txt] [--seeds 0 1 2]
+Figures: perplexity, how far its logarithm is above the float model's, and KL(float || quantized) in nats per token,
+which varies far less from one text or seed to the next.
+
+The first ``--windows`` windows of the text are evaluated and windows further on calibrate. ``--windows 0`` splits the
+text by documents instead, one a row, as the pipeline does.
+
+    python -m benchmarks.w4a4 --text FILE.txt [--model DIR] [--windows 24] [--seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -12,40 +19,45 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import Space
 from calib.capture.storage import Capture
-from calib.fusing import fuse, materialize
-from calib.perplexity import model_logits, perplexity
+from calib.fusing import FusedModel, fuse, materialize
 from calib.progress import silent
-from calib.rotations.from_capture import online_rotations
-from calib.rotations.joint import with_weight_rows
-from calib.rotations.objectives import ActivationScheme, fake_quantize
+from calib.rotations.from_capture import online_rotations, train_rotations
+from calib.rotations.objectives import fake_quantize
 from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotations
-from calib.rotations.starts import StartName
+from calib.rotations.selection import integer_quantizer
 from calib.rotations.train import TrainConfig, train_rotation
+from calib.schemes import Scheme, scheme_named
+from calib.weights.algorithms import algorithm_named
 from exporter.pipeline import Run
 from exporter.recipe import load_recipe
+from exporter.rotations import judge_of
 from exporter.run_options import RunOptions
+from exporter.source import Rows
 
-WEIGHTS = ActivationScheme(4)
-"""Per output channel: a row of the weight is to this quantizer what a token is."""
-ACTIVATIONS = {"sym": ActivationScheme(4), "asym": ActivationScheme(4, symmetric=False)}
 REFERENCE_STEPS = 100
+HELD_OUT = 0.2
+APART, CALIBRATION = 32, 128
+"""Windows between evaluation and calibration, and windows of calibration."""
+
+W4A4 = scheme_named("w4a4")
+assert W4A4.activation is not None
+SCHEMES = {"sym": W4A4, "asym": replace(W4A4, activation=replace(W4A4.activation, symmetric=False))}
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="checkpoint folder (default: the embedded model)")
-    parser.add_argument("--text", default=None, help="evaluation text (default: rows of the other apart)")
-    parser.add_argument("--calib-text", default="embedded", help="calibration text (default: the embedded one)")
-    parser.add_argument("--rows", type=int, default=64, help="evaluation rows")
+    parser.add_argument("--text", default="embedded", help="text (default: the embedded one)")
+    parser.add_argument("--windows", type=int, default=24, help="evaluation windows; 0: rows are documents")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
@@ -55,113 +67,145 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, seed: int) -> None:
     """One table for one seed."""
+    windows = {"calibration.layout": "windows"} if arguments.windows else {}
     recipe = load_recipe(
         None,
         {
             "model": arguments.model,
-            "calibration.dataset": arguments.calib_text,
+            "calibration.dataset": arguments.text,
             "calibration.seqlen": arguments.seqlen,
-            "evaluation.dataset": arguments.text,
-            "evaluation.nsamples": arguments.rows,
+            "evaluation.nsamples": 64,
             "seed": seed,
+            **windows,
         },
     )
     run = Run(recipe, RunOptions(Path()), None, None, silent)
+    if arguments.windows:
+        run.rows = _consecutive(run, arguments)
     rows = run.rows.evaluation
-    plain = _perplexity(run.source.original("cpu"), rows)
+    original = [scores.log_softmax(-1) for scores in _logits(run.source.original("cpu"), rows)]
+    plain = _nll(original, rows)
     tokens = sum(row.numel() - 1 for row in rows)
-    print(f"seed {seed}: {run.source.name}, {len(rows)} rows, {tokens} tokens, float perplexity {plain:.3f}")
-    print(f"{'rotations':<12} {'R4':<4} {'sym':>8} {'asym':>8}   log-perplexity gap: {'sym':>7} {'asym':>7}")
-    makers: dict[str, Callable[[Run, Capture, str, int], list[Rotation]]] = {
-        "none": lambda run, capture, kind, seed: [],
-        "hadamard": lambda run, capture, kind, seed: _hadamard(run, seed),
-        "reference": lambda run, capture, kind, seed: _reference(run, capture, seed),
-        "ours": _ours,
+    print(f"seed {seed}: {run.source.name}, {len(rows)} rows, {tokens} tokens, float perplexity {math.exp(plain):.3f}")
+    print(f"{'rotations':<24} {'R4':<4}", *(f"{kind:>8} {'gap':>7} {'KL':>7}" for kind in SCHEMES))
+    makers: dict[str, Callable[[Run, Capture, Scheme, int], list[Rotation]]] = {
+        "none": lambda run, capture, scheme, seed: [],
+        "hadamard": _hadamard,
+        "reference": _reference,
+        "auto": _auto,
     }
     capture = run.captured()
     for name, make in makers.items():
-        made = {kind: make(run, capture, kind, seed) for kind in ACTIVATIONS}
-        for r4 in (False, True):
-            online = online_rotations(run.source.config, run.source.architecture, ["r4"] if r4 else [])
-            found = {kind: _quantized(run, RotationSet([*made[kind], *online]), kind, rows) for kind in ACTIVATIONS}
-            gaps = {kind: math.log(value / plain) for kind, value in found.items()}
-            print(
-                f"{name:<12} {'yes' if r4 else 'no':<4} {found['sym']:>8.3f} {found['asym']:>8.3f}"
-                f"   {'':<20} {gaps['sym']:>7.4f} {gaps['asym']:>7.4f}",
-                flush=True,
-            )
+        made = {kind: make(run, capture, scheme, seed) for kind, scheme in SCHEMES.items()}
+        for algorithm in ("rtn", "mse") if name == "auto" else ("rtn",):
+            for r4 in (False, True):
+                figures = []
+                for kind, scheme in SCHEMES.items():
+                    found = _logits(_quantized(_fused(run, made[kind], r4), run, scheme, algorithm), rows)
+                    scores = [part.log_softmax(-1) for part in found]
+                    nll = _nll(scores, rows)
+                    figures.append(f"{math.exp(nll):>8.3f} {nll - plain:>7.4f} {_kl(original, scores):>7.4f}")
+                label = name if algorithm == "rtn" else f"{name}, clipped weights"
+                print(f"{label:<24} {'yes' if r4 else 'no':<4}", *figures, flush=True)
 
 
-def _hadamard(run: Run, seed: int) -> list[Rotation]:
+def _consecutive(run: Run, arguments: argparse.Namespace) -> Rows:
+    """Windows of running text: the first ones to evaluate, others further on to calibrate."""
+    text = Path(arguments.text).read_text(encoding="utf-8")
+    tokens = torch.tensor(run.source.tokenizer(text, verbose=False)["input_ids"])
+    windows = [row for row in torch.split(tokens, arguments.seqlen) if len(row) == arguments.seqlen]
+    first = arguments.windows
+    return Rows(
+        train=windows[first + APART : first + APART + CALIBRATION],
+        gate=windows[first : first + APART],
+        evaluation=windows[:first],
+    )
+
+
+def _hadamard(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
     source = run.source
     return list(hadamard_rotations(source.config, source.architecture, ["r1", "r2"], seed=seed).values())
 
 
-def _reference(run: Run, capture: Capture, seed: int) -> list[Rotation]:
+def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
     """As published, on 4 n tokens: 100 full-batch steps."""
     settings = TrainConfig(
-        objective="whip", optimizer="qr", epochs=REFERENCE_STEPS, lr=1.5e-3, seed=seed, normalize=False
+        objective="whip",
+        optimizer="qr",
+        epochs=REFERENCE_STEPS,
+        lr=1.5e-3,
+        start="hadamard",
+        seed=seed,
+        normalize=False,
+        fix_ones=run.source.architecture.norm_kind == "layer",
     )
     samples = capture.r1.samples.values.float()
     some = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[: 4 * samples.shape[1]]]
     r1 = train_rotation(some, settings)
-    r2 = train_rotation(capture.r2_samples().float(), TrainConfig(**{**vars(settings), "lr": 1e-3}))
-    return _rotations(r1.matrix, r2.matrix)
+    r2 = train_rotation(capture.r2_samples().float(), replace(settings, lr=1e-3, fix_ones=False))
+    heads = [fused_rotation("r2", matrix, layer=layer) for layer, matrix in zip(capture.r2, r2.matrix, strict=True)]
+    return [fused_rotation("r1", r1.matrix), *heads]
 
 
-def _ours(run: Run, capture: Capture, kind: str, seed: int) -> list[Rotation]:
-    scheme = ACTIVATIONS[kind]
-    source, state = run.source, run.fuse(RotationSet()).state
-    readers = [
-        state[spec.weight].mT if spec.layout == "conv1d" else state[spec.weight]
-        for spec in source.architecture.all_linears(source.config)
-        if spec.reads is Space.RESIDUAL and spec.quantizable and spec.layout != "experts"
-    ]
-    tokens = capture.r1.samples
-    samples, weights = with_weight_rows(tokens.values.float(), readers, weights=tokens.weights)
-    settings = TrainConfig(scheme=scheme, seed=seed, epochs=40, fix_ones=source.architecture.norm_kind == "layer")
-    r1 = train_rotation(samples, settings, weights=weights)
-    train, held = capture.held_out("r2", 0.2)
-    start: StartName = "hadamard" if scheme.symmetric else "pca-ones"
-    r2 = train_rotation(
-        train.values.float(), TrainConfig(scheme=scheme, start=start, seed=seed), held_out=held.values.float()
+def _auto(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
+    """What the pipeline trains and its gate keeps."""
+    settings = TrainConfig(seed=seed)
+    found = train_rotations(
+        capture,
+        run.source.config,
+        run.source.architecture,
+        ["r1", "r2"],
+        r1=settings,
+        r2=settings,
+        held_out=HELD_OUT,
+        judge=judge_of(scheme, run.fuse(RotationSet())),
     )
-    return _rotations(r1.matrix, r2.matrix)
+    return list(found.rotations.values())
 
 
-def _rotations(r1: Tensor, r2: Tensor) -> list[Rotation]:
-    heads = [fused_rotation("r2", matrix, layer=layer) for layer, matrix in enumerate(r2)]
-    return [fused_rotation("r1", r1), *heads]
-
-
-def _quantized(run: Run, rotations: RotationSet, kind: str, rows: list[Tensor]) -> float:
-    """Perplexity with every decoder linear at W4A4. The hook comes after that of R4, which is attached first."""
+def _fused(run: Run, rotations: list[Rotation], r4: bool) -> FusedModel:
     source = run.source
-    fused = fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=torch.float32)
+    online = online_rotations(source.config, source.architecture, ["r4"] if r4 else [])
+    made = RotationSet([*rotations, *online])
+    return fuse(source.checkpoint, source.config, source.architecture, made, dtype=torch.float32)
+
+
+def _quantized(fused: FusedModel, run: Run, scheme: Scheme, algorithm: str) -> nn.Module:
+    """Every decoder linear at W4A4. The hook comes after that of R4, which is attached first."""
     model: Any = materialize(fused)
+    assert scheme.activation is not None
+    quantizer = integer_quantizer(scheme.activation)
+    assert quantizer is not None
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        return (fake_quantize(x.reshape(-1, x.shape[-1]), ACTIVATIONS[kind]).view_as(x), *args[1:])
+        return (fake_quantize(x.reshape(-1, x.shape[-1]), quantizer).view_as(x), *args[1:])
 
-    for name in source.architecture.linear_names(source.config):
+    for name in run.source.architecture.linear_names(run.source.config):
         linear = model.get_submodule(name)
-        linear.weight.data = _quantized_weight(linear)
+        weight = linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T.contiguous()
+        rounded = algorithm_named(algorithm).round(weight, None, scheme.weight).values(scheme.weight)
+        # transformers' Conv1D stores the transpose of a linear
+        linear.weight.data = rounded if isinstance(linear, nn.Linear) else rounded.T.contiguous()
         linear.register_forward_pre_hook(hook)
-    return _perplexity(model, rows)
+    network: nn.Module = model
+    return network
 
 
-def _quantized_weight(linear: nn.Module) -> Tensor:
-    """Rounded per output channel; transformers' Conv1D stores the transpose of a linear."""
-    weight: Any = linear.weight
-    if isinstance(linear, nn.Linear):
-        return fake_quantize(weight.data, WEIGHTS)
-    return fake_quantize(weight.data.T.contiguous(), WEIGHTS).T.contiguous()
+def _logits(model: Any, rows: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(input_ids=row.unsqueeze(0)).logits[0] for row in rows]
 
 
-def _perplexity(model: nn.Module, rows: list[Tensor]) -> float:
-    window = max(row.numel() for row in rows)
-    return perplexity(model_logits(model), rows, window=window, stride=window).value
+def _nll(scores: list[Tensor], rows: list[Tensor]) -> float:
+    """Mean negative log-likelihood of a token given those before it in its row."""
+    lost = [-part[:-1].gather(-1, row[1:, None]).sum() for part, row in zip(scores, rows, strict=True)]
+    return float(torch.stack(lost).sum()) / sum(row.numel() - 1 for row in rows)
+
+
+def _kl(original: list[Tensor], scores: list[Tensor]) -> float:
+    parts = [(p.exp() * (p - q)).sum(-1) for p, q in zip(original, scores, strict=True)]
+    return float(torch.cat(parts).mean())
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from calib.rotations.imported import import_rotations
 from calib.rotations.objectives import ActivationScheme
 from calib.rotations.readers import residual_rows, value_rows
 from calib.rotations.rotation_set import RotationSet
-from calib.rotations.selection import Judge, judge_for
+from calib.rotations.selection import Judge, integer_quantizer, judge_for
 from calib.rotations.train import TrainConfig
-from calib.schemes import PerTensor, Scheme, scheme_named
+from calib.schemes import Scheme
 from exporter.gate import CANDIDATES
+from exporter.quantizing import customised_scheme
 from exporter.recipe import Recipe, Training
 from exporter.report import RotationSummary
 from exporter.source import Source
@@ -94,7 +95,7 @@ def rotations_of(
         source: the float model.
         given: rotations from files.
         statistics: what to train on; needed where something is :func:`trainable`.
-        folded: the norm-folded model; needed for weight-only schemes, whose gate looks at weights.
+        folded: the norm-folded model, whose weights the gate looks at too; needed for weight-only schemes.
         device: where training runs.
         progress: called after every step.
 
@@ -105,16 +106,18 @@ def rotations_of(
     wanted = set(kinds) - set(given.kinds())
     made = TrainedRotations(RotationSet(online_rotations(source.config, source.architecture, wanted)))
     if statistics is not None:
-        settings, scheme = recipe.rotation, scheme_named(recipe.scheme)
+        settings, scheme = recipe.rotation, customised_scheme(recipe)
+        judge = judge_of(scheme, folded) if settings.select else None
+        quantizer = activation_scheme(scheme) if judge is None else judge.quantizer
         made = train_rotations(
             statistics,
             source.config,
             source.architecture,
             wanted,
-            r1=_training(settings.r1, scheme, recipe.seed),
-            r2=_training(settings.r2, scheme, recipe.seed),
+            r1=_training(settings.r1, quantizer, recipe.seed),
+            r2=_training(settings.r2, quantizer, recipe.seed),
             held_out=settings.held_out,
-            judge=_judge(scheme, folded) if settings.select else None,
+            judge=judge,
             device=device,
             progress=progress,
         )
@@ -122,11 +125,27 @@ def rotations_of(
 
 
 def activation_scheme(scheme: Scheme) -> ActivationScheme | None:
-    """What the rotation trainer should know of how activations are quantized; ``None`` where they are not."""
-    if scheme.activation is None or scheme.activation.format.kind != "integer":
-        return None
-    granularity = "tensor" if isinstance(scheme.activation.granularity, PerTensor) else "token"
-    return ActivationScheme(bits=scheme.activation.format.bits, symmetric=True, granularity=granularity)  # type: ignore[arg-type]
+    """What the rotation trainer should know of how activations are quantized; ``None`` where they are not integers."""
+    return None if scheme.activation is None else integer_quantizer(scheme.activation)
+
+
+def judge_of(scheme: Scheme, folded: FusedModel | None) -> Judge:
+    """What decides between the candidates of a rotation.
+
+    Args:
+        scheme: what is quantized, and how.
+        folded: the norm-folded model, whose weight rows are judged too.
+
+    Raises:
+        RotationError: a weight-only scheme without ``folded``.
+    """
+    if folded is None:
+        return judge_for(scheme)
+    found = {
+        "r1": residual_rows(folded.state, folded.config, folded.architecture),
+        "r2": value_rows(folded.state, folded.config, folded.architecture),
+    }
+    return judge_for(scheme, {name: rows for name, rows in found.items() if rows is not None})
 
 
 def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:
@@ -143,15 +162,5 @@ def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:
     ]
 
 
-def _training(settings: Training, scheme: Scheme, seed: int) -> TrainConfig:
-    return TrainConfig(**settings.model_dump(), scheme=activation_scheme(scheme), seed=seed)
-
-
-def _judge(scheme: Scheme, folded: FusedModel | None) -> Judge:
-    if folded is None:
-        return judge_for(scheme)
-    found = {
-        "r1": residual_rows(folded.state, folded.config, folded.architecture),
-        "r2": value_rows(folded.state, folded.config, folded.architecture),
-    }
-    return judge_for(scheme, {name: rows for name, rows in found.items() if rows is not None})
+def _training(settings: Training, quantizer: ActivationScheme | None, seed: int) -> TrainConfig:
+    return TrainConfig(**settings.model_dump(), scheme=quantizer, seed=seed)

@@ -14,8 +14,9 @@ from calib.capture.result import Samples
 from calib.capture.storage import Capture
 from calib.errors import RotationError
 from calib.progress import Progress, silent
+from calib.rotations.joint import unit_rows, with_weight_rows
 from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotation
-from calib.rotations.selection import CandidateError, Judge, select
+from calib.rotations.selection import CandidateError, CandidateName, Judge, select
 from calib.rotations.train import TrainConfig, TrainResult, train_rotation
 
 
@@ -27,6 +28,26 @@ class TrainedRotations:
     """R1 and R2 only where some rotation was better than none."""
     table: tuple[CandidateError, ...] = ()
     """A row for every candidate of every rotation that went through the gate."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One rotation, or all R2 of a model, and what it was chosen from."""
+
+    name: CandidateName
+    matrix: Tensor | None
+    """Float64 ``[n, n]`` or ``[layers, kv_heads, n, n]``; ``None``: the identity."""
+    trained: TrainResult
+    seed: int
+    table: tuple[CandidateError, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """How it came about, in words for the manifest."""
+        if self.name != "trained":
+            return f"{self.name}, seed {self.seed}: better than training"
+        result = self.trained
+        return f"{result.start} start, {result.objective}, {result.optimizer}, {result.steps} steps"
 
 
 def train_rotations(
@@ -55,10 +76,11 @@ def train_rotations(
         config: the model's Hugging Face config.
         architecture: its table entry.
         kinds: which of r1, r2, r3, r4.
-        r1: how to train R1; ``fix_ones`` is set for LayerNorm models.
-        r2: how to train R2.
+        r1: how to train R1; ``fix_ones`` is set for LayerNorm models, ``scheme`` by ``judge``.
+        r2: how to train R2; likewise.
         held_out: share of the samples that is only measured on.
-        judge: the gate's measure; ``None`` keeps the trained rotations, whatever they are worth.
+        judge: the gate's measure, which also says what to train on; ``None`` trains on activations and keeps the
+            result, whatever it is worth.
         device: where training runs.
         progress: called after every step.
 
@@ -70,17 +92,18 @@ def train_rotations(
     table: tuple[CandidateError, ...] = ()
     if "r1" in kinds:
         settings = replace(r1, fix_ones=architecture.norm_kind == "layer")
-        matrix, origin, rows = _best(capture, "r1", settings, held_out, judge, device, progress)
-        rotations += [] if matrix is None else [fused_rotation("r1", matrix, origin=origin)]
-        table += rows
+        chosen = choose(capture, "r1", settings, held_out, judge, device=device, progress=progress)
+        if chosen.matrix is not None:
+            rotations.append(fused_rotation("r1", chosen.matrix, origin=chosen.origin))
+        table += chosen.table
     if "r2" in kinds:
-        matrix, origin, rows = _best(capture, "r2", r2, held_out, judge, device, progress)
-        if matrix is not None:
+        chosen = choose(capture, "r2", r2, held_out, judge, device=device, progress=progress)
+        if chosen.matrix is not None:
             rotations += [
-                fused_rotation("r2", heads, layer=layer, origin=origin)
-                for layer, heads in zip(capture.r2, matrix, strict=True)
+                fused_rotation("r2", heads, layer=layer, origin=chosen.origin)
+                for layer, heads in zip(capture.r2, chosen.matrix, strict=True)
             ]
-        table += rows
+        table += chosen.table
     return TrainedRotations(RotationSet([*rotations, *online_rotations(config, architecture, kinds)]), table)
 
 
@@ -119,41 +142,92 @@ def ordered_kinds(kinds: Collection[str]) -> str:
     return ",".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
-def _best(
+def choose(
     capture: Capture,
     rotation: Literal["r1", "r2"],
     config: TrainConfig,
     held_out: float,
     judge: Judge | None,
-    device: torch.device | str,
-    progress: Progress,
-) -> tuple[Tensor | None, str, tuple[CandidateError, ...]]:
-    """The rotation to use (``None``: none), how it was chosen, and the gate's rows."""
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Choice:
+    """Train one rotation and put it through its gate; arguments as for :func:`train_rotations`.
+
+    Args:
+        capture: samples of the model's norm-folded activations.
+        rotation: which one.
+        config: how to train; the quantizer of ``judge`` takes the place of ``config.scheme``.
+        held_out: share of the samples for the gate, and of the rest to stop training by.
+        judge: what decides; ``None``: trained on activations with ``config`` as it is, and kept.
+        device: where training runs.
+        progress: called after every step.
+    """
     train, held = (_on(part, device) for part in capture.held_out(rotation, held_out))
-    result = _train(rotation, *train.split(held_out), config, progress)
+    result = _train(rotation, *train.split(held_out), config, judge, progress)
     if judge is None:
-        return result.matrix, _origin(result), ()
+        return Choice("trained", result.matrix, result, config.seed)
     chosen = select(rotation, result.matrix, train, held, judge, seed=config.seed, fix_ones=config.fix_ones)
-    origin = _origin(result) if chosen.name == "trained" else f"{chosen.name}, seed {config.seed}: better than training"
-    return chosen.matrix, origin, chosen.table
+    return Choice(chosen.name, chosen.matrix, result, config.seed, chosen.table)
 
 
 def _train(
-    rotation: Literal["r1", "r2"], train: Samples, stop: Samples, config: TrainConfig, progress: Progress
+    rotation: Literal["r1", "r2"],
+    train: Samples,
+    stop: Samples,
+    config: TrainConfig,
+    judge: Judge | None,
+    progress: Progress,
 ) -> TrainResult:
-    weights = train.weights
+    """Train on what the judge says that the rotation should serve."""
+    group = None
+    if judge is not None:
+        config = replace(config, scheme=judge.quantizer)
+        train, stop = (_served(rotation, part, judge) for part in (train, stop))
+        group = train.group if rotation == "r2" else None
+    weights = [part.weights for part in (train, stop)]
     if rotation == "r2":  # one weight for a token, whatever the kv head
-        weights = weights.unsqueeze(-2).expand(train.values.shape[:-1])
+        weights = [part.weights.unsqueeze(-2).expand(part.values.shape[:-1]) for part in (train, stop)]
 
     def report(stage: str, done: int, total: int | None) -> None:
         progress(f"train {rotation}", done, total)
 
-    return train_rotation(train.values, config, weights=weights, held_out=stop.values, progress=report)
+    def run(settings: TrainConfig, start: Tensor | None = None) -> TrainResult:
+        return train_rotation(
+            train.values,
+            settings,
+            weights=weights[0],
+            held_out=stop.values,
+            held_out_weights=weights[1],
+            start=start,
+            group=group,
+            progress=report,
+        )
+
+    by_token = config.scheme is not None and config.scheme.granularity != "tensor"
+    polishing = config.epochs // 2 if config.objective == "auto" and by_token else 0
+    result = run(replace(config, epochs=config.epochs - polishing))
+    if not polishing:
+        return result
+    # The quantizer's own error has many shallow minima: from a Hadamard start it goes less far than L4 does, from where
+    # L4 ends it goes farther.
+    polished = run(replace(config, objective="scheme", epochs=polishing), result.matrix)
+    return replace(
+        polished,
+        losses=result.losses + polished.losses,
+        held_out_errors=result.held_out_errors + polished.held_out_errors[1:],
+        start=result.start,
+        objective=f"{result.objective} then {polished.objective}",
+        steps=result.steps + polished.steps,
+    )
+
+
+def _served(rotation: Literal["r1", "r2"], samples: Samples, judge: Judge) -> Samples:
+    if judge.trained_on == "activations":
+        return samples
+    rows = _on(judge.rows[rotation], samples.values.device)
+    return unit_rows(rows) if judge.trained_on == "weights" else with_weight_rows(samples, rows)
 
 
 def _on(samples: Samples, device: torch.device | str) -> Samples:
     return replace(samples, values=samples.values.to(device), weights=samples.weights.to(device))
-
-
-def _origin(result: TrainResult) -> str:
-    return f"{result.start} start, {result.objective}, {result.optimizer}, {result.steps} steps"

@@ -9,55 +9,83 @@ white, of relative size ``e_x = |dx|^2 / |x|^2`` and ``e_W = |dW|^2 / |W|^2``. E
 ``|x|^2 |W|^2 / n`` times its relative error, and ``e_x + e_W`` is what to minimise. A row of ``W R`` quantized with its
 own scale is exactly a token quantized with its own scale. Trained on activations alone a rotation pays with the weights
 part of what it gains.
+
+For R2 a token, and a row of the output projection, is all heads side by side (:mod:`calib.rotations.readers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from calib.capture.result import Samples
 from calib.errors import RotationError
+from calib.rotations.objectives import whole_inputs
 
 
-def with_weight_rows(
-    samples: Tensor, readers: Sequence[Tensor], *, weights: Tensor | None = None, share: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Samples and token weights for :func:`calib.rotations.train.train_rotation` with the readers' rows appended.
+def unit_rows(rows: Samples) -> Samples:
+    """Rows at unit mean square, each with a weight in proportion to its own power: trained on like any token.
+
+    No objective is ruled by a few large rows then, and every matrix still counts by its relative error
+    ``sum |dw|^2 / |W|^2``.
 
     Args:
-        samples: activations ``[tokens, n]``, floating.
-        readers: weights ``[out, n]`` of the linears that read them, norm gains folded in. Each matrix counts by its
-            relative error ``sum |dw|^2 / |W|^2`` over rows ``w``: rows come out with the mean square of the samples, so
-            that no objective is ruled by a few large ones, and with a weight in proportion to their own ``|w|^2``.
-        weights: token weights ``[tokens]``; ``None``: all equal.
+        rows: what :func:`calib.rotations.readers.residual_rows` or ``value_rows`` gives.
+
+    Raises:
+        RotationError: all rows are zero.
+    """
+    values = rows.values.float()
+    power = _power(values, rows.group)
+    if not bool((power > 0).any()):
+        raise RotationError("there is no reader with a weight that is not zero", hint="train on the samples alone")
+    size = power.clamp_min(torch.finfo(power.dtype).tiny).sqrt()
+    # A row of zeros stays, so that layers keep equal numbers of rows, with a weight that does not count.
+    weights = rows.weights * power.clamp_min(1e-9 * float(power.max()))
+    return replace(
+        rows, values=values / (size if values.dim() == 2 else size.unsqueeze(-2)).unsqueeze(-1), weights=weights
+    )
+
+
+def with_weight_rows(samples: Samples, rows: Samples, *, share: float = 1.0) -> Samples:
+    """``samples`` with the readers' rows appended as tokens.
+
+    Args:
+        samples: values ``[tokens, n]`` for R1, ``[layers, kv_heads, tokens * group, n]`` for R2.
+        rows: rows of the weights that read them, in the same layout.
         share: total weight of the rows relative to that of the tokens: how much ``e_W`` counts against ``e_x``.
 
     Returns:
-        ``[tokens + rows, n]`` and positive weights ``[tokens + rows]``, float32; rows that are zero are left out.
+        Rows come out with the mean square of the samples, of each layer for R2.
 
     Raises:
-        RotationError: shapes that do not fit, no reader that is not all zero, or a ``share`` that is not positive.
+        RotationError: layouts that do not fit, rows that are all zero, or a ``share`` that is not positive.
     """
-    n = samples.shape[-1]
-    if samples.dim() != 2 or any(w.dim() != 2 or w.shape[-1] != n for w in readers):
+    same = samples.values.shape[:-2] == rows.values.shape[:-2] and samples.values.shape[-1] == rows.values.shape[-1]
+    if not same or samples.group != rows.group:
         raise RotationError(
-            f"readers {[tuple(w.shape) for w in readers]} do not read activations {tuple(samples.shape)}",
-            hint="pass [tokens, channels] and weights [out, channels]; a Conv1D stores the transpose",
+            f"rows {tuple(rows.values.shape)} do not read activations {tuple(samples.values.shape)}",
+            hint="pass the rows of this model's readers",
         )
     if not share > 0:
         raise RotationError(f"share {share} of the weights is not positive", hint="leave the rows out instead")
-    x = samples.float()
-    power = x.square().mean().sqrt()
-    tokens = torch.ones(len(x)).to(x) if weights is None else weights.to(x)
-    rows, row_weights = [], []
-    for matrix in readers:
-        size = torch.linalg.vector_norm(matrix.to(x), dim=-1)
-        used = size > 0
-        rows.append(matrix.to(x)[used] * (power * n**0.5 / size[used, None]))
-        row_weights.append(size[used].square() * (len(matrix) / size.square().sum().clamp_min(1e-30)))
-    heavy = torch.cat(row_weights)
-    if len(heavy) == 0:
-        raise RotationError("there is no reader with a weight that is not zero", hint="train on the samples alone")
-    return torch.cat([x, *rows]), torch.cat([tokens, heavy * (share * tokens.sum() / heavy.sum())])
+    x = samples.values.float()
+    appended = unit_rows(rows)
+    dims = (-1, -2) if x.dim() == 2 else (-1, -2, -3)
+    values = appended.values.to(x) * x.square().mean(dims, keepdim=True).sqrt()
+    weights = appended.weights.to(samples.weights)
+    total = samples.weights.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+    return replace(
+        samples,
+        values=torch.cat([x, values], -2),
+        weights=torch.cat([samples.weights, weights * (share * total)], -1),
+    )
+
+
+def _power(values: Tensor, group: int) -> Tensor:
+    """Mean square of the whole row that each entry belongs to: ``[rows]``, or ``[layers, rows * group]``."""
+    if values.dim() == 2:
+        return values.square().mean(-1)
+    return whole_inputs(values, group).square().mean(-1).repeat_interleave(group, dim=-1)

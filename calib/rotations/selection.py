@@ -1,15 +1,14 @@
 """The gate of one rotation: identity, Hadamard, PCA·Hadamard and the trained one, by the error of what is exported.
 
-Training can make a rotation worse, and rotating at all can. So the candidates are compared by the relative squared
-error of the quantizer that will be exported, on tokens that trained none of them, and the best one is kept; of equals
-the simplest. What is quantized depends on the scheme:
+Training can make a rotation worse, and rotating at all can. So the candidates are compared by what quantization does to
+them, and the best one is kept; of equals the simplest. To first order the relative squared error of a linear's output
+is ``e_x + e_W`` (:mod:`calib.rotations.joint`), and those of the two that the scheme quantizes are counted:
 
-* With quantized activations, the activations: those sampled while capturing, in the shape in which the quantizer meets
-  them. R2 is judged on whole inputs of the output projection, all heads side by side. A static per-tensor quantizer
-  gets its limits from the tokens that rotations are trained on.
-* With weights alone quantized, the rows of the weights that read the rotated space (:mod:`calib.rotations.readers`),
-  each with its own scales. These are the numbers that are exported; there is nothing to hold out. The error of the
-  outputs, ``|x dW^T|``, would need each layer's own activations, and R1's samples are pooled over layers.
+* ``e_x``: of activations, on tokens that trained no candidate, in the shape in which the quantizer meets them. R2 is
+  judged on whole inputs of the output projection, all heads side by side. Static quantizers get their limits from the
+  tokens that rotations are trained on; one scale for the tensor stands for clusters of channels too.
+* ``e_W``: of the rows of the weights that read the rotated space (:mod:`calib.rotations.readers`), each with its own
+  scales. These are the numbers that are exported; there is nothing to hold out.
 
 R1 is one choice. R2 is one choice for all layers, by the mean over layers, with the figure of every layer kept.
 """
@@ -17,7 +16,7 @@ R1 is one choice. R2 is one choice for all layers, by the mean over layers, with
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,26 +24,45 @@ from torch import Tensor
 
 from calib.capture.result import Samples
 from calib.errors import RotationError
-from calib.rotations.objectives import ActivationScheme, scheme_error
+from calib.grids import Grid, expand_grid, grid_of, round_to_grid, weight_grid
+from calib.rotations.objectives import ActivationScheme, whole_inputs
 from calib.rotations.starts import make_start
-from calib.rotations.train import second_moment
-from calib.scales import convert_to_scale, fake_quantize
-from calib.schemes import NumberFormat, PerBlock, PerChannel, Scheme, TensorScheme
+from calib.rotations.tokens import second_moment
+from calib.schemes import PerBlock, PerChannel, PerToken, Scheme, TensorScheme
 
 CandidateName = Literal["identity", "hadamard", "pca-hadamard", "trained"]
-Quantizer = ActivationScheme | NumberFormat
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What decides between the candidates of a rotation."""
+    """What decides between the candidates of a rotation, and so what they are trained on."""
 
-    quantizer: Quantizer
-    """An integer quantizer, or a float format with one static scale for the whole tensor."""
     measure: str
     """What is measured, in words for the table."""
-    rows: Mapping[str, Samples] | None = None
-    """Weight rows by rotation (``r1``, ``r2``) in the layout of samples, where the weights alone are quantized."""
+    activations: TensorScheme | None
+    """How activations are quantized; ``None``: they stay in float."""
+    weights: TensorScheme | None = None
+    """How weights are quantized, where their rows are judged."""
+    rows: Mapping[str, Samples] = field(default_factory=dict)
+    """Weight rows by rotation (``r1``, ``r2``) in the layout of samples; needed with ``weights``."""
+
+    @property
+    def trained_on(self) -> Literal["activations", "weights", "both"]:
+        """What makes most of the error: the one with fewer bits; of equals both, but for activations with static
+        limits, which lose far more than weights with a scale for every row.
+        """
+        if self.weights is None:
+            return "activations"
+        if self.activations is None or self.weights.format.bits < self.activations.format.bits:
+            return "weights"
+        equal = self.weights.format.bits == self.activations.format.bits
+        return "both" if equal and self.activations.dynamic else "activations"
+
+    @property
+    def quantizer(self) -> ActivationScheme | None:
+        """What rotations are trained for; see :func:`integer_quantizer`."""
+        scheme = self.weights if self.trained_on == "weights" else self.activations
+        return None if scheme is None else integer_quantizer(scheme)
 
 
 @dataclass(frozen=True)
@@ -73,16 +91,36 @@ class Selection:
 
 
 def judge_for(scheme: Scheme, rows: Mapping[str, Samples] | None = None) -> Judge:
-    """The judge of ``scheme``: its activations, or the weight ``rows`` where it leaves activations in float.
+    """The judge of ``scheme``: its activations, and the weight ``rows`` where they are given.
 
     Raises:
         RotationError: a weight-only scheme without ``rows``.
     """
-    if scheme.activation is not None:
-        return Judge(_quantizer(scheme.activation), f"held-out activations, {scheme.activation.format.name}")
-    if rows is None:
+    if rows is None and scheme.activation is None:
         raise RotationError(f"rotations for the weight-only scheme '{scheme.name}' are judged by weight rows")
-    return Judge(_quantizer(scheme.weight), f"weight rows, {scheme.weight.format.name}", rows)
+    parts = [] if scheme.activation is None else [f"held-out activations, {scheme.activation.format.name}"]
+    if rows is None:
+        return Judge(parts[0], scheme.activation)
+    return Judge(
+        " + ".join([*parts, f"weight rows, {scheme.weight.format.name}"]), scheme.activation, scheme.weight, rows
+    )
+
+
+def integer_quantizer(scheme: TensorScheme) -> ActivationScheme | None:
+    """``scheme`` as rotations are trained for it; ``None`` for float formats.
+
+    A weight's scale for each output channel is, for its rows, a scale for each token.
+    """
+    fmt = scheme.format
+    if fmt.kind != "integer":
+        return None
+    match scheme.granularity:
+        case PerBlock(size):
+            return ActivationScheme(fmt.bits, scheme.symmetric, "group", size)
+        case PerChannel() | PerToken():
+            return ActivationScheme(fmt.bits, scheme.symmetric, "token")
+        case _:
+            return ActivationScheme(fmt.bits, scheme.symmetric, "tensor")
 
 
 def candidates(
@@ -130,9 +168,8 @@ def select(
         fix_ones: only rotations that fix the all-ones vector (LayerNorm models).
     """
     matrices = candidates(trained, train, seed=seed, fix_ones=fix_ones)
-    if judge.rows is not None:
-        train = held = judge.rows[rotation]
-    errors = {name: _error(matrix, train, held, judge.quantizer) for name, matrix in matrices.items()}
+    rows = None if judge.weights is None else judge.rows[rotation]
+    errors = {name: _error(matrix, train, held, rows, judge) for name, matrix in matrices.items()}
     best = min(errors, key=lambda name: float(errors[name].mean()))
     table = tuple(
         CandidateError(
@@ -149,29 +186,49 @@ def select(
     return Selection(best, matrix if matrix is None else matrix.expand(trained.shape), table)
 
 
-def _error(matrix: Tensor | None, train: Samples, held: Samples, quantizer: Quantizer) -> Tensor:
-    """Relative squared error of ``held`` rotated and quantized, float64 ``[layers]``; one layer for R1."""
-    seen, weights = _seen(matrix, held)
-    static = isinstance(quantizer, NumberFormat) or quantizer.granularity == "tensor"
-    limits = None
-    if static:
-        calibrated, _ = _seen(matrix, train)
-        limits = (calibrated.amin((-1, -2)), calibrated.amax((-1, -2)))
-    if isinstance(quantizer, ActivationScheme):
-        if limits is not None:  # [layers] to what broadcasts against [layers, tokens, groups, channels]
-            limits = (limits[0][:, None, None, None], limits[1][:, None, None, None])
-        return scheme_error(seen, quantizer, weights=weights, limits=limits).cpu()
-    assert limits is not None  # a float format is static
-    amax = torch.maximum(limits[0].abs(), limits[1].abs())
-    scales = convert_to_scale(amax, quantizer.maxbound).reshape(-1)
-    layers = zip(seen, weights, scales, strict=True)
-    return torch.stack([_float_error(x, w, scale, quantizer) for x, w, scale in layers])
+def _error(matrix: Tensor | None, train: Samples, held: Samples, rows: Samples | None, judge: Judge) -> Tensor:
+    """``e_x + e_W`` as far as they are judged, float64 ``[layers]``; one layer for R1."""
+    error = torch.zeros(1, dtype=torch.float64)
+    if judge.activations is not None:
+        error = error + relative_error(matrix, held, judge.activations, train=train)
+    if judge.weights is not None and rows is not None:
+        error = error + relative_error(matrix, rows, judge.weights)
+    return error
 
 
-def _float_error(x: Tensor, weights: Tensor, scale: Tensor, quantizer: NumberFormat) -> Tensor:
-    lost = ((fake_quantize(x, scale, quantizer) - x).double().square().sum(-1) * weights).sum()
-    kept = (x.double().square().sum(-1) * weights).sum()
-    return (lost / kept.clamp_min(torch.finfo(torch.float64).tiny)).cpu()
+def relative_error(
+    matrix: Tensor | None, samples: Samples, scheme: TensorScheme, *, train: Samples | None = None
+) -> Tensor:
+    """Relative squared error of rotated and quantized ``samples``, float64 ``[layers]``; one layer for R1.
+
+    Args:
+        matrix: ``[n, n]``, or ``[layers, kv_heads, n, n]``; ``None``: the identity.
+        samples: values ``[tokens, n]``, or ``[layers, kv_heads, tokens * group, n]``.
+        scheme: the quantizer.
+        train: samples of the same layout that static limits are taken from; by default ``samples``.
+    """
+    seen, weights = _seen(matrix, samples)
+    calibrated = seen if train is None else _seen(matrix, train)[0]
+    errors = []
+    for x, limits, share in zip(seen, calibrated, weights, strict=True):
+        lost = ((_quantized(x, scheme, limits) - x).double().square().sum(-1) * share).sum()
+        kept = (x.double().square().sum(-1) * share).sum()
+        errors.append((lost / kept.clamp_min(torch.finfo(torch.float64).tiny)).cpu())
+    return torch.stack(errors)
+
+
+def _quantized(x: Tensor, scheme: TensorScheme, calibrated: Tensor) -> Tensor:
+    """``x`` ``[tokens, channels]`` on its grid; static limits are those of ``calibrated``."""
+    match scheme.granularity:
+        case PerToken() | PerChannel():
+            scheme = replace(scheme, granularity=PerChannel(0))
+            grid: Grid = weight_grid(x, scheme)
+        case PerBlock():
+            grid = weight_grid(x, scheme)
+        case _:
+            grid = grid_of(*torch.aminmax(calibrated), scheme)
+            return round_to_grid(x, grid.scale, grid.zero_point, scheme.format)
+    return round_to_grid(x, *expand_grid(grid, x.shape, scheme.granularity), scheme.format)
 
 
 def _seen(matrix: Tensor | None, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -182,19 +239,4 @@ def _seen(matrix: Tensor | None, samples: Samples) -> tuple[Tensor, Tensor]:
     rotated = values if matrix is None else values @ matrix.to(values)
     if rotated.dim() == 2:
         return rotated.unsqueeze(0), samples.weights.to(values).unsqueeze(0)
-    layers, heads, entries, n = rotated.shape
-    tokens = entries // samples.group
-    split = rotated.reshape(layers, heads, tokens, samples.group, n).permute(0, 2, 1, 3, 4)
-    return split.reshape(layers, tokens, -1), samples.weights.to(values)[:, :: samples.group]
-
-
-def _quantizer(scheme: TensorScheme) -> Quantizer:
-    if scheme.format.kind == "float":
-        return scheme.format
-    match scheme.granularity:
-        case PerBlock(size):
-            return ActivationScheme(scheme.format.bits, granularity="group", group_size=size)
-        case PerChannel():  # of a weight: one scale a row
-            return ActivationScheme(scheme.format.bits, granularity="token")
-        case _:
-            return ActivationScheme(scheme.format.bits, granularity="tensor")
+    return whole_inputs(rotated, samples.group), samples.weights.to(values)[:, :: samples.group]

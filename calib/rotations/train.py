@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from calib.errors import RotationError
 from calib.progress import Progress, silent
-from calib.rotations.objectives import ActivationScheme, ObjectiveName, make_objective, scheme_error
+from calib.rotations.objectives import (
+    ActivationScheme,
+    ObjectiveName,
+    make_objective,
+    over_heads,
+    scheme_error,
+    whole_inputs,
+)
 from calib.rotations.optimizers import (
     OPTIMIZER_NAMES,
     MonotoneStepper,
@@ -32,8 +39,8 @@ from calib.rotations.starts import (
     ones_complement,
     restrict_to_complement,
 )
+from calib.rotations.tokens import Tokens, at_unit_power, check_samples, require, second_moment
 
-_CHUNK = 8192  # tokens widened to float64 at a time
 # Learning rates by optimiser: the reference's published one for R1; for the Riemannian steps one that in 100 steps on a
 # small Llama went farther than the reference. The monotone step has none.
 _DEFAULT_RATE: dict[str, float] = {"qr": 1.5e-3, "riemannian-ns": 1e-2, "riemannian-cayley": 1e-2, "monotone": 0.0}
@@ -47,7 +54,8 @@ class TrainConfig:
     """
 
     objective: ObjectiveName = "auto"
-    """What to minimise; ``auto`` picks by ``scheme``. See :func:`calib.rotations.objectives.make_objective`."""
+    """What to minimise; ``auto`` picks by ``scheme``: see :func:`calib.rotations.objectives.make_objective`. From a
+    capture, it spends the second half of the epochs on objective ``scheme`` where scales are not static."""
     optimizer: OptimizerName = "monotone"
     """How to step; ``qr`` is the reference."""
     scheme: ActivationScheme | None = None
@@ -69,8 +77,9 @@ class TrainConfig:
     """``sgd`` or ``adam`` on the latent matrix; ``qr`` only."""
     cosine: bool = False
     """Lower the learning rate to zero along a half cosine over the epochs."""
-    start: StartName = "hadamard"
-    """Where to start, unless a matrix is given; ``pca-ones`` did best where the activations have a zero point."""
+    start: StartName | Literal["auto"] = "auto"
+    """Where to start, unless a matrix is given; ``auto``: ``pca-ones`` where each token has a zero point of its own to
+    absorb what its channels share, else ``hadamard``."""
     seed: int = 0
     """Seed of the start and of the order of the batches."""
     fix_ones: bool = False
@@ -78,12 +87,13 @@ class TrainConfig:
     p: float = 4.0
     """Exponent of objective ``lp``; higher ones come closer to the maximum and fit fewer tokens."""
     normalize: bool = True
-    """Scale the samples of each batch element to unit mean square first: Whip is not scale-free, and inputs of o_proj
-    have any size. Activations after a norm without gain have it already."""
-    curvature_fraction: float = 0.1
+    """Scale the samples to unit mean square first: Whip is not scale-free, and inputs of o_proj have any size. Each
+    token for itself where heads share a quantizer with a scale for each token, whose relative error does not depend on
+    its size; otherwise each batch element. Activations after a norm without gain have it already."""
+    curvature_fraction: float = 0.2
     """``monotone``: first curvature as a fraction of the proven bound. 1 is the proven step; less is faster, and
     backtracking keeps it monotone."""
-    damping: float = 0.03
+    damping: float = 0.2
     """``monotone``: strength of the proximal term, relative to the mean singular value of the target."""
     tolerance: float = 0.0
     """Stop when an epoch lowers the training loss by less than this fraction (0: never)."""
@@ -98,31 +108,41 @@ class TrainConfig:
         R1: 10 epochs over 10 % of the data, 64 sequences a step, lr 1.5e-3. R2: 5 epochs, 128 sequences, two batches a
         step, lr 1e-3. SGD with momentum 0.9, no schedule, random Hadamard start, Whip.
         """
-        common = cls(objective="whip", optimizer="qr", normalize=False)
+        common = cls(objective="whip", optimizer="qr", start="hadamard", normalize=False)
         if rotation == "r2":
             return replace(common, epochs=5, batch_size=128 * 2048, accumulation_steps=2, lr=1e-3)
         return replace(common, epochs=10, batch_size=64 * 2048, subset=0.1, lr=1.5e-3)
 
     def __post_init__(self) -> None:
-        _require(self.optimizer in OPTIMIZER_NAMES, f"unknown optimizer {self.optimizer!r}", _one_of(OPTIMIZER_NAMES))
-        _require(self.start in START_NAMES, f"unknown start {self.start!r}", _one_of(START_NAMES))
-        _require(self.update in get_args(UpdateRule), f"unknown update {self.update!r}", _one_of(get_args(UpdateRule)))
-        _require(self.epochs >= 0, f"{self.epochs} epochs", "use 0 or more")
-        _require(self.batch_size is None or self.batch_size > 0, f"batch size {self.batch_size}", "use 1 token or more")
-        _require(0 < self.subset <= 1, f"subset {self.subset}", "use a fraction above 0 and at most 1")
-        _require(self.accumulation_steps > 0, f"{self.accumulation_steps} accumulation steps", "use 1 or more")
-        _require(
+        require(self.optimizer in OPTIMIZER_NAMES, f"unknown optimizer {self.optimizer!r}", _one_of(OPTIMIZER_NAMES))
+        starts = ("auto", *START_NAMES)
+        require(self.start in starts, f"unknown start {self.start!r}", _one_of(starts))
+        require(self.update in get_args(UpdateRule), f"unknown update {self.update!r}", _one_of(get_args(UpdateRule)))
+        require(self.epochs >= 0, f"{self.epochs} epochs", "use 0 or more")
+        require(self.batch_size is None or self.batch_size > 0, f"batch size {self.batch_size}", "use 1 token or more")
+        require(0 < self.subset <= 1, f"subset {self.subset}", "use a fraction above 0 and at most 1")
+        require(self.accumulation_steps > 0, f"{self.accumulation_steps} accumulation steps", "use 1 or more")
+        require(
             self.lr is None or 0 < self.lr < math.inf, f"learning rate {self.lr}", "use a positive one, such as 1.5e-3"
         )
-        _require(0 <= self.momentum < 1, f"momentum {self.momentum}", "use 0 or more and less than 1")
-        _require(self.curvature_fraction > 0, f"curvature fraction {self.curvature_fraction}", "use 0.1")
-        _require(self.damping > 0, f"damping {self.damping}", "use 0.03")
-        _require(
+        require(0 <= self.momentum < 1, f"momentum {self.momentum}", "use 0 or more and less than 1")
+        require(self.curvature_fraction > 0, f"curvature fraction {self.curvature_fraction}", "use 0.1")
+        require(self.damping > 0, f"damping {self.damping}", "use 0.03")
+        require(
             self.update == "sgd" or self.optimizer == "qr",
             f"update 'adam' with optimizer {self.optimizer!r}",
             "its entry-wise scaling is defined for the latent matrix of optimizer 'qr' only",
         )
         make_objective(self.objective, scheme=self.scheme, p=self.p)  # refuses what it cannot build
+
+    @property
+    def first(self) -> StartName:
+        """The start that ``start`` means."""
+        if self.start != "auto":
+            return self.start
+        scheme = self.scheme
+        shifted = scheme is not None and not scheme.symmetric and scheme.granularity != "tensor"
+        return "pca-ones" if shifted and not self.fix_ones else "hadamard"
 
 
 @dataclass(frozen=True)
@@ -148,7 +168,9 @@ def train_rotation(
     *,
     weights: Tensor | None = None,
     held_out: Tensor | None = None,
+    held_out_weights: Tensor | None = None,
     start: Tensor | None = None,
+    group: int | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train one rotation for each element of the leading batch dimensions, all in one batched solve.
@@ -161,33 +183,46 @@ def train_rotation(
         config: how to train.
         weights: inverse inclusion probabilities ``[*batch, tokens]``; ``None``: all equal.
         held_out: activations ``[*batch, tokens', n]`` to measure the error of ``config.scheme`` on.
+        held_out_weights: their weights ``[*batch, tokens']``; ``None``: all equal.
         start: orthogonal ``[n, n]`` or ``[*batch, n, n]`` to start from instead of ``config.start``.
+        group: where the last batch dimension holds the KV heads of one tensor that is quantized as a whole: how many
+            query heads share each; see :func:`calib.rotations.objectives.whole_inputs`. ``None``: every batch element
+            has a quantizer of its own.
         progress: told the number of finished steps.
 
     Raises:
         RotationError: shapes that do not fit, NaN or Inf, weights that are not positive, a start that is not orthogonal
             or does not fix ones where it must, or training that diverged.
     """
-    _check_samples(samples, weights, held_out)
-    scale = _unit_power(samples) if config.normalize else torch.ones(*samples.shape[:-2], 1, 1, device=samples.device)
-    x = samples.float() / scale
-    unseen = None if held_out is None or config.scheme is None else held_out.to(x) / scale
-    w = None if weights is None else weights.to(x)
-    first = _checked_start(x, w, config, start)
-    basis = ones_complement(x.shape[-1]).to(x) if config.fix_ones else None
-    problem = Problem(make_objective(config.objective, scheme=config.scheme, p=config.p), basis)
+    check_samples(samples, weights, held_out, held_out_weights)
+    first = _checked_start(samples, weights, config, start)
+    by_token = group is not None and config.scheme is not None and config.scheme.granularity != "tensor"
+
+    def scaled(x: Tensor) -> Tensor:
+        if not config.normalize:
+            return x.float()
+        return at_unit_power(x, samples, group, by_token=by_token)
+
+    tokens = Tokens(scaled(samples), None if weights is None else weights.to(samples))
+    unseen = None
+    if held_out is not None and config.scheme is not None:
+        share = None if held_out_weights is None else held_out_weights.to(samples.device)
+        unseen = Tokens(scaled(held_out.to(samples.device)), share)
+    basis = ones_complement(samples.shape[-1]).to(tokens.x) if config.fix_ones else None
+    objective = make_objective(config.objective, scheme=config.scheme, p=config.p)
+    problem = Problem(objective if group is None else over_heads(objective, group), basis)
     inner = restrict_to_complement(first) if config.fix_ones else first
-    reduced = x if basis is None else x @ basis
-    run = _Run(config, problem, _stepper(inner.to(x), problem, config), reduced, w, unseen, inner)
+    reduced = tokens if basis is None else replace(tokens, x=tokens.x @ basis)
+    run = _Run(config, problem, _stepper(inner.to(tokens.x), problem, config), reduced, unseen, inner, group)
     run.train(progress)
     trained = project_orthogonal(run.best)
     matrix = embed_fixing_ones(trained.cpu()) if config.fix_ones else trained.cpu()
-    final = problem.objective(x @ matrix.to(x), w)
+    final = problem.objective(tokens.x @ matrix.to(tokens.x), tokens.weights)
     return TrainResult(
         matrix=matrix,
         losses=(*run.losses, float(final.mean())),
         held_out_errors=tuple(run.errors),
-        start=config.start if start is None else "given",
+        start=config.first if start is None else "given",
         optimizer=config.optimizer,
         objective=problem.objective.name,
         steps=run.steps,
@@ -202,18 +237,21 @@ class _Run:
         config: TrainConfig,
         problem: Problem,
         stepper: Stepper,
-        x: Tensor,
-        weights: Tensor | None,
-        held_out: Tensor | None,
+        tokens: Tokens,
+        held_out: Tokens | None,
         start: Tensor,
+        group: int | None,
     ) -> None:
         self.config = config
         self.problem = problem
         self.stepper = stepper
-        self.x, self.weights = x, weights
+        self.x, self.weights = tokens.x, tokens.weights
+        self.group = group
         basis = problem.basis
-        self.held_out = held_out if held_out is None or basis is None else held_out @ basis
-        self.best = start.to(x.device)
+        self.held_out = held_out
+        if held_out is not None and basis is not None:
+            self.held_out = replace(held_out, x=held_out.x @ basis)
+        self.best = start.to(tokens.x.device)
         self.losses: list[float] = []
         self.errors: list[float] = []
         self.steps = 0
@@ -252,12 +290,18 @@ class _Run:
         return loss
 
     def _measure(self, q: Tensor) -> bool:
-        """Keep ``q`` where it is the best so far, head by head; whether any was."""
+        """Keep ``q`` where it is the best so far, quantizer by quantizer; whether any was."""
         scheme = self.config.scheme
         if self.held_out is None or scheme is None:  # nothing to choose by: the last is the best
             self.best = q
             return True
-        error = scheme_error(self.problem.rotated(self.held_out, q.to(self.x)), scheme)
+        seen, weights = self.problem.rotated(self.held_out.x, q.to(self.x)), self.held_out.weights
+        if self.group is None:
+            error = scheme_error(seen, scheme, weights=weights)
+        else:  # all heads of a layer are kept or left together
+            weights = None if weights is None else weights[..., 0, :: self.group]
+            error = scheme_error(whole_inputs(seen, self.group), scheme, weights=weights)
+            error = error.unsqueeze(-1).expand(q.shape[:-2])
         self.errors.append(float(error.mean()))
         if self._lowest is None:
             self._lowest = error
@@ -307,77 +351,23 @@ def _checked_start(x: Tensor, weights: Tensor | None, config: TrainConfig, given
     """The float64 start ``[*batch, n, n]`` on the CPU."""
     n = x.shape[-1]
     if given is None:
-        moment = second_moment(x, weights).cpu() if config.start.startswith("pca") else None
-        first = make_start(config.start, n, seed=config.seed, moment=moment, fix_ones=config.fix_ones)
+        moment = second_moment(x.float(), weights).cpu() if config.first.startswith("pca") else None
+        first = make_start(config.first, n, seed=config.seed, moment=moment, fix_ones=config.fix_ones)
     else:
         first = given.detach().double().cpu()
     shape = (*x.shape[:-2], n, n)
-    _require(
+    require(
         first.shape[-2:] == (n, n) and first.dim() <= len(shape),
         f"the start has shape {tuple(first.shape)} for activations {tuple(x.shape)}",
         f"pass [{n}, {n}], or one matrix for each batch element",
     )
     first = first.expand(shape)
     distance = float((first.mT @ first - torch.eye(n, dtype=torch.float64)).abs().max())
-    _require(distance <= 1e-4, f"the start is {distance:.1e} from orthogonal", "pass an orthogonal matrix")
+    require(distance <= 1e-4, f"the start is {distance:.1e} from orthogonal", "pass an orthogonal matrix")
     if config.fix_ones:
         moved = float((first.sum(-2) - 1.0).abs().max())
-        _require(moved <= 1e-4, f"the start moves the all-ones vector by {moved:.1e}", "use start 'hadamard'")
+        require(moved <= 1e-4, f"the start moves the all-ones vector by {moved:.1e}", "use start 'hadamard'")
     return first
-
-
-def second_moment(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``E[x^T x]`` ``[*batch, n, n]`` in float64.
-
-    Args:
-        x: activations ``[*batch, tokens, n]``.
-        weights: token weights ``[*batch, tokens]``; ``None``: all equal.
-    """
-    share = torch.ones(x.shape[:-1]).to(x) if weights is None else weights
-    share = (share.double() / share.double().sum(-1, keepdim=True)).unsqueeze(-1)
-    moment = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    for begin in range(0, x.shape[-2], _CHUNK):  # a float64 copy of all tokens may not fit where the tokens do
-        wide = x[..., begin : begin + _CHUNK, :].double()
-        moment += wide.mT @ (share[..., begin : begin + _CHUNK, :] * wide)
-    return moment
-
-
-def _unit_power(samples: Tensor) -> Tensor:
-    """Root mean square of each batch element ``[*batch, 1, 1]`` (float32); 1 where it is zero."""
-    norm: Tensor = torch.linalg.vector_norm(samples, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    power = (norm / math.sqrt(samples.shape[-1] * samples.shape[-2])).float()
-    return torch.where(power > 0, power, 1.0)
-
-
-def _check_samples(samples: Tensor, weights: Tensor | None, held_out: Tensor | None) -> None:
-    _require(
-        samples.dim() >= 2 and samples.numel() > 0 and samples.is_floating_point(),
-        f"activations of shape {tuple(samples.shape)} and dtype {samples.dtype} cannot be trained on",
-        "pass floating [*batch, tokens, channels] with at least one token",
-    )
-    _require(
-        bool(torch.isfinite(samples).all()),
-        "the activations hold NaN or Inf",
-        "the model overflows in this dtype: load it with --dtype float32",
-    )
-    if weights is not None:
-        _require(
-            weights.shape == samples.shape[:-1] and bool((weights > 0).all()) and bool(torch.isfinite(weights).all()),
-            f"token weights {tuple(weights.shape)} for activations {tuple(samples.shape)} must be finite and positive",
-            "pass one inverse inclusion probability for each token",
-        )
-    if held_out is not None:
-        fits = held_out.shape[:-2] == samples.shape[:-2] and held_out.shape[-1] == samples.shape[-1]
-        _require(
-            fits and held_out.shape[-2] > 0 and bool(torch.isfinite(held_out).all()),
-            f"held-out activations {tuple(held_out.shape)} do not fit {tuple(samples.shape)} or are not finite",
-            "hold out tokens of the same site",
-        )
-
-
-def _require(condition: bool, message: str, hint: str) -> None:
-    if not condition:
-        raise RotationError(message, hint=hint)
 
 
 def _one_of(names: tuple[str, ...]) -> str:

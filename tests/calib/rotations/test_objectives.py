@@ -14,7 +14,9 @@ from calib.rotations.objectives import (
     ObjectiveName,
     fake_quantize,
     make_objective,
+    over_heads,
     scheme_error,
+    whole_inputs,
 )
 
 SCHEMES = [
@@ -133,7 +135,7 @@ def test_auto_follows_the_scheme() -> None:
     assert make_objective("auto").name == "whip"
     assert make_objective("auto", scheme=ActivationScheme(4)).name == "lp"
     assert make_objective("auto", scheme=ActivationScheme(8, symmetric=False, granularity="tensor")).name == "lp"
-    assert make_objective("auto", scheme=ActivationScheme(4, symmetric=False)).name == "scheme"
+    assert make_objective("auto", scheme=ActivationScheme(4, symmetric=False)).name == "lp"
     y = tokens(5, 8)
     torch.testing.assert_close(make_objective("auto", scheme=ActivationScheme(4), p=8.0)(y), make_objective("lp")(y))
 
@@ -150,3 +152,32 @@ def test_bad_input_is_refused_with_a_hint() -> None:
         with pytest.raises(RotationError) as error:
             call()
         assert error.value.hint
+
+
+def test_whole_inputs_are_what_the_output_projection_reads() -> None:
+    """Query head ``h`` uses KV head ``h // group``; heads are stored one after the other."""
+    x = tokens(2, 5, 3, 2, 4, seed=6)  # [layers, tokens, kv_heads, group, n]
+    by_kv_head = x.permute(0, 2, 1, 3, 4).reshape(2, 3, 10, 4)
+    assert torch.equal(whole_inputs(by_kv_head, 2), x.reshape(2, 5, 24))
+
+
+@pytest.mark.parametrize("name", ["whip", "lp", "kurtosis", "range", "scheme"])
+def test_heads_share_the_quantizer_of_their_token(name: ObjectiveName) -> None:
+    """The sum over heads is the loss of whole tokens, and so is its gradient, with a token's weight for each entry."""
+    kv, group = 3, 2
+    y = tokens(2, kv, 10, 4, seed=7)
+    weights = torch.linspace(1, 2, 5, dtype=torch.float64)
+    objective = make_objective(name, scheme=ActivationScheme(4, symmetric=False), p=2.0)
+    loss, gradient = over_heads(objective, group).loss_and_gradient(
+        y, weights.repeat_interleave(group).expand(2, kv, 10)
+    )
+    assert loss.shape == (2, kv)
+    whole, wanted = objective.loss_and_gradient(whole_inputs(y, group), weights.expand(2, 5))
+    if name in ("whip", "lp"):  # sums over entries: heads are independent, and each has a loss of its own
+        entries = objective.per_token(whole_inputs(y, group)).sum()
+        torch.testing.assert_close(objective.per_token(y).sum(), entries)
+        return
+    torch.testing.assert_close(loss.sum(-1), whole)
+    torch.testing.assert_close(loss, loss[..., :1].expand(2, kv))
+    # Gradients are times the number of tokens, which are entries here.
+    torch.testing.assert_close(whole_inputs(gradient, group), wanted * group)

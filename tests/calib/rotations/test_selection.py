@@ -16,15 +16,19 @@ from calib.capture.storage import Capture
 from calib.errors import RotationError
 from calib.rotations import from_capture, selection
 from calib.rotations.from_capture import train_rotations
+from calib.rotations.joint import unit_rows, with_weight_rows
 from calib.rotations.objectives import ActivationScheme, fake_quantize, scheme_error
 from calib.rotations.readers import residual_rows, value_rows
-from calib.rotations.selection import Judge, Selection, candidates, judge_for, select
+from calib.rotations.selection import Judge, Selection, candidates, integer_quantizer, judge_for, select
 from calib.rotations.starts import haar_start
-from calib.rotations.train import TrainConfig
-from calib.schemes import FLOAT8, scheme_named
+from calib.rotations.train import TrainConfig, train_rotation
+from calib.schemes import FLOAT4, FLOAT8, INT4, PerBlock, PerChannel, PerTensor, PerToken, TensorScheme, scheme_named
+from calib.schemes import INT8 as INT8_FORMAT
 from tests.tiny import SIZES, fuse_tiny, make_tiny
 
 INT8 = ActivationScheme(8, granularity="tensor")
+STATIC = TensorScheme(INT8_FORMAT, PerTensor())
+TOKEN = TensorScheme(INT4, PerToken(), dynamic=True)
 # One float32 computation against the same one in another order of summation and reshaping.
 SAME = 1e-6
 
@@ -47,7 +51,7 @@ def test_an_outlier_channel_asks_for_a_rotation_and_the_lowest_error_wins() -> N
     train, held = samples(256, 16, seed=1), samples(64, 16, seed=2)
     for part in (train, held):
         part.values[:, 3] *= 50
-    found = select("r1", haar_start(16, 0), train, held, Judge(INT8, "int8"), seed=0)
+    found = select("r1", haar_start(16, 0), train, held, Judge("int8", STATIC), seed=0)
     by_name = errors(found)
     assert list(by_name) == ["identity", "hadamard", "pca-hadamard", "trained"]
     assert by_name[found.name] == min(by_name.values()) < by_name["identity"]
@@ -60,7 +64,7 @@ def test_where_rotating_hurts_nothing_is_rotated() -> None:
     """Entries of +-1 fit a per-token quantizer exactly; any rotation mixes them into what does not."""
     part = samples(64, 16)
     signs = replace(part, values=part.values.sign())
-    found = select("r1", haar_start(16, 0), signs, signs, Judge(ActivationScheme(4), "int4"), seed=0)
+    found = select("r1", haar_start(16, 0), signs, signs, Judge("int4", TOKEN), seed=0)
     assert (found.name, found.matrix) == ("identity", None)
     assert errors(found)["identity"] < 1e-12 < 1e-4 < errors(found)["trained"]
 
@@ -68,14 +72,14 @@ def test_where_rotating_hurts_nothing_is_rotated() -> None:
 def test_of_equals_the_simplest_is_kept() -> None:
     part = samples(8, 4)
     silent = replace(part, values=torch.zeros_like(part.values))
-    assert select("r1", haar_start(4, 0), silent, silent, Judge(INT8, "int8"), seed=0).name == "identity"
+    assert select("r1", haar_start(4, 0), silent, silent, Judge("int8", STATIC), seed=0).name == "identity"
 
 
 def test_static_limits_come_from_the_training_tokens() -> None:
     train, held = samples(64, 8, seed=1), samples(32, 8, seed=2)
     held.values[0, 0] = 10 * train.values.abs().max()  # clipped by what calibration has seen
     matrix = haar_start(8, 0)
-    found = select("r1", matrix, train, held, Judge(INT8, "int8"), seed=0)
+    found = select("r1", matrix, train, held, Judge("int8", STATIC), seed=0)
     x, seen = held.values @ matrix.float(), train.values @ matrix.float()
     wanted = scheme_error(x, INT8, weights=held.weights, limits=(seen.min(), seen.max()))
     assert errors(found)["trained"] == pytest.approx(float(wanted), rel=SAME)
@@ -90,7 +94,8 @@ def test_r2_is_judged_on_the_whole_input_of_the_output_projection(granularity: A
     held = replace(held, weights=held.weights.abs())
     matrix = torch.stack([torch.stack([haar_start(d, 10 * i + h) for h in range(kv)]) for i in range(layers)])
     quantizer = ActivationScheme(8, granularity=granularity)
-    found = select("r2", matrix, train, held, Judge(quantizer, "int8"), seed=0)
+    scheme = STATIC if granularity == "tensor" else TensorScheme(INT8_FORMAT, PerToken(), dynamic=True)
+    found = select("r2", matrix, train, held, Judge("int8", scheme), seed=0)
     row = next(row for row in found.table if row.candidate == "trained")
     assert len(row.layers) == layers
     for layer in range(layers):
@@ -121,6 +126,62 @@ def test_weights_alone_are_judged_by_their_own_rows() -> None:
     assert errors(found)["trained"] == pytest.approx(wanted, rel=SAME)
     with pytest.raises(RotationError, match="weight rows"):
         judge_for(scheme_named("int4-weight-only"))
+
+
+def test_a_rotation_pays_for_both_errors_of_a_linear() -> None:
+    """``e_x + e_W``: with a zero point for activations, without one for weights."""
+    train, held, rows = samples(64, 16, seed=1), samples(32, 16, seed=2), samples(24, 16, seed=3)
+    activations, weights = (
+        TensorScheme(INT4, PerToken(), symmetric=False, dynamic=True),
+        TensorScheme(INT4, PerChannel()),
+    )
+    judge = Judge("both", activations, weights, {"r1": rows})
+    matrix = haar_start(16, 0)
+    found = select("r1", matrix, train, held, judge, seed=0)
+    x = scheme_error(held.values @ matrix.float(), ActivationScheme(4, symmetric=False), weights=held.weights)
+    w = scheme_error(rows.values @ matrix.float(), ActivationScheme(4), weights=rows.weights)
+    # float64 against float32 scales of the asymmetric grid: a code may flip at a tie
+    assert errors(found)["trained"] == pytest.approx(float(x + w), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "trained_on"),
+    [("int8", "activations"), ("int8-dynamic", "both"), ("w4a8", "weights"), ("w4a4", "both")],
+)
+def test_what_makes_most_of_the_error_is_trained_on(scheme: str, trained_on: str) -> None:
+    assert judge_for(scheme_named(scheme), {"r1": samples(8, 4)}).trained_on == trained_on
+    assert judge_for(scheme_named(scheme)).trained_on == "activations"  # there are no rows to train on
+
+
+@pytest.mark.parametrize(
+    ("scheme", "quantizer"),
+    [
+        (TensorScheme(INT4, PerToken(), symmetric=False, dynamic=True), ActivationScheme(4, symmetric=False)),
+        (TensorScheme(INT4, PerChannel()), ActivationScheme(4)),
+        (TensorScheme(INT4, PerBlock(8)), ActivationScheme(4, granularity="group", group_size=8)),
+        (STATIC, INT8),
+        (TensorScheme(FLOAT8, PerTensor()), None),
+    ],
+)
+def test_rotations_are_trained_for_the_quantizer_of_the_scheme(
+    scheme: TensorScheme, quantizer: ActivationScheme | None
+) -> None:
+    """The two agree on every value, so that training and the gate look at one thing."""
+    assert integer_quantizer(scheme) == quantizer
+    if quantizer is not None:
+        x = samples(50, 20, seed=4).values
+        found = selection._quantized(x, scheme, x)
+        # The same grid by two implementations: no value is a step apart, but for ties.
+        assert float((found - fake_quantize(x, quantizer)).abs().gt(1e-5 * x.abs().amax()).float().mean()) < 2e-3
+
+
+def test_float_blocks_have_scales_of_their_own() -> None:
+    x = samples(10, 32, seed=5).values
+    found = selection._quantized(x, TensorScheme(FLOAT4, PerBlock(16), scale_format="e8m0"), x)
+    # Rounding up the power of two: nothing is clipped, and a block of E2M1 is off by at most a step of 2 in 6.
+    blocks, rounded = x.reshape(10, 2, 16), found.reshape(10, 2, 16)
+    assert bool(((blocks - rounded).abs() <= blocks.abs().amax(-1, keepdim=True) * (2 / 6)).all())
+    assert float((found - x).square().sum() / x.square().sum()) < 0.05
 
 
 def test_a_float_format_is_judged_with_one_static_scale() -> None:
@@ -157,7 +218,7 @@ def tiny_capture() -> Capture:
 
 def test_train_stop_and_gate_tokens_are_disjoint(tiny_capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[Tensor]] = {}
-    train, gate = from_capture.train_rotation, from_capture.select
+    train, gate = train_rotation, select
 
     def record_training(values: Tensor, *args: Any, held_out: Tensor, **kwargs: Any) -> Any:
         seen["train"], seen["stop"] = [values], [held_out]
@@ -182,7 +243,7 @@ def test_train_stop_and_gate_tokens_are_disjoint(tiny_capture: Capture, monkeypa
             r1=config,
             r2=config,
             held_out=0.2,
-            judge=Judge(INT8, ""),
+            judge=Judge("", STATIC),
         )
         tokens = {name: set(part[0].flatten(0, -2)[:, 0].tolist()) for name, part in seen.items()}
         assert all(tokens.values())
@@ -192,6 +253,48 @@ def test_train_stop_and_gate_tokens_are_disjoint(tiny_capture: Capture, monkeypa
         assert sum(map(len, tokens.values())) == whole.values[..., 0].numel()
 
 
+def test_auto_ends_on_the_error_of_the_quantizer_itself(tiny_capture: Capture) -> None:
+    config = TrainConfig(epochs=6)
+    judge = Judge("", TOKEN)
+    half = from_capture.choose(tiny_capture, "r1", replace(config, epochs=3, objective="lp"), 0.2, judge).trained
+    whole = from_capture.choose(tiny_capture, "r1", config, 0.2, judge)
+    trained = whole.trained
+    assert (trained.start, trained.objective, trained.steps) == ("hadamard", "lp then scheme", 6)
+    assert trained.held_out_errors[:4] == half.held_out_errors
+    assert len(trained.held_out_errors) == 1 + 6
+    assert min(trained.held_out_errors) <= min(half.held_out_errors)
+    static = from_capture.choose(tiny_capture, "r1", config, 0.2, Judge("", STATIC)).trained
+    assert (static.objective, static.steps) == ("lp", 6)
+
+
+@pytest.mark.parametrize("kind", ["r1", "r2"])
+def test_training_sees_what_the_judge_says(kind: Any, tiny_capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def record(values: Tensor, config: TrainConfig, **kwargs: Any) -> Any:
+        seen.update(kwargs, values=values, config=config)
+        return train(values, config, **kwargs)
+
+    train = train_rotation
+    monkeypatch.setattr(from_capture, "train_rotation", record)
+    rows = {"r1": samples(20, 48, seed=3), "r2": samples(2, 2, 24, 8, seed=4, group=3)}
+    weights = TensorScheme(INT4, PerChannel())
+    config = TrainConfig(epochs=1)
+    kept, _ = tiny_capture.held_out(kind, 0.2)
+    part, _ = kept.split(0.2)
+    for judge, wanted in (
+        (Judge("", TOKEN), part),
+        (Judge("", TOKEN, weights, rows), with_weight_rows(part, rows[kind])),
+        (Judge("", None, weights, rows), unit_rows(rows[kind])),
+    ):
+        from_capture.choose(tiny_capture, kind, config, 0.2, judge)
+        assert torch.equal(seen["values"], wanted.values)
+        assert seen["config"].scheme == ActivationScheme(4)
+        assert seen["group"] == (3 if kind == "r2" else None)
+    from_capture.choose(tiny_capture, kind, config, 0.2, None)  # as published: head by head, on activations
+    assert (seen["group"], seen["config"]) == (None, config)
+
+
 def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
     tiny_capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,13 +302,18 @@ def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
     config = TrainConfig(epochs=1)
     given: Any = {"r1": config, "r2": config, "held_out": 0.2}
     kinds = ["r1", "r2", "r4"]
-    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge(INT8, "int8"), **given)
+    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given)
     assert [row.rotation for row in found.table] == ["R1"] * 4 + ["R2"] * 4
     found.rotations.validate(tiny.config, tiny.architecture)
 
     monkeypatch.setattr(selection, "_error", lambda matrix, *rest: torch.full((2,), 0.0 if matrix is None else 1.0))
-    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge(INT8, "int8"), **given)
+    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given)
     assert found.rotations.kinds() == ("r4",)
+
+    rows = {"r1": samples(20, 48, seed=3), "r2": samples(2, 2, 24, 8, seed=4, group=3)}
+    judge = Judge("both", TOKEN, TensorScheme(INT4, PerChannel()), rows)
+    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=judge, **given)
+    assert {row.measure for row in found.table} == {"both"}
 
     ungated = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, **given)
     assert ungated.rotations.kinds() == ("r1", "r2", "r4")

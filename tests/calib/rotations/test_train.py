@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from calib.errors import RotationError
-from calib.rotations.objectives import ActivationScheme, scheme_error
+from calib.rotations.objectives import ActivationScheme, scheme_error, whole_inputs
 from calib.rotations.starts import haar_start, hadamard_start
-from calib.rotations.train import TrainConfig, TrainResult, second_moment, train_rotation
+from calib.rotations.tokens import second_moment
+from calib.rotations.train import TrainConfig, TrainResult, train_rotation
 
 INT4 = ActivationScheme(4)
 OPTIMIZERS = ["qr", "riemannian-ns", "riemannian-cayley", "monotone"]
@@ -233,3 +234,56 @@ def test_divergence_is_reported_with_a_way_out() -> None:
     with pytest.raises(RotationError, match="diverged") as error:
         train_rotation(100 * activations(64, 8), overflowing)
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fix_ones", "start"),
+    [
+        (None, False, "hadamard"),
+        (ActivationScheme(4), False, "hadamard"),
+        (ActivationScheme(4, symmetric=False), False, "pca-ones"),
+        (ActivationScheme(4, symmetric=False), True, "hadamard"),
+        (ActivationScheme(8, symmetric=False, granularity="tensor"), False, "hadamard"),
+        (ActivationScheme(4, symmetric=False, granularity="group", group_size=8), False, "pca-ones"),
+    ],
+)
+def test_a_zero_point_of_each_token_asks_for_a_shift_to_absorb(
+    scheme: ActivationScheme | None, fix_ones: bool, start: str
+) -> None:
+    config = TrainConfig(scheme=scheme, fix_ones=fix_ones, epochs=0)
+    assert train_rotation(activations(60, 16), config).start == config.first == start
+    assert replace(config, start="identity").first == "identity"
+
+
+def test_heads_of_one_quantizer_are_trained_and_kept_together() -> None:
+    """One large head sets the scale of the token, so that only its range matters, and all heads are judged by it."""
+    kv, group, d = 3, 2, 8
+    size = torch.tensor([1.0, 8.0, 1.0]).view(kv, 1, 1)
+    train, held = (activations(2, kv, 200 * group, d, seed=seed) * size for seed in (0, 1))
+    weights = torch.linspace(1, 2, 200).repeat_interleave(group).expand(2, kv, 200 * group)
+    config = TrainConfig(objective="scheme", scheme=INT4, epochs=15)
+    joint, alone = (
+        train_rotation(train, config, weights=weights, held_out=held, held_out_weights=weights, group=together)
+        for together in (group, None)
+    )
+
+    def error(result: TrainResult) -> float:
+        whole = whole_inputs(held @ result.matrix.float(), group)
+        unit = whole / whole.square().mean(-1, keepdim=True).sqrt()
+        return float(scheme_error(unit, INT4, weights=weights[:, 0, ::group]).mean())
+
+    assert_orthogonal(joint.matrix)
+    assert error(joint) < error(alone)
+    # Measured as the quantizer meets it, tokens at unit power, all heads side by side; the best of each layer is kept.
+    assert error(joint) <= min(joint.held_out_errors) * (1 + 1e-4)
+
+
+def test_without_normalisation_heads_keep_their_sizes() -> None:
+    x = activations(2, 3, 40, 8) * 50
+    config = TrainConfig(scheme=INT4, epochs=0, objective="lp")
+    raw = train_rotation(x, replace(config, normalize=False), group=1).losses[-1]
+    assert raw > 20 * train_rotation(x, config, group=1).losses[-1]
+    static = replace(config, scheme=ActivationScheme(8, granularity="tensor"))
+    scaled = x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
+    again = train_rotation(scaled, replace(static, normalize=False), group=1).losses[-1]
+    assert train_rotation(x, static, group=1).losses[-1] == pytest.approx(again, rel=1e-5)
