@@ -29,6 +29,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.rotation
 	$(BIN)/python -m benchmarks.w4a4
+	$(BIN)/python -m benchmarks.held_out
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.capture
+	$(BIN)/python -m benchmarks.layerwise --work out/benchmark-layerwise --layers 2
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

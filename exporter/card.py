@@ -168,7 +168,9 @@ def _body(recipe: Recipe, report: Report) -> str:
         _markdown(summary.parity_table(report)) or "Not measured.",
         "## Calibration",
         f"{calibration.rows} rows, {calibration.tokens:,} tokens of `{calibration.dataset}` "
-        f"(SHA-256 of the token ids `{calibration.sha256}`). Source weights: `{report.model.fingerprint}`.",
+        f"(SHA-256 of the token ids `{calibration.sha256}`). Source weights: `{report.model.fingerprint}`. "
+        f"Limits of activations: `{calibration.observer}`; rounding of weights: `{calibration.weights}`; smoothing: "
+        f"`{calibration.smoothing}`.",
         "## Recipe",
         f"`rotq export --recipe rotq.yaml` repeats this run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```",
     ]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from calib.artifact import QuantizedModel, copy_side_files
+from calib.schemes import linear_words
 from exporter.card import write_card
 from exporter.output import sha256_tree
 from exporter.recipe import RECIPE_FILE, Recipe
@@ -23,7 +28,18 @@ from exporter.report import (
 )
 from exporter.rotations import rotation_summaries
 
-_PACKAGES = ("rotq", "torch", "transformers", "nvidia-modelopt", "onnx", "onnxscript", "onnxruntime", "safetensors")
+SMOOTHING_FILE = "smoothing.safetensors"
+_PACKAGES = (
+    "rotq",
+    "torch",
+    "transformers",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
+    "scikit-learn",
+)
 
 
 def package_versions() -> dict[str, str]:
@@ -55,6 +71,8 @@ def describe(
         ),
         layers=LayerSummary(
             quantized=len(quantized.linears),
+            schemes=dict(Counter(map(linear_words, quantized.schemes().values()))),
+            cache=None if quantized.cache is None else quantized.cache.scheme.format.name,
             kept=[KeptLayer(name=name, reason=reason) for name, reason in quantized.kept.items()],
             bytes_before=origin.nbytes,
             bytes_after=sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith("model.")),
@@ -63,6 +81,9 @@ def describe(
             dataset=origin.recipe["calibration"]["dataset"],
             rows=origin.calibration_rows,
             tokens=origin.calibration_tokens,
+            observer=origin.recipe["activations"]["observer"],
+            weights=origin.recipe["weights"]["algorithm"],
+            smoothing=origin.recipe["smoothing"],
             sha256=origin.calibration_sha256,
         ),
         rotations=rotation_summaries(quantized.rotations),
@@ -80,6 +101,14 @@ def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) ->
     (folder / "config.json").write_text(json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     quantized.rotations.save(folder)
+    if quantized.smoothing:
+        save_file(dict(quantized.smoothing), folder / SMOOTHING_FILE)
+
+
+def load_smoothing(folder: Path) -> dict[str, Tensor]:
+    """The scales that smoothing folded into the weights of an exported folder, by group; empty if it did not."""
+    path = folder / SMOOTHING_FILE
+    return load_file(path) if path.is_file() else {}
 
 
 def finish(report: Report, recipe: Recipe, folder: Path) -> Report:

@@ -1,4 +1,6 @@
-"""``rotq eval``: perplexity of an exported folder in its runtime, or of a checkpoint in torch, by the same windows."""
+"""``rotq eval``: perplexity by the same windows of an exported folder in its runtime, and in torch of a checkpoint
+or of what ``rotq calibrate`` wrote.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from typing import Any
 import torch
 
 from backends.registry import get_backend
+from calib.artifact import MANIFEST, QuantizedModel
 from calib.checkpoint import load_config, open_checkpoint
 from calib.data.documents import read_documents
 from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError
 from calib.perplexity import LogitsFunction, Perplexity, model_logits, perplexity
 from calib.progress import Progress, silent, track
+from calib.reference import build_reference
 from exporter.device import resolve_device
 from exporter.parity import runtime_logits
 from exporter.recipe import EMBEDDED
@@ -50,7 +54,7 @@ def evaluate(
     """Score every token of a text once, with as much context as the window gives.
 
     Args:
-        source: an exported folder, a checkpoint folder, a hub id, or ``embedded``.
+        source: an exported folder, one of ``rotq calibrate``, a checkpoint folder, a hub id, or ``embedded``.
         text: local .txt (one document a line), .jsonl or .parquet file, or hub data set; ``None``: the embedded
             evaluation text.
         window: the most tokens the model sees at once; by default 2048 or the model's positions, if fewer.
@@ -63,9 +67,13 @@ def evaluate(
         RotqError: the model or the text cannot be read.
     """
     folder = embedded_folder() if source == EMBEDDED else Path(source)
-    exported = (folder / REPORT_FILE).is_file()
-    logits, config, where = _exported(folder) if exported else _checkpoint(source, folder, device)
-    tokenizer = load_tokenizer(folder if exported else where[1])
+    if (folder / REPORT_FILE).is_file():
+        logits, config, where = _exported(folder)
+    elif (folder / MANIFEST).is_file():
+        logits, config, where = _artifact(folder, device)
+    else:
+        logits, config, where = _checkpoint(source, folder, device)
+    tokenizer = load_tokenizer(where[1])
     window = clamp_seqlen(window or DEFAULT_WINDOW, config)
     documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
     nll, tokens = 0.0, 0
@@ -85,6 +93,11 @@ def _exported(folder: Path) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
     report = Report.load(folder)
     runtime = get_backend(report.backend).load(folder, exact=False)
     return runtime_logits(runtime), load_config(folder), (f"{report.backend} ({report.target})", folder)
+
+
+def _artifact(folder: Path, device: str) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
+    model = build_reference(QuantizedModel.load(folder)).to(resolve_device(device))
+    return model_logits(model), model.config, ("torch, fake-quantized", folder)
 
 
 def _checkpoint(source: str, folder: Path, device: str) -> tuple[LogitsFunction, Any, tuple[str, Path]]:

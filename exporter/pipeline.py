@@ -7,19 +7,21 @@ Each step is a function elsewhere; this module only puts them in order, times th
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from backends.base import Backend, WriteOptions
-from backends.registry import check_target, get_backend
+from backends.registry import check_expressible, get_backend, target_of
 from calib.artifact import Provenance, QuantizedModel
 from calib.capture.session import capture
 from calib.capture.sites import CaptureConfig
@@ -27,26 +29,34 @@ from calib.capture.storage import Capture
 from calib.data.batches import length_batches
 from calib.data.tokens import token_hash
 from calib.errors import RotqError
-from calib.forward_loop import forward_loop_over
+from calib.experts.names import with_parameters
+from calib.forward_loop import ForwardLoop, forward_loop_over
 from calib.fusing import FusedModel, fuse, materialize
 from calib.perplexity import model_logits
 from calib.progress import Progress, silent
+from calib.quantization import Quantization
 from calib.quantize import quantize_model
-from calib.rotations.from_capture import TrainedRotations
+from calib.rotations.from_capture import TrainedRotations, check_offered
 from calib.rotations.rotation_set import RotationSet
-from calib.schemes import Scheme, scheme_named
+from calib.schemes import Scheme
+from calib.smoothing.groups import groups_of
+from calib.smoothing.methods import smoothing_named
+from calib.smoothing.observe import observe_channels
+from calib.smoothing.smooth import fold_all, smooth
 from exporter.describe import describe, finish, package_versions, write_side_files
 from exporter.device import resolve_device
 from exporter.gate import Candidate, choose
+from exporter.layerwise import check_layerwise, quantize_layerwise
 from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
 from exporter.parity import Subject, check_parity
+from exporter.quantizing import customised_scheme, quantization_of, warn_of_slow_choices
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.report import GateRow, ParityRow, Report
 from exporter.rotations import candidate_sets, given_rotations, kinds_of, rotations_of, trainable
 from exporter.run_options import RunOptions
 from exporter.source import Rows, Source, load_tokenizer, open_source, read_rows
-from exporter.workdir import ARTIFACT, CAPTURE, WorkDir
+from exporter.workdir import ARTIFACT, CAPTURE, WALK, WorkDir
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,10 @@ def export(
         RotqError: a known failure; nothing was written then.
     """
     check_output(options.output, options.overwrite)
-    run = Run(recipe, options, model, tokenizer, progress)
-    quantized = run.quantize()
-    with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-        report = run.write(quantized, folder)
+    with closing(Run(recipe, options, model, tokenizer, progress)) as run:
+        quantized = run.quantize()
+        with atomic_folder(options.output, overwrite=options.overwrite) as folder:
+            report = run.write(quantized, folder)
     return ExportResult(options.output, run.recipe, report)
 
 
@@ -98,11 +108,11 @@ def calibrate(
 ) -> CalibrateResult:
     """Stop at the saved :class:`~calib.artifact.QuantizedModel`; arguments and errors as for :func:`export`."""
     check_output(options.output, options.overwrite)
-    run = Run(recipe, options, model, tokenizer, progress)
-    quantized = run.quantize()
-    with atomic_folder(options.output, overwrite=options.overwrite) as folder, run.stage("save"):
-        quantized.save(folder)
-        (folder / RECIPE_FILE).write_text(run.recipe.to_yaml(), encoding="utf-8")
+    with closing(Run(recipe, options, model, tokenizer, progress)) as run:
+        quantized = run.quantize(write=False)
+        with atomic_folder(options.output, overwrite=options.overwrite) as folder, run.stage("save"):
+            quantized.save(folder)
+            (folder / RECIPE_FILE).write_text(run.recipe.to_yaml(), encoding="utf-8")
     return CalibrateResult(options.output, run.recipe, quantized)
 
 
@@ -131,10 +141,18 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scheme: Scheme = scheme_named(self.recipe.scheme)
+        check_layerwise(self.recipe)
+        warn_of_slow_choices(self.recipe)
+        self.scheme: Scheme = customised_scheme(self.recipe)
         self.device = resolve_device(self.recipe.device)
         self._fused: FusedModel | None = None
+        self._temporary: TemporaryDirectory[str] | None = None
         self._artifact: QuantizedModel | None = None
+
+    def close(self) -> None:
+        """Remove what was only needed while it ran."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -155,8 +173,13 @@ class Run:
 
     @cached_property
     def target(self) -> str:
-        """The runtime it is for, which must be able to express the scheme."""
-        return check_target(self.backend, self.recipe.scheme, self.recipe.target)
+        """The runtime it is for."""
+        return target_of(self.backend, self.recipe.target)
+
+    @cached_property
+    def quantization(self) -> Quantization:
+        """What is done to every linear."""
+        return quantization_of(self.recipe, self.source.architecture, self.source.config)
 
     @cached_property
     def source(self) -> Source:
@@ -180,8 +203,8 @@ class Run:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
-    def fuse(self, rotations: RotationSet) -> FusedModel:
-        """The source with ``rotations`` folded in."""
+    def fuse(self, rotations: RotationSet, *, lazy: bool = False) -> FusedModel:
+        """The source with ``rotations`` folded in, its tensors computed now or (``lazy``) when they are asked for."""
         with self.stage("fuse"):
             source = self.source
             return fuse(
@@ -191,6 +214,7 @@ class Run:
                 rotations,
                 dtype=self.dtype,
                 device=self.device,
+                lazy=lazy,
                 progress=self.progress,
             )
 
@@ -226,7 +250,7 @@ class Run:
         statistics = folded = None
         if trainable(kinds, given):
             statistics = self.captured()
-            folded = self.fuse(RotationSet()) if self.scheme.weight_only else None
+            folded = self.fuse(RotationSet(), lazy=True)
         with self.stage("train"):
             return rotations_of(
                 kinds, self.recipe, self.source, given, statistics, folded, device=self.device, progress=self.progress
@@ -237,23 +261,38 @@ class Run:
         """Rotations from the recipe's files."""
         return given_rotations(self.recipe, self.source)
 
-    def quantize(self) -> QuantizedModel:
-        """The quantized model; its provenance holds the gate's table where there was a choice."""
-        target = self.target  # refused here, before the long job
+    def quantize(self, *, write: bool = True) -> QuantizedModel:
+        """The quantized model; its provenance holds the gate's table where there was a choice.
+
+        Args:
+            write: whether the backend will write it, and so must be able to express it.
+        """
         given = self.options.from_artifact or self.work.finished(ARTIFACT)
         if given is not None:
             self._artifact = QuantizedModel.load(given)
-            check_target(self.backend, self._artifact.scheme.name, target)
+            if write:
+                cache = self._artifact.cache
+                check_expressible(
+                    self.backend, self.target, self._artifact.schemes(), None if cache is None else cache.scheme
+                )
             return self._artifact
+        if write:
+            wanted = self.quantization  # refused here, before the long job
+            check_expressible(self.backend, self.target, wanted.linears, wanted.cache)
+        if self.recipe.layerwise.enabled:
+            return self._layerwise()
         candidates = candidate_sets(self.recipe, self.source, self.given)
         trained = self.rotations(sorted({kind for rotate in candidates for kind in kinds_of(rotate)}))
         rows: list[GateRow] = []
-        make = partial(self._candidate, trained=trained.rotations)
         if len(candidates) == 1:
-            candidate = make(candidates[0])
+            candidate = self._candidate(candidates[0], self.quantization, trained=trained.rotations)
         else:
+            quick = replace(self.quantization, weights="rtn")
+            make = partial(self._candidate, quantization=quick, trained=trained.rotations)
             original = model_logits(self.source.original(self.device))
             candidate, rows = choose(candidates, make, original, self.rows.gate, self.progress)
+            if quick != self.quantization:  # the weight algorithm is run for the chosen set alone
+                candidate = replace(candidate, quantized=self._quantized(candidate.fused, self.quantization))
         provenance = replace(
             candidate.quantized.provenance,
             gate=tuple(row.model_dump() for row in rows),
@@ -264,21 +303,57 @@ class Run:
         self.work.keep(ARTIFACT, quantized.save)
         return quantized
 
-    def _candidate(self, rotate: str, *, trained: RotationSet) -> Candidate:
-        fused = self.fuse(trained.of(kinds_of(rotate)))
+    def _layerwise(self) -> QuantizedModel:
+        """The quantized model, memory-mapped: from the work folder, or from a temporary one beside the output."""
+        check_offered(kinds_of(self.recipe.rotate), self.source.config, self.source.architecture)
+        if self.options.work_dir is not None:
+            work = self.work.step(WALK)
+            self.work.keep(ARTIFACT, partial(quantize_layerwise, self, work))
+            shutil.rmtree(work)
+            finished = self.work.finished(ARTIFACT)
+            assert finished is not None  # it has just been kept
+            return QuantizedModel.load(finished)
+        parent = self.options.output.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = TemporaryDirectory(prefix=f".{self.options.output.name}.", dir=parent)
+        work, folder = (Path(self._temporary.name) / name for name in (WALK, ARTIFACT))
+        folder.mkdir()
+        return quantize_layerwise(self, work, folder)
+
+    def _candidate(self, rotate: str, quantization: Quantization, *, trained: RotationSet) -> Candidate:
+        fused = self._smoothed(self.fuse(trained.of(kinds_of(rotate))))
+        return Candidate(rotate, fused, self._quantized(fused, quantization))
+
+    def _smoothed(self, fused: FusedModel) -> FusedModel:
+        method = smoothing_named(self.recipe.smoothing)
+        if method is None:
+            return fused
+        schemes = with_parameters(self.quantization.linears, fused.architecture, fused.config)
+        with self.stage("smooth"):
+            groups = groups_of(fused.architecture, fused.config, fused.rotations, schemes)
+            statistics = observe_channels(
+                materialize(fused, device=self.device), groups, self._forward_loop(), moments=method.needs_moment
+            )
+            return smooth(fused, method, statistics, schemes, device=self.device, progress=self.progress)[0]
+
+    def _forward_loop(self) -> ForwardLoop:
         batches = length_batches(self.rows.train, self.recipe.calibration.batch_size)
+        return forward_loop_over(batches, progress=self.progress)
+
+    def _quantized(self, fused: FusedModel, quantization: Quantization) -> QuantizedModel:
         with self.stage("calibrate"):
-            quantized = quantize_model(
+            return quantize_model(
                 fused,
-                self.scheme,
-                forward_loop_over(batches, progress=self.progress),
-                self._provenance(),
+                quantization,
+                self._forward_loop(),
+                self.provenance(),
                 files=self.source.files,
                 device=self.device,
+                progress=self.progress,
             )
-        return Candidate(rotate, fused, quantized)
 
-    def _provenance(self) -> Provenance:
+    def provenance(self) -> Provenance:
+        """Where the quantized model comes from."""
         return Provenance(
             source=self.source.name,
             fingerprint=self.fingerprint,
@@ -317,7 +392,7 @@ class Run:
     def _original(self, quantized: QuantizedModel) -> tuple[Source | None, FusedModel | None]:
         """The float model before and after rotation, where it is at hand: an artifact may have travelled without it."""
         try:
-            return self.source, self._fused or self.fuse(quantized.rotations)
+            return self.source, self._fused or fold_all(self.fuse(quantized.rotations), quantized.smoothing)
         except RotqError:
             if self.options.from_artifact is None:
                 raise

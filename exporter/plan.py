@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib.errors import UnsupportedModelError
-from calib.schemes import PerBlock, PerChannel, Scheme, scheme_named
+from calib.schemes import PerBlock, PerChannel, Scheme
+from calib.weights.algorithms import algorithm_named
 from exporter.environment import cuda_devices
 from exporter.headers import CheckpointHeaders, TensorHeader, read_folder, read_headers
+from exporter.layerwise import parse_size
+from exporter.quantizing import customised_scheme
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.report import COMPARED_ROWS, REPORT_FILE, ROTATE_REPORT_FILE
 
@@ -145,7 +148,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     model_type = str(checkpoint.config.get("model_type", "unknown"))
     _check_model_type(model_type)
     sizes = _sizes(checkpoint, recipe)
-    scheme = scheme_named(recipe.scheme)
+    scheme = customised_scheme(recipe)
     flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
     before = sum(tensor.nbytes for tensor in checkpoint.tensors)
     if goal == "capture":
@@ -197,10 +200,10 @@ def _check_model_type(model_type: str) -> None:
 def _float_bytes(recipe: Recipe) -> int:
     if recipe.dtype != "auto":
         return _FLOAT_BYTES[recipe.dtype]
-    from backends.registry import check_target, get_backend
+    from backends.registry import get_backend, target_of
 
     backend = get_backend(recipe.backend)
-    return _FLOAT_BYTES[backend.compute_dtype(check_target(backend, recipe.scheme, recipe.target))]
+    return _FLOAT_BYTES[backend.compute_dtype(target_of(backend, recipe.target))]
 
 
 def _on_gpu(device: str) -> bool:
@@ -251,10 +254,10 @@ def _bytes_after(sizes: _Sizes, scheme: Scheme, width: int) -> int:
 
 
 def _capture_bytes(sizes: _Sizes, recipe: Recipe) -> int:
-    """Covariances and reservoirs of the R1 sites (two a layer) and of the R2 sites (one a kv head and layer)."""
-    r1 = 2 * sizes.layers * sizes.hidden**2 + recipe.rotation.r1_tokens * sizes.hidden
-    r2 = sizes.layers * sizes.kv_heads * (sizes.head_dim**2 + recipe.rotation.r2_tokens * sizes.head_dim)
-    return 4 * (r1 + r2)
+    """Float64 covariances and float32 samples: one of each for R1; for R2 one a layer, its covariance by KV head."""
+    r1 = 8 * sizes.hidden**2 + 4 * recipe.rotation.r1_tokens * sizes.hidden
+    r2 = 8 * sizes.kv_heads * sizes.head_dim**2 + 4 * recipe.rotation.r2_tokens * sizes.attention
+    return r1 + sizes.layers * r2
 
 
 def _peak_memory(sizes: _Sizes, recipe: Recipe, goal: Goal, after: int) -> int:
@@ -262,6 +265,10 @@ def _peak_memory(sizes: _Sizes, recipe: Recipe, goal: Goal, after: int) -> int:
     the output.
     """
     largest = max((tensor.elements for tensor in sizes.blocks), default=0)
+    if recipe.layerwise.enabled and goal in ("export", "calibrate"):
+        block = sizes.linear_parameters // sizes.layers
+        outside = (sizes.stored - sizes.linear_parameters) * 4
+        return LIBRARY_BYTES + max(8 * block, outside) + 16 * largest + parse_size(recipe.layerwise.max_memory)
     logits = recipe.calibration.batch_size * sizes.seqlen * sizes.vocabulary * 4
     written = 0 if goal == "capture" else after
     return LIBRARY_BYTES + 4 * sizes.stored + _capture_bytes(sizes, recipe) + 16 * largest + logits + written
@@ -276,8 +283,8 @@ def _stages(recipe: Recipe, options: RunOptions, goal: Goal, sizes: _Sizes, sche
         rows = f"{data.nsamples} rows of {sizes.seqlen} tokens of {data.dataset}"
         stages.append(Stage("load", f"read {sizes.parameters:,} parameters, fold the norms", sizes.stored * 4 / 1e9))
         wanted = {"r1", "r2"} if recipe.rotate == "auto" else {"r1", "r2"} & set(recipe.rotate.split(","))
-        if recipe.rotation.files:  # taken to hold all that is wanted: reading them belongs to the run
-            wanted = set()
+        if recipe.rotation.files or recipe.layerwise.enabled:
+            wanted = set()  # files are taken to hold all that is wanted; layer-wise mode has Hadamard matrices
         if goal == "capture" or wanted:
             reused = options.from_capture
             what = f"statistics of {rows}" if reused is None else f"reuse {reused}"
@@ -332,11 +339,15 @@ def _quantizing_stages(recipe: Recipe, sizes: _Sizes, scheme: Scheme, rate: floa
     each = f", for {candidates} rotation sets" if candidates > 1 else ""
     # Every weight meets one residual rotation, in float64, at half of float32's speed.
     stages = [Stage("fuse", f"exact, in float64{each}", candidates * 4 * sizes.stored * sizes.hidden / rate)]
-    if scheme.weight_only:
+    algorithm = algorithm_named(recipe.weights.algorithm)
+    if scheme.weight_only and not algorithm.needs_moment and recipe.kv is None and recipe.smoothing == "none":
         stages.append(Stage("calibrate", f"scales of the weights only: needs no data{each}", 0.0))
     else:
         one_pass = sizes.forward_flops(recipe.calibration.nsamples * sizes.seqlen) / rate
-        stages.append(Stage("calibrate", f"amax over {rows}{each}", candidates * one_pass))
+        what = "block by block" if recipe.layerwise.enabled else "limits"
+        if algorithm.name != "rtn":
+            what += f", weights by {algorithm.name}"
+        stages.append(Stage("calibrate", f"{what} over {rows}{each}", candidates * one_pass))
     if candidates > 1:
         tokens = recipe.gate.nsamples * sizes.seqlen
         compared = (candidates + 1) * sizes.forward_flops(tokens) / rate

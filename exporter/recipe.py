@@ -62,8 +62,9 @@ class Training(_Section):
     """What to minimise; ``auto`` picks by the scheme that is exported."""
     optimizer: Literal["qr", "riemannian-ns", "riemannian-cayley", "monotone"] = "monotone"
     """``qr``: the reference's QR-orthogonalised latent; ``monotone``: the learning-rate-free polar step."""
-    start: Literal["identity", "random", "hadamard", "pca-hadamard", "pca-ones"] = "hadamard"
-    epochs: int = Field(10, ge=0)
+    start: Literal["auto", "identity", "random", "hadamard", "pca-hadamard", "pca-ones"] = "auto"
+    """``auto``: ``pca-ones`` where every token gets a zero point of its own, else ``hadamard``."""
+    epochs: int = Field(20, ge=0)
     batch_size: int | None = Field(None, ge=1)
     """Tokens a step; null: all of them."""
     subset: float = Field(1.0, gt=0, le=1)
@@ -99,6 +100,43 @@ class Rotation(_Section):
     and r2.pt, SpinQuant's R.bin."""
 
 
+class Weights(_Section):
+    """How weights are rounded, beyond what the scheme says."""
+
+    algorithm: str = "rtn"
+    """``rtn``, ``mse``, ``gptq`` or ``adaround``, with settings after a colon: ``gptq:act_order=false,damping=0.1``."""
+    block_size: int | None = Field(None, ge=1)
+    """Input features that share a scale; null: the scheme's."""
+    symmetric: bool | None = None
+    """False: with zero points, for targets that can express them; null: the scheme's."""
+
+
+class Activations(_Section):
+    """How activations are quantized, beyond what the scheme says."""
+
+    observer: str = "min_max"
+    """What turns calibration activations into limits: ``min_max``, ``percentile:99.99``, ``entropy``, ``mse``,
+    ``clip_std:3``, ``moving_average:0.9``, ``clip:6``, ``fixed_scale:0.05``."""
+    symmetric: bool | None = None
+    """False: with a zero point; null: the scheme's."""
+    granularity: str | None = None
+    """``tensor`` (static), ``token`` (dynamic) or ``cluster:K`` (static, K sets of channels); null: the scheme's."""
+
+
+class Layerwise(_Section):
+    """Calibration block by block, with no more of the model in memory than one block."""
+
+    enabled: bool = False
+    asym: bool = False
+    """Calibrate each linear on the outputs of the already quantized ones instead of the float model's."""
+    quantize_weights: bool = True
+    """With ``asym``: the linears before are run with rounded weights."""
+    quantize_activations: bool = True
+    """With ``asym``: the linears before are run with rounded activations."""
+    max_memory: str = "2GB"
+    """Activations between blocks go to disk beyond this."""
+
+
 class Recipe(_Section):
     """One run of rotq."""
 
@@ -110,6 +148,16 @@ class Recipe(_Section):
     target: str | None = None
     """Runtime the output is for; ``None``: the backend's default."""
     scheme: str = "int8"
+    overrides: dict[str, str] = {}
+    """Other schemes, or ``float``, for linears whose name matches a pattern; the last match counts. The output head and
+    embeddings are named in full."""
+    kv: Literal["int8", "int4", "float8"] | None = None
+    """Quantize the KV cache, with one static scale each for keys and values of a layer."""
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    smoothing: str = "none"
+    """Move outliers from activations into weights: ``none``, ``smoothquant:0.5`` or ``awq``."""
+    layerwise: Layerwise = Layerwise()
     rotate: str = "auto"
     """``auto``, ``none`` or a comma-separated subset of r1, r2, r3, r4."""
     device: str = "auto"

@@ -91,6 +91,10 @@ class LayerSummary(_Frozen):
     """What was quantized and how large it became."""
 
     quantized: int
+    schemes: dict[str, int] = Field(default_factory=dict)
+    """How many linears are quantized how, in words."""
+    cache: str | None = None
+    """Number format of the KV cache; ``None``: float."""
     kept: list[KeptLayer]
     bytes_before: int
     """Bytes of all source weights in the checkpoint's own dtype."""
@@ -104,6 +108,12 @@ class CalibrationSummary(_Frozen):
     dataset: str
     rows: int
     tokens: int
+    observer: str = "min_max"
+    """What turned activations into limits."""
+    weights: str = "rtn"
+    """What rounded weights."""
+    smoothing: str = "none"
+    """What moved outliers from activations into weights."""
     sha256: str
     """Over the token ids, in order."""
 

@@ -67,6 +67,10 @@ def layer_lines(report: Report) -> list[str]:
     """How many linears are quantized, and which are kept in float and why."""
     layers = report.layers
     lines = [f"{layers.quantized} linears quantized ({report.scheme}), {len(layers.kept)} kept in float"]
+    if len(layers.schemes) > 1:
+        lines += [f"{count} with {words}" for words, count in layers.schemes.items()]
+    if layers.cache is not None:
+        lines.append(f"KV cache: {layers.cache}, one static scale each for the keys and the values of a layer")
     names_by_reason: dict[str, list[str]] = defaultdict(list)
     for layer in layers.kept:
         names_by_reason[layer.reason].append(layer.name)

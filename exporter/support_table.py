@@ -47,7 +47,7 @@ def _notes(entry: Architecture) -> list[str]:
     if entry.norm_kind == "layer":
         notes.append("LayerNorm: R1 fixes the all-ones vector")
     if entry.experts is not None:
-        notes.append("experts and router are rotated, and stay in float")
+        notes.append("every expert has scales of its own; the router stays in float")
     notes += [f"a model is refused if {refusal.reason}" for refusal in entry.refusals]
     return notes
 

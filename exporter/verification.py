@@ -22,6 +22,8 @@ from calib.kept import kept_reasons
 from calib.progress import Progress, silent
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import scheme_named
+from calib.smoothing.smooth import fold_all
+from exporter.describe import load_smoothing
 from exporter.output import sha256_tree
 from exporter.parity import Subject, check_parity
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -77,7 +79,8 @@ def read_back(
     rotations = RotationSet.load(folder)
     linears = backend.read_linears(folder)
     dtype = getattr(torch, backend.compute_dtype(report.target) if recipe.dtype == "auto" else recipe.dtype)
-    fused = fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype)
+    smoothing = load_smoothing(folder)
+    fused = fold_all(fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype), smoothing)
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
@@ -98,6 +101,7 @@ def read_back(
             calibration_sha256=report.calibration.sha256,
             versions=report.versions,
         ),
+        smoothing=smoothing,
     )
     return fused, quantized
 

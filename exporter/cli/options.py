@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from exporter.cli.errors import UsageError
+
 MODEL = "Model"
 QUANTIZATION = "Quantization"
 DATA = "Calibration and evaluation text"
@@ -28,6 +30,15 @@ RECIPE_KEYS = {
     "backend": "backend",
     "target": "target",
     "scheme": "scheme",
+    "kv": "kv",
+    "override": "overrides",
+    "block_size": "weights.block_size",
+    "weight_algorithm": "weights.algorithm",
+    "observer": "activations.observer",
+    "smoothing": "smoothing",
+    "layerwise": "layerwise.enabled",
+    "asym": "layerwise.asym",
+    "max_memory": "layerwise.max_memory",
     "calib_dataset": "calibration.dataset",
     "nsamples": "calibration.nsamples",
     "seqlen": "calibration.seqlen",
@@ -79,6 +90,66 @@ class SchemeFlag:
     scheme: Annotated[
         str | None,
         typer.Option("--scheme", help="Quantization scheme, for example int8.", rich_help_panel=QUANTIZATION),
+    ] = None
+
+
+@dataclass(frozen=True)
+class QuantizationFlags:
+    """Finer control over what is quantized, and how it is calibrated; the recipe has the rest."""
+
+    kv: Annotated[
+        Literal["int8", "int4", "float8"] | None,
+        typer.Option("--kv", help="Quantize the KV cache.", rich_help_panel=QUANTIZATION),
+    ] = None
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override",
+            help="PATTERN=SCHEME (or =float) for the linears that match. Repeatable.",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
+    block_size: Annotated[
+        int | None,
+        typer.Option("--block-size", help="Input features that share a weight scale.", rich_help_panel=QUANTIZATION),
+    ] = None
+    weight_algorithm: Annotated[
+        str | None,
+        typer.Option(
+            "--weight-algorithm",
+            help="rtn, mse, gptq or adaround.",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            "--observer", help="Limits of activations: min_max, percentile:99.9, mse, ...", rich_help_panel=QUANTIZATION
+        ),
+    ] = None
+    smoothing: Annotated[
+        str | None,
+        typer.Option("--smoothing", help="none, smoothquant:auto, :ALPHA, or awq.", rich_help_panel=QUANTIZATION),
+    ] = None
+    layerwise: Annotated[
+        bool,
+        typer.Option(
+            "--layerwise", help="Calibrate block by block; memory of one block.", rich_help_panel=QUANTIZATION
+        ),
+    ] = False
+    asym: Annotated[
+        bool,
+        typer.Option(
+            "--asym",
+            help="With --layerwise: calibrate on the quantized linears' outputs.",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = False
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory", help="With --layerwise: activations beyond this go to disk.", rich_help_panel=QUANTIZATION
+        ),
     ] = None
 
 
@@ -224,13 +295,22 @@ def overrides(*groups: Any) -> dict[str, Any]:
             value = getattr(group, field.name)
             if value is None or value is False or value == []:
                 continue
-            if isinstance(value, list):
+            if field.name == "override":
+                value = dict(_pattern_and_scheme(item) for item in value)
+            elif isinstance(value, list):
                 value = [str(item) for item in value]
             if field.name == "rotation_optimizer":
                 values["rotation.r1.optimizer"] = values["rotation.r2.optimizer"] = value
             elif field.name in RECIPE_KEYS:
                 values[RECIPE_KEYS[field.name]] = value
     return values
+
+
+def _pattern_and_scheme(text: str) -> tuple[str, str]:
+    pattern, equals, scheme = text.rpartition("=")
+    if not (pattern and equals and scheme):
+        raise UsageError(f"--override '{text}' is not PATTERN=SCHEME", hint="for example '*.down_proj=float'")
+    return pattern, scheme
 
 
 def option_of(key: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import OutputError, QuantizationError, RecipeError
-from calib.schemes import SCHEMES, scheme_named
+from calib.errors import OutputError, RecipeError
+from calib.schemes import KV_SCHEMES, SCHEMES
 from exporter.cli.errors import UsageError
 from exporter.cli.options import OutputFlags, ResumeFlags, option_of
 
@@ -19,6 +19,15 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 FIXED_BY_ARTIFACT = (
     "scheme",
+    "overrides",
+    "kv",
+    "weights.block_size",
+    "weights.algorithm",
+    "activations.observer",
+    "smoothing",
+    "layerwise.enabled",
+    "layerwise.asym",
+    "layerwise.max_memory",
     "rotate",
     "rotation.files",
     "revision",
@@ -95,14 +104,15 @@ def check_output(output: OutputFlags, resume: ResumeFlags | None = None) -> Path
     return output.output
 
 
-def check_backend(recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """Refuse a backend, target or scheme that cannot be written, from the backends' tables.
+def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = True) -> None:
+    """Refuse a backend or target that does not exist, and, to ``write``, a scheme that it cannot express.
 
     Raises:
         UsageError: ``--backend`` or ``--target`` names something that does not exist.
         BackendError: the recipe does, or the target cannot express the scheme.
     """
-    from backends.registry import available, check_target, get_backend
+    from backends.registry import available, check_cache, check_target, get_backend
+    from exporter.quantizing import customised_scheme
 
     backends = {info.name: info for info in available()}
     if "backend" in given and recipe.backend not in backends:
@@ -113,7 +123,10 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any]) -> None:
             f"backend '{recipe.backend}' has no --target '{recipe.target}'",
             hint=f"its targets are: {', '.join(backend.targets)}",
         )
-    check_target(backend, recipe.scheme, recipe.target)
+    if write:
+        scheme = customised_scheme(recipe)
+        target = check_target(backend, {f"scheme '{recipe.scheme}'": scheme.linear}, recipe.target)
+        check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
 
 
 def check_device(device: str) -> None:
@@ -141,10 +154,9 @@ def _check_consistency(recipe: Recipe, given: Mapping[str, Any]) -> None:
                 f"--{kind}-lr has no effect: the monotone optimizer has no learning rate",
                 hint=f"add --rotation-optimizer qr, or leave --{kind}-lr out",
             )
-    try:
-        scheme_named(recipe.scheme)
-    except QuantizationError as error:
-        raise RecipeError(f"recipe key 'scheme': {error.message}", hint=error.hint) from error
+    from exporter.quantizing import check_names
+
+    check_names(recipe)
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(
             f"recipe key 'device': '{recipe.device}' is no device", hint="the devices are: auto, cpu, cuda, cuda:N"

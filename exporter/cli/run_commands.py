@@ -18,6 +18,7 @@ from exporter.cli.options import (
     EvalDataFlag,
     ModelFlags,
     OutputFlags,
+    QuantizationFlags,
     RecipeFlag,
     ResumeFlags,
     RotationFlags,
@@ -52,6 +53,9 @@ ROTATE_EXAMPLES = (
 )
 CALIBRATE_EXAMPLES = (
     "rotq calibrate -m ./my-model --scheme int8 -o out/calibrated",
+    "rotq calibrate -m ./my-model --scheme int4-weight-only --weight-algorithm gptq -o out/gptq",
+    "rotq calibrate -m ./my-model --scheme w4a8 --override '*.down_proj=int8' --kv int8 -o out/mixed",
+    "rotq calibrate -m ./large-model --layerwise --work-dir work -o out/large",
     "rotq export --from-artifact out/calibrated --backend onnx -o out/onnx",
 )
 
@@ -61,6 +65,7 @@ def export(
     models: ModelFlags,
     backends: BackendFlags,
     schemes: SchemeFlag,
+    quantization: QuantizationFlags,
     rotations: RotationFlags,
     data: DataFlags,
     evaluation: EvalDataFlag,
@@ -80,7 +85,7 @@ def export(
     """
     set_up(talk)
     options = _run_options(outputs, resuming, verify=not no_verify, from_artifact=from_artifact)
-    given = overrides(models, backends, schemes, rotations, data, evaluation)
+    given = overrides(models, backends, schemes, quantization, rotations, data, evaluation)
     recipe = resolve(recipes.recipe, given, from_artifact)
     check_backend(recipe, given)
     if _announced_only(recipe, options, "export", outputs, talk):
@@ -121,6 +126,7 @@ def calibrate(
     models: ModelFlags,
     backends: BackendFlags,
     schemes: SchemeFlag,
+    quantization: QuantizationFlags,
     rotations: RotationFlags,
     data: DataFlags,
     recipes: RecipeFlag,
@@ -131,13 +137,13 @@ def calibrate(
     """Rotate, calibrate and quantize, and stop at the saved model that no runtime has shaped yet.
 
     'rotq export --from-artifact' writes it for a runtime, without a GPU and without calibrating again. --backend and
-    --target only decide the dtype here, and which schemes are possible.
+    --target only decide the dtype here: every scheme can be calibrated, also one that no installed backend writes.
     """
     set_up(talk)
     options = _run_options(outputs, resuming)
-    given = overrides(models, backends, schemes, rotations, data)
+    given = overrides(models, backends, schemes, quantization, rotations, data)
     recipe = resolve(recipes.recipe, given)
-    check_backend(recipe, given)
+    check_backend(recipe, given, write=False)
     if _announced_only(recipe, options, "calibrate", outputs, talk):
         return
     with running(talk) as progress:

@@ -17,16 +17,16 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
     shown: dict[str, str] = {}
     if options.from_artifact is not None:
         shown["artifact"] = str(options.from_artifact)
-    elif recipe.model == EMBEDDED:
-        shown["model"] = "the embedded example model (no -m/--model given)"
     else:
-        shown["model"] = recipe.model + (f" at {recipe.revision}" if recipe.revision else "")
+        shown["model"] = _model(recipe)
     if recipe.trust_remote_code:
         shown["trust remote code"] = "yes: the model's own Python code runs"
     if goal == "export":
         shown["backend"] = f"{recipe.backend}, target {recipe.target or 'default'}"
     if goal != "capture":
         shown["scheme"] = recipe.scheme
+        if goal != "rotate":
+            shown |= _finer_controls(recipe)
     if options.from_artifact is None:
         if goal != "capture":
             shown["rotate"] = "r1,r2" if goal == "rotate" and recipe.rotate == "auto" else recipe.rotate
@@ -44,4 +44,29 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
     if options.work_dir is not None:
         shown["work dir"] = f"{options.work_dir}{' (resuming)' if options.resume else ''}"
     shown["output"] = f"{options.output}{' (overwriting)' if options.overwrite else ''}"
+    return shown
+
+
+def _model(recipe: Recipe) -> str:
+    if recipe.model == EMBEDDED:
+        return "the embedded example model (no -m/--model given)"
+    return recipe.model + (f" at {recipe.revision}" if recipe.revision else "")
+
+
+def _finer_controls(recipe: Recipe) -> dict[str, str]:
+    """What differs from the scheme's own ways."""
+    shown: dict[str, str] = {}
+    if recipe.weights.algorithm != "rtn":
+        shown["weights"] = recipe.weights.algorithm
+    if recipe.activations.observer != "min_max":
+        shown["observer"] = recipe.activations.observer
+    if recipe.smoothing != "none":
+        shown["smoothing"] = recipe.smoothing
+    if recipe.kv is not None:
+        shown["kv cache"] = recipe.kv
+    if recipe.overrides:
+        shown["overrides"] = ", ".join(f"{pattern}: {scheme}" for pattern, scheme in recipe.overrides.items())
+    if recipe.layerwise.enabled:
+        ways = "asymmetric, " if recipe.layerwise.asym else ""
+        shown["layer-wise"] = f"yes, {ways}activations in memory up to {recipe.layerwise.max_memory}"
     return shown

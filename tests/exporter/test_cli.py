@@ -16,7 +16,7 @@ from cli_support import ROOT, rotq, write_llama
 from exporter.recipe import load_recipe
 
 HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "onnx_ir", "datasets")
-COMMANDS = ("export", "capture", "calibrate", "rotate", "verify", "eval", "backends", "env")
+COMMANDS = ("export", "capture", "calibrate", "rotate", "stats", "verify", "eval", "backends", "env")
 
 
 def command_line(value: object) -> str:
