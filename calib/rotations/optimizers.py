@@ -22,6 +22,12 @@ OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
 # the step is below float32 resolution.
 _LARGEST_FRACTION = 1e4
 _MOST_DOUBLINGS = 6
+# How far the monotone step runs on, as a share of the way between the last two steps' matrices. Among 0.5 to 0.9 the
+# most lowered the loss of unseen tokens fastest.
+_EXTRAPOLATION = 0.9
+# The monotone step's polar factors are orthogonal up to this root mean square of s^2 - 1. What is left is in the
+# weakest directions and does not add up: each step takes a new polar factor, and the loss it has to lower is measured.
+_ORTHOGONALITY = 5e-3
 
 UpdateRule = Literal["sgd", "adam"]
 
@@ -172,6 +178,18 @@ class RiemannianStepper:
         self._lr = self._base_lr * factor
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """The quadratic bound of a batch's loss at a rotation; see :class:`MonotoneStepper`."""
+
+    loss: Tensor
+    """``[*batch]``."""
+    slope: Tensor
+    """``c Y - G``, times the number of tokens ``[*batch, tokens, n]``."""
+    unit: Tensor
+    """``c`` over its fraction ``[*batch, 1, 1]``."""
+
+
 class MonotoneStepper:
     """The step without a learning rate: minimise a bound of the loss exactly, ``Q <- polar(X^T (c Y - G))``.
 
@@ -190,6 +208,15 @@ class MonotoneStepper:
     bound; a step that turns out to have raised the loss is taken back and ``c`` doubled until it does not. At the bound
     the guarantee holds. Losses without a known bound use ``|G| / |Y|`` as the unit of ``c``.
 
+    Minimising a bound is slow where the bound is loose, which is where the activations have most power. So the polar
+    factor is taken of a matrix ahead, ``A + b (A - A0)``, with ``A0`` and ``A`` the matrices of the last two steps on
+    this batch, each over ``|A| / sqrt(n)``. As the polar factor is smooth, that is ``P + b (P - P0)`` to first order in
+    ``A - A0``, with ``P0`` and ``P`` the last two minimisers: the acceleration of Nesterov ("A method for solving the
+    convex programming problem with convergence rate O(1/k^2)", 1983), on the group and without a second polar factor
+    to return to it. Where it would raise the loss the step goes to ``P`` instead. Damped and accelerated, steps move
+    along the signal of many tokens before they fit the noise of few. Losses without a known bound are not accelerated:
+    ``lp`` and ``kurtosis`` then left more quantization error on unseen tokens after 10 passes.
+
     ``damping`` adds ``damping * |A| / sqrt(n) * Q0`` to the matrix ``A`` whose polar factor is taken. As
     ``<Q, Q0> = n - |Q - Q0|^2 / 2`` this is a proximal term: it keeps the guarantee, leaves directions alone in which
     the activations carry nothing (fewer tokens than channels, dead heads), and bounds the condition number.
@@ -201,59 +228,85 @@ class MonotoneStepper:
         self._damping = damping
         self._fraction = torch.full((*start.shape[:-2], 1, 1), fraction, dtype=start.dtype, device=start.device)
         self._batch: Tensor | None = None
-        self._moment = start  # X^T X of the batch: X^T Y = (X^T X) Q costs n^3 a step and no tokens
-        self._seen: tuple[Tensor, Tensor] | None = None  # loss and G of the batch at Q
+        self._power = self._fraction  # |X|^2 of the batch
+        self._target: Tensor | None = None  # of the last step, to extrapolate from
+        self._seen: _Bound | None = None  # of the batch at Q
 
     def step(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """One step that does not raise the loss of this batch; two matmuls with ``x`` if it is the batch before."""
+        """One step that does not raise the loss of this batch; two matmuls with ``x`` if it is the batch before.
+
+        Nothing is carried over to another batch: the difference of their matrices is noise as much as progress.
+        """
         if self._batch is not x:
-            self._batch = x
-            self._moment = x.mT @ (x if weights is None else x * _relative(weights))
-            self._seen = None
-        loss, gradient = self._seen or self._evaluate(x, self._q, weights)
+            self._batch, self._seen, self._target = x, None, None
+            power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+            self._power = (power if weights is None else power * _relative(weights)).sum(-2, keepdim=True)
+        bound = self._seen or self._bound(x, self._q, weights)
         self._seen = None
+        loss = bound.loss
         if not bool(torch.isfinite(loss).all()):
             return loss  # for the caller to refuse; there is no polar factor of NaN
-        spread = self._unit(gradient) * (self._moment @ self._q)
-        target = torch.addcmul(self._problem.pulled_back(x, gradient).neg_(), self._fraction, spread)
-        del gradient  # as large as the batch: make room for the next one
-        q = self._solve(target)
-        seen = self._evaluate(x, q, weights)
-        rose = _rose(loss, seen[0])
-        for _ in range(_MOST_DOUBLINGS):
+        raw = self._problem.pulled_back(x, bound.slope)
+        unit = bound.unit
+        del bound  # as large as the batch: make room for the next one
+        target = self._damped(raw)
+        extrapolated = self._target is not None
+        q = polar_factor(self._ahead(target), tolerance=_ORTHOGONALITY)
+        bound = self._bound(x, q, weights)
+        rose = _rose(loss, bound.loss)
+        for _ in range(_MOST_DOUBLINGS + 1):
             if not bool(rose.any()):
                 break
-            # The heads that did not rise keep their target and get the same Q again.
-            doubled = (2.0 * self._fraction).clamp_max(_LARGEST_FRACTION)
-            increase = torch.where(rose[..., None, None], doubled - self._fraction, 0.0)
-            self._fraction = self._fraction + increase
-            target = torch.addcmul(target, increase, spread)
-            q = self._solve(target)
-            seen = self._evaluate(x, q, weights)
-            rose = _rose(loss, seen[0])
+            again = rose[..., None, None]  # the heads that did not rise keep their Q
+            if not extrapolated:
+                doubled = (2.0 * self._fraction).clamp_max(_LARGEST_FRACTION)
+                increase = torch.where(again, doubled - self._fraction, 0.0)
+                self._fraction = self._fraction + increase
+                raw = torch.addcmul(raw, increase * unit, self._spread(x, weights))
+                target = self._damped(raw)
+            extrapolated = False  # the first retry only drops the extrapolation
+            q = torch.where(again, polar_factor(target, tolerance=_ORTHOGONALITY), q)
+            bound = self._bound(x, q, weights)
+            rose = _rose(loss, bound.loss)
         if bool(rose.any()):
             # At a minimum to rounding: every step rises by noise. Staying is the monotone choice.
             q = torch.where(rose[..., None, None], self._q, q)
-            seen = self._evaluate(x, q, weights)
-        self._q, self._seen = q, seen
+            bound = self._bound(x, q, weights)
+        self._q, self._seen = q, bound
+        if self._problem.objective.curvature is not None:
+            self._target = target
         return loss
 
-    def _evaluate(self, x: Tensor, q: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._problem.objective.loss_and_gradient(self._problem.rotated(x, q), weights)
+    def _ahead(self, target: Tensor) -> Tensor:
+        if self._target is None:
+            return target
+        return torch.add(target, target - self._target, alpha=_EXTRAPOLATION)
 
-    def _unit(self, gradient: Tensor) -> Tensor | float:
-        """What ``fraction`` is a fraction of: the proven curvature, or ``|G| / |Y|``, as ``|Y|^2 = trace(X^T X)``."""
+    def _bound(self, x: Tensor, q: Tensor, weights: Tensor | None) -> _Bound:
+        # c Y - G in one buffer, for one product with X instead of two.
+        y = self._problem.rotated(x, q)
+        loss, gradient = self._problem.objective.loss_and_gradient(y, weights)
+        unit = self._unit(gradient)
+        factor = self._fraction * unit if weights is None else self._fraction * unit * _relative(weights)
+        return _Bound(loss, gradient.neg_().addcmul_(y, factor), unit)
+
+    def _unit(self, gradient: Tensor) -> Tensor:
+        """What ``fraction`` is a fraction of: the proven curvature, or ``|G| / |Y|``, where ``|Y| = |X|``."""
         if self._problem.objective.curvature is not None:
-            return self._problem.objective.curvature
-        size = self._moment.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
-        ratio = torch.linalg.matrix_norm(gradient, keepdim=True) / size.clamp_min(1e-30)
-        return torch.where(size > 0, ratio, 1.0)
+            return torch.full_like(self._fraction, self._problem.objective.curvature)
+        ratio = torch.linalg.matrix_norm(gradient, keepdim=True) / self._power.sqrt().clamp_min(1e-30)
+        return torch.where(self._power > 0, ratio, 1.0)
 
-    def _solve(self, target: Tensor) -> Tensor:
-        scale = torch.linalg.matrix_norm(target, keepdim=True) / target.shape[-1] ** 0.5
+    def _spread(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """``X^T Y`` at the present rotation; seldom needed, and so computed anew."""
+        y = self._problem.rotated(x, self._q)
+        return self._problem.pulled_back(x, y if weights is None else y * _relative(weights))
+
+    def _damped(self, raw: Tensor) -> Tensor:
+        """``A sqrt(n) / |A| + damping * Q0``."""
+        scale = torch.linalg.matrix_norm(raw, keepdim=True) / raw.shape[-1] ** 0.5
         scale = torch.where(scale > 0, scale, 1.0)  # no signal at all: the polar factor of Q itself, Q stays
-        damped = torch.add(target / scale, self._q, alpha=self._damping)
-        return polar_factor(damped, tolerance=1e-3)
+        return torch.add(raw / scale, self._q, alpha=self._damping)
 
     def rotation(self) -> Tensor:
         """The rotation after the last step."""

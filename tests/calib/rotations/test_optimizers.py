@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import RotationError
-from calib.rotations.objectives import ActivationScheme, make_objective
+from calib.rotations.objectives import ActivationScheme, Objective, make_objective
 from calib.rotations.optimizers import MonotoneStepper, Problem, QrStepper, RiemannianStepper
 from calib.rotations.polar import newton_schulz, polar_factor, project_orthogonal, spectral_norm
 from calib.rotations.starts import haar_start
@@ -79,6 +79,26 @@ def test_projection_gives_the_nearest_orthogonal_matrix_in_float64(noise: float)
     torch.testing.assert_close(projected, polar_by_svd(matrix), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
+def test_projection_of_a_float32_matrix_is_orthogonal_in_float64(noise: float) -> None:
+    matrix = (haar_start(48, 0) + noise * torch.randn(48, 48, generator=torch.Generator().manual_seed(1))).float()
+    projected = project_orthogonal(matrix)
+    assert orthogonality_error(projected) <= EXACT
+    # Its first round is in float32: products of 48 terms of size 1 / sqrt(48).
+    torch.testing.assert_close(projected, polar_by_svd(matrix), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("short", [1, 16])
+def test_a_polar_factor_that_eigh_leaves_short_is_finished(short: int) -> None:
+    # Float32 squares a condition of 1e4 to 1e8, beyond its rounding: these directions come out of eigh as noise.
+    singular = torch.ones(64, dtype=torch.float64)
+    singular[:short] = 1e-4
+    matrix = ((haar_start(64, 0) * singular) @ haar_start(64, 1)).float()
+    factor = polar_factor(matrix, tolerance=1e-3).double()
+    off = factor.mT @ factor - torch.eye(64, dtype=torch.float64)
+    assert float(off.norm()) / 64**0.5 <= 1e-3
+
+
 def test_projection_refuses_nan() -> None:
     with pytest.raises(RotationError, match="NaN") as error:
         project_orthogonal(torch.full((3, 3), float("nan")))
@@ -96,7 +116,7 @@ def test_the_monotone_step_never_raises_the_loss_of_a_full_batch(name: str, frac
     losses = torch.stack([stepper.step(x, None) for _ in range(12)])
     assert (losses.diff(dim=0) <= 2e-6 * losses[:-1].abs()).all()  # float32 means of 96 tokens
     assert (losses[-1] < losses[0]).all()
-    assert orthogonality_error(stepper.rotation()) <= 1e-3  # the tolerance of its Newton-Schulz, and rounding
+    assert orthogonality_error(stepper.rotation()) <= 5e-3  # the tolerance of its polar factors
 
 
 def test_the_whip_step_is_the_published_polar_formula() -> None:
@@ -119,6 +139,86 @@ def test_the_proven_step_finds_the_box_that_independent_uniform_channels_hide_in
     entries = (haar_start(4, 3).float() @ stepper.rotation()).abs()
     # A signed permutation up to the sampling error of 20 000 tokens, about 1 / sqrt(20 000) an entry.
     torch.testing.assert_close(entries.sort(dim=0).values[-1], torch.ones(4), rtol=0, atol=0.02)
+
+
+def whip_or_lp_losses(name: str, steps: int = 12) -> Tensor:
+    """Loss of three heads before the last of ``steps`` damped steps."""
+    x = heavy_tailed(3, 96, 16)
+    objective = make_objective(name)  # type: ignore[arg-type]
+    start = haar_start(16, 0).float().expand(3, 16, 16)
+    stepper = MonotoneStepper(start, Problem(objective), fraction=1.0, damping=0.3)
+    return torch.stack([stepper.step(x, None) for _ in range(steps)])[-1]
+
+
+def test_extrapolated_steps_go_farther_than_as_many_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = whip_or_lp_losses("whip")
+    monkeypatch.setattr("calib.rotations.optimizers._EXTRAPOLATION", 0.0)
+    assert (ahead < whip_or_lp_losses("whip")).all()
+
+
+def test_losses_without_a_known_curvature_are_not_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = whip_or_lp_losses("lp")
+    monkeypatch.setattr("calib.rotations.optimizers._EXTRAPOLATION", 0.5)
+    assert torch.equal(plain, whip_or_lp_losses("lp"))
+
+
+def test_nothing_is_extrapolated_from_one_batch_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [heavy_tailed(96, 16, seed=seed) for seed in range(4)]
+
+    def trained() -> Tensor:
+        stepper = MonotoneStepper(haar_start(16, 0).float(), Problem(make_objective("whip")), fraction=1.0, damping=0.3)
+        for batch in batches:
+            stepper.step(batch, None)
+        return stepper.rotation()
+
+    with_extrapolation = trained()
+    monkeypatch.setattr("calib.rotations.optimizers._EXTRAPOLATION", 0.0)
+    assert torch.equal(with_extrapolation, trained())
+
+
+@pytest.mark.parametrize("fraction", [1.0, 1e-5])
+def test_the_weight_of_a_token_counts_as_copies_of_it(fraction: float) -> None:
+    x = heavy_tailed(96, 16).double()
+    copies = torch.randint(1, 4, (96,), generator=torch.Generator().manual_seed(0))
+    # Convex, so that too small a curvature overshoots and has to be doubled.
+    problem = Problem(Objective("quartic", lambda y: y.pow(4).sum(-1), curvature=1e4))
+    ends, curvatures = [], []
+    for samples, weights in ((x, copies.double()), (x.repeat_interleave(copies, 0), None)):
+        stepper = MonotoneStepper(haar_start(16, 0), problem, fraction=fraction, damping=0.2)
+        for _ in range(3):
+            stepper.step(samples, weights)
+        ends.append(stepper.rotation())
+        curvatures.append(float(stepper._fraction))
+    assert curvatures[0] == curvatures[1]
+    assert (curvatures[0] > fraction) == (fraction < 1.0)
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-9)  # float64 sums in another order
+
+
+def test_a_fallback_from_the_extrapolation_is_head_by_head() -> None:
+    # A head at its minimum falls back in every step; beside it the others must step as they do alone.
+    settled = torch.eye(8).repeat(12, 1) * 3.0
+    single = heavy_tailed(96, 8)
+    x = torch.stack([settled, single])
+    start = torch.eye(8).expand(2, 8, 8)
+    together = MonotoneStepper(start, Problem(make_objective("whip")), fraction=0.1, damping=0.03)
+    alone = MonotoneStepper(start[1], Problem(make_objective("whip")), fraction=0.1, damping=0.03)
+    for _ in range(4):
+        together.step(x, None)
+        alone.step(single, None)
+    # Batched and single kernels add in another order, and the polar factors stop at 5e-3 of orthogonal.
+    torch.testing.assert_close(together.rotation()[1], alone.rotation(), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("tokens", [0.0, 1.0])
+def test_dead_heads_and_few_tokens_stay_finite_and_orthogonal(tokens: float) -> None:
+    x = tokens * heavy_tailed(2, 4, 16)  # fewer tokens than channels, or none that carry anything
+    start = haar_start(16, 0).float().expand(2, 16, 16)
+    stepper = MonotoneStepper(start, Problem(make_objective("whip")), fraction=0.1, damping=0.03)
+    for _ in range(5):
+        stepper.step(x, None)
+    assert orthogonality_error(stepper.rotation()) <= 5e-3  # the tolerance of its polar factors
+    if tokens == 0.0:
+        torch.testing.assert_close(stepper.rotation(), start, rtol=0, atol=1e-5)  # float32 polar factors
 
 
 @pytest.mark.parametrize("retraction", ["ns", "cayley"])
