@@ -53,7 +53,7 @@ from calib.smoothing.smooth import smooth
 from exporter.gate import Candidate, choose
 from exporter.pipeline import Run
 from exporter.recipe import Recipe, load_recipe
-from exporter.rotations import candidate_sets, kinds_of
+from exporter.rotations import candidate_sets, gate_sets, kinds_of
 from exporter.run_options import RunOptions
 
 PLAIN = "rtn"
@@ -243,14 +243,14 @@ class Bench:
 
     def auto(self, run: Run) -> tuple[str, Fused]:
         """What the pipeline trains for a scheme and its gate keeps, rounding weights to nearest."""
-        sets = candidate_sets(run.recipe, run.source, run.given)
-        trained = run.rotations(sorted({kind for rotate in sets for kind in kinds_of(rotate)})).rotations
-        made = {rotate: self.none if rotate == "none" else self.fused(trained.of(kinds_of(rotate))) for rotate in sets}
+        wanted = {kind for sets in candidate_sets(run.recipe, run.source, run.given) for kind in kinds_of(sets)}
+        sets = gate_sets(run.recipe, run.source, run.given, run.rotations(sorted(wanted)).rotations)
+        made = {name: self.none if name == "none" else self.fused(rotations) for name, rotations in sets.items()}
 
         def make(rotate: str) -> Candidate:
             return Candidate(rotate, made[rotate].model, made[rotate].quantize(run.quantization))
 
-        kept, _ = choose(sets, make, self.original, run.rows.gate, silent)
+        kept, _ = choose(list(sets), make, self.original, run.rows.gate, silent)
         return kept.rotate, made[kept.rotate]
 
     def measure(self, run: Run) -> list[Cell]:
@@ -347,7 +347,8 @@ def acceptance(cells: list[Cell]) -> list[str]:
     float8 = [cell for cell in cells if cell.scheme == "float8"]
     int4 = [cell for cell in cells if (cell.scheme, cell.rotation) == (INT4_G128, "none")]
     searched = [cell for cell in int4 if cell.algorithm.startswith(("gptq", "awq"))]
-    w4a4 = [cell for cell in cells if (cell.scheme, cell.rotate, cell.algorithm) == ("w4a4", FULL, PLAIN)]
+    rounded = [cell for cell in cells if cell.scheme == "w4a4" and cell.algorithm == PLAIN]
+    w4a4 = [cell for cell in rounded if cell.rotate.startswith(FULL)]
     lines = []
     for what, some, bound in (
         ("int8 with R4 or SmoothQuant: perplexity over float", int8, 1.01),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -53,7 +53,7 @@ from exporter.parity import Subject, check_parity
 from exporter.quantizing import customised_scheme, quantization_of, warn_of_slow_choices
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.report import GateRow, ParityRow, Report
-from exporter.rotations import candidate_sets, given_rotations, kinds_of, rotations_of, trainable
+from exporter.rotations import candidate_sets, gate_sets, given_rotations, kinds_of, rotations_of, trainable
 from exporter.run_options import RunOptions
 from exporter.source import Rows, Source, load_tokenizer, open_source, read_rows
 from exporter.workdir import ARTIFACT, CAPTURE, WALK, WorkDir
@@ -283,14 +283,15 @@ class Run:
             return self._layerwise()
         candidates = candidate_sets(self.recipe, self.source, self.given)
         trained = self.rotations(sorted({kind for rotate in candidates for kind in kinds_of(rotate)}))
+        sets = gate_sets(self.recipe, self.source, self.given, trained.rotations)
         rows: list[GateRow] = []
-        if len(candidates) == 1:
-            candidate = self._candidate(candidates[0], self.quantization, trained=trained.rotations)
+        if len(sets) == 1:
+            candidate = self._candidate(candidates[0], self.quantization, sets)
         else:
             quick = replace(self.quantization, weights="rtn")
-            make = partial(self._candidate, quantization=quick, trained=trained.rotations)
+            make = partial(self._candidate, quantization=quick, sets=sets)
             original = model_logits(self.source.original(self.device))
-            candidate, rows = choose(candidates, make, original, self.rows.gate, self.progress)
+            candidate, rows = choose(list(sets), make, original, self.rows.gate, self.progress)
             if quick != self.quantization:  # the weight algorithm is run for the chosen set alone
                 candidate = replace(candidate, quantized=self._quantized(candidate.fused, self.quantization))
         provenance = replace(
@@ -320,8 +321,8 @@ class Run:
         folder.mkdir()
         return quantize_layerwise(self, work, folder)
 
-    def _candidate(self, rotate: str, quantization: Quantization, *, trained: RotationSet) -> Candidate:
-        fused = self._smoothed(self.fuse(trained.of(kinds_of(rotate))))
+    def _candidate(self, rotate: str, quantization: Quantization, sets: Mapping[str, RotationSet]) -> Candidate:
+        fused = self._smoothed(self.fuse(sets[rotate]))
         return Candidate(rotate, fused, self._quantized(fused, quantization))
 
     def _smoothed(self, fused: FusedModel) -> FusedModel:

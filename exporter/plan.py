@@ -44,7 +44,7 @@ IMPORT_SECONDS = 15.0
 """Importing torch, transformers and ModelOpt; measured 7 to 13 s for ModelOpt alone."""
 TRACE_SECONDS_PER_LAYER = 2.0
 """torch.onnx.export of one decoder layer, whatever its width."""
-GATE_CANDIDATES = 3
+GATE_CANDIDATES = 4
 """Rotation sets that ``--rotate auto`` compares."""
 PARITY_PASSES = 7
 """Forward passes over the evaluation rows: float and rotated; fake-quant and split-sum; the runtime in two modes; the

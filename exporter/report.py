@@ -28,7 +28,8 @@ class GateRow(_Frozen):
     """One candidate of ``--rotate auto``: quality of the quantized model on held-out tokens against the float model."""
 
     rotate: str
-    """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``, ``r1,r2,r4``)."""
+    """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``, ``r1,r2,r4``); with
+    ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
     kl: float
     """Mean KL(float || quantized) per token, in nats."""
     top1: float

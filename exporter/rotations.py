@@ -20,7 +20,7 @@ from calib.rotations.from_capture import (
 from calib.rotations.imported import import_rotations
 from calib.rotations.objectives import ActivationScheme
 from calib.rotations.readers import residual_rows, value_rows
-from calib.rotations.rotation_set import RotationSet
+from calib.rotations.rotation_set import RotationSet, hadamard_rotations
 from calib.rotations.selection import Judge, integer_quantizer, judge_for
 from calib.rotations.train import TrainConfig
 from calib.schemes import Scheme
@@ -57,6 +57,28 @@ def candidate_sets(recipe: Recipe, source: Source, given: RotationSet) -> list[s
             f"{recipe.rotate} leaves out",
             hint=f"give --rotate {kinds}, or other files to --rotations",
         )
+    return sets
+
+
+def gate_sets(recipe: Recipe, source: Source, given: RotationSet, trained: RotationSet) -> dict[str, RotationSet]:
+    """The sets that the whole model decides between, the simplest first, by what the report calls them.
+
+    Beside those of :func:`candidate_sets` there is the largest one with random Hadamard matrices in place of what was
+    trained: the error that training lowers is that of one linear, and what the network makes of it may differ.
+
+    Args:
+        recipe: names the sets, or ``auto``.
+        source: the float model.
+        given: rotations from files.
+        trained: rotations of all kinds that a set has.
+    """
+    sets = {rotate: trained.of(kinds_of(rotate)) for rotate in candidate_sets(recipe, source, given)}
+    largest = list(sets)[-1]
+    replaced = trainable(kinds_of(largest), given)
+    if len(sets) > 1 and replaced:
+        plain = hadamard_rotations(source.config, source.architecture, replaced, seed=recipe.seed)  # type: ignore[arg-type]
+        rest = [kind for kind in kinds_of(largest) if kind not in replaced]
+        sets[f"{largest}, Hadamard"] = plain.merged(trained.of(rest).values())
     return sets
 
 
