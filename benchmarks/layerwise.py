@@ -38,6 +38,7 @@ from calib.progress import Progress
 from calib.quantization import resolve
 from calib.rotations.rotation_set import hadamard_rotations
 from calib.schemes import scheme_named
+from calib.weights.algorithms import algorithm_named
 
 GIB = 1 << 30
 PROVENANCE = Provenance(
@@ -131,7 +132,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ids = torch.randint(
         arguments.vocabulary, (arguments.tokens // arguments.seqlen, arguments.seqlen), generator=generator
     )
-    batches: Sequence[Batch] = length_batches(list(ids), 1) if len(ids) else []
+    run = arguments.asym or algorithm_named(arguments.weights).needs_moment
+    batches: Sequence[Batch] = length_batches(list(ids), 1) if run and len(ids) else []
     folder_out = arguments.work / "walk" / "artifact"
     before = io_counters()
     started = time.perf_counter()
@@ -157,7 +159,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     moved = {name: value - before[name] for name, value in io_counters().items()}
     return {
         "layers": arguments.layers,
-        "calibration_tokens": ids.numel(),
+        "tokens_run": sum(batch.tokens for batch in batches),
         "checkpoint_gib": gib(sum(path.stat().st_size for path in folder.glob("*.safetensors"))),
         "weights": arguments.weights,
         "artifact_gib": gib(sum(path.stat().st_size for path in folder_out.glob("*.safetensors"))),
