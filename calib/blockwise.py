@@ -161,6 +161,7 @@ def quantize_blockwise(
     a_quant: bool = True,
     max_memory: int,
     resume: bool = False,
+    resumable: bool = True,
     settings: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> QuantizedModel:
@@ -181,6 +182,7 @@ def quantize_blockwise(
         a_quant: with ``asym``, round the inputs of those.
         max_memory: bytes of hidden states held in memory.
         resume: go on with what ``work`` holds.
+        resumable: write all hidden states to disk, so that a later run can go on.
         settings: what the result depends on beside all this.
         progress: called after every block.
 
@@ -198,6 +200,7 @@ def quantize_blockwise(
         work,
         max_memory=max_memory,
         resume=resume,
+        resumable=resumable,
         settings=settings,
         progress=progress,
     )

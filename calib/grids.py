@@ -101,11 +101,15 @@ def two_level_grid(block_amax: Tensor, amax: Tensor, fmt: NumberFormat) -> Grid:
 
     Args:
         block_amax: largest magnitude of each block, any shape.
-        amax: largest magnitude of the tensor ``[]``; a calibrated one for activations.
+        amax: largest magnitude of the tensor ``[]``.
         fmt: the format of the elements.
     """
+    return grid_under(block_amax, convert_to_scale(amax, fmt.maxbound * _E4M3_MAX), fmt)
+
+
+def grid_under(block_amax: Tensor, second: Tensor, fmt: NumberFormat) -> Grid:
+    """:func:`two_level_grid` under a second-level scale ``[]`` that is known, as that of calibrated activations is."""
     _check_finite(block_amax)
-    second = convert_to_scale(amax, fmt.maxbound * _E4M3_MAX)
     return Grid(round_e4m3_scale(block_amax.float() / fmt.maxbound / second), second_level=second)
 
 

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from calib.errors import QuantizationError
-from calib.grids import Grid, expand_grid, grid_of, round_to_grid, two_level_grid, weight_limits
+from calib.grids import Grid, expand_grid, grid_of, grid_under, round_to_grid, two_level_grid, weight_limits
 from calib.schemes import Granularity, PerBlock, PerCluster, PerTensor, PerToken, TensorScheme
-
-_E4M3_MAX = 448.0
 
 
 def fake_quantize_input(
@@ -81,8 +79,7 @@ def _block_grid(rows: Tensor, scheme: TensorScheme, second: Tensor | None) -> Gr
     low, high = weight_limits(rows, scheme.granularity)
     if second is None:
         return grid_of(low, high, scheme)
-    block_amax = torch.maximum(low.abs(), high.abs())
-    return two_level_grid(block_amax, second * (scheme.format.maxbound * _E4M3_MAX), scheme.format)
+    return grid_under(torch.maximum(low.abs(), high.abs()), second, scheme.format)
 
 
 def _no_such(granularity: Granularity) -> QuantizationError:

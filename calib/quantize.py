@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import LinearSpec, Space
+from calib.architectures import Architecture, LinearSpec, Space
 from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import DataError, QuantizationError
 from calib.experts.names import expert_index, quantizable_linears
@@ -91,34 +91,11 @@ class Calibrator:
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
         """Table entries by module name; of a 3-D expert parameter, by the name of every expert as well."""
-        architecture, config = self.fused.architecture, self.fused.config
-        return {spec.name: spec for spec in architecture.all_linears(config)} | quantizable_linears(
-            architecture, config
-        )
+        return _specs(self.fused.architecture, self.fused.config)
 
     def check_blocks(self) -> None:
-        """Formats with blocks of a fixed size exist for widths that are a multiple of it only.
-
-        Raises:
-            QuantizationError: naming every linear whose width is not.
-        """
-        shapes = expected_tensors(self.fused.config)
-        bad: dict[str, tuple[int, int]] = {}
-        for name, scheme in self.quantization.linears.items():
-            granularity = scheme.weight.granularity
-            if scheme.weight.scale_format == "compute" or not isinstance(granularity, PerBlock):
-                continue
-            spec = self.specs.get(name)  # an embedding has none
-            conv1d = spec is not None and spec.layout == "conv1d"
-            width = shapes[f"{name}.weight" if spec is None else spec.weight][0 if conv1d else -1]
-            if width % granularity.size:
-                bad[name if spec is None else spec.name] = (width, granularity.size)
-        if bad:
-            name, (width, size) = next(iter(bad.items()))
-            raise QuantizationError(
-                f"blocks of {size} do not divide the {width} input features of {', '.join(bad)}",
-                hint=f"leave them in float with --override '{name}=float', or choose a scheme without fixed blocks",
-            )
+        """See :func:`check_blocks`."""
+        check_blocks(self.quantization, self.fused.architecture, self.fused.config)
 
     def wanted(self, names: Sequence[str], *, caches: bool = True) -> Wanted:
         """What has to be observed to quantize the linears ``names``, and the cache of every layer with ``caches``."""
@@ -237,6 +214,35 @@ class Calibrator:
         architecture: Any = self.fused.architecture
         layers = architecture.dimensions(self.fused.config).layers
         return {layer: architecture.attention.replace("{i}", str(layer)) for layer in range(layers)}
+
+
+def check_blocks(quantization: Quantization, architecture: Architecture, config: Any) -> None:
+    """Formats with blocks of a fixed size exist for widths that are a multiple of it only.
+
+    Raises:
+        QuantizationError: naming every linear whose width is not.
+    """
+    shapes, specs = expected_tensors(config), _specs(architecture, config)
+    bad: dict[str, tuple[int, int]] = {}
+    for name, scheme in quantization.linears.items():
+        granularity = scheme.weight.granularity
+        if scheme.weight.scale_format == "compute" or not isinstance(granularity, PerBlock):
+            continue
+        spec = specs.get(name)  # an embedding has none
+        conv1d = spec is not None and spec.layout == "conv1d"
+        width = shapes[f"{name}.weight" if spec is None else spec.weight][0 if conv1d else -1]
+        if width % granularity.size:
+            bad[name if spec is None else spec.name] = (width, granularity.size)
+    if bad:
+        name, (width, size) = next(iter(bad.items()))
+        raise QuantizationError(
+            f"blocks of {size} do not divide the {width} input features of {', '.join(bad)}",
+            hint=f"leave them in float with --override '{name}=float', or choose a scheme without fixed blocks",
+        )
+
+
+def _specs(architecture: Architecture, config: Any) -> dict[str, LinearSpec]:
+    return {spec.name: spec for spec in architecture.all_linears(config)} | quantizable_linears(architecture, config)
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

@@ -55,8 +55,8 @@ class ReferenceLinear(nn.Module):
         source = self.source
         if source.input_scheme is None:
             return x
-        scale = None if source.input_scale is None else source.input_scale.float()
-        zero = None if source.input_zero_point is None else source.input_zero_point.float()
+        scale = None if source.input_scale is None else source.input_scale.float().to(x.device)
+        zero = None if source.input_zero_point is None else source.input_zero_point.float().to(x.device)
         return fake_quantize_input(x, source.input_scheme, scale, zero)
 
     def matmul(self, x: Tensor) -> Tensor:

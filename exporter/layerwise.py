@@ -87,6 +87,7 @@ def quantize_layerwise(run: Run, work: Path, folder: Path) -> QuantizedModel:
             a_quant=settings.quantize_activations,
             max_memory=parse_size(settings.max_memory),
             resume=run.options.resume,
+            resumable=run.options.work_dir is not None,
             settings={"model": run.fingerprint},
             progress=run.progress,
         )

@@ -105,7 +105,8 @@ def _rung2(subject: Subject) -> list[ParityRow]:
     floor, floor_rows = _end_to_end_bound(subject, reference)
     rows += floor_rows
     exact, default = (subject.backend.load(subject.folder, exact=flag) for flag in (True, False))
-    weight_only = subject.quantized.scheme.weight_only
+    # One override may leave the input of a linear in float, whatever the scheme says of the others.
+    weight_only = any(linear.input_scheme is None for linear in subject.quantized.linears.values())
     rows.append(_end_to_end("prefill, exact session", _prefill(exact, reference, subject.rows), floor))
     note = "the runtime quantizes activations to int8 of its own accord" if weight_only else ""
     measured = _prefill(default, reference, subject.rows)
@@ -136,7 +137,7 @@ def _linears_row(subject: Subject, reference: nn.Module) -> ParityRow:
 
 def _end_to_end_bound(subject: Subject, reference: nn.Module) -> tuple[float, list[ParityRow]]:
     """The bound of the end-to-end rows, and the rows that say where it comes from."""
-    if subject.quantized.scheme.weight_only:
+    if all(linear.input_scheme is None for linear in subject.quantized.linears.values()):
         return WEIGHT_ONLY_BOUND, []
     split = split_sum_floor(subject.quantized, reference, subject.rows)
     note = f"torch against itself, sums in another order; flips in {split.flipped:.0%} of the rows"

@@ -35,7 +35,7 @@ from calib.fusing import FusedModel, fuse, materialize
 from calib.perplexity import model_logits
 from calib.progress import Progress, silent
 from calib.quantization import Quantization
-from calib.quantize import quantize_model
+from calib.quantize import check_blocks, quantize_model
 from calib.rotations.from_capture import TrainedRotations, check_offered
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import Scheme
@@ -43,6 +43,7 @@ from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import smoothing_named
 from calib.smoothing.observe import observe_channels
 from calib.smoothing.smooth import fold_all, smooth
+from exporter.artifacts import load_artifact
 from exporter.describe import describe, finish, package_versions, write_side_files
 from exporter.device import resolve_device
 from exporter.gate import Candidate, choose
@@ -199,6 +200,8 @@ class Run:
     @cached_property
     def dtype(self) -> torch.dtype:
         """What the target computes in."""
+        if self._artifact is not None:
+            return self._artifact.dtype
         name = self.recipe.dtype if self.recipe.dtype != "auto" else self.backend.compute_dtype(self.target)
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -269,15 +272,11 @@ class Run:
         """
         given = self.options.from_artifact or self.work.finished(ARTIFACT)
         if given is not None:
-            self._artifact = QuantizedModel.load(given)
-            if write:
-                cache = self._artifact.cache
-                check_expressible(
-                    self.backend, self.target, self._artifact.schemes(), None if cache is None else cache.scheme
-                )
+            self._artifact = load_artifact(self, given, write=write)
             return self._artifact
+        wanted = self.quantization  # refused here, before the long job
+        check_blocks(wanted, self.source.architecture, self.source.config)
         if write:
-            wanted = self.quantization  # refused here, before the long job
             check_expressible(self.backend, self.target, wanted.linears, wanted.cache)
         if self.recipe.layerwise.enabled:
             return self._layerwise()

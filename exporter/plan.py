@@ -44,6 +44,7 @@ IMPORT_SECONDS = 15.0
 """Importing torch, transformers and ModelOpt; measured 7 to 13 s for ModelOpt alone."""
 TRACE_SECONDS_PER_LAYER = 2.0
 """torch.onnx.export of one decoder layer, whatever its width."""
+_SCALES = ("_scale", "_zero_point")
 GATE_CANDIDATES = 4
 """Rotation sets that ``--rotate auto`` compares."""
 PARITY_PASSES = 7
@@ -220,7 +221,7 @@ def _sizes(checkpoint: CheckpointHeaders, recipe: Recipe) -> _Sizes:
     heads = number("num_attention_heads", "n_head")
     head_dim = number("head_dim", default=hidden // heads)
     # Weights only: the scales of an artifact are 1-D or 2-D too.
-    weights = [tensor for tensor in checkpoint.tensors if len(tensor.shape) >= 2 and not tensor.name.endswith("_scale")]
+    weights = [tensor for tensor in checkpoint.tensors if len(tensor.shape) >= 2 and not tensor.name.endswith(_SCALES)]
     embedding = next((tensor.elements for tensor in weights if _EMBEDDING.search(tensor.name)), 0)
     head = next((tensor.elements for tensor in weights if _HEAD.search(tensor.name)), 0)
     parameters = sum(tensor.elements for tensor in checkpoint.tensors)

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from calib.errors import RecipeError
+from calib.errors import CheckpointError, RecipeError
 
 RECIPE_FILE = "rotq.yaml"
 EMBEDDED = "embedded"
 ROTATIONS = ("r1", "r2", "r3", "r4")
+_AFTER_ARTIFACT = ("model", "revision", "trust_remote_code", "backend", "target", "device", "evaluation")
 
 
 class _Section(BaseModel):
@@ -213,6 +214,26 @@ def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
         raise RecipeError(
             _explain(error), hint="`rotq export --dry-run` prints a complete recipe with every key"
         ) from error
+
+
+def recipe_of_artifact(values: Mapping[str, Any], given: Recipe, folder: Path) -> Recipe:
+    """The recipe of writing an artifact again: what it was made by, with those parts of ``given`` that still matter.
+
+    Args:
+        values: the recipe in the artifact's provenance.
+        given: the recipe of this run.
+        folder: the artifact, for the message.
+
+    Raises:
+        CheckpointError: ``values`` is no recipe of this version.
+    """
+    try:
+        made = Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"the recipe in '{folder}' cannot be read: {_explain(error)}", hint="run `rotq calibrate` again"
+        ) from error
+    return made.model_copy(update={key: getattr(given, key) for key in _AFTER_ARTIFACT})
 
 
 class _Loader(yaml.SafeLoader):

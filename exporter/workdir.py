@@ -17,8 +17,8 @@ from exporter.output import atomic_folder
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 
 CAPTURE, ARTIFACT, WALK = "capture", "artifact", "layerwise"
-_FREE = ("backend", "target", "evaluation")
-"""Settings that no kept step depends on."""
+_FREE = ("backend", "target", "evaluation", "layerwise.max_memory")
+"""Settings, and sections of them, that no kept step depends on."""
 
 
 class WorkDir:
@@ -68,7 +68,8 @@ class WorkDir:
 
 def _check_same(kept: Recipe, wanted: Recipe, folder: Path) -> None:
     before, now = dict(_flatten(kept.model_dump(mode="json"))), dict(_flatten(wanted.model_dump(mode="json")))
-    changed = [key for key in before if key.split(".")[0] not in _FREE and before[key] != now[key]]
+    free = tuple(f"{key}." for key in _FREE)
+    changed = [key for key in before if not f"{key}.".startswith(free) and before[key] != now[key]]
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more: {', '.join(changed[1:])})" if len(changed) > 1 else ""

@@ -6,7 +6,8 @@ A quantized linear with an online rotation R and static input scale, all of it o
     W_q int8 [K, N] -> DequantizeLinear(s_w [N], axis 1) ----------------------------------------- MatMul -> Add(b)
 
 The weight is stored ``[K, N]`` (transposed from ``[out, in]``) so that its DequantizeLinear feeds MatMul directly: the
-form that runtimes turn into an integer kernel.
+form that runtimes turn into an integer kernel. Where its columns follow an order of their own (GPTQ's act-order), a
+Gather puts x into that order right before the MatMul. A linear in float is rotated as well, and multiplied as it is.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tape
 from torch import Tensor
+from transformers import AutoConfig
 
 from backends.onnx.trace import DOMAIN, MODULE_ATTRIBUTE
+from calib.architectures import Space, architecture_for
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
@@ -47,6 +50,7 @@ class _Lowering:
         self.dtype = ir.tensor(torch.zeros((), dtype=quantized.dtype)).dtype
         self._initializers: dict[str, ir.Value] = {}
         self._rotated: dict[tuple[int, str], ir.Value] = {}
+        self._before_float = _rotations_before_float(quantized)
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -100,9 +104,17 @@ class _Lowering:
         dequantized = builder.op(
             "DequantizeLinear", [weight, scale], attributes, name=f"{linear.name}/DequantizeWeight"
         )
+        if linear.weight_order is not None:
+            order = linear.weight_order
+            value = self._initializer(
+                f"{linear.name}.weight_order", tuple(order.shape), ir.DataType.INT64, lambda: order.contiguous()
+            )
+            x = builder.op("Gather", [x, value], {"axis": -1}, name=f"{linear.name}/Order")
         return self._matmul(builder, x, dequantized, linear.name, linear.bias)
 
     def _float_linear(self, builder: tape.Tape, x: ir.Value, name: str) -> ir.Value:
+        if name in self._before_float:
+            x = self._rotate(builder, x, self._before_float[name])
         weight = self._transposed(f"{name}.weight", self.quantized.floats[f"{name}.weight"], self.dtype)
         return self._matmul(builder, x, weight, name, self.quantized.floats.get(f"{name}.bias"))
 
@@ -181,6 +193,18 @@ class _Lowering:
             self.graph.register_initializer(value)
             self._initializers[name] = value
         return self._initializers[name]
+
+
+def _rotations_before_float(quantized: QuantizedModel) -> dict[str, Rotation]:
+    """The R4 whose inverse is folded into a linear that stays in float, by the linear's name."""
+    config = AutoConfig.for_model(**quantized.config)
+    found = {}
+    for spec in architecture_for(config).all_linears(config):
+        if spec.reads is Space.FFN and spec.layer is not None and spec.name not in quantized.linears:
+            rotation = quantized.rotations.r4(spec.layer, spec.branch)
+            if rotation is not None:
+                found[spec.name] = rotation
+    return found
 
 
 def _tensor(values: Tensor, dtype: ir.DataType, name: str) -> ir.TensorProtocol:

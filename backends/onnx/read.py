@@ -45,6 +45,10 @@ def _linear(graph: ir.Graph, name: str, entry: Mapping[str, Any]) -> QuantizedLi
     scale = _constant(weight_node, 1)
     activation = product.inputs[0]
     producer = activation.producer() if activation is not None else None
+    order = None
+    if producer is not None and producer.name == f"{name}/Order":
+        order, activation = _constant(producer, 1), producer.inputs[0]
+        producer = activation.producer() if activation is not None else None
     static = producer is not None and producer.op_type == "DequantizeLinear"
     return QuantizedLinear(
         name=name,
@@ -55,6 +59,7 @@ def _linear(graph: ir.Graph, name: str, entry: Mapping[str, Any]) -> QuantizedLi
         input_scheme=None if entry["input"] is None else tensor_scheme_from_dict(entry["input"]),
         input_scale=_constant(producer, 1) if static and producer is not None else None,
         online_rotation=entry["online_rotation"],
+        weight_order=order,
     )
 
 

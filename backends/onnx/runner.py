@@ -128,6 +128,8 @@ def _tap_outputs(path: Path) -> dict[str, tuple[str, str]]:
             continue
         module = node.name.removesuffix("/MatMul")
         entering = node.input[0]
+        if f"{module}/Order" in named:
+            entering = named[f"{module}/Order"].input[0]
         dequantize = producers.get(entering)
         if dequantize is not None and dequantize.op_type == "DequantizeLinear":
             entering = producers[dequantize.input[0]].input[0]

@@ -26,7 +26,7 @@ def write(model: QuantizedModel, path: Path, *, opset: int, progress: Progress) 
     """Write ``path`` and ``path.data`` from the artifact.
 
     Raises:
-        BackendError: the model cannot be traced, or the artifact lacks a linear.
+        BackendError: the model cannot be traced, the artifact lacks a linear, or an embedding of it is quantized.
     """
     progress("trace", 0, 1)
     graph = build(model, opset=opset)
@@ -42,12 +42,18 @@ def write(model: QuantizedModel, path: Path, *, opset: int, progress: Progress) 
 def build(model: QuantizedModel, *, opset: int) -> ir.Model:
     """The graph of ``model`` in memory, its large initializers still unread."""
     config = AutoConfig.for_model(**model.config)
-    experts = architecture_for(config).expert_parameters(config)
+    architecture = architecture_for(config)
+    experts = architecture.expert_parameters(config)
     if experts:
         raise BackendError(
             f"a mixture of experts ('{model.config['model_type']}') cannot be written as ONNX yet: torch.onnx does not "
             f"translate grouped experts such as '{experts[0]}'",
             hint="use a dense model",
+        )
+    tables = [table.name for table in architecture.embeddings if table.name in model.linears]
+    if tables:
+        raise BackendError(
+            f"the quantized embedding '{tables[0]}' cannot be written as ONNX yet", hint="leave that override out"
         )
     widths = {name: linear.weight.shape[0] for name, linear in model.linears.items()}
     widths |= {name: model.floats[f"{name}.weight"].shape[0] for name in model.kept}

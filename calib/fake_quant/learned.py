@@ -1,8 +1,8 @@
 """Fake-quantizers whose range is learned with the weights: LSQ and PACT.
 
 Calibration gives the start, and training takes over: in the state QAT nothing is observed any more, unless there is no
-start yet, which the first batch then gives. Both need an integer format with scales that are static and stored as
-floats.
+start yet, which the first batch then gives. Both need an integer format with scales that are static, stored as floats,
+and not those of clusters.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from calib.fake_quant.fake_quantize import FakeQuantizer, Role
 from calib.fake_quant.states import FakeQuantState
 from calib.fake_quant.straight_through import replace_straight_through, round_learned_step
 from calib.grids import Grid, grid_of, round_to_grid
+from calib.observers.forward import observe_named
 from calib.observers.observer import ObserverFactory
 from calib.observers.statistics import Limits
-from calib.schemes import TensorScheme
+from calib.schemes import PerCluster, TensorScheme
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -38,10 +39,11 @@ class LearnedRange(FakeQuantizer):
         self, method: str, name: str, role: Role, scheme: TensorScheme, factory: ObserverFactory, shape: torch.Size
     ) -> None:
         super().__init__(name, role, scheme, factory)
-        if scheme.format.kind != "integer" or scheme.dynamic or scheme.scale_format != "compute":
+        clustered = isinstance(scheme.granularity, PerCluster)  # channels of a cluster would learn ranges of their own
+        if scheme.format.kind != "integer" or scheme.dynamic or scheme.scale_format != "compute" or clustered:
             raise QuantizationError(
                 f"'{method}' cannot learn the range of {name}",
-                hint="it needs an integer format with static scales; use fake_quant",
+                hint="it needs an integer format with static scales that are not those of clusters; use fake_quant",
             )
         self.learned = nn.Parameter(torch.full(shape, torch.nan))
 
@@ -75,7 +77,10 @@ class LearnedStep(LearnedRange):
     """LSQ: the scale is learned (Esser et al., "Learned step size quantization", 2020). Symmetric.
 
     start without calibration:  s = 2 mean|x| / sqrt(qmax)
-    gradient of s scaled by:    g = 1 / sqrt(N qmax),   N values per step
+    gradient of s scaled by:    g = 1 / sqrt(N qmax)
+
+    with N the weights that share the step, or of an input the features of one token: the loss is a mean over tokens, so
+    that their number is in the gradient already.
     """
 
     def __init__(
@@ -98,14 +103,15 @@ class LearnedStep(LearnedRange):
 
     def start_from(self, x: Tensor) -> None:
         """As the paper starts; one mean for all groups of a weight."""
+        observe_named(self._factory(self.scheme), self.name, x)  # for its check alone
         mean = x.detach().abs().float().mean()
         self._set((2 * mean / math.sqrt(self.scheme.format.qmax)).clamp(min=_TINY))
 
     def rounded(self, x: Tensor) -> Tensor:
         """See :class:`FakeQuantizer`."""
         step, _ = self.spread(Grid(self.positive), x)
-        per_step = x.numel() / self.learned.numel()
-        return round_learned_step(x, step, self.scheme.format, 1 / math.sqrt(per_step * self.scheme.format.qmax))
+        count = x.shape[-1] if self.role == "input" else x.numel() / self.learned.numel()
+        return round_learned_step(x, step, self.scheme.format, 1 / math.sqrt(count * self.scheme.format.qmax))
 
 
 class LearnedClip(LearnedRange):

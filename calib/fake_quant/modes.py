@@ -81,14 +81,16 @@ def _differs(module: nn.Module, args: Any, kwargs: Any) -> bool:
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     outputs = []
-    with torch.random.fork_rng(devices=list(devices)):
-        for training in (False, True):
-            module.training = training
-            torch.manual_seed(0)
-            outputs.append(_tensors(module(*_copied(args), **_copied(kwargs))))
-    module.training = False
-    for name, buffer in module.named_buffers():
-        buffer.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            for training in (False, True):
+                module.training = training
+                torch.manual_seed(0)
+                outputs.append(_tensors(module(*_copied(args), **_copied(kwargs))))
+    finally:  # the module may refuse to run in training mode
+        module.training = False
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
     evaluated, trained = outputs
     return len(evaluated) != len(trained) or any(_distant(a, b) for a, b in zip(evaluated, trained, strict=True))
 

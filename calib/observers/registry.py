@@ -101,7 +101,7 @@ def _mse(spec: str, _: float, scheme: TensorScheme) -> Observer:
 OBSERVERS = {
     "min_max": Entry(None, _min_max),
     "moving_average": Entry(Parameter("weight of the past", 0, 1, False, 0.9), _moving_average),
-    "percentile": Entry(Parameter("per cent of the values kept", 50, 100, False, 99.99), _percentile),
+    "percentile": Entry(Parameter("per cent of the values kept", 50, 100, True, 99.99), _percentile),
     "entropy": Entry(None, _entropy),
     "mse": Entry(None, _mse),
     "clip": Entry(Parameter("largest magnitude", 0, torch.finfo(torch.float32).max, True, None), _clip),

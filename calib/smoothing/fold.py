@@ -63,7 +63,7 @@ def _divide_norm(state: MutableMapping[str, Tensor], norm: NormSpec, s: Tensor, 
     divided = (gain / s.to(gain.device) - offset).to(stored.dtype)
     rounded = divided.double() + offset
     lost = rounded == 0
-    state[norm.weight] = torch.where(lost, stored, divided)
+    _store(state, norm.weight, torch.where(lost, stored, divided))
     s = torch.where(lost, torch.ones_like(gain), gain / rounded)
     if norm.bias in state:
         _store(state, norm.bias, state[norm.bias].double() / s)

@@ -15,7 +15,8 @@ it was taken from. The regulariser is left out at first; then β falls from 20 t
 and by. In the end each weight is rounded up where h is at least 1/2.
 
 Rows do not depend on each other. Each row's first term is divided by its error when rounded to nearest, and multiplied
-by the number of columns, so that λ means the same whatever the units and the width.
+by the number of columns, so that λ means the same whatever the units and the width. A row without an error has nothing
+to gain: its first term is left out, and the regulariser takes it to where it is nearest.
 """
 
 from __future__ import annotations
@@ -80,9 +81,8 @@ def adaround(
         nearest.append(on_grid(weight, grid, scheme))
     start = nearest[-1]
     error = row_errors(weight, start.values(scheme), moment).float()
-    problem = _Problem(
-        weight, moment, start.grid, scheme, weight.shape[1] / error.clamp(min=torch.finfo(error.dtype).tiny)
-    )
+    row_weights = (weight.shape[1] / error).nan_to_num(posinf=0.0)  # infinite for a row without an error
+    problem = _Problem(weight, moment, start.grid, scheme, row_weights)
     learnt = problem.learn(iterations, regularisation, learning_rate)
     return keep_best(weight, moment, scheme, [*nearest, Rounded(learnt, start.grid)])
 

@@ -75,7 +75,8 @@ def observe_moments(model: nn.Module, modules: Sequence[str], run: Callable[[nn.
 
     Raises:
         CheckpointError: one of ``modules`` does not exist.
-        QuantizationError: ``run`` never reached a module (all are named), or its input holds NaN or Inf.
+        QuantizationError: ``run`` never reached a module or gave it no token (all are named), or its input holds NaN or
+            Inf.
         UnsupportedModelError: modules share their input in one call and not in another.
     """
     observer = _Observer()
@@ -84,7 +85,9 @@ def observe_moments(model: nn.Module, modules: Sequence[str], run: Callable[[nn.
             module = get_submodule(model, name)
             hooks.callback(module.register_forward_pre_hook(observer.hook(name), with_kwargs=True).remove)
         run(model)
-    unreached = [name for name in modules if name not in observer.leaders]
+    unreached = [
+        name for name in modules if name not in observer.leaders or not observer.moments[observer.leaders[name]].tokens
+    ]
     if unreached:
         raise QuantizationError(
             f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",

@@ -71,7 +71,7 @@ def keep_best(weight: Tensor, moment: Tensor, scheme: TensorScheme, candidates: 
     """
     best = candidates[0]
     error = row_errors(weight, best.values(scheme), moment)
-    by_row = isinstance(scheme.granularity, PerChannel | PerBlock) and best.grid.scale.shape[:1] == weight.shape[:1]
+    by_row = isinstance(scheme.granularity, PerBlock) or scheme.granularity == PerChannel(0)
     for candidate in candidates[1:]:
         found = row_errors(weight, candidate.values(scheme), moment)
         if by_row:

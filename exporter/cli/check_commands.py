@@ -52,7 +52,9 @@ def verify(
 
 @with_flags
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Exported folder, checkpoint folder or hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Exported or calibrated folder, checkpoint folder or hub id.")
+    ],
     talk: TalkFlags,
     text: Annotated[
         str | None,
@@ -65,9 +67,9 @@ def evaluate(
         int | None, typer.Option("--stride", min=1, help="Tokens that windows move on by; default: the window.")
     ] = None,
     nsamples: Annotated[int | None, typer.Option("--nsamples", min=1, help="Documents; default: all.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (checkpoints).")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (torch only).")] = "auto",
 ) -> None:
-    """Perplexity of an exported folder in its runtime, or of a checkpoint in torch.
+    """Perplexity of an exported folder in its runtime, or of an artifact or a checkpoint in torch.
 
     Windows slide by --stride, and each token counts once, so figures of different windows can be compared.
     """

@@ -296,7 +296,7 @@ def overrides(*groups: Any) -> dict[str, Any]:
             if value is None or value is False or value == []:
                 continue
             if field.name == "override":
-                value = dict(_pattern_and_scheme(item) for item in value)
+                value = _patterns_and_schemes(value)
             elif isinstance(value, list):
                 value = [str(item) for item in value]
             if field.name == "rotation_optimizer":
@@ -304,6 +304,16 @@ def overrides(*groups: Any) -> dict[str, Any]:
             elif field.name in RECIPE_KEYS:
                 values[RECIPE_KEYS[field.name]] = value
     return values
+
+
+def _patterns_and_schemes(texts: list[str]) -> dict[str, str]:
+    """In the order given; a pattern that is given twice stands where it was given last."""
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, scheme = _pattern_and_scheme(text)
+        found.pop(pattern, None)
+        found[pattern] = scheme
+    return found
 
 
 def _pattern_and_scheme(text: str) -> tuple[str, str]:

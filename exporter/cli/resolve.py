@@ -31,9 +31,12 @@ FIXED_BY_ARTIFACT = (
     "rotate",
     "rotation.files",
     "revision",
+    "dtype",
+    "seed",
     "calibration.dataset",
     "calibration.nsamples",
     "calibration.seqlen",
+    "calibration.batch_size",
     "rotation.r1.optimizer",
     "rotation.r1.lr",
     "rotation.r1.epochs",
@@ -154,6 +157,8 @@ def _check_consistency(recipe: Recipe, given: Mapping[str, Any]) -> None:
                 f"--{kind}-lr has no effect: the monotone optimizer has no learning rate",
                 hint=f"add --rotation-optimizer qr, or leave --{kind}-lr out",
             )
+    if "layerwise.max_memory" in given and not recipe.layerwise.enabled:
+        raise UsageError("--max-memory has no effect without --layerwise", hint="add --layerwise, or leave it out")
     from exporter.quantizing import check_names
 
     check_names(recipe)

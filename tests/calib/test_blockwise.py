@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,11 @@ def test_the_head_lies_outside_of_the_blocks(tmp_path: Path) -> None:
     _, lazy, how = prepared("llama", "int8", {"overrides": {"lm_head": "int8-weight-only"}})
     with pytest.raises(QuantizationError, match="decoder blocks only, not lm_head"):
         blockwise(lazy, how, tmp_path)
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_hidden_states_that_fit_in_memory_are_written_only_for_a_later_run(resumable: bool, tmp_path: Path) -> None:
+    _, lazy, how = prepared("llama", "int8", {})
+    blockwise(lazy, how, tmp_path, resumable=resumable)
+    shards = json.loads((tmp_path / "work" / "journal.json").read_text())["shards"]
+    assert bool(shards["block-00000"]["next_inputs"]) is resumable

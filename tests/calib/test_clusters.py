@@ -85,6 +85,11 @@ def test_the_same_seed_gives_the_same_labels_and_all_are_in_range(channels: int,
     assert reach == sorted(reach)
 
 
+def test_what_differs_by_rounding_alone_is_one_cluster() -> None:
+    features = 1 + 1e-13 * torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert cluster_channels(features, 2).tolist() == [0] * 8
+
+
 def test_more_clusters_than_channels_are_refused() -> None:
     for k in (0, 4):
         with pytest.raises(QuantizationError, match=f"3 channels into {k} clusters"):

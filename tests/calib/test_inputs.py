@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from calib.errors import QuantizationError
+from calib.grids import round_to_grid
 from calib.inputs import fake_quantize_input, input_grid
+from calib.rounding import round_e4m3_scale
 from calib.schemes import (
     FLOAT8,
     INT4,
@@ -102,6 +104,17 @@ def test_nvfp4_takes_its_second_level_from_calibration() -> None:
     assert float(input_grid(-amax, amax, scheme, torch.float16).scale) == pytest.approx(12 / (6 * 448), rel=1e-6)
     with pytest.raises(QuantizationError, match="needs a calibrated scale"):
         fake_quantize_input(activations(), scheme)
+
+
+def test_nvfp4_uses_the_second_level_that_is_stored_to_the_bit() -> None:
+    scheme = SCHEMES["nvfp4"].activation
+    assert scheme is not None
+    x = torch.linspace(-1, 1, 16)
+    # One in six float32 numbers does not survive a product with 6 * 448 and a division by it.
+    for second in torch.rand(64, generator=torch.Generator().manual_seed(0)) * 1e-3 + 1e-4:
+        step = round_e4m3_scale(x.abs().amax() / 6 / second) * second
+        expected = round_to_grid(x, step, None, scheme.format)
+        assert torch.equal(fake_quantize_input(x[None], scheme, second)[0], expected)
 
 
 @pytest.mark.parametrize("granularity", [PerChannel(0), PerBlock(16)], ids=str)

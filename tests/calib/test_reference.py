@@ -12,7 +12,7 @@ from calib.artifact import QuantizedLinear
 from calib.fusing import materialize
 from calib.reference import ReferenceLinear, build_reference
 from calib.rotations.rotation_set import hadamard_rotation
-from calib.schemes import INT4, INT8, PerBlock, PerChannel, PerTensor, TensorScheme
+from calib.schemes import INT4, INT8, PerBlock, PerChannel, PerCluster, PerTensor, TensorScheme
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, quantize_fused, quantize_tiny, relative_l2, token_rows
 from tests.tolerances import SAME_SUMS, WEIGHT_ONLY
 
@@ -70,6 +70,13 @@ def test_the_online_rotation_comes_before_the_quantizer() -> None:
     # a different summation may round a few inputs to the next integer; without the rotation all differ
     assert relative_l2(found, plain(rotated)) < 0.01
     assert relative_l2(found, plain(x)) > 0.5
+
+
+def test_scales_follow_the_input_to_its_device() -> None:
+    clustered = TensorScheme(INT8, PerCluster(2))
+    linear = dataclasses.replace(one_linear(), input_scheme=clustered, input_scale=torch.ones(inputs().shape[-1]))
+    module = ReferenceLinear(linear, None, split_sum=False).to("meta")  # as good as any device but the CPU
+    assert module.quantize(inputs().to("meta")).device.type == "meta"
 
 
 def test_blocked_weights_use_the_scale_of_their_block() -> None:

@@ -119,6 +119,11 @@ def test_rounding_before_calibration_is_refused_by_name(method: str) -> None:
 def test_what_is_not_finite_is_refused_by_name() -> None:
     with pytest.raises(QuantizationError, match=r"'linear \(input\)': .* NaN or Inf"):
         quantizer()(torch.tensor([1.0, torch.inf]))
+    for method in METHODS:
+        rounding = quantizer(method)
+        rounding.state = FakeQuantState.QAT
+        with pytest.raises(QuantizationError, match=r"'linear \(input\)': .* NaN or Inf"):
+            rounding(torch.tensor([1.0, torch.nan]))
 
 
 def test_gradients_pass_within_the_range_and_stop_outside() -> None:
@@ -171,6 +176,17 @@ def test_lsq_gradients_are_those_of_the_paper() -> None:
     assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_lsq_scales_the_gradient_by_the_features_of_a_token_whatever_the_batch() -> None:
+    gradients = []
+    for count in (1, 10):
+        rounding = quantizer("lsq", TensorScheme(INT4, PerTensor()))
+        rounding.set_limits(torch.tensor(-0.7), torch.tensor(0.7))
+        rounding.state = FakeQuantState.QAT
+        rounding(torch.tensor([0.123, -0.36, 5.0, -5.0]).repeat(count, 1)).sum(-1).mean().backward()
+        gradients.append(rounding.learned.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_lsq_starts_from_the_first_batch_and_then_ignores_what_it_sees() -> None:
     rounding = quantizer("lsq")
     rounding.state = FakeQuantState.QAT
@@ -215,6 +231,8 @@ def test_learned_ranges_refuse_what_they_cannot_learn() -> None:
     for method in ("lsq", "pact"):
         with pytest.raises(QuantizationError, match=f"'{method}' cannot learn the range of linear"):
             quantizer(method, TensorScheme(FLOAT8, PerTensor()))
+        with pytest.raises(QuantizationError, match=f"'{method}' cannot learn the range of linear"):
+            quantizer(method, TensorScheme(INT8, PerCluster(2)))
     with pytest.raises(QuantizationError, match="no zero point"):
         quantizer("lsq", TensorScheme(INT8, PerTensor(), symmetric=False))
     with pytest.raises(QuantizationError, match="clips at zero"):

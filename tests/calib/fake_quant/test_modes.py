@@ -96,3 +96,19 @@ def test_the_attention_of_gpt2_is_found_by_running() -> None:
     found = check_modes(model, {"input_ids": token_rows()[0].unsqueeze(0), "use_cache": False})
     assert found["transformer.h.0.attn"] == "its outputs differ on the sample"
     assert found["transformer.drop"] == "dropout, p = 0.1"
+
+
+class EvaluationOnly(nn.Linear):
+    """Refuses to run in training mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("not in training mode")
+        return super().forward(input)
+
+
+def test_a_module_that_refuses_to_train_stays_in_evaluation() -> None:
+    model = EvaluationOnly(3, 3).eval()
+    with pytest.raises(RuntimeError, match="not in training mode"):
+        check_modes(model, torch.ones(1, 3))
+    assert not model.training

@@ -26,6 +26,7 @@ def test_an_unknown_observer_lists_all() -> None:
         "percentile:high",
         "percentile:101",
         "percentile:49",
+        "percentile:50",
         "percentile:nan",
         "clip",
         "clip:0",

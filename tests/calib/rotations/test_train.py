@@ -153,6 +153,15 @@ def test_samples_of_any_floating_dtype_are_taken(dtype: torch.dtype) -> None:
     assert_orthogonal(train_rotation(activations(64, 8).to(dtype), TrainConfig(epochs=2)).matrix)
 
 
+def test_weights_of_half_precision_samples_do_not_overflow() -> None:
+    """Their sum, the number of tokens seen, is beyond float16."""
+    x, weights = activations(64, 8).half(), torch.linspace(1000, 3000, 64)
+    half = train_rotation(x, TrainConfig(epochs=2), weights=weights)
+    single = train_rotation(x.float(), TrainConfig(epochs=2), weights=weights)
+    assert half.losses == single.losses
+    assert torch.equal(half.matrix, single.matrix)
+
+
 def test_progress_counts_the_steps() -> None:
     seen: list[tuple[int, int | None]] = []
     config = TrainConfig(epochs=3, batch_size=30, subset=0.5)
@@ -287,3 +296,16 @@ def test_without_normalisation_heads_keep_their_sizes() -> None:
     scaled = x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
     again = train_rotation(scaled, replace(static, normalize=False), group=1).losses[-1]
     assert train_rotation(x, static, group=1).losses[-1] == pytest.approx(again, rel=1e-5)
+
+
+def test_the_heads_of_a_token_stay_together_in_batches() -> None:
+    """A batch is one of tokens: with what one query head reads put into another one, the loss would be another."""
+    group, tokens = 2, 30
+    x = activations(1, 2, tokens * group, 8)
+    config = TrainConfig(objective="scheme", scheme=INT4, epochs=1, batch_size=1)
+    result = train_rotation(x, replace(config, optimizer="qr", lr=1e-12), group=group)
+    start = train_rotation(x, replace(config, epochs=0), group=group)
+    assert result.steps == tokens
+    # Every token once, and a rotation that hardly moves: the mean over batches is the loss over all.
+    assert sum(result.losses[:-1]) / tokens == pytest.approx(start.losses[-1], rel=1e-4)
+    assert train_rotation(x, replace(config, batch_size=7), group=group).steps == -(-tokens // 7)

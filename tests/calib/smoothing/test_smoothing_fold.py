@@ -161,3 +161,5 @@ def test_overflow_of_float16_is_named(tiny_of: OfName) -> None:
     scales = torch.full((group.width,), 1e6)
     with pytest.raises(QuantizationError, match=r"q_proj\.weight does not fit torch\.float16"):
         fold_scales(dict(fused.state), group, scales, fused.architecture)
+    with pytest.raises(QuantizationError, match=rf"{group.name}\.weight does not fit torch\.float16"):
+        fold_scales(dict(fused.state), group, 1 / scales, fused.architecture)

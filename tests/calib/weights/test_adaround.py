@@ -10,7 +10,7 @@ from weights_support import FLOAT_SCHEMES, INTEGER_SCHEMES, correlated_moment, i
 
 from calib.errors import QuantizationError
 from calib.grids import expand_grid, weight_grid
-from calib.schemes import INT4, PerBlock, PerChannel, TensorScheme
+from calib.schemes import INT4, INT8, PerBlock, PerChannel, PerTensor, TensorScheme
 from calib.weights.adaround import adaround
 from calib.weights.clip import rtn
 from calib.weights.rounded import output_error, row_errors
@@ -105,3 +105,15 @@ def test_floating_point_formats_are_refused(name: str) -> None:
     with pytest.raises(QuantizationError, match="AdaRound rounds to integers") as caught:
         adaround(random_weight(4, 32), torch.eye(32), FLOAT_SCHEMES[name])
     assert "gptq" in str(caught.value.hint)
+
+
+def test_a_row_that_is_exact_stays_exact() -> None:
+    """Multiples of the step, some of which come out below a whole number when divided by it; one scale for all rows."""
+    scheme, weight = TensorScheme(INT8, PerTensor()), random_weight(4, 40)
+    weight = weight / weight.abs().max() * 127 * 0.1
+    grid = weight_grid(weight, scheme)
+    weight[0] = torch.arange(-20, 20) * grid.scale
+    assert bool(((weight[0] / grid.scale).floor() != torch.arange(-20, 20)).any())
+    found = adaround(weight, correlated_moment(40), scheme, iterations=ITERATIONS, clip=False)
+    assert torch.equal(found.stored[0].int(), torch.arange(-20, 20, dtype=torch.int32))
+    assert not torch.equal(found.stored, rtn(weight, scheme).stored)

@@ -11,7 +11,7 @@ from calib.errors import QuantizationError
 from calib.grids import dequantize, grid_of, quantize, weight_grid, weight_limits
 from calib.schemes import FLOAT4, INT4, INT8, PerBlock, PerChannel, PerTensor, TensorScheme
 from calib.weights.clip import clip_grid, mse, rtn
-from calib.weights.rounded import output_error
+from calib.weights.rounded import keep_best, output_error, row_errors
 
 
 def squared(weight: Tensor, values: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -119,3 +119,12 @@ def test_a_moment_that_does_not_fit_is_refused() -> None:
         mse(weight, scheme, moment=torch.eye(4))
     with pytest.raises(QuantizationError, match="NaN or Inf"):
         mse(weight, scheme, moment=torch.full((20, 20), torch.nan))
+
+
+def test_of_roundings_with_a_scale_for_each_column_a_whole_one_is_kept() -> None:
+    """Also where the weight is square, and there are as many scales as rows."""
+    scheme, weight, moment = TensorScheme(INT4, PerChannel(1)), random_weight(16, 16), correlated_moment(16)
+    candidates = [rtn(weight, scheme), mse(weight, scheme)]
+    errors = [float(row_errors(weight, one.values(scheme), moment).sum()) for one in candidates]
+    kept = keep_best(weight, moment, scheme, candidates)
+    assert kept is candidates[errors.index(min(errors))]

@@ -170,6 +170,8 @@ def test_unreached_broken_and_absent_modules_are_named() -> None:
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("used", "idle", "lazy")})
     with pytest.raises(QuantizationError, match=r"never reached 2 linear\(s\): idle, lazy"):
         observe_moments(model, list(model), lambda module: module.get_submodule("used")(torch.ones(1, 4)))
+    with pytest.raises(QuantizationError, match=r"never reached 1 linear\(s\): used"):  # an expert without tokens, say
+        observe_moments(model, ["used"], lambda module: module.get_submodule("used")(torch.ones(0, 4)))
     with pytest.raises(QuantizationError, match="NaN or Inf in the input of used"):
         observe_moments(model, ["used"], lambda module: module.get_submodule("used")(torch.full((1, 4), torch.nan)))
     with pytest.raises(CheckpointError, match="no submodule 'absent'"):
