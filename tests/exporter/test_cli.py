@@ -187,6 +187,8 @@ def test_output_that_the_terminal_cannot_encode_does_not_kill_it(plugins: str) -
 
 def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     script = (
+        # a shell that runs the tests in the background has its children ignore interrupts
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, time, types; from exporter.output import atomic_folder; import exporter.cli.session as session\n"
         "session._silence_libraries = lambda: None\n"
         "def run_capture(recipe, options, *, progress):\n"
