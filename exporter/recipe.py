@@ -65,7 +65,7 @@ class Training(_Section):
     """``qr``: the reference's QR-orthogonalised latent; ``monotone``: the learning-rate-free polar step."""
     start: Literal["auto", "identity", "random", "hadamard", "pca-hadamard", "pca-ones"] = "auto"
     """``auto``: ``pca-ones`` where every token gets a zero point of its own, else ``hadamard``."""
-    epochs: int = Field(20, ge=0)
+    epochs: int = Field(40, ge=0)
     batch_size: int | None = Field(None, ge=1)
     """Tokens a step; null: all of them."""
     subset: float = Field(1.0, gt=0, le=1)

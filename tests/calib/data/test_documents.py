@@ -90,7 +90,8 @@ def test_a_local_file_wins_over_a_hub_id_of_the_same_form() -> None:
 
 def test_missing_optional_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("pyarrow", "pyarrow.parquet"):  # where it is installed, another test may have imported it
+        monkeypatch.setitem(sys.modules, name, None)
     parquet = tmp_path / "text.parquet"
     parquet.write_bytes(b"PAR1")
     for source in ("wikitext2", str(parquet)):
