@@ -1,4 +1,4 @@
-"""From observed magnitudes to scales, and from scales to stored integers.
+"""From observed magnitudes to scales; what is rounded with them is in :mod:`calib.grids`.
 
 Two conventions are in use in the field, and both are here under their own names:
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from calib.errors import QuantizationError
-from calib.schemes import NumberFormat
 
 
 def convert_to_scale(amax: Tensor, maxbound: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,15 +73,3 @@ def compute_scale(data: Tensor, quant_min: float, quant_max: float) -> Tensor:
     if data.numel() == 0:
         raise QuantizationError("cannot compute a scale of an empty tensor")
     return convert_to_scale(data.detach().abs().max(), (quant_max - quant_min) / 2, dtype=data.dtype)
-
-
-def fake_quantize(x: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
-    """Quantize and dequantize activations with one scale: ``clamp(round(x / scale)) * scale``, ties to even.
-
-    This is ONNX's QuantizeLinear and DequantizeLinear to the bit. ModelOpt multiplies by ``127 / amax`` instead, which
-    rounds differently in about one of 10^5 values.
-    """
-    ratio = x / scale
-    if fmt.kind == "float":
-        return ratio.clamp(fmt.qmin, fmt.qmax).to(torch.float8_e4m3fn).to(x.dtype) * scale
-    return ratio.round().clamp(fmt.qmin, fmt.qmax) * scale
