@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from calib.errors import BackendError
 from calib.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from calib.artifact import QuantizedLinear, QuantizedModel
+    from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
     from calib.schemes import LinearScheme, TensorScheme
 
 
@@ -22,11 +23,22 @@ class WriteOptions:
 
     target: str
     """One of the backend's targets."""
+    logits: Literal["all", "last"] = "all"
+    """Logits of every token, or of the last one of each row alone: all that generating text needs."""
+    max_shard_bytes: int | None = None
+    """Files of weights are split beyond this size; ``None``: the backend's own limit."""
     progress: Progress = field(default=silent, compare=False)
+
+
+class RuntimeMissing(BackendError):
+    """The runtime that would run a written folder is not installed, or needs hardware that is not there."""
 
 
 class RuntimeModel(Protocol):
     """An exported folder, running in its runtime. All tensors are CPU torch tensors."""
+
+    runtime: str
+    """What runs it, for tables: ``ONNX Runtime 1.31.1 (CPU)``, ``transformers``, ``torch, from the file``."""
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
@@ -40,7 +52,7 @@ class RuntimeModel(Protocol):
             past: key, value of every layer in turn, or ``None`` for an empty cache.
 
         Returns:
-            Logits float32 ``[B, S, V]`` and the new cache, ``[B, kv_heads, P + S, head_dim]`` each.
+            Logits float32 ``[B, S, V]`` (``[B, 1, V]`` where only those of the last token were written) and the new cache, ``[B, kv_heads, P + S, head_dim]`` each.
         """
 
 
@@ -63,6 +75,22 @@ class Fusion:
     """Count of each compute operator in the graph that the runtime really executes."""
 
 
+ContentKind = Literal["quantized weight", "scale", "zero point", "float weight", "other"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a written folder, as ``rotq inspect`` counts it."""
+
+    name: str
+    kind: ContentKind
+    dtype: str
+    """As the runtime calls it: ``int4``, ``float16``, ``float8_e4m3fn``."""
+    shape: tuple[int, ...]
+    nbytes: int
+    """On disk, packed."""
+
+
 class Backend(Protocol):
     """Writes a :class:`~calib.artifact.QuantizedModel` for a runtime and loads it back. Holds no state."""
 
@@ -73,28 +101,58 @@ class Backend(Protocol):
     def refusal(self, scheme: LinearScheme, target: str) -> str | None:
         """Why ``target`` cannot express a linear of ``scheme``, else ``None``. Torch-free."""
 
+    def warning(self, scheme: LinearScheme, target: str) -> str | None:
+        """What a linear of ``scheme`` that ``target`` can express falls back to where it is slow, else ``None``.
+
+        Torch-free.
+        """
+
     def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
         """Why ``target`` cannot express a KV cache of ``scheme``, else ``None``. Torch-free."""
 
-    def compute_dtype(self, target: str) -> str:
-        """Dtype the target computes in: ``float32``, ``float16`` or ``bfloat16``."""
+    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
+        """Why ``target`` cannot express this model, whatever the scheme, and what to do; else ``None``.
+
+        Args:
+            config: Hugging Face config as a dictionary.
+            linears: names of what is quantized: linears, experts, embeddings.
+            target: one of the targets.
+        """
+
+    def compute_dtype(self, target: str) -> str | None:
+        """Dtype the target computes in: ``float32``, ``float16`` or ``bfloat16``; ``None``: that of the checkpoint."""
 
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
-        """Write the runtime's files into the empty, existing ``folder``. The model is not modified."""
+        """Write the runtime's files into the empty, existing ``folder``. The model is not modified.
 
-    def load(self, folder: Path, *, exact: bool) -> RuntimeModel:
-        """Open a written folder in its runtime.
+        Files of the checkpoint that travel along (tokenizer, generation config) are not its business, and neither is
+        ``config.json``, unless the runtime wants one of its own: what it writes is kept.
+        """
+
+    def load(self, folder: Path, target: str, *, exact: bool) -> RuntimeModel:
+        """Open a written folder in its runtime, or in the nearest thing to it that this machine has.
 
         Args:
             folder: what :meth:`write` wrote.
+            target: what it was written for.
             exact: ask for arithmetic as written, without the runtime's own approximations; else as a user runs it.
+
+        Raises:
+            RuntimeMissing: nothing on this machine can run it.
+            BackendError: the folder is damaged.
         """
 
-    def load_probed(self, folder: Path) -> ProbedModel:
-        """Open a written folder in its runtime so that its linears can be looked into."""
+    def load_probed(self, folder: Path, target: str) -> ProbedModel:
+        """Open a written folder in its runtime so that its linears can be looked into; errors as for :meth:`load`."""
 
-    def fusion(self, folder: Path) -> Fusion:
-        """How the runtime executes the linears of a written folder."""
+    def fusion(self, folder: Path, target: str) -> Fusion | None:
+        """How the runtime executes the linears of a written folder; ``None`` where it does not tell."""
 
-    def read_linears(self, folder: Path) -> Mapping[str, QuantizedLinear]:
+    def read_linears(self, folder: Path, target: str) -> Mapping[str, QuantizedLinear]:
         """Quantized linears as the written folder holds them, in the artifact's orientation."""
+
+    def read_cache(self, folder: Path, target: str) -> QuantizedCache | None:
+        """The quantized KV cache as the written folder holds it, if there is one."""
+
+    def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
+        """Every tensor that the written folder holds."""

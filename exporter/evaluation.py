@@ -91,7 +91,7 @@ def evaluate(
 
 def _exported(folder: Path) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
     report = Report.load(folder)
-    runtime = get_backend(report.backend).load(folder, exact=False)
+    runtime = get_backend(report.backend).load(folder, report.target, exact=False)
     return runtime_logits(runtime), load_config(folder), (f"{report.backend} ({report.target})", folder)
 
 

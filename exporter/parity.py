@@ -50,6 +50,7 @@ class Subject:
 
     quantized: QuantizedModel
     backend: Backend
+    target: str
     folder: Path
     rows: Sequence[Tensor]
     """Held-out token rows, int64 ``[tokens]``."""
@@ -104,7 +105,7 @@ def _rung2(subject: Subject) -> list[ParityRow]:
     rows = [_linears_row(subject, reference)]
     floor, floor_rows = _end_to_end_bound(subject, reference)
     rows += floor_rows
-    exact, default = (subject.backend.load(subject.folder, exact=flag) for flag in (True, False))
+    exact, default = (subject.backend.load(subject.folder, subject.target, exact=flag) for flag in (True, False))
     # One override may leave the input of a linear in float, whatever the scheme says of the others.
     weight_only = any(linear.input_scheme is None for linear in subject.quantized.linears.values())
     rows.append(_end_to_end("prefill, exact session", _prefill(exact, reference, subject.rows), floor))
@@ -113,7 +114,7 @@ def _rung2(subject: Subject) -> list[ParityRow]:
     rows.append(_end_to_end("prefill, default session", measured, None if weight_only else floor, note))
     rows.append(_end_to_end("decode with cache, step by step", _decode(exact, reference, subject.rows), floor))
     rows.append(_end_to_end("batch of 3, left-padded", _padded(exact, reference, subject.rows), floor))
-    fusion = subject.backend.fusion(subject.folder)
+    fusion = subject.backend.fusion(subject.folder, subject.target)
     left = f"not fused: {', '.join(fusion.unfused[:3])}" if fusion.unfused else f"{fusion.quantized} linears fused"
     rows.append(_row(2, "linears left to dequantize at run time", "unfused", float(len(fusion.unfused)), 0.0, left))
     return rows
@@ -121,7 +122,7 @@ def _rung2(subject: Subject) -> list[ParityRow]:
 
 def _linears_row(subject: Subject, reference: nn.Module) -> ParityRow:
     """The worst linear of the runtime against torch, both fed what entered that linear in the runtime."""
-    probed = subject.backend.load_probed(subject.folder)
+    probed = subject.backend.load_probed(subject.folder, subject.target)
     differences = {name: Difference() for name in subject.quantized.linears}
     for row in subject.rows[:_PROBE_ROWS]:
         found = probed.probe(row[:_PROBE_TOKENS].unsqueeze(0), list(differences))
@@ -193,7 +194,7 @@ def _padded(runtime: RuntimeModel, reference: nn.Module, rows: Sequence[Tensor])
 
 def _rung3(subject: Subject, source: Source) -> list[ParityRow]:
     window = max(row.numel() for row in subject.rows)
-    runtime = runtime_logits(subject.backend.load(subject.folder, exact=False))
+    runtime = runtime_logits(subject.backend.load(subject.folder, subject.target, exact=False))
     found = compare_logits(
         model_logits(source.original(subject.device)), runtime, subject.rows, window=window, stride=window
     )

@@ -374,7 +374,7 @@ class Run:
     def write(self, quantized: QuantizedModel, folder: Path) -> Report:
         """Write, check and describe the output folder."""
         with self.stage("write"):
-            self.backend.write(quantized, folder, WriteOptions(self.target, self.progress))
+            self.backend.write(quantized, folder, WriteOptions(self.target, progress=self.progress))
             write_side_files(quantized, self.recipe, folder)
         parity: list[ParityRow] = []
         if self.options.verify:
@@ -386,7 +386,14 @@ class Run:
     def _subject(self, quantized: QuantizedModel, folder: Path) -> Subject:
         source, fused = self._original(quantized)
         return Subject(
-            quantized, self.backend, folder, self.rows.evaluation, source=source, fused=fused, device=self.device
+            quantized,
+            self.backend,
+            self.target,
+            folder,
+            self.rows.evaluation,
+            source=source,
+            fused=fused,
+            device=self.device,
         )
 
     def _original(self, quantized: QuantizedModel) -> tuple[Source | None, FusedModel | None]:

@@ -60,7 +60,9 @@ def verify(folder: Path, *, model: str | None = None, rows: int | None = None, p
     backend = get_backend(report.backend)
     fused, quantized = read_back(folder, report, recipe, source, backend)
     evaluation = read_rows(recipe, source.tokenizer, source.config).evaluation
-    parity = check_parity(Subject(quantized, backend, folder, evaluation, source=source, fused=fused), progress)
+    parity = check_parity(
+        Subject(quantized, backend, report.target, folder, evaluation, source=source, fused=fused), progress
+    )
     report = report.model_copy(
         update={
             "parity": parity,
@@ -77,7 +79,7 @@ def read_back(
 ) -> tuple[FusedModel, QuantizedModel]:
     """The rotated float model and the quantized model, from what ``folder`` holds and the original weights."""
     rotations = RotationSet.load(folder)
-    linears = backend.read_linears(folder)
+    linears = backend.read_linears(folder, report.target)
     dtype = getattr(torch, backend.compute_dtype(report.target) if recipe.dtype == "auto" else recipe.dtype)
     smoothing = load_smoothing(folder)
     fused = fold_all(fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype), smoothing)

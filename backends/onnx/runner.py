@@ -37,6 +37,7 @@ class OnnxModel:
         if probed:
             source = _with_outputs(path, [name for pair in self._taps.values() for name in pair])
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        self.runtime = f"ONNX Runtime {ort.__version__} (CPU)"
         self._session = open_session(source, options, path)
         self._inputs = self._session.get_inputs()
         self._outputs = [output.name for output in self._session.get_outputs() if output.name not in _flat(self._taps)]

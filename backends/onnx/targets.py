@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from calib.schemes import INT8, LinearScheme, PerBlock, PerTensor, TensorScheme
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Something that a target cannot express."""
-
-    when: Callable[[LinearScheme], bool]
-    reason: str
+from backends.rules import Rule, first_reason, is_dynamic, tensor_schemes
+from calib.schemes import INT8, LinearScheme, PerBlock, PerTensor
 
 
 @dataclass(frozen=True)
@@ -27,25 +20,17 @@ class Target:
 
     def refusal(self, scheme: LinearScheme) -> str | None:
         """Why this target cannot express a linear of ``scheme``; ``None`` if it can."""
-        return next((rule.reason for rule in self.rules if rule.when(scheme)), None)
-
-
-def _dynamic(scheme: LinearScheme) -> bool:
-    return scheme.input is not None and scheme.input.dynamic
-
-
-def _tensors(scheme: LinearScheme) -> list[TensorScheme]:
-    return [scheme.weight, *([scheme.input] if scheme.input is not None else [])]
+        return first_reason(self.rules, scheme)
 
 
 _ORT = (
     Rule(
-        lambda scheme: any(tensor.format.kind == "float" for tensor in _tensors(scheme)),
+        lambda scheme: any(tensor.format.kind == "float" for tensor in tensor_schemes(scheme)),
         "ONNX Runtime's CPU provider has no float8 or float4 kernels, and its optimizer fails to load such a graph",
     ),
-    Rule(_dynamic, "its Q/DQ graphs take calibrated scales; scales computed while running are not fused"),
+    Rule(is_dynamic, "its Q/DQ graphs take calibrated scales; scales computed while running are not fused"),
     Rule(
-        lambda scheme: any(not tensor.symmetric for tensor in _tensors(scheme)),
+        lambda scheme: any(not tensor.symmetric for tensor in tensor_schemes(scheme)),
         "the graph that runs everywhere has no zero points",
     ),
     Rule(

@@ -42,7 +42,7 @@ class Exported:
 
     def runtime(self) -> OnnxModel:
         """In ONNX Runtime, with arithmetic as written."""
-        return OnnxBackend().load(self.folder, exact=True)
+        return OnnxBackend().load(self.folder, "ort", exact=True)
 
     def logits(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Of the torch reference."""

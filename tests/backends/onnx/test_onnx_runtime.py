@@ -45,7 +45,7 @@ def test_prefill_is_the_reference(exported: Exported) -> None:
 
 def test_each_linear_on_the_same_input_is_the_reference(exported: Exported) -> None:
     names = list(exported.quantized.linears)
-    found = OnnxBackend().load_probed(exported.folder).probe(ids_of(12)[0][None], names)
+    found = OnnxBackend().load_probed(exported.folder, "ort").probe(ids_of(12)[0][None], names)
     assert list(found) == names
     for name, (entering, leaving) in found.items():
         linear = exported.reference.get_submodule(name)
@@ -54,7 +54,7 @@ def test_each_linear_on_the_same_input_is_the_reference(exported: Exported) -> N
 
 
 def test_linears_are_read_back_to_the_last_bit(exported: Exported) -> None:
-    found = OnnxBackend().read_linears(exported.folder)
+    found = OnnxBackend().read_linears(exported.folder, "ort")
     assert list(found) == list(exported.quantized.linears)
     for name, linear in exported.quantized.linears.items():
         for field in dataclasses.fields(linear):
@@ -67,7 +67,7 @@ def test_linears_are_read_back_to_the_last_bit(exported: Exported) -> None:
 
 
 def test_every_linear_runs_as_an_integer_kernel(exported: Exported) -> None:
-    found = OnnxBackend().fusion(exported.folder)
+    found = OnnxBackend().fusion(exported.folder, "ort")
     assert found.quantized == len(exported.quantized.linears)
     assert found.unfused == []
     integer = ("MatMulNBits",) if exported.quantized.scheme.weight_only else ("MatMulIntegerToFloat", "QLinearMatMul")
@@ -103,7 +103,7 @@ def test_left_padded_rows_are_the_rows_alone(exported: Exported) -> None:
 def test_the_default_session_runs_too(exported: Exported) -> None:
     """It may quantize activations of weight-only linears to int8 by itself, which costs about a percent."""
     ids = ids_of(12)[0][None]
-    logits, _ = prefill(OnnxBackend().load(exported.folder, exact=False), ids)
+    logits, _ = prefill(OnnxBackend().load(exported.folder, "ort", exact=False), ids)
     assert relative_l2(logits, exported.logits(ids)) <= FLIPS
 
 
@@ -156,10 +156,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no-graph": lambda folder: (folder / MODEL_FILE).unlink(),
 }
 OPENERS: dict[str, Load] = {
-    "load": lambda folder: OnnxBackend().load(folder, exact=True),
-    "load_probed": lambda folder: OnnxBackend().load_probed(folder),
-    "fusion": lambda folder: OnnxBackend().fusion(folder),
-    "read_linears": lambda folder: OnnxBackend().read_linears(folder),
+    "load": lambda folder: OnnxBackend().load(folder, "ort", exact=True),
+    "load_probed": lambda folder: OnnxBackend().load_probed(folder, "ort"),
+    "fusion": lambda folder: OnnxBackend().fusion(folder, "ort"),
+    "read_linears": lambda folder: OnnxBackend().read_linears(folder, "ort"),
 }
 
 
@@ -177,4 +177,4 @@ def test_a_graph_of_someone_else_is_refused(tmp_path: Path) -> None:
     text = '<ir_version: 10, opset_import: ["": 21]> g (float[n] x) => (float[n] y) { y = Identity (x) }'
     onnx.save(onnx.parser.parse_model(text), tmp_path / MODEL_FILE)
     with pytest.raises(BackendError, match="not a graph of rotq"):
-        OnnxBackend().read_linears(tmp_path)
+        OnnxBackend().read_linears(tmp_path, "ort")

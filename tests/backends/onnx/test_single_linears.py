@@ -34,7 +34,7 @@ def _end_to_end(quantized: QuantizedModel, folder: Path) -> float:
     OnnxBackend().write(quantized, folder, WriteOptions("ort"))
     ids = torch.stack(token_rows((12, 12), seed=4))
     positions = torch.arange(12).expand_as(ids)
-    logits, _ = OnnxBackend().load(folder, exact=True).forward(ids, torch.ones_like(ids), positions)
+    logits, _ = OnnxBackend().load(folder, "ort", exact=True).forward(ids, torch.ones_like(ids), positions)
     with torch.no_grad():
         return relative_l2(logits, build_reference(quantized)(input_ids=ids).logits)
 
@@ -50,7 +50,7 @@ def test_weights_in_an_order_of_their_own_meet_inputs_in_that_order(tmp_path: Pa
     assert all(linear.weight_order is not None for linear in quantized.linears.values())
     assert _end_to_end(quantized, tmp_path) <= WEIGHT_ONLY
     reference = build_reference(quantized)
-    read, probed = OnnxBackend().read_linears(tmp_path), OnnxBackend().load_probed(tmp_path)
+    read, probed = OnnxBackend().read_linears(tmp_path, "ort"), OnnxBackend().load_probed(tmp_path, "ort")
     for name, (entering, leaving) in probed.probe(token_rows((12,))[0][None], list(quantized.linears)).items():
         assert torch.equal(read[name].values(), quantized.linears[name].values())
         linear = reference.get_submodule(name)

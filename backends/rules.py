@@ -1,0 +1,31 @@
+"""What targets cannot express, as data. Torch-free, for ``rotq backends``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from calib.schemes import LinearScheme, TensorScheme
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that a target cannot express, or expresses at a price."""
+
+    when: Callable[[LinearScheme], bool]
+    reason: str
+
+
+def first_reason(rules: Sequence[Rule], scheme: LinearScheme) -> str | None:
+    """The reason of the first of ``rules`` that applies to ``scheme``; ``None`` if none does."""
+    return next((rule.reason for rule in rules if rule.when(scheme)), None)
+
+
+def tensor_schemes(scheme: LinearScheme) -> list[TensorScheme]:
+    """That of the weight and, where the input is quantized, that of the input."""
+    return [scheme.weight, *([scheme.input] if scheme.input is not None else [])]
+
+
+def is_dynamic(scheme: LinearScheme) -> bool:
+    """Whether scales of the input are computed while running."""
+    return scheme.input is not None and scheme.input.dynamic

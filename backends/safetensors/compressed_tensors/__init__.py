@@ -1,0 +1,1 @@
+"""The compressed-tensors format, for vLLM and transformers."""

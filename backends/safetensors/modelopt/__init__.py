@@ -1,0 +1,1 @@
+"""NVIDIA ModelOpt's unified Hugging Face checkpoint, for TensorRT-LLM and vLLM."""

@@ -1,0 +1,1 @@
+"""Bundles for networks built with the TensorRT Python API."""
