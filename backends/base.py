@@ -52,7 +52,8 @@ class RuntimeModel(Protocol):
             past: key, value of every layer in turn, or ``None`` for an empty cache.
 
         Returns:
-            Logits float32 ``[B, S, V]`` (``[B, 1, V]`` where only those of the last token were written) and the new cache, ``[B, kv_heads, P + S, head_dim]`` each.
+            Logits float32 ``[B, S, V]``, or ``[B, 1, V]`` where only those of the last token were written, and the new
+            cache, ``[B, kv_heads, P + S, head_dim]`` each.
         """
 
 
