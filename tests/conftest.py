@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,26 @@ from exporter.recipe import Recipe, load_recipe
 
 SMALL = {"calibration.nsamples": 48, "gate.nsamples": 8, "evaluation.nsamples": 16, "rotation.r1_tokens": 4096}
 """Fewer rows than the default, so that the suite stays short; every step is the same."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--regenerate-golden`` writes the golden files anew; read the difference before you commit it."""
+    parser.addoption("--regenerate-golden", action="store_true", help="write the golden files instead of comparing")
+
+
+@pytest.fixture(scope="session")
+def regenerate_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be written."""
+    return bool(request.config.getoption("--regenerate-golden"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of this session's own for traced graphs, instead of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROTQ_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,15 @@ SAME_SUMS = 2e-6
 """The same float32 computation under another batch shape or a longer cache, with other summation orders in the
 kernels: a few eps (1.2e-7) for each of the two layers."""
 
+NAIVE = 2.0
+"""Times the error of the same computation done naively in torch in the dtype of the graph: where that dtype is float16,
+no fixed figure says what is right. The rule, and the factor, are those of Dao's tests of fast kernels."""
+
+FLOAT16_STEPS = 2 * torch.finfo(torch.float16).eps
+"""One layer in a graph of float16 against the same layer behind an online rotation. Each of its operators rounds to
+float16, by half an eps at most, and errors of a dozen operators add up like their root: 5.8e-4 is the most that was
+seen, and a rotation that is missing costs 1."""
+
 
 def half_step(maxbound: float) -> float:
     """Largest distance, in steps of the scale, between a value within range and what its integer stands for.

@@ -1,21 +1,28 @@
-"""Reading quantized linears back from a written graph, in the artifact's own orientation."""
+"""Reading quantized linears and the cache back from a written graph, in the artifact's own orientation.
+
+Nodes are found by the names that :mod:`backends.onnx.lower` gave them; what is no tensor is in the graph's metadata.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from backends.onnx.runner import read_proto
-from backends.onnx.write import METADATA_KEY
-from calib.artifact import QuantizedLinear
+from backends.onnx.embeddings import read_embedding
+from backends.onnx.files import read_proto
+from backends.onnx.weights import E8M0_BIAS, turned
+from backends.onnx.write import CACHE_METADATA_KEY, METADATA_KEY
+from calib.artifact import QuantizedCache, QuantizedLinear, cache_key
 from calib.errors import BackendError
-from calib.schemes import PerBlock, tensor_scheme_from_dict
+from calib.schemes import TensorScheme, tensor_scheme_from_dict
+
+_Read = TypeVar("_Read")
 
 
 def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
@@ -24,50 +31,127 @@ def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
     Raises:
         BackendError: the file is missing, damaged, or was not written by rotq.
     """
+
+    def read(model: ir.Model) -> Mapping[str, QuantizedLinear]:
+        nodes = {node.name: node for node in model.graph if node.name is not None}
+        entries = json.loads(model.metadata_props[METADATA_KEY])
+        return {name: _linear(model.graph, nodes, name, entry) for name, entry in entries.items()}
+
+    return _opened(path, read)
+
+
+def read_cache(path: Path) -> QuantizedCache | None:
+    """The quantized KV cache of the graph at ``path``; ``None`` where it is in float.
+
+    Raises:
+        BackendError: as for :func:`read_linears`.
+    """
+
+    def read(model: ir.Model) -> QuantizedCache | None:
+        if CACHE_METADATA_KEY not in model.metadata_props:
+            return None
+        entry = json.loads(model.metadata_props[CACHE_METADATA_KEY])
+        key, value = (
+            {layer: _tensor(model.graph.initializers[cache_key(layer, part)]) for layer in entry["layers"]}
+            for part in ("key", "value")
+        )
+        return QuantizedCache(tensor_scheme_from_dict(entry["scheme"]), key, value)
+
+    return _opened(path, read)
+
+
+def _opened(path: Path, read: Callable[[ir.Model], _Read]) -> _Read:
     proto = read_proto(path)
     try:
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
-        entries = json.loads(model.metadata_props[METADATA_KEY])
-        return {name: _linear(model.graph, name, entry) for name, entry in entries.items()}
+        return read(model)
     except (OSError, ValueError, KeyError) as error:
         raise BackendError(
             f"'{path}' or its data is damaged, or not a graph of rotq: {error}", hint="export the model again"
         ) from error
 
 
-def _linear(graph: ir.Graph, name: str, entry: Mapping[str, Any]) -> QuantizedLinear:
-    weight_scheme = tensor_scheme_from_dict(entry["weight"])
-    nodes = {node.name: node for node in graph}
-    product = nodes[f"{name}/MatMul"]
-    weight_node = nodes[f"{name}/DequantizeWeight"]
-    bias_node = nodes.get(f"{name}/Add")
-    scale = _constant(weight_node, 1)
-    activation = product.inputs[0]
-    producer = activation.producer() if activation is not None else None
-    order = None
-    if producer is not None and producer.name == f"{name}/Order":
-        order, activation = _constant(producer, 1), producer.inputs[0]
-        producer = activation.producer() if activation is not None else None
-    static = producer is not None and producer.op_type == "DequantizeLinear"
+def _linear(graph: ir.Graph, nodes: Mapping[str, ir.Node], name: str, entry: Mapping[str, Any]) -> QuantizedLinear:
+    weight = tensor_scheme_from_dict(entry["weight"])
+    inputs = None if entry["input"] is None else tensor_scheme_from_dict(entry["input"])
+    if f"{name}/MatMul" not in nodes:
+        return read_embedding(graph, name, entry, weight)
+    parts = _Parts(nodes, name)
+    second = parts.get("DequantizeWeightScale", 1)
+    scale = parts.need("DequantizeWeight", 1) if second is None else parts.need("DequantizeWeightScale", 0)
+    points = parts.get("DequantizeWeight", 2)
+    input_scale = parts.get("QuantizeInput", 1)
     return QuantizedLinear(
         name=name,
-        weight=_constant(weight_node, 0).T.contiguous(),
-        weight_scale=scale.T.contiguous() if isinstance(weight_scheme.granularity, PerBlock) else scale,
-        weight_scheme=weight_scheme,
-        bias=None if bias_node is None else _constant(bias_node, 1),
-        input_scheme=None if entry["input"] is None else tensor_scheme_from_dict(entry["input"]),
-        input_scale=_constant(producer, 1) if static and producer is not None else None,
+        weight=_without_padding(parts.need("DequantizeWeight", 0).T, parts.get("Pad", 1)),
+        weight_scale=_scale_values(turned(scale, weight.granularity), weight),
+        weight_scheme=weight,
+        bias=parts.get("Add", 1),
+        input_scheme=inputs,
+        input_scale=input_scale,
         online_rotation=entry["online_rotation"],
-        weight_order=order,
+        weight_zero_point=None if points is None else turned(points, weight.granularity).to(scale.dtype).contiguous(),
+        weight_second_scale=second,
+        weight_order=parts.get("Order", 1),
+        input_zero_point=_input_points(parts, inputs, input_scale),
     )
 
 
-def _constant(node: ir.Node, index: int) -> Tensor:
-    value = node.inputs[index]
-    if value is None or value.const_value is None:
-        raise ValueError(f"input {index} of node '{node.name}' is not a constant")
-    array = value.const_value.numpy()
-    if value.const_value.dtype == ir.DataType.INT4:
-        array = array.astype("int8")
+class _Parts:
+    """The constants that the nodes of one linear read."""
+
+    def __init__(self, nodes: Mapping[str, ir.Node], name: str) -> None:
+        self._nodes = nodes
+        self._name = name
+
+    def get(self, label: str, index: int) -> Tensor | None:
+        """Input ``index`` of the node ``label``; ``None`` where there is no such node or input."""
+        node = self._nodes.get(f"{self._name}/{label}")
+        if node is None or index >= len(node.inputs):
+            return None
+        value = node.inputs[index]
+        return None if value is None else _tensor(value)
+
+    def need(self, label: str, index: int) -> Tensor:
+        """The same of a node that every linear of this kind has."""
+        found = self.get(label, index)
+        if found is None:
+            raise ValueError(f"the linear '{self._name}' has no {label}")
+        return found
+
+
+def _without_padding(weight: Tensor, pads: Tensor | None) -> Tensor:
+    """``[out, in]`` of ``[out, rows]``; the last of ``pads`` counts the rows that were added."""
+    return (weight if pads is None else weight[:, : weight.shape[1] - int(pads[-1])]).contiguous()
+
+
+def _scale_values(stored: Tensor, scheme: TensorScheme) -> Tensor:
+    match scheme.scale_format:
+        case "e4m3":
+            return stored.float().contiguous()
+        case "e8m0" | "e8m0-floor":
+            return torch.exp2(stored.float() - E8M0_BIAS).contiguous()
+    return stored.contiguous()
+
+
+def _input_points(parts: _Parts, scheme: TensorScheme | None, scale: Tensor | None) -> Tensor | None:
+    if scheme is None or scheme.symmetric or scale is None:
+        return None
+    return parts.need("QuantizeInput", 2).to(scale.dtype)
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    """The constant ``value``; INT4 in int8, and FLOAT4E2M1 as codes in uint8."""
+    held = value.const_value
+    if held is None:
+        raise ValueError(f"'{value.name}' is not a constant")
+    array = held.numpy()
+    match held.dtype:
+        case ir.DataType.INT4:
+            return torch.from_numpy(array.astype("int8"))
+        case ir.DataType.FLOAT4E2M1:
+            return torch.from_numpy(array.view("uint8").copy())
+        case ir.DataType.FLOAT8E4M3FN:
+            return torch.from_numpy(array.view("uint8").copy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(array.copy())

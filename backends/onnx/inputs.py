@@ -1,0 +1,146 @@
+"""What a quantized linear does to its input in the graph.
+
+    static:   x -> QuantizeLinear(s, z) -> DequantizeLinear(s, z)
+    NVFP4:    x -> trt::TRT_FP4DynamicQuantize(s2) -> codes, s1;   s = DequantizeLinear(s1, s2) in float32
+                   DequantizeLinear(codes, s) -> Cast
+    MXFP8:    x -> trt::TRT_MXFP8DynamicQuantize -> codes, exponents -> trt::TRT_MXFP8DequantizeLinear
+
+ONNX Runtime makes integer kernels of a MatMul only where a QuantizeLinear and a DequantizeLinear serve it alone, while
+it merges pairs that are equal. The ``axis`` of a pair with one scale for the tensor means nothing, so the linears that
+read one value get pairs that differ in it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from backends.onnx.linear_nodes import STORAGE, LinearNodes
+from calib.artifact import QuantizedLinear
+from calib.errors import BackendError
+from calib.schemes import NumberFormat, PerBlock, PerCluster, TensorScheme
+
+TRT = "trt"
+"""Domain of TensorRT's own operators."""
+
+
+def quantized_input(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
+    """``x`` rounded as the linear's ``input_scheme`` says.
+
+    Args:
+        nodes: of the linear.
+        x: ``[..., in]``, after any online rotation.
+        linear: its input is quantized; blocks divide its input features.
+
+    Raises:
+        BackendError: no operator computes such scales while running.
+    """
+    scheme = linear.input_scheme
+    assert scheme is not None
+    if not scheme.dynamic:
+        return _static(nodes, x, linear, scheme)
+    if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e4m3":
+        return _nvfp4(nodes, _of_known_width(nodes, x, linear), linear, scheme.granularity.size)
+    if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e8m0" and scheme.format.bits == 8:
+        return _mxfp8(nodes, _of_known_width(nodes, x, linear), scheme.granularity.size)
+    raise BackendError(f"no operator of ONNX quantizes the input of '{linear.name}' while running")
+
+
+def pad_features(nodes: LinearNodes, x: ir.Value, missing: int) -> ir.Value:
+    """``x [..., n]`` with ``missing`` zeros behind its last axis."""
+    if not missing:
+        return x
+    assert x.shape is not None
+    rank = len(x.shape)
+    return _like(nodes.op("Pad", [x, nodes.integers([0] * (2 * rank - 1) + [missing])], "Pad"), x)
+
+
+def _static(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, scheme: TensorScheme) -> ir.Value:
+    assert linear.input_scale is not None
+    assert x.shape is not None
+    scale = nodes.scale("input_scale", linear.input_scale)
+    storage = STORAGE[scheme.format.name]
+    if linear.input_zero_point is None:
+        zero = nodes.zeros("zero_point", tuple(linear.input_scale.shape), storage)
+    else:
+        zero = zero_points(nodes, "input_zero_point", linear.input_zero_point, scheme.format)
+    if isinstance(scheme.granularity, PerCluster):
+        axis = len(x.shape) - 1
+    else:
+        axis = sum(user.op_type == "QuantizeLinear" for user in x.consumers())
+    stored = nodes.op("QuantizeLinear", [x, scale, zero], "QuantizeInput", axis=axis)
+    return _like(nodes.op("DequantizeLinear", [stored, scale, zero], "DequantizeInput", axis=axis), x)
+
+
+def _of_known_width(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
+    """TensorRT's quantizers want to know the axis of the blocks, which the Reshape after attention leaves open."""
+    assert x.shape is not None
+    dims = [*[0] * (len(x.shape) - 1), linear.weight.shape[1]]
+    return _like(nodes.op("Reshape", [x, nodes.integers(dims)], "Width"), x)
+
+
+def zero_points(nodes: LinearNodes, part: str, points: torch.Tensor, fmt: NumberFormat) -> ir.Value:
+    """Zero points as integers of the storage format."""
+    return nodes.lazy(
+        f"{nodes.name}.{part}", points.shape, STORAGE[fmt.name], lambda: points.to(torch.int8).contiguous()
+    )
+
+
+def _nvfp4(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, size: int) -> ir.Value:
+    assert linear.input_scale is not None
+    second = nodes.scale("input_scale", linear.input_scale, torch.float32)
+    codes, scales = nodes.custom(
+        "TRT_FP4DynamicQuantize",
+        [x, second],
+        "QuantizeInput",
+        domain=TRT,
+        outputs=2,
+        axis=-1,
+        block_size=size,
+        scale_type=int(ir.DataType.FLOAT8E4M3FN),
+    )
+    codes.type = ir.TensorType(ir.DataType.FLOAT4E2M1)
+    scales.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+    step = nodes.op("DequantizeLinear", [scales, second], "DequantizeInputScale")
+    values = nodes.op("DequantizeLinear", [codes, step], "DequantizeInput", axis=-1, block_size=size)
+    return _like(nodes.op("Cast", [values], "CastInput", to=int(nodes.dtype)), x)
+
+
+def _mxfp8(nodes: LinearNodes, x: ir.Value, size: int) -> ir.Value:
+    codes, exponents = nodes.custom(
+        "TRT_MXFP8DynamicQuantize",
+        [x],
+        "QuantizeInput",
+        domain=TRT,
+        outputs=2,
+        axis=-1,
+        block_size=size,
+        output_dtype=int(ir.DataType.FLOAT8E4M3FN),
+    )
+    codes.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+    exponents.type = ir.TensorType(ir.DataType.UINT8)
+    return _like(mxfp8_values(nodes, codes, exponents, "DequantizeInput", axis=-1, size=size), x)
+
+
+def mxfp8_values(
+    nodes: LinearNodes, codes: ir.Value, exponents: ir.Value, label: str, *, axis: int, size: int
+) -> ir.Value:
+    """E4M3 codes times powers of two, in the dtype of the graph."""
+    (values,) = nodes.custom(
+        "TRT_MXFP8DequantizeLinear",
+        [codes, exponents],
+        label,
+        domain=TRT,
+        outputs=1,
+        axis=axis,
+        block_size=size,
+        output_dtype=int(nodes.dtype),
+    )
+    return values
+
+
+def _like(value: ir.Value, x: ir.Value) -> ir.Value:
+    """Give ``value`` the rank and type of ``x``; sizes that padding changes are left to shape inference."""
+    assert x.shape is not None
+    value.shape, value.type = ir.Shape([None] * len(x.shape)), x.type
+    return value

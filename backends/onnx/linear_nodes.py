@@ -1,0 +1,135 @@
+"""The nodes of one linear while they are put together, and initializers that stay unread until they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+import torch
+from onnx_ir import tape
+from torch import Tensor
+
+from backends.onnx.nodes import constant, integers
+from backends.onnx.row_tensor import RowTensor
+from calib.errors import BackendError
+
+STORAGE = {
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "float8_e4m3": ir.DataType.FLOAT8E4M3FN,
+    "float4_e2m1": ir.DataType.FLOAT4E2M1,
+}
+"""What the number formats of :mod:`calib.schemes` are in ONNX, by name."""
+
+
+def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
+    """What a float dtype of torch is in ONNX."""
+    return ir.tensor(torch.zeros((), dtype=dtype)).dtype
+
+
+class LinearNodes:
+    """Nodes and initializers of one linear. All bear its name, a separator and their own label.
+
+    Args:
+        graph: gets the initializers.
+        name: the linear.
+        dtype: of the graph's floats.
+    """
+
+    def __init__(self, graph: ir.Graph, name: str, dtype: torch.dtype) -> None:
+        self.graph = graph
+        self.name = name
+        self.torch_dtype = dtype
+        self.dtype = onnx_dtype(dtype)
+        self.tape = tape.Tape()
+
+    def op(self, operator: str, inputs: Sequence[ir.Value], label: str, **attributes: int) -> ir.Value:
+        """A node of the standard domain, called ``{linear}/{label}``, and its only output."""
+        return self.tape.op(operator, inputs, attributes, name=f"{self.name}/{label}")
+
+    def custom(
+        self, operator: str, inputs: Sequence[ir.Value], label: str, *, domain: str, outputs: int, **attributes: int
+    ) -> Sequence[ir.Value]:
+        """A node of another domain, and its outputs."""
+        name = f"{self.name}/{label}"
+        return self.tape.op_multi_out(operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+
+    def floats(self, part: str, tensor: Tensor) -> ir.Value:
+        """The initializer ``{linear}.{part}`` in the dtype of the graph."""
+        return self.lazy(
+            f"{self.name}.{part}", tensor.shape, self.dtype, lambda: tensor.to(self.torch_dtype).contiguous()
+        )
+
+    def scale(self, part: str, tensor: Tensor, dtype: torch.dtype | None = None) -> ir.Value:
+        """The same for scales, in ``dtype`` if it is not that of the graph.
+
+        Raises:
+            BackendError: one is not finite or not above zero in that dtype, which runtimes reject.
+        """
+        stored = dtype or self.torch_dtype
+        cast = tensor.to(stored).float()
+        unusable = ~((cast > 0) & cast.isfinite())
+        if bool(unusable.any()):
+            name = str(stored).removeprefix("torch.")
+            before, after = float(tensor[unusable][0]), float(cast[unusable][0])
+            raise BackendError(
+                f"the scale {before:g} of '{self.name}.{part}' becomes {after:g} in {name}",
+                hint=f"calibrate with --dtype {name}, which keeps scales within its range",
+            )
+        return self.lazy(
+            f"{self.name}.{part}", tensor.shape, onnx_dtype(stored), lambda: tensor.to(stored).contiguous()
+        )
+
+    def weight(self, weight: Tensor, dtype: ir.DataType | None = None, rows: int | None = None) -> ir.Value:
+        """``[out, in]`` as the initializer ``[rows, out]``; rows past ``in`` hold zeros.
+
+        Args:
+            weight: integers or codes, or floats of any dtype.
+            dtype: as which it is stored; ``None``: floats in the dtype of the graph.
+            rows: by default as many as there are input features.
+        """
+        out, width = weight.shape
+        name, stored = f"{self.name}.weight", dtype or self.dtype
+
+        def read(start: int, stop: int) -> ir.TensorProtocol:
+            turned = weight[:, start:stop].T
+            missing = stop - max(start, width)
+            if missing > 0:
+                turned = torch.cat([turned, turned.new_zeros(missing, out)])
+            return _tensor((turned.to(self.torch_dtype) if dtype is None else turned).contiguous(), stored, name)
+
+        shape = ir.Shape((rows or width, out))
+        return self._registered(RowTensor(read, dtype=stored, shape=shape, name=name, source=weight))
+
+    def integers(self, dims: Sequence[int]) -> ir.Value:
+        """An int64 constant ``[len(dims)]`` that the graph holds once."""
+        return integers(self.graph, dims)
+
+    def zeros(self, label: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+        """A constant of zeros that the graph holds once, by ``label``, shape and dtype."""
+        name = ".".join([label, dtype.name.lower(), *map(str, shape)])
+        return constant(self.graph, name, torch.zeros(shape).numpy(), dtype)
+
+    def lazy(self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], Tensor]) -> ir.Value:
+        """The initializer called ``name``, made on first use. Its bytes are read when they are written, not kept."""
+        sizes = ir.Shape(shape)
+        return self._registered(
+            ir.LazyTensor(lambda: _tensor(read(), dtype, name), dtype=dtype, shape=sizes, name=name)
+        )
+
+    def _registered(self, tensor: ir.LazyTensor) -> ir.Value:
+        name = tensor.name
+        assert name is not None  # all of ours have one
+        if name not in self.graph.initializers:
+            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+
+def _tensor(values: Tensor, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+    """``values`` as they are stored. torch has no 4-bit dtypes, so these go through numpy's, which onnx_ir packs."""
+    if dtype == ir.DataType.INT4:
+        return ir.tensor(values.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+    if dtype == ir.DataType.FLOAT4E2M1:  # codes already
+        return ir.tensor(values.numpy().view(dtype.numpy()), dtype=dtype, name=name)
+    return ir.tensor(values, dtype=dtype, name=name)

@@ -1,0 +1,90 @@
+"""A quantized weight in the graph: stored ``[in, out]``, dequantized right in front of its MatMul.
+
+    int8, int4, float8:   DequantizeLinear(codes, s, z)          per tensor; per channel: axis 1; in blocks: axis 0
+    NVFP4:                s = DequantizeLinear(s1 in E4M3, s2) in float32;   DequantizeLinear(codes, s) -> Cast
+    MXFP8:                trt::TRT_MXFP8DequantizeLinear(codes, exponents + 127)
+
+The weight is stored transposed from the artifact's ``[out, in]`` so that its DequantizeLinear feeds MatMul directly:
+the form that runtimes turn into a kernel.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from backends.onnx.inputs import mxfp8_values, zero_points
+from backends.onnx.linear_nodes import STORAGE, LinearNodes
+from calib.artifact import QuantizedLinear
+from calib.schemes import Granularity, PerBlock, PerChannel
+
+E8M0_BIAS = 127
+
+
+def dequantized_weight(nodes: LinearNodes, linear: QuantizedLinear, rows: int) -> ir.Value:
+    """The weight ``[rows, out]`` in the dtype of the graph.
+
+    Args:
+        nodes: of the linear.
+        linear: its scale format is ``e8m0`` only with float8.
+        rows: input features, and further ones that are zero; see :func:`padded_width`.
+    """
+    scheme = linear.weight_scheme
+    codes = nodes.weight(linear.weight, STORAGE[scheme.format.name], rows)
+    match scheme.scale_format:
+        case "e4m3":
+            return _nvfp4(nodes, linear, codes)
+        case "e8m0" | "e8m0-floor":
+            return _mxfp8(nodes, linear, codes)
+    inputs = [codes, nodes.scale("weight_scale", turned(linear.weight_scale, scheme.granularity))]
+    if linear.weight_zero_point is not None:
+        points = turned(linear.weight_zero_point, scheme.granularity)
+        inputs.append(zero_points(nodes, "weight_zero_point", points, scheme.format))
+    return nodes.op("DequantizeLinear", inputs, "DequantizeWeight", **_attributes(scheme.granularity))
+
+
+def padded_width(linear: QuantizedLinear, *, whole_blocks: bool) -> int:
+    """Rows of the stored weight: its input features, filled up to whole blocks where these are asked for."""
+    width = linear.weight.shape[1]
+    granularity = linear.weight_scheme.granularity
+    return width + -width % granularity.size if whole_blocks and isinstance(granularity, PerBlock) else width
+
+
+def turned(scales: Tensor, granularity: Granularity) -> Tensor:
+    """Scales of ``[out, in]`` for ``[in, out]`` and back: ``[]``, ``[out]`` or, in blocks, ``[blocks, out]``."""
+    return scales.T if isinstance(granularity, PerBlock) else scales
+
+
+def _attributes(granularity: Granularity) -> dict[str, int]:
+    match granularity:
+        case PerChannel():
+            return {"axis": 1}
+        case PerBlock(size):
+            return {"axis": 0, "block_size": size}
+        case _:
+            return {}
+
+
+def _nvfp4(nodes: LinearNodes, linear: QuantizedLinear, codes: ir.Value) -> ir.Value:
+    second = linear.weight_second_scale
+    assert second is not None
+    granularity = linear.weight_scheme.granularity
+    first = nodes.scale("weight_scale", turned(linear.weight_scale, granularity), torch.float8_e4m3fn)
+    whole = nodes.scale("weight_second_scale", second, torch.float32)
+    step = nodes.op("DequantizeLinear", [first, whole], "DequantizeWeightScale")
+    values = nodes.op("DequantizeLinear", [codes, step], "DequantizeWeight", **_attributes(granularity))
+    return nodes.op("Cast", [values], "CastWeight", to=int(nodes.dtype))
+
+
+def _mxfp8(nodes: LinearNodes, linear: QuantizedLinear, codes: ir.Value) -> ir.Value:
+    granularity = linear.weight_scheme.granularity
+    assert isinstance(granularity, PerBlock)
+    scales = turned(linear.weight_scale, granularity)
+
+    def exponents() -> Tensor:
+        """frexp gives m 2^e with m = 1/2, so that the power of two has exponent e - 1."""
+        return (torch.frexp(scales)[1] - 1 + E8M0_BIAS).to(torch.uint8).contiguous()
+
+    stored = nodes.lazy(f"{nodes.name}.weight_scale", scales.shape, ir.DataType.UINT8, exponents)
+    return mxfp8_values(nodes, codes, stored, "DequantizeWeight", axis=0, size=granularity.size)

@@ -1,0 +1,46 @@
+"""Which presets the targets take, which of them they warn of, and what they say of a cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.targets import TARGETS
+from calib.schemes import KV_SCHEMES, SCHEMES
+
+BACKEND = OnnxBackend()
+TAKEN = {
+    "ort": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "float8"},
+    "openvino": {"int8", "int8-weight-only", "int4-weight-only", "w4a8"},
+    "tensorrt": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "float8", "nvfp4", "mxfp8"},
+}
+WARNED = {"ort": {"w4a8", "float8"}, "openvino": {"w4a8"}, "tensorrt": {"w4a8"}}
+CACHES = {"ort": {"int8"}, "openvino": {"int8"}, "tensorrt": {"int8", "float8"}}
+QUANTIZING = {name: scheme.linear for name, scheme in SCHEMES.items() if scheme.linear is not None}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_presets_that_are_taken(target: str) -> None:
+    assert {name for name, scheme in QUANTIZING.items() if BACKEND.refusal(scheme, target) is None} == TAKEN[target]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_presets_that_are_warned_of_name_what_is_executed_instead(target: str) -> None:
+    warnings = {name: BACKEND.warning(QUANTIZING[name], target) for name in TAKEN[target]}
+    assert {name for name, warning in warnings.items() if warning is not None} == WARNED[target]
+    executed = {"ort": "Mul", "openvino": "FullyConnected", "tensorrt": "float16"}[target]
+    assert all(executed in warning for warning in warnings.values() if warning is not None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_caches_that_are_taken(target: str) -> None:
+    refusals = {name: BACKEND.cache_refusal(scheme, target) for name, scheme in KV_SCHEMES.items()}
+    assert {name for name, refusal in refusals.items() if refusal is None} == CACHES[target]
+
+
+def test_the_graph_is_in_what_the_target_computes_in() -> None:
+    assert {target: BACKEND.compute_dtype(target) for target in TARGETS} == {
+        "ort": "float32",
+        "openvino": "float32",
+        "tensorrt": "float16",
+    }
