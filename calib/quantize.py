@@ -125,7 +125,8 @@ class Calibrator:
             moment = observed.moments.get(name)
             if algorithm.needs_moment and moment is None:  # an embedding: its input is no vector
                 algorithm = algorithm_named("rtn")
-            rounded = algorithm.round(weight, moment, scheme.weight, self.fused.dtype)
+            amax = self._shared_amax(name, state) if scheme.weight.scale_format == "e4m3" else None
+            rounded = algorithm.round(weight, moment, scheme.weight, self.fused.dtype, amax=amax)
             seen = self._input_grid(scheme.input, observed.limits.get(name))
         except QuantizationError as error:
             raise QuantizationError(f"no valid scale for '{name}': {error.message}", hint=error.hint) from error
@@ -195,6 +196,25 @@ class Calibrator:
             return state[spec.weight][expert_index(name)]
         stored = state[f"{name}.weight"]
         return stored.T if spec is not None and spec.layout == "conv1d" else stored
+
+    def _shared_amax(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        """Largest magnitude in the weights of ``name`` and of those that runtimes merge with it, float32 ``[]``.
+
+        Query, key and value, and gate and up, become one matrix in vLLM and TensorRT-LLM, which has one second level
+        of scales. ModelOpt's export gives them one as well (``preprocess_linear_fusion``).
+        """
+        merged = [other for other in self.quantization.linears if self._are_merged(name, other)]
+        return torch.stack([self._weight(other, state).detach().abs().amax().float() for other in merged]).amax()
+
+    def _are_merged(self, name: str, other: str) -> bool:
+        """Whether runtimes make one matrix of two linears: both read the residual stream within one module."""
+        if name == other:
+            return True
+        if name.rpartition(".")[0] != other.rpartition(".")[0]:
+            return False
+        specs, linears = [self.specs.get(each) for each in (name, other)], self.quantization.linears
+        beside = all(spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL for spec in specs)
+        return beside and linears[name].weight == linears[other].weight
 
     def _input_grid(self, scheme: TensorScheme | None, limits: tuple[Tensor, Tensor] | None) -> Grid | None:
         if scheme is None or limits is None:

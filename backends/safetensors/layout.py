@@ -13,6 +13,9 @@ from torch import Tensor
 from backends.base import ContentKind
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 
+_VALUES_AT_ONCE = 1 << 18
+"""Of the result; a float32 for each of them is a megabyte."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -29,6 +32,30 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def in_parts(
+    length: int, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[slice], Tensor], *, axis: int = 0
+) -> Tensor:
+    """A tensor that is made in parts: what is computed on the way stays in the processor's cache.
+
+    Packing and dequantizing pass over a weight several times. On a whole one each pass would go through memory, and
+    would need as much of it again.
+
+    Args:
+        length: rows (or columns) of what ``make`` starts from.
+        shape: of the result.
+        dtype: of the result.
+        make: from a slice of those rows to the part of the result that they become.
+        axis: of the result, along which the parts follow each other; its size is a multiple of ``length``.
+    """
+    result = torch.empty(shape, dtype=dtype)
+    each = shape[axis] // length
+    step = max(1, _VALUES_AT_ONCE * length // max(1, result.numel()))
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        result.narrow(axis, start * each, (stop - start) * each).copy_(make(slice(start, stop)))
+    return result
 
 
 class Layout(Protocol):
@@ -59,6 +86,18 @@ class Layout(Protocol):
         Raises:
             KeyError: a tensor is missing.
             ValueError: one has another shape or dtype than its description says.
+        """
+
+    def floats(
+        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
+        """The inverse of :meth:`entries` for everything that no quantized linear holds.
+
+        Arguments and errors as for :meth:`linears`.
+
+        Returns:
+            The float tensors of the source model by checkpoint key and in its orientation, as
+            :attr:`~calib.artifact.QuantizedModel.floats` has them.
         """
 
     def cache(

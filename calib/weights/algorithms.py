@@ -34,7 +34,13 @@ class WeightAlgorithm(ABC):
         return True
 
     def round(
-        self, weight: Tensor, moment: Tensor | None, scheme: TensorScheme, dtype: torch.dtype | None = None
+        self,
+        weight: Tensor,
+        moment: Tensor | None,
+        scheme: TensorScheme,
+        dtype: torch.dtype | None = None,
+        *,
+        amax: Tensor | None = None,
     ) -> Rounded:
         """Quantize ``weight`` [out, in].
 
@@ -43,6 +49,7 @@ class WeightAlgorithm(ABC):
             moment: ``E[x xᵀ]`` of the input, ``[in, in]``; looked at only where :attr:`needs_moment`.
             scheme: format and granularity.
             dtype: dtype of the scales; float32 by default.
+            amax: ``[]``, sets the second level of two-level scales; by default the largest magnitude of ``weight``.
 
         Raises:
             QuantizationError: the moment is needed and missing, does not fit, or holds NaN or Inf; or the algorithm
@@ -52,10 +59,12 @@ class WeightAlgorithm(ABC):
 
         if self.needs_moment and moment is None:
             raise QuantizationError(f"'{self.name}' needs the second moment of the linear's input, and there is none")
-        return self._round(weight, moment, scheme, dtype or torch.float32)
+        return self._round(weight, moment, scheme, dtype or torch.float32, amax)
 
     @abstractmethod
-    def _round(self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype) -> Rounded: ...
+    def _round(
+        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+    ) -> Rounded: ...
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,12 @@ class Rtn(WeightAlgorithm):
         """Not needed."""
         return False
 
-    def _round(self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype) -> Rounded:
+    def _round(
+        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+    ) -> Rounded:
         from calib.weights.clip import rtn
 
-        return rtn(weight, scheme, dtype)
+        return rtn(weight, scheme, dtype, amax=amax)
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,12 @@ class Mse(WeightAlgorithm):
         """Only to weight columns."""
         return self.weighted
 
-    def _round(self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype) -> Rounded:
+    def _round(
+        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+    ) -> Rounded:
         from calib.weights.clip import mse
 
-        return mse(weight, scheme, dtype, moment=moment if self.weighted else None)
+        return mse(weight, scheme, dtype, moment=moment if self.weighted else None, amax=amax)
 
 
 @dataclass(frozen=True)
@@ -109,10 +122,12 @@ class Gptq(WeightAlgorithm):
         _check(self, "block", self.block >= 1, "at least 1")
         _check(self, "damping", 0 <= self.damping < math.inf, "at least 0")
 
-    def _round(self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype) -> Rounded:
+    def _round(
+        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+    ) -> Rounded:
         from calib.weights.gptq import gptq
 
-        return gptq(weight, moment, scheme, dtype, **vars(self))
+        return gptq(weight, moment, scheme, dtype, amax=amax, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,9 @@ class AdaRound(WeightAlgorithm):
         _check(self, "regularisation", 0 <= self.regularisation < math.inf, "at least 0")
         _check(self, "learning_rate", 0 < self.learning_rate < math.inf, "above 0")
 
-    def _round(self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype) -> Rounded:
+    def _round(
+        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+    ) -> Rounded:
         from calib.weights.adaround import adaround
 
         return adaround(weight, moment, scheme, dtype, **vars(self))

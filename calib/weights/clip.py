@@ -25,20 +25,30 @@ _STEP = 0.05
 _FINE = 0.01
 
 
-def rtn(weight: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32) -> Rounded:
+def rtn(
+    weight: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32, *, amax: Tensor | None = None
+) -> Rounded:
     """Round ``weight`` [out, in] to the nearest values of the grid that just covers it.
 
     Args:
         weight: any float dtype.
         scheme: format and granularity.
         dtype: dtype of the scales.
+        amax: ``[]``, sets the second level of two-level scales; by default the largest magnitude of ``weight``.
     """
     weight = weight.detach().float()
-    return on_grid(weight, weight_grid(weight, scheme, dtype), scheme)
+    if amax is None:
+        return on_grid(weight, weight_grid(weight, scheme, dtype), scheme)
+    return on_grid(weight, shrunk_grid(*weight_limits(weight, scheme.granularity), scheme, dtype, amax), scheme)
 
 
 def mse(
-    weight: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32, *, moment: Tensor | None = None
+    weight: Tensor,
+    scheme: TensorScheme,
+    dtype: torch.dtype = torch.float32,
+    *,
+    moment: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> Rounded:
     """Round ``weight`` [out, in] to the nearest values of the grid with the least squared error, group by group.
 
@@ -47,13 +57,14 @@ def mse(
         scheme: format and granularity.
         dtype: dtype of the scales.
         moment: ``E[x xᵀ]`` of the input ``[in, in]``: each column's error counts by its diagonal; by default all alike.
+        amax: as for :func:`rtn`.
 
     Raises:
         QuantizationError: ``moment`` does not fit, or holds NaN or Inf.
     """
     weight = weight.detach().float()
     importance = None if moment is None else check_moment(weight, moment).diagonal()
-    return on_grid(weight, clip_grid(weight, scheme, dtype, importance=importance), scheme)
+    return on_grid(weight, clip_grid(weight, scheme, dtype, importance=importance, amax=amax), scheme)
 
 
 def clip_grid(

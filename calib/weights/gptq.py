@@ -44,6 +44,7 @@ def gptq(
     block: int = 128,
     damping: float = 0.01,
     clip: bool = True,
+    amax: Tensor | None = None,
 ) -> Rounded:
     """Quantize ``weight`` [out, in] by GPTQ.
 
@@ -65,17 +66,19 @@ def gptq(
         block: columns that are updated one by one; does not change the result beyond rounding.
         damping: multiple of the mean E[x²] that is added to the diagonal of ``moment``; at least 0.
         clip: search the limits of each group; otherwise they just cover its weights.
+        amax: ``[]``, sets the second level of two-level scales; by default the largest magnitude of ``weight``.
 
     Raises:
         QuantizationError: ``moment`` does not fit, holds NaN or Inf, or is singular and ``damping`` is too small.
     """
     weight = weight.detach().float()
     moment = check_moment(weight, moment)
+    amax = weight.abs().max() if amax is None else amax
     order = moment.diagonal().argsort(descending=True, stable=True) if act_order else None
     if order is not None and not static_groups and isinstance(scheme.granularity, PerBlock):
         weight, moment = weight[:, order], moment[order][:, order]
-        return replace(_gptq(weight, moment, scheme, dtype, None, block, damping, clip), order=order)
-    return _gptq(weight, moment, scheme, dtype, order, block, damping, clip)
+        return replace(_gptq(weight, moment, scheme, dtype, None, block, damping, clip, amax), order=order)
+    return _gptq(weight, moment, scheme, dtype, order, block, damping, clip, amax)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> Tensor:
@@ -120,18 +123,20 @@ def _gptq(
     block: int,
     damping: float,
     clip: bool,
+    amax: Tensor,
 ) -> Rounded:
     """:func:`gptq` of checked float32 arguments; ``order`` is that of rounding, ``None`` the columns' own."""
     columns = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     factor = inverse_factor(moment[columns][:, columns], damping)
-    nearest = [rtn(weight, scheme, dtype)]
+    nearest = [rtn(weight, scheme, dtype, amax=amax)]
     importance = None
     if clip:
         importance = torch.empty_like(factor.diagonal()).index_copy_(0, columns, factor.diagonal() ** -2)
-        nearest.append(on_grid(weight, clip_grid(weight, scheme, dtype, importance=importance), scheme))
+        grid = clip_grid(weight, scheme, dtype, importance=importance, amax=amax)
+        nearest.append(on_grid(weight, grid, scheme))
     groups: _FixedGroups | _MovingGroups
     if order is None and isinstance(scheme.granularity, PerBlock):
-        groups = _MovingGroups(weight, scheme, scheme.granularity.size, dtype, importance)
+        groups = _MovingGroups(amax, scheme, scheme.granularity.size, dtype, importance)
         block = max(block // groups.size, 1) * groups.size  # a group's columns must all be up to date when it starts
     else:
         groups = _FixedGroups(nearest[-1].grid, weight, scheme, order)
@@ -178,13 +183,13 @@ class _MovingGroups:
     """Scales of blocks that are taken from the weights as they stand when the first column of a block is reached."""
 
     def __init__(
-        self, weight: Tensor, scheme: TensorScheme, size: int, dtype: torch.dtype, importance: Tensor | None
+        self, amax: Tensor, scheme: TensorScheme, size: int, dtype: torch.dtype, importance: Tensor | None
     ) -> None:
         self.size = size
         self._scheme = scheme
         self._dtype = dtype
         self._importance = importance
-        self._amax = weight.abs().max()
+        self._amax = amax
         self._grids: list[Grid] = []
 
     def scales(self, columns: Tensor, index: int) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,117 @@
+"""Writing a bundle: a plan of shards from what the layout announces, then shard by shard, then the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from backends.base import WriteOptions
+from backends.safetensors.layout import Entry, Layout
+from backends.safetensors.manifest import (
+    FORMAT_VERSION,
+    CacheEntry,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    dtype_name,
+)
+from backends.safetensors.tensor_file import write_tensors
+from calib.artifact import QuantizedModel
+from calib.rotations.rotation_files import MANIFEST as ROTATIONS_MANIFEST
+from calib.rotations.rotation_files import TENSORS as ROTATIONS_TENSORS
+from calib.schemes import tensor_scheme_to_dict
+
+INDEX_FILE = "model.safetensors.index.json"
+ROTATION_FILES = (ROTATIONS_MANIFEST, ROTATIONS_TENSORS)
+_PATTERN = "model{suffix}.safetensors"
+_MAX_SHARD_BYTES = 5 * 10**9
+"""What the hub's own tools split at."""
+
+
+def write_bundle(model: QuantizedModel, layout: Layout, folder: Path, options: WriteOptions) -> None:
+    """Write ``model`` into the empty, existing ``folder``, as ``layout`` has it; only the tensor at hand is held.
+
+    Raises:
+        ValueError: the layout gives a key twice, or a tensor that is not what it announced.
+    """
+    entries = _unique(layout.entries(model))
+    plan = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern=_PATTERN,
+        max_shard_size=options.max_shard_bytes or _MAX_SHARD_BYTES,
+    )
+    done = 0
+
+    def written() -> None:
+        nonlocal done
+        done += 1
+        options.progress("write", done, len(entries))
+
+    checksums = {
+        name: write_tensors(folder / name, [entries[key] for key in keys], written)
+        for name, keys in plan.filename_to_tensors.items()
+    }
+    # Also for a single shard: vLLM loads every *.safetensors of a folder without an index, rotations included.
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    texts = layout.files(model)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    model.rotations.save(folder)  # online ones are part of the model; the folded ones say where it came from
+    names = [*checksums, INDEX_FILE, *texts, *ROTATION_FILES]
+    files = {
+        name: FileEntry(sha256=checksums.get(name) or sha256(folder / name), bytes=(folder / name).stat().st_size)
+        for name in names
+    }
+    _manifest(model, layout.target, entries, plan.tensor_to_filename, files).save(folder)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unique(entries: Iterable[Entry]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.key in found:
+            raise ValueError(f"the layout has two tensors for the key '{entry.key}'")
+        found[entry.key] = entry
+    return found
+
+
+def _manifest(
+    model: QuantizedModel,
+    target: str,
+    entries: Mapping[str, Entry],
+    places: Mapping[str, str],
+    files: dict[str, FileEntry],
+) -> Manifest:
+    cache = None
+    if model.cache is not None:
+        cache = CacheEntry(scheme=tensor_scheme_to_dict(model.cache.scheme), layers=list(model.cache.key_scale))
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        rotq=version("rotq"),
+        target=target,
+        scheme=model.scheme.name,
+        dtype=dtype_name(model.dtype),
+        model_type=model.config["model_type"],
+        fingerprint=model.provenance.fingerprint,
+        config=model.config,
+        tensors={
+            key: TensorEntry(kind=entry.kind, dtype=dtype_name(entry.dtype), shape=list(entry.shape), file=places[key])
+            for key, entry in entries.items()
+        },
+        linears={name: linear.description() for name, linear in model.linears.items()},
+        kept=dict(model.kept),
+        cache=cache,
+        files=files,
+    )

@@ -1,0 +1,141 @@
+"""Bundles that vLLM and transformers load: checkpoints in the compressed-tensors format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.safetensors.compressed_tensors.config import with_quantization
+from backends.safetensors.compressed_tensors.names import Names, joined
+from backends.safetensors.compressed_tensors.tensors import linear_from, parts_of
+from backends.safetensors.compressed_tensors.transforms import transform_keys, transforms_of
+from backends.safetensors.layout import Entry
+from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.schemes import tensor_scheme_from_dict
+
+_CACHE_PARTS = ("k_scale", "v_scale")
+
+
+class CompressedTensorsLayout:
+    """The compressed-tensors format; implements :class:`~backends.safetensors.layout.Layout`."""
+
+    target = "compressed-tensors"
+
+    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str]) -> tuple[str, str] | None:
+        """See :meth:`backends.base.Backend.model_refusal`."""
+        names = Names.of(config)
+        tables = [table.name for table in names.architecture.embeddings if table.name in linears]
+        if tables:
+            return (
+                f"transformers 5 fails on a checkpoint whose embedding ('{tables[0]}') is quantized",
+                f"leave out --override '{tables[0]}=...'",
+            )
+        quantized = {parameter: f"{parameter}.0" in linears for parameter in names.experts}
+        if len(set(quantized.values())) > 1:
+            parameter = next(name for name, found in quantized.items() if not found)
+            return (
+                f"vLLM wants all experts in one scheme, and those of '{parameter}' are left in float",
+                "quantize all experts, or none",
+            )
+        return None
+
+    def entries(self, model: QuantizedModel) -> Iterator[Entry]:
+        """See :meth:`backends.safetensors.layout.Layout.entries`."""
+        names = Names.of(model.config)
+        for key, tensor in model.floats.items():
+            yield from _float_entries(key, tensor, names)
+        for linear in model.linears.values():
+            transposed = names.transposed(linear.name)
+            for module, rows in names.rows(linear):
+                yield from (part.at(module) for part in parts_of(rows, transposed=transposed))
+        for transform in transforms_of(model, names):
+            yield transform.entry(model)
+        if model.cache is not None:
+            for layer, key_scale in model.cache.key_scale.items():
+                scales = (key_scale, model.cache.value_scale[layer])
+                for key, scale in zip(_cache_keys(names, layer), scales, strict=True):
+                    yield _entry(key, "scale", scale.reshape(1))
+
+    def files(self, model: QuantizedModel) -> Mapping[str, str]:
+        """See :meth:`backends.safetensors.layout.Layout.files`: ``config.json`` with a ``quantization_config``."""
+        config = with_quantization(model, Names.of(model.config))
+        return {"config.json": json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"}
+
+    def linears(
+        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+    ) -> Mapping[str, QuantizedLinear]:
+        """See :meth:`backends.safetensors.layout.Layout.linears`."""
+        names, parts = Names.of(config), _by_module(tensors)
+        found = {}
+        for name, description in described.items():
+            rows = []
+            for module in names.modules(name):
+                stored = {part: tensors[f"{module}.{part}"] for part in parts.get(module, ())}
+                rows.append(linear_from(name, description, stored, transposed=names.transposed(name)))
+            found[name] = joined(rows)
+        return found
+
+    def floats(
+        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
+        """See :meth:`backends.safetensors.layout.Layout.floats`."""
+        names = Names.of(config)
+        quantized = {module for name in described for module in names.modules(name)}
+        skipped = {key for key in tensors if key.rpartition(".")[0] in quantized} | transform_keys(tensors)
+        for layer in range(names.architecture.dimensions(names.config).layers):
+            skipped.update(_cache_keys(names, layer))
+        found: dict[str, Tensor] = {}
+        for parameter, spec in names.experts.items():
+            if f"{parameter}.0" in described:
+                continue
+            experts = [names.expert_modules(spec, expert) for expert in range(names.config.num_experts)]
+            found[parameter] = torch.stack(
+                [torch.cat([tensors[f"{module}.weight"] for module in modules]) for modules in experts]
+            )
+            skipped.update(f"{module}.weight" for modules in experts for module in modules)
+        return found | {names.source(key): tensors[key] for key in tensors if key not in skipped}
+
+    def cache(
+        self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> QuantizedCache:
+        """See :meth:`backends.safetensors.layout.Layout.cache`."""
+        names = Names.of(config)
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        for layer in described["layers"]:
+            key, value = (tensors[stored].reshape(()) for stored in _cache_keys(names, layer))
+            keys[layer], values[layer] = key, value
+        return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
+
+
+def _float_entries(key: str, tensor: Tensor, names: Names) -> Iterator[Entry]:
+    spec = names.experts.get(key)
+    if spec is None:
+        yield _entry(names.published(key), "float weight", tensor)
+        return
+    for expert, weight in enumerate(tensor):
+        modules = names.expert_modules(spec, expert)
+        for module, rows in zip(modules, weight.chunk(len(modules)), strict=True):
+            yield _entry(f"{module}.weight", "float weight", rows)
+
+
+def _entry(key: str, kind: Any, tensor: Tensor) -> Entry:
+    return Entry(key, kind, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
+
+
+def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:
+    attention = names.architecture.attention.replace("{i}", str(layer))
+    return tuple(f"{names.published(attention)}.{part}" for part in _CACHE_PARTS)
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Last parts of all keys, by what comes before."""
+    found: dict[str, list[str]] = {}
+    for key in tensors:
+        module, _, part = key.rpartition(".")
+        found.setdefault(module, []).append(part)
+    return found

@@ -1,0 +1,122 @@
+"""What the tensors of a model are called in a checkpoint: experts one by one, and names as they are published.
+
+transformers 5 keeps the experts of a layer as two 3-D parameters; checkpoints hold a linear for each expert and each of
+gate, up and down, and so does vLLM's loader. transformers merges them again when it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.architectures import Architecture, LinearSpec, architecture_for
+from calib.artifact import QuantizedLinear
+from calib.experts.names import expert_index, quantizable_linears
+from calib.schemes import PerTensor
+
+_PUBLISHED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
+"""What the module tree of transformers 5 calls otherwise than published checkpoints and vLLM, by family: from, to."""
+_WEIGHT = ".weight"
+_PER_ROW = ("weight", "weight_scale", "weight_zero_point", "bias")
+"""Parts of a linear that have a row for each output, but for scales per tensor."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one model."""
+
+    config: Any
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Names:
+        """Of the model that a Hugging Face config, as a dictionary, describes."""
+        from transformers import AutoConfig  # here, because it takes seconds to import
+
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        found = AutoConfig.for_model(config["model_type"], **values)
+        return cls(found, architecture_for(found))
+
+    @cached_property
+    def specs(self) -> dict[str, LinearSpec]:
+        """Table entries of everything in the decoder that may be quantized, by name; of experts one by one."""
+        return quantizable_linears(self.architecture, self.config)
+
+    def published(self, name: str) -> str:
+        """The published name of a module or tensor."""
+        ours, theirs = self._published
+        return name.replace(ours, theirs)
+
+    def source(self, name: str) -> str:
+        """The inverse of :meth:`published`."""
+        ours, theirs = self._published
+        return name.replace(theirs, ours)
+
+    @property
+    def _published(self) -> tuple[str, str]:
+        return _PUBLISHED.get(self.config.model_type, ("", ""))
+
+    def modules(self, name: str) -> tuple[str, ...]:
+        """The modules that hold the linear ``name``: itself, or those whose rows follow each other in an expert's."""
+        spec = self.specs.get(name)
+        if spec is None or spec.layout != "experts":
+            return (self.published(name),)
+        return self.expert_modules(spec, expert_index(name))
+
+    def expert_modules(self, spec: LinearSpec, expert: int) -> tuple[str, ...]:
+        """The modules of one expert of the 3-D parameter of ``spec``."""
+        names = (stored.replace("{e}", str(expert)) for stored in spec.stacked_from)
+        return tuple(self.published(name.removesuffix(_WEIGHT)) for name in names)
+
+    def transposed(self, name: str) -> bool:
+        """Whether checkpoints hold the weight of the linear ``name`` as ``[in, out]`` (GPT-2's Conv1D)."""
+        spec = self.specs.get(name)
+        return spec is not None and spec.layout == "conv1d"
+
+    @cached_property
+    def experts(self) -> dict[str, LinearSpec]:
+        """Table entries of the 3-D expert parameters, by name."""
+        return {spec.name: spec for spec in self.architecture.all_linears(self.config) if spec.layout == "experts"}
+
+    def rows(self, linear: QuantizedLinear) -> Iterator[tuple[str, QuantizedLinear]]:
+        """``linear`` by module: its rows in equal shares."""
+        modules = self.modules(linear.name)
+        share = linear.weight.shape[0] // len(modules)
+        for index, module in enumerate(modules):
+            yield module, linear if len(modules) == 1 else _rows(linear, slice(index * share, (index + 1) * share))
+
+
+def joined(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """The inverse of :meth:`Names.rows`."""
+    if len(linears) == 1:
+        return linears[0]
+
+    def whole(name: str, values: list[Tensor]) -> Tensor:
+        return torch.cat(values) if _is_per_row(linears[0], name) else values[0]
+
+    return _with_parts(
+        linears[0], {name: whole(name, [getattr(linear, name) for linear in linears]) for name in _parts(linears[0])}
+    )
+
+
+def _rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
+    parts = {name: getattr(linear, name) for name in _parts(linear)}
+    return _with_parts(linear, {name: x[rows] if _is_per_row(linear, name) else x for name, x in parts.items()})
+
+
+def _with_parts(linear: QuantizedLinear, parts: Mapping[str, Tensor]) -> QuantizedLinear:
+    changes: dict[str, Any] = dict(parts)
+    return replace(linear, **changes)
+
+
+def _parts(linear: QuantizedLinear) -> list[str]:
+    return [name for name in _PER_ROW if getattr(linear, name) is not None]
+
+
+def _is_per_row(linear: QuantizedLinear, name: str) -> bool:
+    return name in ("weight", "bias") or not isinstance(linear.weight_scheme.granularity, PerTensor)

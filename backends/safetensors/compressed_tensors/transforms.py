@@ -1,0 +1,121 @@
+"""Online rotations in the words of compressed-tensors: ``transform_config`` and the matrices that it speaks of.
+
+R4 is a transform at the input of the down projections, ``x -> x M / sqrt(n)``, whose matrix ``M = sqrt(n) R4`` is
+stored with the first of the modules that share it, under ``{module}.{group}_input.weight``. Its type is the format's
+``random-hadamard``: the one whose matrix a reader takes from the checkpoint (vLLM 0.33 multiplies by it; ``hadamard``
+would stand for Sylvester's matrix and nothing else). The down projections hold the inverse already, so no transform of
+weights is listed.
+
+R3 is left out where the cache is float: ``(q R3) (k R3)^T = q k^T``. A quantized cache would need it, and no reader
+of the format applies one: vLLM 0.33 passes over transforms of queries and keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from backends.safetensors.compressed_tensors.library import require
+from backends.safetensors.compressed_tensors.names import Names
+from backends.safetensors.layout import Entry
+from calib.artifact import QuantizedModel
+from calib.errors import BackendError
+from calib.rotations.rotation_set import Rotation
+
+_LOCATION = "input"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One matrix, and the modules that multiply their input by it."""
+
+    name: str
+    """Of its config group."""
+    rotation: Rotation
+    modules: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Where the matrix is stored."""
+        return f"{self.modules[0]}.{self.name}_{_LOCATION}.weight"
+
+    def entry(self, model: QuantizedModel) -> Entry:
+        """The matrix ``[n, n]``, in the dtype of the model."""
+        order = self.rotation.order
+        assert order is not None  # online rotations are Hadamard matrices
+
+        def read() -> Tensor:
+            return (self.rotation.dense() * math.sqrt(order)).to(model.dtype).contiguous()
+
+        return Entry(self.key, "other", model.dtype, (order, order), read)
+
+
+def transforms_of(model: QuantizedModel, names: Names) -> list[Transform]:
+    """The transforms of ``model``; R4 of the same order and signs is one of them.
+
+    Raises:
+        BackendError: an online rotation that no reader of the format would apply.
+    """
+    if model.cache is not None and "r3" in model.rotations.kinds():
+        raise BackendError(
+            "R3 with a quantized KV cache: vLLM 0.33 and transformers apply no rotation of queries and keys, and the "
+            "scales of rotated keys would clip plain ones",
+            hint="leave r3 out of --rotate, or leave --kv out",
+        )
+    shared: dict[tuple[int | None, int | None], list[tuple[Rotation, str]]] = {}
+    for rotation, module in _down_projections(model, names):
+        shared.setdefault((rotation.order, rotation.seed), []).append((rotation, module))
+    return [
+        Transform("R4" if index == 0 else f"R4_{index}", found[0][0], tuple(module for _, module in found))
+        for index, found in enumerate(shared.values())
+    ]
+
+
+def transform_config(transforms: list[Transform]) -> dict[str, Any]:
+    """``transform_config`` as JSON values; empty where there is nothing to transform."""
+    if not transforms:
+        return {}
+    library = require("compressed_tensors.transform")
+    groups = {
+        transform.name: library.TransformScheme(
+            type="random-hadamard",
+            apply=[library.TransformArgs(targets=list(transform.modules), location=_LOCATION)],
+        )
+        for transform in transforms
+    }
+    written: dict[str, Any] = library.TransformConfig(config_groups=groups).model_dump(mode="json")
+    return written
+
+
+def _down_projections(model: QuantizedModel, names: Names) -> Iterator[tuple[Rotation, str]]:
+    """Every R4 with the module whose input it multiplies."""
+    for layer in range(names.architecture.dimensions(names.config).layers):
+        for spec in names.architecture.ffn_readers(names.config, layer):
+            rotation = model.rotations.r4(layer, spec.branch)
+            if rotation is None:
+                continue
+            if spec.layout == "experts":
+                raise BackendError(
+                    f"R4 before the experts of '{spec.name}': vLLM 0.33 applies transforms to linears alone",
+                    hint="leave r4 out of --rotate",
+                )
+            if _has_bias(model, spec.name):
+                raise BackendError(
+                    f"R4 before '{spec.name}', which has a bias: vLLM 0.33 refuses a transform of such a linear",
+                    hint="leave r4 out of --rotate",
+                )
+            yield rotation, names.published(spec.name)
+
+
+def _has_bias(model: QuantizedModel, name: str) -> bool:
+    linear = model.linears.get(name)
+    return f"{name}.bias" in model.floats if linear is None else linear.bias is not None
+
+
+def transform_keys(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Keys of stored matrices."""
+    return {key for key in tensors if key.endswith(f"_{_LOCATION}.weight") and ".R4" in key}

@@ -1,0 +1,204 @@
+"""Opening a bundle: checked against its manifest before a tensor is touched, memory-mapped after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from backends.safetensors.bundle import sha256
+from backends.safetensors.differences import differences
+from backends.safetensors.layout import Layout
+from backends.safetensors.manifest import Manifest
+from backends.safetensors.tensor_file import DTYPES
+from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.errors import BackendError, RotqError
+from calib.rotations.rotation_set import RotationSet
+from calib.schemes import scheme_named
+
+_HINT = "export the model again, or copy the folder again"
+_T = TypeVar("_T")
+
+Form = tuple[torch.dtype, Sequence[int]]
+"""Dtype and shape of a tensor."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle."""
+
+    folder: Path
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+    """By key; memory-mapped, made anew on every access."""
+
+    def check(self, expected: Mapping[str, Form], what: str) -> None:
+        """Compare the keys, dtypes and shapes of this bundle with those of the model it shall fill.
+
+        Args:
+            expected: dtype and shape of every tensor that the model takes, by key.
+            what: the model, as the error calls it.
+
+        Raises:
+            BackendError: naming everything that is missing, too much, of another dtype, rank or shape.
+        """
+        found = {key: (entry.torch_dtype, entry.shape) for key, entry in self.manifest.tensors.items()}
+        problems = differences(found, expected)
+        if problems:
+            raise BackendError(
+                f"the bundle '{self.folder}' of a '{self.manifest.model_type}' model for target "
+                f"'{self.manifest.target}' does not fit {what}: {problems}",
+                hint="build the model from the config in the bundle's manifest, in the bundle's dtype, "
+                "or export the model that you have",
+            )
+
+
+def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False) -> Bundle:
+    """Open the bundle in ``folder``.
+
+    Args:
+        folder: what ``rotq export --backend safetensors`` wrote.
+        target: what it must have been written for; ``None`` for whatever it was.
+        verify: also compare the checksum of every file, which reads all of them.
+
+    Raises:
+        BackendError: it is no bundle, written for another target or by another version; or a file of it is missing,
+            truncated, edited or does not hold what the manifest says.
+    """
+    manifest = Manifest.load(folder)
+    if target is not None and manifest.target != target:
+        raise BackendError(
+            f"the bundle '{folder}' was written for target '{manifest.target}', not for '{target}'",
+            hint=f"export it again with --target {target}; --from-artifact needs no new calibration",
+        )
+    _check_files(folder, manifest, verify=verify)
+    tensors = _MappedTensors(folder, manifest)
+    bundle = Bundle(folder, manifest, tensors)
+    expected = {key: (entry.torch_dtype, entry.shape) for key, entry in manifest.tensors.items()}
+    problems = _undamaged(bundle, lambda: differences(tensors.forms(), expected))
+    if problems:
+        raise BackendError(f"the bundle '{folder}' does not hold what its manifest says: {problems}", hint=_HINT)
+    return bundle
+
+
+def read_linears(bundle: Bundle, layout: Layout) -> Mapping[str, QuantizedLinear]:
+    """The quantized linears of ``bundle``, in the order of the source model.
+
+    Raises:
+        BackendError: they are not what their descriptions say.
+    """
+    manifest = bundle.manifest
+    found = _undamaged(bundle, lambda: layout.linears(bundle.tensors, manifest.linears, manifest.config))
+    return _undamaged(bundle, lambda: {name: found[name] for name in manifest.linears})
+
+
+def read_cache(bundle: Bundle, layout: Layout) -> QuantizedCache | None:
+    """The quantized KV cache of ``bundle``, if it has one; errors as for :func:`read_linears`."""
+    manifest = bundle.manifest
+    if manifest.cache is None:
+        return None
+    described = manifest.cache.model_dump()
+    return _undamaged(bundle, lambda: layout.cache(bundle.tensors, described, manifest.config))
+
+
+def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
+    """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
+    manifest = bundle.manifest
+    floats = _undamaged(bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config))
+    try:
+        scheme, rotations = scheme_named(manifest.scheme), RotationSet.load(bundle.folder)
+    except RotqError as error:
+        raise BackendError(f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint) from error
+    return QuantizedModel(
+        config=manifest.config,
+        scheme=scheme,
+        dtype=getattr(torch, manifest.dtype),
+        linears=read_linears(bundle, layout),
+        floats=floats,
+        kept=manifest.kept,
+        rotations=rotations,
+        provenance=_provenance(bundle),
+        cache=read_cache(bundle, layout),
+    )
+
+
+class _MappedTensors(Mapping[str, Tensor]):
+    """Tensors of the weight files of a bundle, in the order in which its manifest has them."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        held: dict[str, Any] = {}
+        for name in sorted({entry.file for entry in manifest.tensors.values()}):
+            try:
+                file: Any = safe_open(folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BackendError(f"'{folder / name}' is damaged or truncated: {error}", hint=_HINT) from error
+            held.update((key, file) for key in file.keys())  # noqa: SIM118 - a handle is no mapping
+        order = [key for key in manifest.tensors if key in held]
+        self._files = {key: held[key] for key in [*order, *held]}
+
+    def forms(self) -> dict[str, Form]:
+        """Dtype and shape of every tensor, from the headers alone.
+
+        Raises:
+            KeyError: a dtype that no bundle has.
+        """
+        slices = {key: file.get_slice(key) for key, file in self._files.items()}
+        return {key: (DTYPES[part.get_dtype()], part.get_shape()) for key, part in slices.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor: Tensor = self._files[key].get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
+    """Every file that the manifest lists is there, of its size, and with ``verify`` of its checksum."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():  # a name with folders in it would reach outside
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}")
+        elif verify and sha256(path) != entry.sha256:
+            problems.append(f"{name} was changed: its checksum does not fit")
+    listed = {entry.file for entry in manifest.tensors.values()}
+    problems += [f"{name} is not listed with a checksum" for name in sorted(listed - manifest.files.keys())]
+    if problems:
+        raise BackendError(f"the bundle '{folder}' is damaged: {'; '.join(problems)}", hint=_HINT)
+
+
+def _undamaged(bundle: Bundle, read: Callable[[], _T]) -> _T:
+    """``read()``, whose complaints about tensors become an error that names the bundle."""
+    try:
+        return read()
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise BackendError(
+            f"the bundle '{bundle.folder}' does not hold what its manifest says: {error}", hint=_HINT
+        ) from error
+
+
+def _provenance(bundle: Bundle) -> Provenance:
+    """What a bundle knows of where it came from; the report beside it knows the rest."""
+    manifest = bundle.manifest
+    return Provenance(
+        source=str(bundle.folder),
+        fingerprint=manifest.fingerprint,
+        recipe={},
+        parameters=0,
+        nbytes=0,
+        calibration_rows=0,
+        calibration_tokens=0,
+        calibration_sha256="",
+        versions={"rotq": manifest.rotq},
+    )
