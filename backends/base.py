@@ -39,6 +39,9 @@ class RuntimeModel(Protocol):
 
     runtime: str
     """What runs it, for tables: ``ONNX Runtime 1.31.1 (CPU)``, ``transformers``, ``torch, from the file``."""
+    note: str
+    """What this runtime computes otherwise than the file says, of its own accord (``quantizes the inputs of weight-only
+    linears to int8``); empty: nothing. What has a note is reported, and what has none is held to the bounds."""
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None

@@ -6,13 +6,15 @@ is listed with its error and never stops the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from backends.base import Backend
 from calib.errors import BackendError
-from calib.schemes import SCHEMES, LinearScheme, TensorScheme
+from calib.schemes import FLOAT, LINEAR_SCHEMES, LinearScheme, TensorScheme, linear_words
 
 GROUP = "rotq.backends"
 
@@ -84,10 +86,10 @@ def check_target(backend: Backend, schemes: Mapping[str, LinearScheme], target: 
     for name, scheme in schemes.items():
         reason = backend.refusal(scheme, chosen)
         if reason is not None:
-            possible = [preset.name for preset in SCHEMES.values() if backend.refusal(preset.linear, chosen) is None]
+            possible = [name for name, linear in LINEAR_SCHEMES.items() if backend.refusal(linear, chosen) is None]
             raise BackendError(
                 f"target '{chosen}' of backend '{backend.name}' cannot express {name}: {reason}",
-                hint=f"schemes it can express: {', '.join(possible)}",
+                hint=f"schemes it can express: {', '.join([FLOAT, *possible])}",
             )
     return chosen
 
@@ -127,11 +129,49 @@ def check_expressible(
     check_cache(backend, cache, target)
 
 
+def expressible(backend: Backend, target: str, linears: Collection[LinearScheme], cache: TensorScheme | None) -> bool:
+    """Whether ``target`` can express linears of these schemes and this cache."""
+    return all(backend.refusal(scheme, target) is None for scheme in linears) and (
+        cache is None or backend.cache_refusal(cache, target) is None
+    )
+
+
+def check_model(backend: Backend, target: str, config: Mapping[str, Any], linears: Collection[str]) -> None:
+    """Refuse a model that ``target`` cannot express, whatever the scheme.
+
+    Args:
+        backend: what writes.
+        target: one of its targets.
+        config: Hugging Face config.
+        linears: names of what is quantized.
+
+    Raises:
+        BackendError: with the reason, and what to do.
+    """
+    refused = backend.model_refusal(config, linears, target)
+    if refused is not None:
+        reason, hint = refused
+        raise BackendError(
+            f"target '{target}' of backend '{backend.name}' cannot express this model: {reason}", hint=hint
+        )
+
+
+def warnings_of(backend: Backend, target: str, linears: Mapping[str, LinearScheme]) -> list[str]:
+    """What ``target`` expresses but does not run fast, a sentence for each kind of linear."""
+    counts = Counter(linears.values())
+    found = ((scheme, count, backend.warning(scheme, target)) for scheme, count in counts.items())
+    return [
+        f"{count} linear{'s' if count > 1 else ''} with {linear_words(scheme)}: {warning}"
+        for scheme, count, warning in found
+        if warning is not None
+    ]
+
+
 def _describe(entry: EntryPoint) -> BackendInfo:
     try:
         backend: Backend = entry.load()()
         schemes = {
-            target: {scheme.name: backend.refusal(scheme.linear, target) for scheme in SCHEMES.values()}
+            target: {FLOAT: None, **{name: backend.refusal(linear, target) for name, linear in LINEAR_SCHEMES.items()}}
             for target in backend.targets
         }
     except Exception as error:  # a broken plugin must not take the list down

@@ -45,7 +45,7 @@ from calib.quantize import Calibrator
 from calib.reference import build_reference
 from calib.rotations.from_capture import online_rotations, ordered_kinds
 from calib.rotations.rotation_set import RotationSet, hadamard_rotations
-from calib.schemes import INT4, INT8, SCHEMES, PerBlock, PerTensor, Scheme, TensorScheme, scheme_named
+from calib.schemes import INT4, INT8, LINEAR_SCHEMES, PerBlock, PerTensor, Scheme, TensorScheme, scheme_named
 from calib.smoothing.groups import SmoothingGroup, smoothing_groups
 from calib.smoothing.methods import smoothing_named
 from calib.smoothing.observe import GroupInputs, observe_channels
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="checkpoint folder (default: the embedded model)")
     parser.add_argument("--text", default="embedded", help="text to evaluate on (default: the embedded one)")
     parser.add_argument("--calib-text", help="text to calibrate and gate with (default: other documents of --text)")
-    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", choices=list(LINEAR_SCHEMES), default=list(LINEAR_SCHEMES))
     parser.add_argument("--block-size", type=int, help="input features that share a scale of int4 weights (128)")
     parser.add_argument("--rows", type=int, default=32, help="evaluation rows")
     parser.add_argument("--gate-rows", type=int, default=16)
@@ -371,6 +371,7 @@ def least(cells: Iterable[Cell]) -> Cell:
 
 def algorithms_of(scheme: Scheme, adaround: int) -> list[str]:
     """What is tried for a scheme, ``rtn`` first: weight algorithms, or smoothing and, after a ``+``, one of them."""
+    assert scheme.weight is not None  # 'float' is no choice here
     found = [PLAIN, "mse", "gptq"]
     if scheme.weight.format == INT4 and adaround:
         found.append(f"adaround:iterations={adaround}")
@@ -387,6 +388,7 @@ def split(algorithm: str) -> tuple[str, str]:
 
 def blocks(scheme: Scheme) -> int | None:
     """Input features that share a scale of a weight, where their number can be chosen."""
+    assert scheme.weight is not None  # 'float' is no choice here
     granularity, chosen = scheme.weight.granularity, scheme.weight.scale_format == "compute"
     return granularity.size if chosen and isinstance(granularity, PerBlock) else None
 

@@ -184,6 +184,7 @@ def _quantized(fused: FusedModel, run: Run, scheme: Scheme, algorithm: str) -> n
     for name in run.source.architecture.linear_names(run.source.config):
         linear = model.get_submodule(name)
         weight = linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T.contiguous()
+        assert scheme.weight is not None  # both schemes here quantize
         rounded = algorithm_named(algorithm).round(weight, None, scheme.weight).values(scheme.weight)
         # transformers' Conv1D stores the transpose of a linear
         linear.weight.data = rounded if isinstance(linear, nn.Linear) else rounded.T.contiguous()

@@ -192,6 +192,12 @@ class QuantizedModel:
         """How each quantized linear is quantized, by name."""
         return {name: LinearScheme(part.weight_scheme, part.input_scheme) for name, part in self.linears.items()}
 
+    def to(self, dtype: torch.dtype) -> QuantizedModel:
+        """The same model for a target that computes in ``dtype``; see :func:`calib.casting.cast_model`."""
+        from calib.casting import cast_model  # which needs this module
+
+        return cast_model(self, dtype)
+
     def save(self, folder: Path) -> None:
         """Write everything into ``folder``, which must exist and should be empty."""
         from huggingface_hub import save_torch_state_dict

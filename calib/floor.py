@@ -1,4 +1,4 @@
-"""How closely any runtime can be held to the fake-quant reference, end to end: two floors, both measured in torch.
+"""How closely any runtime can be held to the fake-quant reference, end to end: floors, measured in torch.
 
 Where activations are quantized, a difference in the last bit of a float can move a value across a rounding boundary.
 Such a *flip* changes it by a whole step, and the layers after it amplify that. So two evaluations that are both right
@@ -9,20 +9,30 @@ differ by
 * the **one-flip floor**: the reference against itself with one value in each row rounded the other way, the one that
   lies closest to a boundary. It stands in where flips are rare events (tiny models, short rows): a run of either side
   may see none or one, and no runtime can be asked for less than one.
+
+A graph in float16 or bfloat16 rounds every value on its way, and flips far more. It is held to
+
+* the **naive floor**: the same fake-quant computed in torch in that dtype, against float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from calib.artifact import QuantizedModel
-from calib.perplexity import model_logits
+from calib.inputs import input_steps
+from calib.kv_cache import CacheRounding, watched_caches
+from calib.perplexity import LogitsFunction, model_logits
 from calib.reference import ReferenceLinear, build_reference
+from calib.rounding import neighbours, round_to_format
+from calib.schemes import NumberFormat
 
+_QUOTIENT_ULPS = 2
 UNFLIPPED = 1e-5
 """Relative L2 of a row's logits that rounding in float32 alone explains; a flip moves them by 1e-3 and more."""
 
@@ -60,10 +70,12 @@ class SplitSumFloor:
         return self.flipped >= 0.5
 
 
-def split_sum_floor(quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor]) -> SplitSumFloor:
-    """The reference against its split-sum variant over ``rows`` (int64 ``[tokens]``)."""
-    split = model_logits(build_reference(quantized, split_sum=True))
-    plain = model_logits(reference)
+def split_sum_floor(
+    quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False
+) -> SplitSumFloor:
+    """The reference against its split-sum variant over ``rows`` (int64 ``[tokens]``), or over their ``last`` logits."""
+    split = _logits_of(build_reference(quantized, split_sum=True), last)
+    plain = _logits_of(reference, last)
     total, flipped = Difference(), 0
     for row in rows:
         one, values, expected = Difference(), split(row.unsqueeze(0)), plain(row.unsqueeze(0))
@@ -73,81 +85,143 @@ def split_sum_floor(quantized: QuantizedModel, reference: nn.Module, rows: Seque
     return SplitSumFloor(total.value, flipped / max(len(rows), 1))
 
 
-def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor]) -> float:
-    """Relative L2 of logits over ``rows`` when, in each row, the value nearest to a boundary is rounded over it.
-
-    Inputs behind an online rotation are left out: they cannot be set from outside. 0 where no integer is rounded.
-    """
-    linears = [
-        module
-        for module in reference.modules()
-        if isinstance(module, ReferenceLinear) and module.rotation is None and _rounds_to_integers(module)
-    ]
-    if not linears:
-        return 0.0
-    logits = model_logits(reference)
+def naive_floor(
+    quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False
+) -> float:
+    """Relative L2 of logits over ``rows`` of the naive path in the artifact's dtype against the float32 reference."""
+    naive, plain = _logits_of(build_reference(quantized, dtype=quantized.dtype), last), _logits_of(reference, last)
     difference = Difference()
     for row in rows:
-        ties: dict[ReferenceLinear, _Tie] = {}
+        difference.add(naive(row.unsqueeze(0)), plain(row.unsqueeze(0)))
+    return difference.value
 
-        def find(linear: ReferenceLinear, x: Tensor, ties: dict[ReferenceLinear, _Tie] = ties) -> None:
-            ties[linear] = _nearest_tie(linear, x)
 
-        plain = _with_hooks(linears, find, lambda: logits(row.unsqueeze(0)))  # noqa: B023 - runs at once
+def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False) -> float:
+    """Relative L2 of logits over ``rows`` when, in each row, the value nearest to a boundary is rounded over it.
+
+    Inputs of linears and cached keys and values count. Inputs behind an online rotation are left out: they cannot be
+    set from outside. 0 where nothing is rounded.
+    """
+    logits = _logits_of(reference, last)
+    difference = Difference()
+    for row in rows:
+        ties: dict[_Site, _Tie] = {}
+
+        def find(site: _Site, x: Tensor, steps: _Steps, ties: dict[_Site, _Tie] = ties) -> None:
+            ties[site] = _nearest_tie(x, *steps)
+
+        plain = _watched(reference, find, lambda: logits(row.unsqueeze(0)))  # noqa: B023 - runs at once
+        if not ties:
+            return 0.0
         nearest = min(tie.distance for tie in ties.values())
 
         def flip(
-            linear: ReferenceLinear, x: Tensor, ties: dict[ReferenceLinear, _Tie] = ties, nearest: float = nearest
+            site: _Site, x: Tensor, steps: _Steps, ties: dict[_Site, _Tie] = ties, nearest: float = nearest
         ) -> None:
-            tie = ties.get(linear)  # an expert that only the flip sends a token to has none
+            tie = ties.get(site)  # an expert that only the flip sends a token to has none
             if tie is not None and tie.distance == nearest:  # q, k and v read one input: it flips for all of them
                 x.view(-1)[tie.index] = tie.other
 
-        difference.add(_with_hooks(linears, flip, lambda: logits(row.unsqueeze(0))), plain)  # noqa: B023
+        difference.add(_watched(reference, flip, lambda: logits(row.unsqueeze(0))), plain)  # noqa: B023
     return difference.value
+
+
+def settled(linear: ReferenceLinear, x: Tensor, found: Tensor) -> tuple[Tensor, int]:
+    """What ``linear`` makes of ``x``, inputs that lie on a rounding boundary rounded to the side that suits ``found``.
+
+    ``x / s``, ``x (1 / s)`` and ``(x - low) / (high - low) 255`` are right ways to the same number, up to two units in
+    the last place of the format's largest number apart. A value that close to a boundary may be rounded to either side,
+    which moves the output by ``(n - q) s`` times a column of the weight, here tried one by one.
+
+    Args:
+        linear: the linear.
+        x: its input ``[..., in]``, behind any online rotation.
+        found: the output ``[..., out]`` of a runtime on the same input.
+
+    Returns:
+        The output ``[..., out]``, and how many inputs were rounded to the other side.
+    """
+    expected = linear.matmul(linear.quantize(x))
+    scheme, scale = linear.source.input_scheme, linear.source.input_scale
+    if scheme is None:
+        return expected, 0
+    steps, _ = input_steps(x, scheme, None if scale is None else scale.to(x))
+    ratio = x / steps
+    here, other = _around(ratio, scheme.format)
+    near = (ratio - (here + other) / 2).abs() <= _QUOTIENT_ULPS * torch.finfo(x.dtype).eps * scheme.format.maxbound
+    moved = ((other - here) * steps).reshape(-1, x.shape[-1])
+    weight, rows, wanted = cast(Tensor, linear.weight), expected.flatten(0, -2), found.to(expected).flatten(0, -2)
+    flips = 0
+    for row, column in near.reshape(moved.shape).nonzero().tolist():
+        flipped = rows[row] + moved[row, column] * weight[:, column]
+        if (wanted[row] - flipped).norm() < (wanted[row] - rows[row]).norm():
+            rows[row] = flipped
+            flips += 1
+    return rows.view(expected.shape), flips
+
+
+def _logits_of(model: nn.Module, last: bool) -> LogitsFunction:
+    logits = model_logits(model)
+    return (lambda ids: logits(ids)[:, -1:]) if last else logits
+
+
+_Site = tuple[nn.Module, str]
+"""A place where values are rounded: a linear's ``input``, or the ``key`` or ``value`` of an attention."""
+_Steps = tuple[Tensor, NumberFormat]
+"""Scale of every value there, and the format that it is rounded to."""
 
 
 @dataclass(frozen=True)
 class _Tie:
-    """The value of an input that lies nearest to a rounding boundary."""
+    """The value that lies nearest to a rounding boundary."""
 
     distance: float
     """To the boundary, in steps: 0 is a tie, 0.5 the middle of a step."""
     index: int
-    """In the flattened input."""
+    """In the flattened tensor."""
     other: float
-    """A value that rounds to the integer on the other side."""
+    """A value that rounds to the number on the other side."""
 
 
-def _nearest_tie(linear: ReferenceLinear, x: Tensor) -> _Tie:
-    assert linear.source.input_scale is not None  # only linears that round to integers are looked at
-    scale = linear.source.input_scale.float()
-    ratio = (x / scale).flatten()
-    distance, index = (0.5 - (ratio - ratio.round()).abs()).min(dim=0)
-    value = ratio[index]
-    other = value.round() + (1 if value > value.round() else -1)
-    return _Tie(float(distance), int(index), float(other * scale))
+def _nearest_tie(x: Tensor, scale: Tensor, fmt: NumberFormat) -> _Tie:
+    """By the two numbers around ``x / s``. A zero point moves integers by a whole number, and so no boundary."""
+    ratio = x / scale
+    here, other = _around(ratio, fmt)
+    step = (other - here).abs()
+    distance = torch.where(step > 0, 0.5 - (ratio - here).abs() / step, torch.inf).flatten()  # no step beyond the ends
+    index = int(distance.argmin())
+    return _Tie(float(distance[index]), index, float((other * scale).flatten()[index]))
 
 
-def _rounds_to_integers(linear: ReferenceLinear) -> bool:
-    scheme = linear.source.input_scheme
-    return scheme is not None and scheme.format.kind == "integer"
+def _around(ratio: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
+    """The number that ``ratio`` is rounded to, and the next one on its other side; the same beyond the ends."""
+    here = round_to_format(ratio, fmt)
+    below, above = neighbours(here, fmt)
+    return here, torch.where(ratio > here, above, below)
 
 
-def _with_hooks(
-    linears: Sequence[ReferenceLinear], look: Callable[[ReferenceLinear, Tensor], None], run: Callable[[], Tensor]
-) -> Tensor:
-    """``run()`` while each linear passes a copy of its input to ``look``, which may change it."""
+def _watched(reference: nn.Module, look: Callable[[_Site, Tensor, _Steps], None], run: Callable[[], Tensor]) -> Tensor:
+    """``run()`` while whatever is rounded is passed to ``look`` first, as a copy that it may change."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def input_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert isinstance(module, ReferenceLinear)
-        x = args[0].clone()
-        look(module, x)
+        scheme, x = module.source.input_scheme, args[0].clone(memory_format=torch.contiguous_format)
+        assert scheme is not None  # hooked for its sake
+        scale = module.source.input_scale
+        steps, _ = input_steps(x, scheme, None if scale is None else scale.to(x))
+        look((module, "input"), x, (steps, scheme.format))
         return (x, *args[1:])
 
-    handles = [linear.register_forward_pre_hook(hook) for linear in linears]
+    def cache_look(module: nn.Module, rounding: CacheRounding, key: Tensor, value: Tensor) -> None:
+        look((module, "key"), key, (rounding.key_scale, rounding.scheme.format))
+        look((module, "value"), value, (rounding.value_scale, rounding.scheme.format))
+
+    linears = [module for module in reference.modules() if isinstance(module, ReferenceLinear)]
+    seen = [module for module in linears if module.rotation is None and module.source.input_scheme is not None]
+    handles = [linear.register_forward_pre_hook(input_hook) for linear in seen]
     try:
-        return run()
+        with watched_caches(reference, cache_look):
+            return run()
     finally:
         for handle in handles:
             handle.remove()

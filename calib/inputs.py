@@ -35,22 +35,31 @@ def fake_quantize_input(
     Raises:
         QuantizationError: a calibrated scale is needed and missing, or the granularity is not one of activations.
     """
+    return round_to_grid(x, *input_steps(x, scheme, scale, zero_point), scheme.format)
+
+
+def input_steps(
+    x: Tensor, scheme: TensorScheme, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of every value of ``x``, broadcastable to its shape.
+
+    Arguments and errors as for :func:`fake_quantize_input`.
+    """
     if scheme.needs_calibration and scale is None:
         raise QuantizationError("this input needs a calibrated scale and has none", hint="calibrate the model first")
     if not scheme.dynamic:
         assert scale is not None
         if not isinstance(scheme.granularity, PerTensor | PerCluster):
             raise _no_such(scheme.granularity)
-        return round_to_grid(x, scale, zero_point, scheme.format)
-    rows = x.reshape(-1, x.shape[-1])
+        return scale, zero_point
     match scheme.granularity:
         case PerToken():
-            low, high = torch.aminmax(rows, dim=-1, keepdim=True)
-            grid = grid_of(low, high, scheme)
-            return round_to_grid(rows, grid.scale, grid.zero_point, scheme.format).reshape(x.shape)
+            grid = grid_of(*torch.aminmax(x, dim=-1, keepdim=True), scheme)
+            return _rowwise(grid.scale, x), None if grid.zero_point is None else _rowwise(grid.zero_point, x)
         case PerBlock():
+            rows = x.reshape(-1, x.shape[-1])
             steps, zero = expand_grid(_block_grid(rows, scheme, scale), rows.shape, scheme.granularity)
-            return round_to_grid(rows, steps, zero, scheme.format).reshape(x.shape)
+            return steps.reshape(x.shape), None if zero is None else zero.reshape(x.shape)
         case _:
             raise _no_such(scheme.granularity)
 
@@ -73,6 +82,11 @@ def input_grid(low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dty
         assert second is not None
         return Grid(second)
     return grid_of(low, high, scheme, dtype)
+
+
+def _rowwise(values: Tensor, x: Tensor) -> Tensor:
+    """One value for each row of ``x`` ``[..., in]``, as ``[..., 1]``."""
+    return values.reshape(*x.shape[:-1], 1)
 
 
 def _block_grid(rows: Tensor, scheme: TensorScheme, second: Tensor | None) -> Grid:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from calib.artifact import QuantizedCache
 from calib.errors import QuantizationError
 from calib.grids import round_to_grid
 from calib.modules import get_submodule
+from calib.schemes import TensorScheme
 
 _PREFIX = "rotq_cache_"
 _ATTRIBUTE = "_rotq_cache"
@@ -75,16 +77,60 @@ def attach_cache(model: nn.Module, architecture: Architecture, cache: QuantizedC
     transforms = {}
     for layer, key_scale in cache.key_scale.items():
         name = architecture.attention.replace("{i}", str(layer))
-        transforms[get_submodule(model, name)] = _rounding(cache, key_scale.float(), cache.value_scale[layer].float())
+        rounding = CacheRounding(cache.scheme, key_scale.float(), cache.value_scale[layer].float())
+        transforms[get_submodule(model, name)] = rounding
     _attach(transforms)
 
 
-def _rounding(cache: QuantizedCache, key_scale: Tensor, value_scale: Tensor) -> Transform:
-    def transform(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        fmt = cache.scheme.format
-        return round_to_grid(key, key_scale, None, fmt), round_to_grid(value, value_scale, None, fmt)
+@dataclass(frozen=True)
+class CacheRounding:
+    """What a quantized cache does to the keys and values of one layer."""
 
-    return transform
+    scheme: TensorScheme
+    key_scale: Tensor
+    value_scale: Tensor
+
+    def __call__(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, kv_heads, T, head_dim]``, rounded."""
+        fmt = self.scheme.format
+        return (
+            round_to_grid(key, self.key_scale.to(key), None, fmt),
+            round_to_grid(value, self.value_scale.to(value), None, fmt),
+        )
+
+
+@contextmanager
+def watched_caches(
+    model: nn.Module, look: Callable[[nn.Module, CacheRounding, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """While this lasts, ``look`` gets copies of keys and values before they are rounded, and may change them.
+
+    Args:
+        model: a model that :func:`attach_cache` was called on, or any other, which has nothing to look at.
+        look: called with the attention module, what it rounds with, keys and values ``[B, kv_heads, T, head_dim]``.
+    """
+    before = {module: found for module in model.modules() if isinstance(found := _transform(module), CacheRounding)}
+
+    def watched(module: nn.Module, rounding: CacheRounding) -> Transform:
+        def transform(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            key, value = (part.clone(memory_format=torch.contiguous_format) for part in (key, value))
+            look(module, rounding, key, value)
+            return rounding(key, value)
+
+        return transform
+
+    try:
+        for module, rounding in before.items():
+            setattr(module, _ATTRIBUTE, watched(module, rounding))
+        yield
+    finally:
+        for module, rounding in before.items():
+            setattr(module, _ATTRIBUTE, rounding)
+
+
+def _transform(module: nn.Module) -> Transform | None:
+    found: Transform | None = getattr(module, _ATTRIBUTE, None)
+    return found
 
 
 @contextmanager
@@ -119,7 +165,7 @@ def _registered(inner: str) -> str:
     def function(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        transform: Transform | None = getattr(module, _ATTRIBUTE, None)
+        transform = _transform(module)
         if transform is not None:
             key, value = transform(key, value)
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, *args, **kwargs)

@@ -23,9 +23,8 @@ from calib.schemes import (
     scheme_named,
 )
 
-FLOAT = "float"
-"""What an override says instead of a scheme's name to leave a linear as it is."""
 KEPT_BY_OVERRIDE = "float by override"
+KEPT_BY_SCHEME = "the scheme quantizes nothing"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Quantization:
         observer: what turns activations into limits; see :mod:`calib.observers`.
         weights: what rounds weights; see :mod:`calib.weights`.
         cache: how the KV cache is quantized, if it is.
-        kept: linears that an override leaves in float, with that reason.
+        kept: linears of the decoder that an override or the scheme leaves in float, with that reason.
     """
 
     scheme: Scheme
@@ -70,7 +69,15 @@ def customised(
     Raises:
         QuantizationError: a control that this scheme does not have.
     """
+    controls = (block_size, weight_symmetric, activation_symmetric, activation_granularity)
     weight, activation = scheme.weight, scheme.activation
+    if weight is None:
+        if any(control is not None for control in controls):
+            raise QuantizationError(
+                f"'{scheme.name}' quantizes nothing, so there is nothing to control",
+                hint="choose a scheme that quantizes, such as int8; overrides take no finer controls",
+            )
+        return scheme
     if block_size is not None:
         if block_size < 1:
             raise QuantizationError(f"a block of {block_size} input features", hint="use 1 or more, such as 32 or 128")
@@ -120,7 +127,7 @@ def resolve(
         scheme: the rule.
         architecture: the model's table entry.
         config: its Hugging Face config.
-        overrides: scheme names, or ``float``, by pattern.
+        overrides: scheme names by pattern.
         observer: what turns activations into limits.
         weights: what rounds weights.
         kv: how the KV cache is quantized; a key of :data:`calib.schemes.KV_SCHEMES`.
@@ -134,13 +141,15 @@ def resolve(
     embeddings = [table.name for table in architecture.embeddings]
     outside = [*embeddings, architecture.head.name]
     chosen: dict[str, LinearScheme | None] = dict.fromkeys(decoder, scheme.linear)
+    overridden: set[str] = set()
     for pattern, name in (overrides or {}).items():
         matched = (
             [pattern] if pattern in outside else [linear for linear in decoder if _matches(pattern, linear, specs)]
         )
         if not matched:
             raise _nothing_matches(pattern, decoder, outside)
-        chosen.update(dict.fromkeys(matched, None if name == FLOAT else scheme_named(name).linear))
+        chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
+        overridden.update(matched)
     _check_experts(chosen, specs)
     for table in embeddings:
         found = chosen.get(table)
@@ -158,7 +167,11 @@ def resolve(
         observer=observer,
         weights=weights,
         cache=None if kv is None else KV_SCHEMES[kv],
-        kept={specs[name].name: KEPT_BY_OVERRIDE for name, what in chosen.items() if what is None and name in specs},
+        kept={
+            spec.name: KEPT_BY_OVERRIDE if name in overridden else KEPT_BY_SCHEME
+            for name, spec in specs.items()
+            if chosen[name] is None
+        },
     )
 
 

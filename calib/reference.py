@@ -7,6 +7,9 @@ Every quantized linear becomes
 with the artifact's numbers and scales, in float32; Q as :mod:`calib.inputs` says. Nothing of ModelOpt is left in it: it
 defines the numbers that a runtime has to give.
 
+In float16 or bfloat16 the same model is the naive path of a graph in that dtype: every value that a layer passes on is
+rounded to it. What that loses against float32 is what a runtime may lose.
+
 The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears, attention, head), is just
 as right: addition of floats fixes no order. :mod:`calib.floor` measures what the two differ by.
 """
@@ -21,6 +24,7 @@ from torch.nn import functional
 
 from calib.architectures import architecture_for
 from calib.artifact import QuantizedLinear, QuantizedModel
+from calib.attention import attend
 from calib.experts.gather import gather_experts
 from calib.experts.modules import Experts
 from calib.inputs import fake_quantize_input
@@ -34,15 +38,22 @@ _SPLIT_ATTENTION = "rotq_split_sum"
 
 
 class ReferenceLinear(nn.Module):
-    """Fake-quantized linear of one :class:`QuantizedLinear`; input ``[..., in]``, output ``[..., out]``, float32."""
+    """Fake-quantized linear of a :class:`QuantizedLinear`; input ``[..., in]``, output ``[..., out]`` in ``dtype``."""
 
-    def __init__(self, linear: QuantizedLinear, rotation: Rotation | None, *, split_sum: bool) -> None:
+    def __init__(
+        self,
+        linear: QuantizedLinear,
+        rotation: Rotation | None,
+        *,
+        split_sum: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.source = linear
         self.rotation = rotation
         self.split_sum = split_sum
-        self.register_buffer("weight", linear.values(), persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.float(), persistent=False)
+        self.register_buffer("weight", linear.values().to(dtype), persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.to(dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate (where an online rotation acts), quantize, multiply."""
@@ -55,9 +66,9 @@ class ReferenceLinear(nn.Module):
         source = self.source
         if source.input_scheme is None:
             return x
-        scale = None if source.input_scale is None else source.input_scale.float().to(x.device)
-        zero = None if source.input_zero_point is None else source.input_zero_point.float().to(x.device)
-        return fake_quantize_input(x, source.input_scheme, scale, zero)
+        scale = None if source.input_scale is None else source.input_scale.to(x)
+        zero = None if source.input_zero_point is None else source.input_zero_point.to(x)
+        return fake_quantize_input(x, source.input_scheme, scale, zero).to(x.dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         """``x W^T + b`` on already quantized values."""
@@ -72,23 +83,24 @@ class _SplitLinear(nn.Linear):
         return _split_linear(x, self.weight, self.bias)
 
 
-def build_reference(model: QuantizedModel, *, split_sum: bool = False) -> nn.Module:
-    """The Hugging Face model of ``model.config`` in eval mode, float32 on CPU, its quantized linears fake-quantized.
+def build_reference(model: QuantizedModel, *, split_sum: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The Hugging Face model of ``model.config`` in eval mode on the CPU, its quantized linears fake-quantized.
 
     Args:
         model: the artifact. Any rotation may be in it; :mod:`calib.online` attaches those outside the linears.
         split_sum: sum every matmul in two halves (see the module's docstring).
+        dtype: what it computes in; anything but float32 is the naive path of such a graph.
     """
     config = _config(model)
     architecture = architecture_for(config)
     tables = {table.name for table in architecture.embeddings}
-    floats = {name: tensor.float() for name, tensor in model.floats.items()}
-    floats |= {f"{name}.weight": model.linears[name].values() for name in tables & model.linears.keys()}
+    floats = {name: tensor.to(dtype) for name, tensor in model.floats.items()}
+    floats |= {f"{name}.weight": model.linears[name].values().to(dtype) for name in tables & model.linears.keys()}
     modules: dict[str, nn.Module] = {}
     for name, linear in model.linears.items():
         if name not in tables:
             rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
-            modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum)
+            modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum, dtype=dtype)
     gather_experts(modules, floats, architecture, config, model.rotations)
     network = build_skeleton(model.config, floats, skip=set(modules))
     for name, module in modules.items():
@@ -141,15 +153,8 @@ def _split_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """``softmax(q k^T s + mask) v`` over ``[B, heads, S, d]`` as transformers' attention functions take it, split."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = _split_matmul(query, key.transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
-    if attention_mask is None:
-        lengths = scores.shape[-2:]
-        attention_mask = torch.ones(lengths, dtype=torch.bool, device=scores.device).tril(lengths[1] - lengths[0])
-    # The smallest number, not -inf: a padded query sees no key at all, and NaN would spread from it.
-    weights = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return _split_matmul(weights, value).transpose(1, 2).contiguous(), None
+    """Attention as transformers calls it, each of its products summed in two halves."""
+    return attend(_split_matmul, query, key, value, attention_mask, scaling, softcap), None

@@ -37,6 +37,22 @@ def round_to_format(ratio: Tensor, fmt: NumberFormat) -> Tensor:
     return _round_e2m1(clamped)
 
 
+def neighbours(values: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
+    """The representable numbers next below and next above representable ``values``; at the ends, the values again."""
+    table = _representable(fmt).to(values)
+    index = torch.searchsorted(table, values.contiguous())
+    return table[(index - 1).clamp(min=0)], table[(index + 1).clamp(max=table.numel() - 1)]
+
+
+def _representable(fmt: NumberFormat) -> Tensor:
+    """Every number of the format within its limits, float32, ascending."""
+    if fmt.kind == "integer":
+        return torch.arange(fmt.qmin, fmt.qmax + 1)
+    codes = torch.arange(2**fmt.bits, dtype=torch.uint8)
+    values = decode(codes.view(torch.float8_e4m3fn) if fmt.bits == 8 else codes, fmt)
+    return torch.tensor(sorted(set(values[values.isfinite()].tolist())))
+
+
 def encode(values: Tensor, fmt: NumberFormat) -> Tensor:
     """Representable ``values`` as they are stored: int8 for integers, float8_e4m3fn, or E2M1 codes in uint8."""
     if fmt.kind == "integer":

@@ -119,7 +119,8 @@ class Scheme:
 
     name: str
     description: str
-    weight: TensorScheme
+    weight: TensorScheme | None
+    """``None``: nothing is quantized (``float``)."""
     activation: TensorScheme | None
     """``None``: activations stay in float (weight-only)."""
     max_perplexity_ratio: float
@@ -131,9 +132,9 @@ class Scheme:
         return self.activation is None
 
     @property
-    def linear(self) -> LinearScheme:
-        """What it means for one linear."""
-        return LinearScheme(self.weight, self.activation)
+    def linear(self) -> LinearScheme | None:
+        """What it means for one linear; ``None``: it stays as it is."""
+        return None if self.weight is None else LinearScheme(self.weight, self.activation)
 
 
 _INT8_WEIGHT = TensorScheme(INT8, PerChannel(0))
@@ -148,9 +149,19 @@ def _per_token(fmt: NumberFormat) -> TensorScheme:
     return TensorScheme(fmt, PerToken(), dynamic=True)
 
 
+FLOAT = "float"
+"""The scheme that quantizes nothing; as an override it leaves single linears as they are."""
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
+        Scheme(
+            FLOAT,
+            "nothing quantized: the rotated model in the dtype that the target computes in",
+            None,
+            None,
+            max_perplexity_ratio=1.001,
+        ),
         Scheme(
             "int8",
             "static INT8 W8A8: weights per output channel, activations per tensor",
@@ -230,6 +241,9 @@ SCHEMES = {
         ),
     )
 }
+
+LINEAR_SCHEMES = {name: linear for name, scheme in SCHEMES.items() if (linear := scheme.linear) is not None}
+"""What each preset makes of a linear; ``float`` makes nothing of it and is not among them."""
 
 KV_SCHEMES = {
     "int8": TensorScheme(INT8, PerTensor()),

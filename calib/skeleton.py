@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calib.attention import attention_implementation
 from calib.errors import CheckpointError
 from calib.modules import set_submodule
 
@@ -33,7 +34,9 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = torch.float32) -> Any
 
     with torch.device("meta"):
         # A copy, because from_config writes dtype and attention implementation into the config it is given.
-        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=dtype, attn_implementation=attention_implementation(config)
+        )
 
 
 @torch.no_grad()

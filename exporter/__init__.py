@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calib.progress import Progress
-    from exporter.pipeline import ExportResult
     from exporter.recipe import Recipe
+    from exporter.results import ExportResult
 
 __all__ = ["export", "load_recipe"]
 
@@ -39,8 +39,8 @@ def export(
         progress: called after every unit of work.
 
     Returns:
-        The output folder, the resolved recipe and the report. ``result.report.status`` is ``passed``, ``failed`` (the
-        folder is kept) or ``unverified``.
+        The output folder, the resolved recipe and a report for each target. ``result.report.status`` is ``passed``,
+        ``failed`` (the folder is kept) or ``unverified``.
 
     Raises:
         calib.errors.RotqError: a known failure, with a hint; nothing was written.

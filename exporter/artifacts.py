@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backends.registry import check_expressible
 from calib.artifact import QuantizedModel
 from calib.errors import CheckpointError, RotqError
 from exporter.recipe import recipe_of_artifact
 from exporter.workdir import WALK
+from exporter.writing import check_writable
 
 if TYPE_CHECKING:
     from exporter.pipeline import Run
@@ -33,7 +33,7 @@ def load_artifact(run: Run, folder: Path, *, write: bool) -> QuantizedModel:
     """
     found, options = QuantizedModel.load(folder), run.options
     if write:
-        check_expressible(run.backend, run.target, found.schemes(), None if found.cache is None else found.cache.scheme)
+        check_writable(run, found.config, found.schemes(), None if found.cache is None else found.cache.scheme)
     if options.from_artifact is not None:
         if write and options.verify:
             _check_original(run, found, folder)

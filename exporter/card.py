@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _BANNERS = {
     "passed": "> **Parity passed**: the exported model was run in its runtime and held every bound below.",
     "failed": "> **PARITY FAILED. Do not deploy this model.** These figures missed their bounds: {failures}.",
-    "unverified": "> **Not verified**: the exported model was not compared with the original. Run `rotq verify`.",
+    "unverified": "> **Not verified**: the exported model was not run in its runtime. Run `rotq verify` where it can.",
 }
 
 _ONNX_USAGE = """\
@@ -30,6 +30,7 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 tokenizer = Tokenizer.from_file("tokenizer.json")
 session = ort.InferenceSession("model.onnx")
 ids = np.array([tokenizer.encode("Once upon a time").ids], dtype=np.int64)
@@ -41,7 +42,7 @@ feeds = {
 for value in session.get_inputs():
     if value.name.startswith("past_key_values"):
         _, heads, _, size = value.shape
-        feeds[value.name] = np.zeros((1, heads, 0, size), dtype=np.float32)
+        feeds[value.name] = np.zeros((1, heads, 0, size), dtype=DTYPES[value.type])
 logits = session.run(["logits"], feeds)[0]
 print(tokenizer.decode([int(logits[0, -1].argmax())]))
 ```
@@ -139,15 +140,16 @@ def _title(source: str) -> str:
 
 
 def _body(recipe: Recipe, report: Report) -> str:
+    size = summary.size_words(report.layers.bytes_before, report.layers.bytes_after)
     parts = [
         f"# {_title(report.model.source)}, {report.scheme} for {report.backend}/{report.target}",
         _BANNERS[report.status].format(failures="; ".join(summary.failed_rows(report))),
         f"A {report.model.model_type} model of {report.model.parameters:,} parameters, rotated (`{report.rotate}`), "
-        f"calibrated and quantized (`{report.scheme}`) by rotq. Weights: {summary.size_words(report)}.",
+        f"calibrated and quantized (`{report.scheme}`) by rotq. Weights: {size}.",
         "## How to run",
         _ONNX_USAGE if report.backend == "onnx" else _OTHER_USAGE.format(target=report.target),
         "## Layers",
-        "\n".join(f"* {line}" for line in summary.layer_lines(report)),
+        "\n".join(f"* {line}" for line in (*summary.layer_lines(report), *report.warnings)),
         "## Rotations",
         _rotation_words(report),
         _markdown(summary.rotation_table(report)),
@@ -166,6 +168,7 @@ def _body(recipe: Recipe, report: Report) -> str:
         "Rung 1: original against rotated float model. Rung 2: simulated against exported model, in the runtime. "
         "Rung 3: original against exported model.",
         _markdown(summary.parity_table(report)) or "Not measured.",
+        "\n".join(f"* {line}" for line in summary.runtime_lines(report)),
         "## Calibration",
         f"{calibration.rows} rows, {calibration.tokens:,} tokens of `{calibration.dataset}` "
         f"(SHA-256 of the token ids `{calibration.sha256}`). Source weights: `{report.model.fingerprint}`. "

@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from backends.base import Backend
+from backends.registry import warnings_of
 from calib.artifact import QuantizedModel, copy_side_files
 from calib.schemes import linear_words
 from exporter.card import write_card
@@ -28,6 +30,7 @@ from exporter.report import (
 )
 from exporter.rotations import rotation_summaries
 
+CONFIG_FILE = "config.json"
 SMOOTHING_FILE = "smoothing.safetensors"
 _PACKAGES = (
     "rotq",
@@ -51,18 +54,20 @@ def describe(
     quantized: QuantizedModel,
     parity: list[ParityRow],
     folder: Path,
-    backend: str,
+    backend: Backend,
     target: str,
     seconds: dict[str, float],
 ) -> Report:
-    """The report of a written folder, but for its checksums."""
+    """The report of a folder that ``backend`` wrote, but for its checksums."""
     origin = quantized.provenance
     return Report(
         status=parity_status(parity),
-        backend=backend,
+        backend=backend.name,
         target=target,
         scheme=quantized.scheme.name,
         rotate=",".join(quantized.rotations.kinds()) or "none",
+        dtype=str(quantized.dtype).removeprefix("torch."),
+        warnings=warnings_of(backend, target, quantized.schemes()),
         model=ModelSummary(
             source=origin.source,
             model_type=quantized.config["model_type"],
@@ -75,7 +80,7 @@ def describe(
             cache=None if quantized.cache is None else quantized.cache.scheme.format.name,
             kept=[KeptLayer(name=name, reason=reason) for name, reason in quantized.kept.items()],
             bytes_before=origin.nbytes,
-            bytes_after=sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith("model.")),
+            bytes_after=sum(part.nbytes for part in backend.contents(folder, target)),
         ),
         calibration=CalibrationSummary(
             dataset=origin.recipe["calibration"]["dataset"],
@@ -96,9 +101,14 @@ def describe(
 
 
 def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) -> None:
-    """Everything that travels with the weights: config, tokenizer, generation config, recipe and rotations."""
-    copy_side_files(quantized.files, folder)
-    (folder / "config.json").write_text(json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8")
+    """Everything that travels with the weights: config, tokenizer, generation config, recipe and rotations.
+
+    What the backend has written itself is kept: a runtime may want a config of its own.
+    """
+    files = {name: path for name, path in quantized.files.items() if name != CONFIG_FILE}
+    copy_side_files({name: path for name, path in files.items() if not (folder / name).exists()}, folder)
+    if not (folder / CONFIG_FILE).exists():
+        (folder / CONFIG_FILE).write_text(json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     quantized.rotations.save(folder)
     if quantized.smoothing:

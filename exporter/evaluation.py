@@ -38,7 +38,7 @@ class EvalResult:
     tokens: int
     """Tokens scored."""
     runtime: str
-    """``ONNX Runtime``-like name of the backend, or ``torch``."""
+    """What ran it, as its backend calls it, or ``torch``."""
 
 
 def evaluate(
@@ -92,7 +92,7 @@ def evaluate(
 def _exported(folder: Path) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
     report = Report.load(folder)
     runtime = get_backend(report.backend).load(folder, report.target, exact=False)
-    return runtime_logits(runtime), load_config(folder), (f"{report.backend} ({report.target})", folder)
+    return runtime_logits(runtime), load_config(folder), (runtime.runtime, folder)
 
 
 def _artifact(folder: Path, device: str) -> tuple[LogitsFunction, Any, tuple[str, Path]]:

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import CheckpointError
+from calib.schemes import LinearScheme, tensor_scheme_from_dict
 from exporter.recipe import EMBEDDED
 
 EMBEDDED_FOLDER = "data/llama-5m"
 
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Names of dtypes in torch, by that in a safetensors header."""
 _MAX_HEADER = 100_000_000
 """The format's own limit; a larger number means that the file is not safetensors."""
 
@@ -47,6 +50,12 @@ class CheckpointHeaders:
     config: dict[str, Any]
     tensors: tuple[TensorHeader, ...]
 
+    @property
+    def dtype(self) -> str:
+        """What the weights are stored in: the dtype of the largest tensor that is not quantized."""
+        floats = [tensor for tensor in self.tensors if tensor.dtype in _FLOATS]
+        return _FLOATS[max(floats, key=lambda tensor: tensor.elements).dtype] if floats else "float32"
+
 
 def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
     """Describe a checkpoint folder, a hub id, or the embedded model.
@@ -65,9 +74,13 @@ def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
     return _read_hub(model, revision)
 
 
-def read_folder(folder: Path, source: str, stem: str = "model") -> CheckpointHeaders:
-    """Describe a local folder whose weights are ``<stem>.safetensors`` or shards with an index."""
-    config = _read_json(folder / "config.json")
+def read_folder(folder: Path, source: str) -> CheckpointHeaders:
+    """Describe a local folder whose weights are ``model.safetensors`` or shards with an index."""
+    return CheckpointHeaders(source, _read_json(folder / "config.json"), _tensors(folder, "model"))
+
+
+def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
+    """Headers of ``<stem>.safetensors``, or of the shards that its index names."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
@@ -81,8 +94,29 @@ def read_folder(folder: Path, source: str, stem: str = "model") -> CheckpointHea
             raise CheckpointError(
                 f"'{folder}' lacks the weight file '{shard}'", hint="download the checkpoint again, as safetensors"
             )
-    tensors = tuple(tensor for shard in shards for tensor in _read_header(folder / shard))
-    return CheckpointHeaders(source, config, tensors)
+    return tuple(tensor for shard in shards for tensor in _read_header(folder / shard))
+
+
+def read_artifact(folder: Path) -> tuple[CheckpointHeaders, dict[str, LinearScheme]]:
+    """Describe what ``rotq calibrate`` wrote: its tensors, and how each linear is quantized.
+
+    Raises:
+        CheckpointError: it is incomplete or damaged.
+    """
+    manifest = _read_json(folder / "quantized_model.json")
+    try:
+        linears = {
+            name: LinearScheme(
+                tensor_scheme_from_dict(entry["weight"]),
+                None if entry["input"] is None else tensor_scheme_from_dict(entry["input"]),
+            )
+            for name, entry in manifest["linears"].items()
+        }
+        return CheckpointHeaders(str(folder), manifest["config"], _tensors(folder, "quantized_model")), linears
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"'{folder / 'quantized_model.json'}' is damaged: {error}", hint="run `rotq calibrate` again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,18 +6,15 @@ compared.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.errors import RecipeError
-from exporter.recipe import Recipe
+from exporter.recipe import Recipe, parse_size
 
 if TYPE_CHECKING:
     from calib.artifact import QuantizedModel
     from exporter.pipeline import Run
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def check_layerwise(recipe: Recipe) -> None:
@@ -27,7 +24,6 @@ def check_layerwise(recipe: Recipe) -> None:
         RecipeError: with the key and the reason.
     """
     settings = recipe.layerwise
-    parse_size(settings.max_memory)
     if not settings.enabled:
         if settings.asym:
             raise RecipeError("recipe key 'layerwise.asym' has no effect", hint="add --layerwise, or leave --asym out")
@@ -37,19 +33,6 @@ def check_layerwise(recipe: Recipe) -> None:
             "layer-wise mode cannot compare sets of rotations, which takes the whole model",
             hint="name them: --rotate none, or --rotate r1,r2,r4 for Hadamard matrices or those of --rotations",
         )
-
-
-def parse_size(text: str) -> int:
-    """Bytes in ``512MB``, ``2GiB``, ``1.5G`` or a plain number.
-
-    Raises:
-        RecipeError: it is none of these.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise RecipeError(f"recipe key 'layerwise.max_memory': '{text}' is no size", hint="write 512MB, 2GB or 1.5GiB")
-    power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def quantize_layerwise(run: Run, work: Path, folder: Path) -> QuantizedModel:

@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 
-from backends.base import Backend, WriteOptions
-from backends.registry import check_expressible, get_backend, target_of
+from backends.base import Backend
+from backends.registry import get_backend, target_of
 from calib.artifact import Provenance, QuantizedModel
 from calib.capture.session import capture
 from calib.capture.sites import CaptureConfig
 from calib.capture.storage import Capture
 from calib.data.batches import length_batches
 from calib.data.tokens import token_hash
-from calib.errors import RotqError
 from calib.experts.names import with_parameters
 from calib.forward_loop import ForwardLoop, forward_loop_over
 from calib.fusing import FusedModel, fuse, materialize
@@ -39,34 +38,28 @@ from calib.quantize import check_blocks, quantize_model
 from calib.rotations.from_capture import TrainedRotations, check_offered
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import Scheme
+from calib.skeleton import portable_config
 from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import smoothing_named
 from calib.smoothing.observe import observe_channels
-from calib.smoothing.smooth import fold_all, smooth
+from calib.smoothing.smooth import smooth
 from exporter.artifacts import load_artifact
-from exporter.describe import describe, finish, package_versions, write_side_files
+from exporter.describe import package_versions
 from exporter.device import resolve_device
+from exporter.dtypes import common_dtype
 from exporter.gate import Candidate, choose
 from exporter.layerwise import check_layerwise, quantize_layerwise
 from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
-from exporter.parity import Subject, check_parity
 from exporter.quantizing import customised_scheme, quantization_of, warn_of_slow_choices
 from exporter.recipe import RECIPE_FILE, Recipe
-from exporter.report import GateRow, ParityRow, Report
+from exporter.report import GateRow
+from exporter.results import ExportResult
 from exporter.rotations import candidate_sets, gate_sets, given_rotations, kinds_of, rotations_of, trainable
 from exporter.run_options import RunOptions
 from exporter.source import Rows, Source, load_tokenizer, open_source, read_rows
 from exporter.workdir import ARTIFACT, CAPTURE, WALK, WorkDir
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What :func:`export` made."""
-
-    output: Path
-    recipe: Recipe
-    report: Report
+from exporter.writing import check_writable, write_targets
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class CalibrateResult:
 def export(
     recipe: Recipe, options: RunOptions, *, model: Any = None, tokenizer: Any = None, progress: Progress = silent
 ) -> ExportResult:
-    """Run everything and write the folder of a backend.
+    """Run everything and write the folder of a backend, or of several targets one folder each.
 
     Args:
         recipe: what to do.
@@ -91,7 +84,7 @@ def export(
         progress: called after every unit of work.
 
     Returns:
-        The result; its report's status is ``failed`` where a parity figure missed its bound; the folder is kept.
+        The result; a report's status is ``failed`` where a parity figure missed its bound; the folder is kept.
 
     Raises:
         RotqError: a known failure; nothing was written then.
@@ -100,8 +93,8 @@ def export(
     with closing(Run(recipe, options, model, tokenizer, progress)) as run:
         quantized = run.quantize()
         with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-            report = run.write(quantized, folder)
-    return ExportResult(options.output, run.recipe, report)
+            reports = write_targets(run, quantized, folder)
+    return ExportResult(options.output, run.recipe, reports)
 
 
 def calibrate(
@@ -146,7 +139,7 @@ class Run:
         warn_of_slow_choices(self.recipe)
         self.scheme: Scheme = customised_scheme(self.recipe)
         self.device = resolve_device(self.recipe.device)
-        self._fused: FusedModel | None = None
+        self.fused: FusedModel | None = None  # the chosen candidate
         self._temporary: TemporaryDirectory[str] | None = None
         self._artifact: QuantizedModel | None = None
 
@@ -165,7 +158,9 @@ class Run:
     @cached_property
     def work(self) -> WorkDir:
         """Where finished steps are kept."""
-        return WorkDir(self.options.work_dir, self.recipe, resume=self.options.resume)
+        # What is kept was rounded to this dtype, whichever target decided it.
+        recipe = self.recipe.model_copy(update={"dtype": str(self.dtype).removeprefix("torch.")})
+        return WorkDir(self.options.work_dir, recipe, resume=self.options.resume)
 
     @cached_property
     def backend(self) -> Backend:
@@ -173,9 +168,9 @@ class Run:
         return get_backend(self.recipe.backend)
 
     @cached_property
-    def target(self) -> str:
-        """The runtime it is for."""
-        return target_of(self.backend, self.recipe.target)
+    def targets(self) -> tuple[str, ...]:
+        """The runtimes it is for."""
+        return tuple(target_of(self.backend, target) for target in self.recipe.targets)
 
     @cached_property
     def quantization(self) -> Quantization:
@@ -199,15 +194,16 @@ class Run:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What the target computes in."""
-        if self._artifact is not None:
-            return self._artifact.dtype
-        name = self.recipe.dtype if self.recipe.dtype != "auto" else self.backend.compute_dtype(self.target)
+        """What the run computes in: what its targets do."""
+        name = common_dtype(self.recipe, self.backend, self.targets, lambda: self.source.dtype)
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
-    def fuse(self, rotations: RotationSet, *, lazy: bool = False) -> FusedModel:
-        """The source with ``rotations`` folded in, its tensors computed now or (``lazy``) when they are asked for."""
+    def fuse(self, rotations: RotationSet, *, lazy: bool = False, dtype: torch.dtype | None = None) -> FusedModel:
+        """The source with ``rotations`` folded in, in ``dtype`` or that of the run.
+
+        Its tensors are computed now or (``lazy``) when they are asked for.
+        """
         with self.stage("fuse"):
             source = self.source
             return fuse(
@@ -215,7 +211,7 @@ class Run:
                 source.config,
                 source.architecture,
                 rotations,
-                dtype=self.dtype,
+                dtype=dtype or self.dtype,
                 device=self.device,
                 lazy=lazy,
                 progress=self.progress,
@@ -251,7 +247,7 @@ class Run:
         """Rotations of these kinds: from files, trained where they are trainable, each behind its gate."""
         given = self.given
         statistics = folded = None
-        if trainable(kinds, given):
+        if trainable(kinds, given, self.recipe.scheme):
             statistics = self.captured()
             folded = self.fuse(RotationSet(), lazy=True)
         with self.stage("train"):
@@ -277,7 +273,7 @@ class Run:
         wanted = self.quantization  # refused here, before the long job
         check_blocks(wanted, self.source.architecture, self.source.config)
         if write:
-            check_expressible(self.backend, self.target, wanted.linears, wanted.cache)
+            check_writable(self, portable_config(self.source.config), wanted.linears, wanted.cache)
         if self.recipe.layerwise.enabled:
             return self._layerwise()
         candidates = candidate_sets(self.recipe, self.source, self.given)
@@ -299,7 +295,7 @@ class Run:
             rotation_gate=tuple(asdict(row) for row in trained.table),
         )
         quantized = replace(candidate.quantized, provenance=provenance)
-        self._fused = candidate.fused
+        self.fused = candidate.fused
         self.work.keep(ARTIFACT, quantized.save)
         return quantized
 
@@ -370,37 +366,3 @@ class Run:
     def fingerprint(self) -> str:
         """Of the source weights."""
         return self.source.fingerprint()
-
-    def write(self, quantized: QuantizedModel, folder: Path) -> Report:
-        """Write, check and describe the output folder."""
-        with self.stage("write"):
-            self.backend.write(quantized, folder, WriteOptions(self.target, progress=self.progress))
-            write_side_files(quantized, self.recipe, folder)
-        parity: list[ParityRow] = []
-        if self.options.verify:
-            with self.stage("parity"):
-                parity = check_parity(self._subject(quantized, folder), self.progress)
-        report = describe(quantized, parity, folder, self.backend.name, self.target, self.seconds)
-        return finish(report, self.recipe, folder)
-
-    def _subject(self, quantized: QuantizedModel, folder: Path) -> Subject:
-        source, fused = self._original(quantized)
-        return Subject(
-            quantized,
-            self.backend,
-            self.target,
-            folder,
-            self.rows.evaluation,
-            source=source,
-            fused=fused,
-            device=self.device,
-        )
-
-    def _original(self, quantized: QuantizedModel) -> tuple[Source | None, FusedModel | None]:
-        """The float model before and after rotation, where it is at hand: an artifact may have travelled without it."""
-        try:
-            return self.source, self._fused or fold_all(self.fuse(quantized.rotations), quantized.smoothing)
-        except RotqError:
-            if self.options.from_artifact is None:
-                raise
-            return None, None

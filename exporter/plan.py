@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib.errors import UnsupportedModelError
-from calib.schemes import PerBlock, PerChannel, Scheme
+from calib.schemes import FLOAT, PerBlock, PerChannel, Scheme
 from calib.weights.algorithms import algorithm_named
 from exporter.environment import cuda_devices
-from exporter.headers import CheckpointHeaders, TensorHeader, read_folder, read_headers
-from exporter.layerwise import parse_size
+from exporter.headers import CheckpointHeaders, TensorHeader, read_artifact, read_headers
+from exporter.plan_targets import planned_dtypes, planned_schemes, planned_warnings
 from exporter.quantizing import customised_scheme
-from exporter.recipe import RECIPE_FILE, Recipe
+from exporter.recipe import RECIPE_FILE, Recipe, parse_size
 from exporter.report import COMPARED_ROWS, REPORT_FILE, ROTATE_REPORT_FILE
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has not happened. All sizes in bytes; ``peak_memory`` and ``seconds`` are estimates."""
+    """A run that has not happened. All sizes in bytes, of all targets together; ``peak_memory`` and ``seconds`` are
+    estimates.
+    """
 
     goal: Goal
     model: str
@@ -94,6 +96,8 @@ class Plan:
     files: tuple[str, ...]
     recipe: str
     """The complete resolved recipe, as YAML."""
+    warnings: tuple[str, ...] = ()
+    """What a target runs slowly."""
 
     @property
     def seconds(self) -> float:
@@ -141,15 +145,16 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         CheckpointError, UnsupportedModelError, QuantizationError: what the run itself would refuse at its start.
     """
     artifact = options.from_artifact
-    checkpoint = (
-        read_headers(recipe.model, recipe.revision)
-        if artifact is None
-        else read_folder(artifact, str(artifact), stem="quantized_model")
+    checkpoint, linears = (
+        (read_headers(recipe.model, recipe.revision), None) if artifact is None else read_artifact(artifact)
     )
     model_type = str(checkpoint.config.get("model_type", "unknown"))
     _check_model_type(model_type)
     sizes = _sizes(checkpoint, recipe)
     scheme = customised_scheme(recipe)
+    if linears is None:
+        linears = planned_schemes(recipe, checkpoint, [tensor.name.removesuffix(".weight") for tensor in sizes.blocks])
+    warnings = planned_warnings(recipe, checkpoint.config, linears) if goal == "export" else []
     flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
     before = sum(tensor.nbytes for tensor in checkpoint.tensors)
     if goal == "capture":
@@ -157,13 +162,15 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     elif goal == "rotate":
         after = sizes.stored * _FLOAT_BYTES.get(recipe.dtype, before // max(1, sizes.parameters))
     else:
-        after = _bytes_after(sizes, scheme, _float_bytes(recipe))
+        dtypes = planned_dtypes(recipe, checkpoint, calibrated=artifact is not None)
+        written = list(dtypes.values()) if goal == "export" else list(dtypes.values())[:1]
+        after = sum(_bytes_after(sizes, scheme, _FLOAT_BYTES[dtype]) for dtype in written)
     return Plan(
         goal=goal,
         model=checkpoint.source,
         model_type=model_type,
         parameters=sizes.parameters,
-        quantized_parameters=0 if goal in ("capture", "rotate") else sizes.linear_parameters,
+        quantized_parameters=0 if goal in ("capture", "rotate") or scheme.weight is None else sizes.linear_parameters,
         bytes_before=before,
         bytes_after=_capture_bytes(sizes, recipe) if goal == "capture" else after,
         peak_memory=_peak_memory(sizes, recipe, goal, after),
@@ -171,6 +178,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         output=None if options.output == Path() else str(options.output),
         files=_files(recipe, goal),
         recipe=recipe.to_yaml(),
+        warnings=tuple(warnings),
     )
 
 
@@ -196,15 +204,6 @@ def _check_model_type(model_type: str) -> None:
             f"supported are: {', '.join(supported_model_types())}",
             hint="use a model of a supported family; rotq never guesses how a model is wired",
         )
-
-
-def _float_bytes(recipe: Recipe) -> int:
-    if recipe.dtype != "auto":
-        return _FLOAT_BYTES[recipe.dtype]
-    from backends.registry import get_backend, target_of
-
-    backend = get_backend(recipe.backend)
-    return _FLOAT_BYTES[backend.compute_dtype(target_of(backend, recipe.target))]
 
 
 def _on_gpu(device: str) -> bool:
@@ -241,6 +240,8 @@ def _sizes(checkpoint: CheckpointHeaders, recipe: Recipe) -> _Sizes:
 
 
 def _bytes_after(sizes: _Sizes, scheme: Scheme, width: int) -> int:
+    if scheme.weight is None:
+        return sizes.stored * width
     total = (sizes.stored - sizes.linear_parameters) * width
     for tensor in sizes.blocks:
         total += math.ceil(tensor.elements * scheme.weight.format.bits / 8)
@@ -284,8 +285,8 @@ def _stages(recipe: Recipe, options: RunOptions, goal: Goal, sizes: _Sizes, sche
         rows = f"{data.nsamples} rows of {sizes.seqlen} tokens of {data.dataset}"
         stages.append(Stage("load", f"read {sizes.parameters:,} parameters, fold the norms", sizes.stored * 4 / 1e9))
         wanted = {"r1", "r2"} if recipe.rotate == "auto" else {"r1", "r2"} & set(recipe.rotate.split(","))
-        if recipe.rotation.files or recipe.layerwise.enabled:
-            wanted = set()  # files are taken to hold all that is wanted; layer-wise mode has Hadamard matrices
+        if recipe.rotation.files or recipe.layerwise.enabled or recipe.scheme == FLOAT:
+            wanted = set()  # files are taken to hold all that is wanted; the others have Hadamard matrices
         if goal == "capture" or wanted:
             reused = options.from_capture
             what = f"statistics of {rows}" if reused is None else f"reuse {reused}"
@@ -299,13 +300,13 @@ def _stages(recipe: Recipe, options: RunOptions, goal: Goal, sizes: _Sizes, sche
     if goal == "calibrate":
         return stages
     write = sizes.layers * TRACE_SECONDS_PER_LAYER if recipe.backend == "onnx" else 0.0
-    stages.append(
-        Stage("write", f"{recipe.backend} ({recipe.target or 'default target'})", write + sizes.stored * 4 / 1e9)
-    )
-    if options.verify:
-        evaluation_tokens = recipe.evaluation.nsamples * sizes.seqlen
-        parity = PARITY_PASSES * sizes.forward_flops(evaluation_tokens) / rate
-        stages.append(Stage("verify", f"three rungs of parity on {evaluation_tokens:,} tokens", parity))
+    for target in recipe.targets:
+        named = f"{recipe.backend} ({target or 'default target'})"
+        stages.append(Stage("write", named, write + sizes.stored * 4 / 1e9))
+        if options.verify:
+            evaluation_tokens = recipe.evaluation.nsamples * sizes.seqlen
+            parity = PARITY_PASSES * sizes.forward_flops(evaluation_tokens) / rate
+            stages.append(Stage("verify", f"three rungs of parity on {evaluation_tokens:,} tokens", parity))
     return stages
 
 
@@ -336,7 +337,7 @@ def _rotating_stages(recipe: Recipe, sizes: _Sizes, rate: float) -> list[Stage]:
 
 def _quantizing_stages(recipe: Recipe, sizes: _Sizes, scheme: Scheme, rate: float, rows: str) -> list[Stage]:
     """Fusing and calibrating, once for each candidate of ``--rotate auto``, and the comparison of these."""
-    candidates = GATE_CANDIDATES if recipe.rotate == "auto" else 1
+    candidates = GATE_CANDIDATES if recipe.rotate == "auto" and recipe.scheme != FLOAT else 1
     each = f", for {candidates} rotation sets" if candidates > 1 else ""
     # Every weight meets one residual rotation, in float64, at half of float32's speed.
     stages = [Stage("fuse", f"exact, in float64{each}", candidates * 4 * sizes.stored * sizes.hidden / rate)]

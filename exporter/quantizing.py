@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import QuantizationError, RecipeError
-from calib.quantization import FLOAT, Quantization, customised, resolve
-from calib.schemes import Scheme, scheme_named
+from calib.quantization import Quantization, customised, resolve
+from calib.schemes import FLOAT, Scheme, scheme_named
 from calib.smoothing.methods import smoothing_named
 from calib.weights.algorithms import algorithm_named
 from exporter.layerwise import check_layerwise
@@ -63,14 +63,15 @@ def check_names(recipe: Recipe) -> None:
     _checked("weights", lambda: customised_scheme(recipe))
     _checked("weights.algorithm", lambda: algorithm_named(recipe.weights.algorithm))
     _checked("smoothing", lambda: smoothing_named(recipe.smoothing))
+    if recipe.smoothing != "none" and recipe.scheme == FLOAT and not recipe.overrides:
+        raise RecipeError("recipe key 'smoothing' has no effect: the scheme 'float' quantizes nothing")
     if recipe.activations.observer != "min_max":
         from calib.observers.registry import observer_named  # needs torch
 
         _checked("activations.observer", lambda: observer_named(recipe.activations.observer))
     check_layerwise(recipe)
     for pattern, name in recipe.overrides.items():
-        if name != FLOAT:
-            _checked(f"overrides.{pattern}", partial(scheme_named, name))
+        _checked(f"overrides.{pattern}", partial(scheme_named, name))
 
 
 def warn_of_slow_choices(recipe: Recipe) -> None:

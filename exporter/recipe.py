@@ -5,6 +5,7 @@ Precedence: command-line flag > recipe file > preset > the defaults below. An un
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,19 @@ from calib.errors import CheckpointError, RecipeError
 RECIPE_FILE = "rotq.yaml"
 EMBEDDED = "embedded"
 ROTATIONS = ("r1", "r2", "r3", "r4")
-_AFTER_ARTIFACT = ("model", "revision", "trust_remote_code", "backend", "target", "device", "evaluation")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_AFTER_ARTIFACT = (
+    "model",
+    "revision",
+    "trust_remote_code",
+    "backend",
+    "target",
+    "logits",
+    "max_shard_size",
+    "device",
+    "dtype",
+    "evaluation",
+)
 
 
 class _Section(BaseModel):
@@ -137,6 +150,12 @@ class Layerwise(_Section):
     max_memory: str = "2GB"
     """Activations between blocks go to disk beyond this."""
 
+    @field_validator("max_memory")
+    @classmethod
+    def _known_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
 
 class Recipe(_Section):
     """One run of rotq."""
@@ -146,8 +165,12 @@ class Recipe(_Section):
     revision: str | None = None
     trust_remote_code: bool = False
     backend: str = "onnx"
-    target: str | None = None
-    """Runtime the output is for; ``None``: the backend's default."""
+    target: str | list[str] | None = None
+    """Runtime the output is for, or several of them; ``None``: the backend's default."""
+    logits: Literal["all", "last"] = "all"
+    """Logits of every token, or of the last one alone, which is all that generating text needs."""
+    max_shard_size: str | None = None
+    """Files of weights are split beyond this size (``2GB``, ``500MiB``); ``None``: the backend's own limit."""
     scheme: str = "int8"
     overrides: dict[str, str] = {}
     """Other schemes, or ``float``, for linears whose name matches a pattern; the last match counts. The output head and
@@ -163,7 +186,8 @@ class Recipe(_Section):
     """``auto``, ``none`` or a comma-separated subset of r1, r2, r3, r4."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Dtype the target computes in; folded weights are rounded to it, once. ``auto``: the backend's."""
+    """Dtype the target computes in; folded weights are rounded to it, once. ``auto``: the target's, or where it has
+    none that of the checkpoint."""
     seed: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
@@ -182,9 +206,49 @@ class Recipe(_Section):
             raise ValueError(f"expected 'auto', 'none' or distinct names out of {', '.join(ROTATIONS)}; got '{value}'")
         return ",".join(sorted(kinds))
 
+    @field_validator("target")
+    @classmethod
+    def _distinct_targets(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and (not value or len(set(value)) != len(value)):
+            raise ValueError("expected one or more distinct targets")
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _known_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+    @property
+    def targets(self) -> tuple[str | None, ...]:
+        """Every target; ``None`` stands for the backend's default."""
+        return tuple(self.target) if isinstance(self.target, list) else (self.target,)
+
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """:attr:`max_shard_size` in bytes."""
+        return None if self.max_shard_size is None else parse_size(self.max_shard_size)
+
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``512MB``, ``2GiB``, ``1.5G`` or a plain number.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = 0
+    if match is not None:
+        power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size <= 0:
+        raise ValueError("this is no size: write 512MB, 2GB or 1.5GiB")
+    return size
 
 
 def presets() -> list[str]:

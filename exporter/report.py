@@ -68,6 +68,8 @@ class ParityRow(_Frozen):
     """``None``: reported only, not judged."""
     passed: bool | None
     note: str = ""
+    runtime: str = ""
+    """What ran the export, as its backend calls it; empty where torch alone ran, and where nothing did."""
 
 
 class KeptLayer(_Frozen):
@@ -138,6 +140,10 @@ class Report(_Frozen):
     target: str
     scheme: str
     rotate: str
+    dtype: str = ""
+    """What the target computes in; empty in reports of versions that did not say."""
+    warnings: list[str] = Field(default_factory=list)
+    """What the target expresses, but runs slower than the scheme promises."""
     model: ModelSummary
     layers: LayerSummary
     calibration: CalibrationSummary
@@ -189,8 +195,10 @@ class RotateReport(_Frozen):
 
 
 def parity_status(rows: list[ParityRow]) -> Status:
-    """``failed`` if a judged row failed, ``unverified`` if none was judged, else ``passed``."""
-    judged = [row.passed for row in rows if row.passed is not None]
-    if not judged:
-        return "unverified"
-    return "passed" if all(judged) else "failed"
+    """``failed`` if a judged row failed; ``passed`` if, beside, the runtime's own logits were judged; else
+    ``unverified``: that torch agrees with torch says nothing of a runtime that was not run.
+    """
+    if any(row.passed is False for row in rows):
+        return "failed"
+    ran = any(row.passed is not None and row.rung == 2 and row.metric == "relative L2" for row in rows)
+    return "passed" if ran else "unverified"

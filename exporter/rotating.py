@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.artifact import copy_side_files
+from calib.attention import attention_implementation
 from calib.errors import CheckpointError, RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, fuse, materialize
 from calib.progress import Progress, silent, track
@@ -147,7 +148,7 @@ def compare_folder(
     Raises:
         RotationError: a figure misses its bound, or the folder lacks or has too many tensors.
     """
-    original, rotated = source.original(device), _reload(folder, dtype, device)
+    original, rotated = source.original(device), _reload(folder, attention_implementation(source.config), dtype, device)
     short = dtype is not torch.float32
     rounded = _parameters_in(deepcopy(original), dtype) if short else None
     lost = {"rotated": 0.0, "original": 0.0}
@@ -222,11 +223,11 @@ def _write(fused: FusedModel, source: Source, recipe: Recipe, folder: Path) -> N
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _reload(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _reload(folder: Path, attention: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
     )
     wrong = sorted({str(key) for names in info.values() for key in names})
     if wrong:

@@ -23,7 +23,7 @@ from calib.rotations.readers import residual_rows, value_rows
 from calib.rotations.rotation_set import RotationSet, hadamard_rotations
 from calib.rotations.selection import Judge, integer_quantizer, judge_for
 from calib.rotations.train import TrainConfig
-from calib.schemes import Scheme
+from calib.schemes import FLOAT, Scheme
 from exporter.gate import CANDIDATES
 from exporter.quantizing import customised_scheme
 from exporter.recipe import Recipe, Training
@@ -39,11 +39,15 @@ def kinds_of(rotate: str) -> list[str]:
 def candidate_sets(recipe: Recipe, source: Source, given: RotationSet) -> list[str]:
     """What ``--rotate auto`` compares on this architecture; else the one set that was asked for.
 
+    Where nothing is quantized there is nothing to compare: rotations leave what a float model computes as it is.
+
     Raises:
         RotationError: ``given`` holds a rotation that no candidate has.
     """
     sets = [recipe.rotate]
-    if recipe.rotate == "auto":
+    if recipe.rotate == "auto" and recipe.scheme == FLOAT:
+        sets = ["none"]
+    elif recipe.rotate == "auto":
         offered = [
             [kind for kind in kinds_of(rotate) if source.architecture.refusal(kind, source.config) is None]
             for rotate in CANDIDATES
@@ -74,7 +78,7 @@ def gate_sets(recipe: Recipe, source: Source, given: RotationSet, trained: Rotat
     """
     sets = {rotate: trained.of(kinds_of(rotate)) for rotate in candidate_sets(recipe, source, given)}
     largest = list(sets)[-1]
-    replaced = trainable(kinds_of(largest), given)
+    replaced = trainable(kinds_of(largest), given, recipe.scheme)
     if len(sets) > 1 and replaced:
         plain = hadamard_rotations(source.config, source.architecture, replaced, seed=recipe.seed)  # type: ignore[arg-type]
         rest = [kind for kind in kinds_of(largest) if kind not in replaced]
@@ -93,8 +97,12 @@ def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
     return import_rotations(recipe.rotation.files, source.config, source.architecture)
 
 
-def trainable(kinds: Collection[str], given: RotationSet) -> list[str]:
-    """Those of ``kinds`` that have to be trained."""
+def trainable(kinds: Collection[str], given: RotationSet, scheme: str) -> list[str]:
+    """Those of ``kinds`` that have to be trained for ``scheme``; for ``float`` none, as nothing says what is better."""
+    return [] if scheme == FLOAT else _not_given(kinds, given)
+
+
+def _not_given(kinds: Collection[str], given: RotationSet) -> list[str]:
     return sorted({"r1", "r2"} & set(kinds) - set(given.kinds()))
 
 
@@ -110,6 +118,8 @@ def rotations_of(
     progress: Progress,
 ) -> TrainedRotations:
     """Rotations of the wanted ``kinds``: those of ``given``, trained ones, and Hadamard matrices for R3 and R4.
+
+    For the scheme ``float`` R1 and R2 are Hadamard matrices too.
 
     Args:
         kinds: which of r1, r2, r3, r4.
@@ -127,6 +137,9 @@ def rotations_of(
     check_offered(kinds, source.config, source.architecture)
     wanted = set(kinds) - set(given.kinds())
     made = TrainedRotations(RotationSet(online_rotations(source.config, source.architecture, wanted)))
+    if recipe.scheme == FLOAT:
+        plain = hadamard_rotations(source.config, source.architecture, _not_given(kinds, given), seed=recipe.seed)  # type: ignore[arg-type]
+        made = TrainedRotations(made.rotations.merged(plain.values()))
     if statistics is not None:
         settings, scheme = recipe.rotation, customised_scheme(recipe)
         judge = judge_of(scheme, folded) if settings.select else None

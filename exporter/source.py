@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from calib.architectures import Architecture, architecture_for
 from calib.artifact import side_files
+from calib.attention import attention_implementation
 from calib.checkpoint import Checkpoint, load_config, open_checkpoint
 from calib.data.documents import read_documents
 from calib.data.sources import resolve_source
@@ -55,9 +56,19 @@ class Source:
         if self.model is not None:
             return deepcopy(self.model).to(device, torch.float32).eval().requires_grad_(False)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            self.checkpoint.folder, config=self.config, dtype=torch.float32, attn_implementation="sdpa"
+            self.checkpoint.folder,
+            config=self.config,
+            dtype=torch.float32,
+            attn_implementation=attention_implementation(self.config),
         )
         return model.to(device).eval().requires_grad_(False)
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are stored in, by the name of the embedding's dtype."""
+        key = f"{self.architecture.embeddings[0].name}.weight"
+        stored = self.checkpoint[key if key in self.checkpoint else next(iter(self.checkpoint))]
+        return str(stored.dtype).removeprefix("torch.")
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, dtypes and bytes of all tensors, in the order of their names."""

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from exporter.recipe import EMBEDDED
-from exporter.report import ParityRow, Report, RotateReport, RotationGateRow
+from exporter.report import ParityRow, Report, RotateReport, RotationGateRow, RotationSummary
 
 _INDEX = re.compile(r"(?<=[.\[])\d+")
 
@@ -54,9 +55,8 @@ def source_words(source: str) -> str:
     return "the embedded example model" if source == EMBEDDED else source
 
 
-def size_words(report: Report) -> str:
+def size_words(before: int, after: int) -> str:
     """Bytes before and after, with the ratio."""
-    before, after = report.layers.bytes_before, report.layers.bytes_after
     ratio = f" ({before / after:.2f} x smaller)" if 0 < after <= before else ""
     if before and after > before:
         ratio = f" ({after / before:.2f} x larger: what is not quantized is stored in a wider dtype)"
@@ -71,9 +71,15 @@ def layer_lines(report: Report) -> list[str]:
         lines += [f"{count} with {words}" for words, count in layers.schemes.items()]
     if layers.cache is not None:
         lines.append(f"KV cache: {layers.cache}, one static scale each for the keys and the values of a layer")
+    return lines + kept_lines({layer.name: layer.reason for layer in layers.kept})
+
+
+def kept_lines(kept: Mapping[str, str]) -> list[str]:
+    """Which linears stay in float, a line for each reason."""
+    lines = []
     names_by_reason: dict[str, list[str]] = defaultdict(list)
-    for layer in layers.kept:
-        names_by_reason[layer.reason].append(layer.name)
+    for name, reason in kept.items():
+        names_by_reason[reason].append(name)
     for reason, names in names_by_reason.items():
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         lines.append(f"kept in float: {', '.join(names[:NAMES_SHOWN])}{more}: {reason}")
@@ -145,7 +151,12 @@ def rotation_gate_findings(rows: Sequence[RotationGateRow]) -> list[str]:
     return findings
 
 
-def rotation_table(report: Report | RotateReport) -> Table:
+class _Rotated(Protocol):
+    @property
+    def rotations(self) -> list[RotationSummary]: ...
+
+
+def rotation_table(report: _Rotated) -> Table:
     """The rotations of the result; equal ones (R2 of every layer and head) share a row."""
     kinds: Counter[tuple[str, str, str, str, str]] = Counter()
     for rotation in report.rotations:
@@ -177,6 +188,13 @@ def parity_table(report: Report | RotateReport) -> Table:
     )
 
 
+def runtime_lines(report: Report) -> list[str]:
+    """What ran the export, and what could not be run here."""
+    ran = dict.fromkeys(row.runtime for row in report.parity if row.runtime)
+    missing = dict.fromkeys(row.note for row in report.parity if row.rung == 2 and row.measured is None)
+    return [f"ran in: {name}" for name in ran] + list(missing)
+
+
 def verdict(row: ParityRow) -> str:
     """``pass``, ``FAIL``, or why there is no verdict."""
     if row.passed is None:
@@ -201,4 +219,6 @@ def seconds_table(report: Report | RotateReport) -> Table:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"  # a bound of 1.001 is not one of 1

@@ -23,7 +23,8 @@ from calib.progress import Progress, silent
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import scheme_named
 from calib.smoothing.smooth import fold_all
-from exporter.describe import load_smoothing
+from exporter.describe import CONFIG_FILE, load_smoothing
+from exporter.dtypes import dtype_of
 from exporter.output import sha256_tree
 from exporter.parity import Subject, check_parity
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -43,8 +44,8 @@ def verify(folder: Path, *, model: str | None = None, rows: int | None = None, p
     Raises:
         CheckpointError: the folder is incomplete or was edited after the export, or ``model`` is another model.
     """
-    report, recipe = _read(folder)
-    _check_unchanged(folder, report)
+    report, recipe = read_export(folder)
+    check_unchanged(folder, report)
     changes: dict[str, Any] = {"model": model or recipe.model}
     if rows is not None:
         changes["evaluation"] = recipe.evaluation.model_copy(update={"nsamples": rows})
@@ -61,7 +62,17 @@ def verify(folder: Path, *, model: str | None = None, rows: int | None = None, p
     fused, quantized = read_back(folder, report, recipe, source, backend)
     evaluation = read_rows(recipe, source.tokenizer, source.config).evaluation
     parity = check_parity(
-        Subject(quantized, backend, report.target, folder, evaluation, source=source, fused=fused), progress
+        Subject(
+            quantized,
+            backend,
+            report.target,
+            folder,
+            evaluation,
+            source=source,
+            fused=fused,
+            last=recipe.logits == "last",
+        ),
+        progress,
     )
     report = report.model_copy(
         update={
@@ -80,12 +91,12 @@ def read_back(
     """The rotated float model and the quantized model, from what ``folder`` holds and the original weights."""
     rotations = RotationSet.load(folder)
     linears = backend.read_linears(folder, report.target)
-    dtype = getattr(torch, backend.compute_dtype(report.target) if recipe.dtype == "auto" else recipe.dtype)
+    dtype = getattr(torch, report.dtype or dtype_of(recipe, backend, report.target, lambda: source.dtype))
     smoothing = load_smoothing(folder)
     fused = fold_all(fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype), smoothing)
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        config=_read_config(folder),
         scheme=scheme_named(report.scheme),
         dtype=dtype,
         linears=linears,
@@ -103,12 +114,25 @@ def read_back(
             calibration_sha256=report.calibration.sha256,
             versions=report.versions,
         ),
+        cache=backend.read_cache(folder, report.target),
         smoothing=smoothing,
     )
     return fused, quantized
 
 
-def _read(folder: Path) -> tuple[Report, Recipe]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The model's config; a runtime's may also say how the weights are stored, which is no business of the model."""
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    return config
+
+
+def read_export(folder: Path) -> tuple[Report, Recipe]:
+    """Report and recipe of an exported folder.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
     try:
         return Report.load(folder), load_recipe(folder / RECIPE_FILE)
     except (OSError, ValueError) as error:
@@ -119,11 +143,21 @@ def _read(folder: Path) -> tuple[Report, Recipe]:
         ) from error
 
 
-def _check_unchanged(folder: Path, report: Report) -> None:
+def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
+    """Names of files that are ``missing`` from the folder or ``changed`` since it was exported."""
     found = sha256_tree(folder, exclude=(REPORT_FILE,))
     missing = sorted(report.checksums.keys() - found.keys())
     changed = sorted(name for name in report.checksums.keys() & found.keys() if report.checksums[name] != found[name])
-    problems = [f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("changed", changed)) if names]
+    return {what: names for what, names in (("missing", missing), ("changed", changed)) if names}
+
+
+def check_unchanged(folder: Path, report: Report) -> None:
+    """Refuse a folder that is not what was exported.
+
+    Raises:
+        CheckpointError: naming the files.
+    """
+    problems = [f"{what}: {', '.join(names)}" for what, names in edited_files(folder, report).items()]
     if problems:
         raise CheckpointError(
             f"'{folder}' is not what was exported ({'; '.join(problems)})",

@@ -7,16 +7,24 @@ from pathlib import Path
 STUB = """
 class Stub:
     name = "stub"
-    targets = ("one", "two")
+    targets = ("one", "two", "own")
 
     def refusal(self, scheme, target):
         return "no float8 kernels" if (scheme.weight.format.name, target) == ("float8_e4m3", "one") else None
 
+    def warning(self, scheme, target):
+        return "int4 weights are unpacked first" if (scheme.weight.format.name, target) == ("int4", "two") else None
+
     def cache_refusal(self, scheme, target):
+        return "no float8 cache" if scheme.format.name == "float8_e4m3" else None
+
+    def model_refusal(self, config, linears, target):
+        if config["vocab_size"] % 2:
+            return "its vocabulary is odd", "pad the vocabulary"
         return None
 
     def compute_dtype(self, target):
-        return "float32"
+        return {"one": "float32", "two": "float16", "own": None}[target]
 """
 ENTRY_POINTS = "[rotq.backends]\nstub = stub_backend:Stub\nbroken = no_such_module:Thing\n"
 

@@ -191,7 +191,7 @@ def test_an_unknown_recipe_key(tmp_path: Path) -> None:
 
 
 def test_a_scheme_that_the_backend_cannot_express(model: Path, tmp_path: Path) -> None:
-    error = _refused(model, tmp_path, BackendError, "float8", scheme="float8")
+    error = _refused(model, tmp_path, BackendError, "calibrated scales", scheme="w4a4")
     assert error.hint is not None
     assert "int8" in error.hint
 

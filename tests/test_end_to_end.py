@@ -139,7 +139,8 @@ def test_perplexity_of_the_export_is_close_to_the_checkpoint(exported: Path) -> 
     original = evaluate("embedded", None, nsamples=8)
     assert found.tokens == original.tokens > 1000
     assert found.perplexity / original.perplexity <= 1.02
-    assert (found.runtime, original.runtime) == ("onnx (ort)", "torch")
+    assert found.runtime.startswith("ONNX Runtime ")
+    assert original.runtime == "torch"
 
 
 def test_an_artifact_is_exported_again_without_calibration(exported: Path, tmp_path: Path) -> None:

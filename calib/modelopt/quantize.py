@@ -42,21 +42,24 @@ def modelopt_quantize(
         The same model; its linears are ModelOpt's ``QuantLinear`` whose quantizers hold amax.
 
     Raises:
-        QuantizationError: unknown mode, a quantized linear that calibration never reached, or NaN or Inf in the weights
-            or inputs of one.
+        QuantizationError: unknown mode, one that quantizes nothing, a quantized linear that calibration never reached,
+            or NaN or Inf in the weights or inputs of one.
         DataError: the mode quantizes activations and no forward loop was given.
         CheckpointError: one of ``modules`` does not exist.
 
     Source: ``modelopt_quantize`` of the nanoGPT example in NVIDIA's TensorRT-Incubator.
     """
     scheme = scheme_named(quant_mode)
+    linear = scheme.linear
+    if linear is None:
+        raise QuantizationError(f"'{quant_mode}' quantizes nothing", hint="choose another mode, such as int8")
     if not scheme.weight_only and forward_loop is None:
         raise DataError(
             f"'{quant_mode}' quantizes activations and needs calibration data",
             hint="pass forward_loop=create_forward_loop(...)",
         )
     names = list(modules) if modules is not None else _linears_but_head(model)
-    schemes = dict.fromkeys(names, scheme.linear)
+    schemes = dict.fromkeys(names, linear)
     with _watched(model, names):
         quantized: nn.Module = mtq.quantize(model, config_of(schemes), forward_loop)
     read_input_amax(quantized, _calibrated_inputs(schemes))

@@ -94,8 +94,10 @@ def judge_for(scheme: Scheme, rows: Mapping[str, Samples] | None = None) -> Judg
     """The judge of ``scheme``: its activations, and the weight ``rows`` where they are given.
 
     Raises:
-        RotationError: a weight-only scheme without ``rows``.
+        RotationError: a weight-only scheme without ``rows``, or one that quantizes nothing.
     """
+    if scheme.weight is None:
+        raise RotationError(f"'{scheme.name}' quantizes nothing that rotations could be judged by")
     if rows is None and scheme.activation is None:
         raise RotationError(f"rotations for the weight-only scheme '{scheme.name}' are judged by weight rows")
     parts = [] if scheme.activation is None else [f"held-out activations, {scheme.activation.format.name}"]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from exporter.cli import check_commands, info_commands, run_commands, stats_command
+from exporter.cli import check_commands, info_commands, inspect_command, run_commands, stats_command
 from exporter.cli.command import Command, Group
 from exporter.cli.errors import exit_code_of
 
@@ -35,6 +35,7 @@ for name, function, summary, examples in (
     ("rotate", run_commands.rotate, "Write the rotated float checkpoint.", run_commands.ROTATE_EXAMPLES),
     ("stats", stats_command.stats, "Statistics before and after rotation, by damage.", stats_command.EXAMPLES),
     ("verify", check_commands.verify, "Repeat the parity check on a folder.", check_commands.VERIFY_EXAMPLES),
+    ("inspect", inspect_command.inspect, "What a folder holds, and how it runs.", inspect_command.EXAMPLES),
     ("eval", check_commands.evaluate, "Perplexity of a folder or checkpoint.", check_commands.EVAL_EXAMPLES),
     ("backends", info_commands.backends, "What can be written, and for what.", info_commands.BACKENDS_EXAMPLES),
     ("env", info_commands.env, "Versions and hardware.", info_commands.ENV_EXAMPLES),

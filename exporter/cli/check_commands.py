@@ -12,7 +12,7 @@ from calib.errors import CheckpointError, DataError
 from exporter.cli.command import with_flags
 from exporter.cli.options import TalkFlags
 from exporter.cli.resolve import check_device
-from exporter.cli.run_commands import parity_exit_code, print_report
+from exporter.cli.results import parity_exit_code, print_exported
 from exporter.cli.session import print_json, running, set_up
 
 VERIFY_EXAMPLES = (
@@ -46,8 +46,8 @@ def verify(
         from exporter.verification import verify as run
 
         report = run(folder, model=model, rows=rows, progress=progress)
-    print_report(report, folder, talk)
-    raise typer.Exit(parity_exit_code(report, folder))
+    print_exported(folder, [(folder, report)], talk)
+    raise typer.Exit(parity_exit_code(report, folder, talk))
 
 
 @with_flags
@@ -104,6 +104,8 @@ def _check_exported(folder: Path) -> None:
     from exporter.report import REPORT_FILE
 
     if not (folder / REPORT_FILE).is_file():
+        inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
         raise CheckpointError(
-            f"'{folder}' is not an exported folder: it has no {REPORT_FILE}", hint="give what 'rotq export -o' wrote"
+            f"'{folder}' is not an exported folder: it has no {REPORT_FILE}",
+            hint=f"give one of {', '.join(inside)}" if inside else "give what 'rotq export -o' wrote",
         )

@@ -29,6 +29,8 @@ RECIPE_KEYS = {
     "dtype": "dtype",
     "backend": "backend",
     "target": "target",
+    "logits": "logits",
+    "max_shard_size": "max_shard_size",
     "scheme": "scheme",
     "kv": "kv",
     "override": "overrides",
@@ -161,8 +163,26 @@ class BackendFlags:
         str | None, typer.Option("--backend", help="What to write: see 'rotq backends'.", rich_help_panel=QUANTIZATION)
     ] = None
     target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            help="Runtime it is for; default: the backend's first. Repeatable: a folder of -o each.",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class WritingFlags:
+    """How it is written."""
+
+    logits: Annotated[
+        Literal["all", "last"] | None,
+        typer.Option("--logits", help="Of every token, or of the last one: enough to generate.", rich_help_panel=RUN),
+    ] = None
+    max_shard_size: Annotated[
         str | None,
-        typer.Option("--target", help="Runtime it is for; default: the backend's first.", rich_help_panel=QUANTIZATION),
+        typer.Option("--max-shard-size", help="Split files of weights beyond this: 5GB, 500MiB.", rich_help_panel=RUN),
     ] = None
 
 
@@ -297,6 +317,8 @@ def overrides(*groups: Any) -> dict[str, Any]:
                 continue
             if field.name == "override":
                 value = _patterns_and_schemes(value)
+            elif field.name == "target":
+                value = value[0] if len(value) == 1 else value
             elif isinstance(value, list):
                 value = [str(item) for item in value]
             if field.name == "rotation_optimizer":

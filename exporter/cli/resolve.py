@@ -31,7 +31,6 @@ FIXED_BY_ARTIFACT = (
     "rotate",
     "rotation.files",
     "revision",
-    "dtype",
     "seed",
     "calibration.dataset",
     "calibration.nsamples",
@@ -69,6 +68,8 @@ def resolve(source: str | None, given: Mapping[str, Any], from_artifact: Path | 
             )
         if source is None and (from_artifact / RECIPE_FILE).is_file():
             source = str(from_artifact / RECIPE_FILE)
+            # What it was calibrated in is no wish for what it is written in: targets have dtypes of their own.
+            given = {"dtype": "auto", **given}
     _check_names(given)
     try:
         recipe = load_recipe(source, given)
@@ -121,14 +122,15 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
     if "backend" in given and recipe.backend not in backends:
         raise UsageError(f"unknown --backend '{recipe.backend}'", hint=f"installed: {', '.join(backends) or 'none'}")
     backend = get_backend(recipe.backend)
-    if "target" in given and recipe.target not in backend.targets:
+    unknown = [target for target in recipe.targets if target is not None and target not in backend.targets]
+    if "target" in given and unknown:
         raise UsageError(
-            f"backend '{recipe.backend}' has no --target '{recipe.target}'",
+            f"backend '{recipe.backend}' has no --target '{unknown[0]}'",
             hint=f"its targets are: {', '.join(backend.targets)}",
         )
-    if write:
-        scheme = customised_scheme(recipe)
-        target = check_target(backend, {f"scheme '{recipe.scheme}'": scheme.linear}, recipe.target)
+    linear = customised_scheme(recipe).linear
+    for name in recipe.targets if write else ():
+        target = check_target(backend, {} if linear is None else {f"scheme '{recipe.scheme}'": linear}, name)
         check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from exporter.cli.command import with_flags
-from exporter.cli.errors import DONE, PARITY_FAILED
 from exporter.cli.options import (
     ROTATION,
     RUN,
@@ -24,15 +23,16 @@ from exporter.cli.options import (
     RotationFlags,
     SchemeFlag,
     TalkFlags,
+    WritingFlags,
     overrides,
 )
 from exporter.cli.resolve import check_backend, check_output, resolve
+from exporter.cli.results import parity_exit_code, print_exported, targets_for
 from exporter.cli.session import print_json, running, set_up
 
 if TYPE_CHECKING:
     from exporter.plan import Goal
     from exporter.recipe import Recipe
-    from exporter.report import Report
     from exporter.run_options import RunOptions
 
 EXPORT_EXAMPLES = (
@@ -40,7 +40,7 @@ EXPORT_EXAMPLES = (
     "rotq export -m meta-llama/Llama-3.2-1B --backend onnx --rotate r1,r2,r4 -o out/llama",
     "rotq export -m ./my-model --calib-dataset notes.jsonl --nsamples 64 -o out/mine",
     "rotq export --recipe int8-reference -m ./my-model --dry-run",
-    "rotq export --from-artifact out/calibrated --backend onnx -o out/onnx",
+    "rotq export --from-artifact out/calibrated --backend onnx --target ort --target openvino -o out/onnx",
 )
 CAPTURE_EXAMPLES = (
     "rotq capture -m ./my-model --calib-dataset wikitext2 -o out/capture",
@@ -64,6 +64,7 @@ CALIBRATE_EXAMPLES = (
 def export(
     models: ModelFlags,
     backends: BackendFlags,
+    writing: WritingFlags,
     schemes: SchemeFlag,
     quantization: QuantizationFlags,
     rotations: RotationFlags,
@@ -81,11 +82,12 @@ def export(
 ) -> None:
     """Rotate, calibrate, quantize, write for a runtime, and check parity in that runtime.
 
-    Exit code 3 means: exported, but parity failed; the folder is kept and marked failed.
+    Several targets share one calibration, and either all of their folders appear or none. Exit code 3 means: exported,
+    but parity failed; the folder is kept and marked failed.
     """
     set_up(talk)
     options = _run_options(outputs, resuming, verify=not no_verify, from_artifact=from_artifact)
-    given = overrides(models, backends, schemes, quantization, rotations, data, evaluation)
+    given = overrides(models, backends, writing, schemes, quantization, rotations, data, evaluation)
     recipe = resolve(recipes.recipe, given, from_artifact)
     check_backend(recipe, given)
     if _announced_only(recipe, options, "export", outputs, talk):
@@ -94,11 +96,12 @@ def export(
         from exporter.pipeline import export as run
 
         result = run(recipe, options, progress=progress)
-    print_report(result.report, result.output, talk)
+    exported = [(folder, result.reports[target]) for target, folder in result.folders.items()]
+    print_exported(result.output, exported, talk)
     if not talk.quiet:
-        folder = shlex.quote(str(result.output))
-        _say("next:", f"rotq verify {folder}", f"rotq eval {folder} --text FILE")
-    raise typer.Exit(parity_exit_code(result.report, result.output))
+        folder = shlex.quote(str(exported[0][0]))
+        _say("next:", f"rotq verify {folder}", f"rotq inspect {folder}", f"rotq eval {folder} --text FILE")
+    raise typer.Exit(max(parity_exit_code(report, folder, talk) for folder, report in exported))
 
 
 @with_flags
@@ -152,7 +155,7 @@ def calibrate(
         result = run(recipe, options, progress=progress)
     _print_folder(result.output, talk)
     if not talk.quiet:
-        _say("next:", f"rotq export --from-artifact {shlex.quote(str(result.output))} -o OUT")
+        _say("next:", *_after_calibrating(recipe, shlex.quote(str(result.output))))
 
 
 @with_flags
@@ -193,32 +196,6 @@ def rotate(
         show_rotated(output_console(), result.report, result.output)
         folder = shlex.quote(str(result.output))
         _say("next:", f"rotq eval {folder} --text FILE", f"rotq export -m {folder} --rotate none -o OUT")
-
-
-def print_report(report: Report, folder: Path, talk: TalkFlags) -> None:
-    """Write the result to stdout: the document, the path alone, or the summary."""
-    if talk.json_output:
-        print_json({"output": str(folder), **report.model_dump(mode="json")})
-    elif talk.quiet:
-        typer.echo(folder)
-    else:
-        from exporter.console import output_console, show_report
-
-        show_report(output_console(), report, folder)
-
-
-def parity_exit_code(report: Report, folder: Path) -> int:
-    """0, or 3 with a line on stderr for a report that is marked failed."""
-    if report.status != "failed":
-        return DONE
-    from exporter.summary import failed_rows
-
-    typer.echo(f"error: parity failed: {'; '.join(failed_rows(report))}", err=True)
-    typer.echo(
-        f"hint: '{folder}' is kept and marked failed; do not deploy it; try another --rotate or --scheme",
-        err=True,
-    )
-    return PARITY_FAILED
 
 
 def _run_options(
@@ -275,6 +252,15 @@ def _print_folder(folder: Path, talk: TalkFlags) -> None:
         print_json({"output": str(folder)})
     else:
         typer.echo(folder)
+
+
+def _after_calibrating(recipe: Recipe, artifact: str) -> list[str]:
+    """What can be done with an artifact: written, where some installed target can express it; else only measured."""
+    able = targets_for(recipe)
+    if not able:
+        return [f"rotq eval {artifact} --text FILE  (no installed target can express it: see 'rotq backends')"]
+    backend, target = able[0]
+    return [f"rotq export --from-artifact {artifact} --backend {backend} --target {target} -o OUT"]
 
 
 def _model_option(recipe: Recipe) -> str:

@@ -22,7 +22,7 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
     if recipe.trust_remote_code:
         shown["trust remote code"] = "yes: the model's own Python code runs"
     if goal == "export":
-        shown["backend"] = f"{recipe.backend}, target {recipe.target or 'default'}"
+        shown |= _writing(recipe)
     if goal != "capture":
         shown["scheme"] = recipe.scheme
         if goal != "rotate":
@@ -51,6 +51,17 @@ def _model(recipe: Recipe) -> str:
     if recipe.model == EMBEDDED:
         return "the embedded example model (no -m/--model given)"
     return recipe.model + (f" at {recipe.revision}" if recipe.revision else "")
+
+
+def _writing(recipe: Recipe) -> dict[str, str]:
+    """What is written, and for what."""
+    targets = ", ".join(target or "default" for target in recipe.targets)
+    shown = {"backend": f"{recipe.backend}, target{'s' if len(recipe.targets) > 1 else ''} {targets}"}
+    if recipe.logits == "last":
+        shown["logits"] = "of the last token only"
+    if recipe.max_shard_size is not None:
+        shown["shards"] = f"of up to {recipe.max_shard_size}"
+    return shown
 
 
 def _finer_controls(recipe: Recipe) -> dict[str, str]:

@@ -38,7 +38,7 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     )
     for line in summary.layer_lines(report):
         show_line(console, line)
-    show_line(console, f"size: {summary.size_words(report)}")
+    show_line(console, f"size: {summary.size_words(report.layers.bytes_before, report.layers.bytes_after)}")
     calibration = report.calibration
     show_line(console, f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of {calibration.dataset}")
     show_rotation_gate(console, report.rotation_gate)
@@ -49,7 +49,11 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     if not report.rotations:
         show_line(console, "rotations: none")
     show_table(console, summary.parity_table(report), alarm=True)
+    for line in summary.runtime_lines(report):
+        show_line(console, line)
     show_table(console, summary.seconds_table(report))
+    for warning in report.warnings:
+        show_line(console, f"warning: {warning}", "yellow")
     verdict = {"passed": "parity passed", "failed": "PARITY FAILED: do not deploy", "unverified": "parity not checked"}
     style = {"passed": "green", "failed": "bold red", "unverified": "yellow"}
     show_line(
@@ -97,6 +101,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     show_line(console, f"memory: about {human_bytes(plan.peak_memory)} at the peak")
     show_line(console, f"output: {plan.output or '(no -o/--output given)'}")
     show_line(console, f"files: {', '.join(plan.files)}")
+    for warning in plan.warnings:
+        show_line(console, f"warning: {warning}", "yellow")
     show_line(console, "\nrecipe:")
     show_line(console, plan.recipe.rstrip())
 

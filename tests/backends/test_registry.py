@@ -5,21 +5,28 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from backends.base import Backend
 from backends.onnx.backend import OnnxBackend
-from backends.registry import available, check_cache, check_target, get_backend
+from backends.registry import (
+    available,
+    check_cache,
+    check_expressible,
+    check_model,
+    check_target,
+    expressible,
+    get_backend,
+    warnings_of,
+)
 from calib.errors import BackendError
-from calib.quantization import customised
-from calib.schemes import KV_SCHEMES, SCHEMES, LinearScheme
+from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES, SCHEMES, LinearScheme
 from tests.plugins import install_plugins
 
 
 def named(scheme: str) -> dict[str, LinearScheme]:
-    return {f"scheme '{scheme}'": SCHEMES[scheme].linear}
+    return {f"scheme '{scheme}'": LINEAR_SCHEMES[scheme]}
 
 
 @pytest.fixture
@@ -35,9 +42,9 @@ def test_the_built_in_backend_is_found_through_its_entry_point() -> None:
     assert info.error is None
     assert info.distribution.startswith("rotq ")
     assert info.targets == backend.targets
-    assert set(info.schemes["ort"]) == set(SCHEMES)
-    expressible = {name for name, reason in info.schemes["ort"].items() if reason is None}
-    assert expressible == {"int8", "int8-weight-only", "int4-weight-only"}
+    for schemes in info.schemes.values():
+        assert list(schemes) == list(SCHEMES)
+        assert schemes["float"] is None  # what is not quantized is expressed everywhere
 
 
 @pytest.mark.usefixtures("plugins")
@@ -66,63 +73,68 @@ def test_getting_a_broken_plugin_names_it_and_its_distribution() -> None:
 def test_an_unknown_backend_lists_those_installed() -> None:
     with pytest.raises(BackendError, match="unknown backend 'onx'") as caught:
         get_backend("onx")
-    assert caught.value.hint == "installed backends: broken, onnx, stub"
+    assert str(caught.value.hint).startswith("installed backends: broken, onnx, ")
 
 
-def test_targets_are_checked_and_the_first_is_the_default() -> None:
-    backend: Backend = OnnxBackend()
-    assert check_target(backend, named("int8"), None) == "ort"
-    assert check_target(backend, named("int8"), "ort") == "ort"
-    with pytest.raises(BackendError, match="'onnx' has no target 'vllm'") as caught:
-        check_target(backend, named("int8"), "vllm")
-    assert caught.value.hint == "its targets are: ort"
+@pytest.fixture
+def stub(plugins: None) -> Backend:
+    """Refuses float8 and speaks float32 for target one, warns of int4 for two, and has no dtype for own."""
+    return get_backend("stub")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "reason"),
-    [
-        ("float8", "no float8"),
-        ("mxfp4", "no float8 or float4 kernels"),
-        ("int8-dynamic", "calibrated scales"),
-        ("w4a8", "would dequantize these on every run"),
-        ("w4a4", "calibrated scales"),
-    ],
-)
-def test_a_scheme_that_a_target_cannot_express_is_refused_with_the_reason_and_the_others(
-    scheme: str, reason: str
-) -> None:
-    with pytest.raises(BackendError, match=rf"cannot express scheme '{scheme}': .*{reason}") as caught:
-        check_target(OnnxBackend(), named(scheme), "ort")
-    assert caught.value.hint == "schemes it can express: int8, int8-weight-only, int4-weight-only"
+def test_targets_are_checked_and_the_first_is_the_default(stub: Backend) -> None:
+    assert check_target(stub, named("int8"), None) == "one"
+    assert check_target(stub, named("int8"), "two") == "two"
+    with pytest.raises(BackendError, match="'stub' has no target 'vllm'") as caught:
+        check_target(stub, named("int8"), "vllm")
+    assert caught.value.hint == "its targets are: one, two, own"
 
 
-@pytest.mark.parametrize(
-    ("controls", "reason"),
-    [
-        ({"weight_symmetric": False}, "no zero points"),
-        ({"activation_symmetric": False}, "no zero points"),
-        ({"activation_granularity": "cluster:4"}, "more than one scale of an activation"),
-        ({"activation_granularity": "token"}, "calibrated scales"),
-        ({"block_size": 64}, "would dequantize these on every run"),
-    ],
-)
-def test_finer_controls_are_judged_linear_by_linear(controls: dict[str, Any], reason: str) -> None:
-    linear = customised(SCHEMES["int8"], **controls).linear
-    with pytest.raises(BackendError, match=rf"cannot express 'a\.linear': .*{reason}"):
-        check_target(OnnxBackend(), {"other": SCHEMES["int8"].linear, "'a.linear'": linear}, None)
+def test_a_scheme_that_a_target_cannot_express_is_refused_with_the_reason_and_the_others(stub: Backend) -> None:
+    with pytest.raises(BackendError, match="cannot express scheme 'float8': no float8 kernels") as caught:
+        check_target(stub, named("float8"), "one")
+    possible = str(caught.value.hint).removeprefix("schemes it can express: ").split(", ")
+    assert possible == [name for name in SCHEMES if name not in ("float8", "float8-dynamic", "mxfp8")]
+    assert check_target(stub, named("float8"), "two") == "two"
 
 
-def test_a_cache_that_a_target_cannot_express_is_refused() -> None:
-    check_cache(OnnxBackend(), None, "ort")
-    with pytest.raises(BackendError, match="cannot express a KV cache of int8: the graph's cache") as caught:
-        check_cache(OnnxBackend(), KV_SCHEMES["int8"], "ort")
+def test_linears_are_judged_one_by_one_and_named(stub: Backend) -> None:
+    linears = {"a.linear": LINEAR_SCHEMES["int8"], "b.linear": LINEAR_SCHEMES["float8"]}
+    with pytest.raises(BackendError, match=r"cannot express 'b\.linear': no float8 kernels"):
+        check_expressible(stub, "one", linears, None)
+    check_expressible(stub, "two", linears, KV_SCHEMES["int8"])
+    assert expressible(stub, "two", linears.values(), KV_SCHEMES["int8"])
+    assert not expressible(stub, "one", linears.values(), None)
+    assert not expressible(stub, "two", [], KV_SCHEMES["float8"])
+
+
+def test_a_cache_that_a_target_cannot_express_is_refused(stub: Backend) -> None:
+    check_cache(stub, None, "one")
+    check_cache(stub, KV_SCHEMES["int8"], "one")
+    with pytest.raises(BackendError, match="cannot express a KV cache of float8_e4m3: no float8 cache") as caught:
+        check_cache(stub, KV_SCHEMES["float8"], "one")
     assert "--kv" in str(caught.value.hint)
+
+
+def test_a_model_that_a_target_cannot_express_is_refused_with_what_to_do(stub: Backend) -> None:
+    check_model(stub, "one", {"vocab_size": 100}, [])
+    with pytest.raises(BackendError, match="'one' of backend 'stub' cannot express this model: its vocab") as caught:
+        check_model(stub, "one", {"vocab_size": 101}, [])
+    assert caught.value.hint == "pad the vocabulary"
+
+
+def test_what_runs_slowly_is_warned_of_once_a_scheme(stub: Backend) -> None:
+    linears = {"a": LINEAR_SCHEMES["w4a8"], "b": LINEAR_SCHEMES["w4a8"], "c": LINEAR_SCHEMES["int8"]}
+    assert warnings_of(stub, "one", linears) == []
+    assert warnings_of(stub, "two", linears) == [
+        "2 linears with int4 weights in blocks of 128, int8 inputs per tensor: int4 weights are unpacked first"
+    ]
 
 
 def test_listing_backends_imports_neither_torch_nor_a_runtime() -> None:
     code = (
         "import sys; from backends.registry import available, get_backend, check_target; available();"
-        "from calib.schemes import SCHEMES; check_target(get_backend('onnx'), {'it': SCHEMES['int8'].linear}, None);"
+        "from calib.schemes import LINEAR_SCHEMES as S; check_target(get_backend('onnx'), {'it': S['int8']}, None);"
         "heavy = {'torch', 'transformers', 'modelopt', 'onnx', 'onnxruntime', 'onnx_ir', 'onnxscript'};"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

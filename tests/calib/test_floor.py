@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from calib.floor import UNFLIPPED, Difference, one_flip_floor, split_sum_floor
+from calib.data.batches import length_batches
+from calib.floor import UNFLIPPED, Difference, _nearest_tie, naive_floor, one_flip_floor, settled, split_sum_floor
+from calib.forward_loop import forward_loop_over
 from calib.perplexity import model_logits
+from calib.quantization import resolve
+from calib.quantize import quantize_model
 from calib.reference import ReferenceLinear, build_reference
-from tests.tiny import CONFIGS, quantize_tiny, token_rows
+from calib.schemes import FLOAT4, INT8, scheme_named
+from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, quantize_tiny, relative_l2, token_rows, wide_llama
+from tests.tolerances import LINEAR
 
 
 def test_a_difference_is_that_of_the_whole_stream() -> None:
@@ -39,6 +45,67 @@ def test_one_flip_moves_one_value_by_one_step_and_shows_in_the_logits(name: str)
     other = token_rows([24], seed=2)[0]
     alone = sorted([floor, one_flip_floor(reference, [other])])
     assert alone[0] <= one_flip_floor(reference, [row, other]) <= alone[1]
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "float8", "float8-dynamic", "nvfp4", "mxfp8"])
+def test_whatever_is_rounded_has_a_nearest_boundary(scheme: str) -> None:
+    reference = build_reference(quantize_tiny(wide_llama(), scheme))
+    assert 0 < one_flip_floor(reference, [token_rows([24])[0]]) < 0.2
+
+
+@pytest.mark.parametrize("kv", ["int8", "float8"])
+def test_a_cache_alone_has_a_nearest_boundary_too(kv: str) -> None:
+    fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
+    how = resolve(scheme_named("int8-weight-only"), fused.architecture, fused.config, kv=kv)
+    loop = forward_loop_over(length_batches(token_rows(), 4))
+    reference = build_reference(quantize_model(fused, how, loop, PROVENANCE))
+    row = token_rows([24])[0]
+    before = model_logits(reference)(row.unsqueeze(0))
+    assert 0 < one_flip_floor(reference, [row]) < 0.1
+    assert torch.equal(model_logits(reference)(row.unsqueeze(0)), before)  # the watchers are gone
+
+
+def test_the_nearest_value_is_put_on_the_other_side_of_its_boundary() -> None:
+    scale = torch.tensor(0.5)
+    tie = _nearest_tie(torch.tensor([[0.1, 0.76, 3.6, -500.0]]), scale, INT8)  # ratios 0.2, 1.52, 7.2, saturated
+    assert (tie.index, tie.other) == (1, 0.5)
+    assert tie.distance == pytest.approx(0.02, abs=1e-6)  # float32
+    tie = _nearest_tie(torch.tensor([4.6, 1.0, 7.5]), torch.tensor(1.0), FLOAT4)  # 4 and 6 surround 4.6
+    assert (tie.index, tie.other) == (0, 6.0)
+    assert tie.distance == pytest.approx(0.2, abs=1e-6)
+
+
+def test_an_input_on_a_boundary_may_be_rounded_to_either_side_and_no_other_may() -> None:
+    linear = build_reference(quantize_tiny(CONFIGS["llama"](), "int8")).get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(linear, ReferenceLinear)
+    assert linear.source.input_scale is not None
+    scale, width = linear.source.input_scale, linear.source.weight.shape[1]
+    x = ((torch.arange(2 * width) % 50 + 0.3) * scale).reshape(1, 2, width)
+    tied, above = x.clone(), x.clone()
+    tied[0, 1, 7] = (3.5 - 1e-6) * scale
+    above[0, 1, 7] = 3.6 * scale
+    plain, flipped = (linear.matmul(linear.quantize(each)) for each in (tied, above))
+    assert relative_l2(flipped, plain) > 1e-4
+    assert settled(linear, tied, plain)[1] == 0
+    expected, flips = settled(linear, tied, flipped)
+    assert flips == 1
+    assert relative_l2(expected, flipped) < LINEAR
+    assert torch.equal(settled(linear, tied, 1.01 * plain)[0][0, 0], plain[0, 0])  # no flip explains a wrong scale
+    apart = tied.clone()
+    apart[0, 1, 7] = 3.499 * scale
+    expected, flips = settled(linear, apart, flipped)
+    assert flips == 0
+    assert relative_l2(expected, flipped) > 1e-4
+
+
+def test_the_naive_floor_is_of_the_order_of_its_dtype() -> None:
+    quantized = quantize_tiny(CONFIGS["llama"](), "int8-weight-only").to(torch.float16)
+    rows = token_rows([24, 20])
+    floor = naive_floor(quantized, build_reference(quantized), rows)
+    eps = torch.finfo(torch.float16).eps
+    assert eps / 10 < floor < 20 * eps  # two layers of rounding
+    last = naive_floor(quantized, build_reference(quantized), rows, last=True)
+    assert 0 < last != floor
 
 
 def test_where_nothing_is_rounded_nothing_flips() -> None:

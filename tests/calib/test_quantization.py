@@ -8,7 +8,7 @@ import pytest
 
 from calib.architectures import architecture_for
 from calib.errors import QuantizationError
-from calib.quantization import KEPT_BY_OVERRIDE, Quantization, customised, resolve
+from calib.quantization import KEPT_BY_OVERRIDE, KEPT_BY_SCHEME, Quantization, customised, resolve
 from calib.schemes import KV_SCHEMES, PerBlock, PerCluster, PerTensor, PerToken, scheme_named
 from tests.tiny import CONFIGS
 
@@ -34,6 +34,23 @@ def test_the_last_pattern_that_matches_counts() -> None:
     assert "model.layers.0.mlp.up_proj" not in found.linears
     assert set(found.kept) == {name for name in resolved().linears if ".0." in name and "down" not in name}
     assert set(found.kept.values()) == {KEPT_BY_OVERRIDE}
+
+
+def test_the_scheme_float_quantizes_what_an_override_names_and_nothing_else() -> None:
+    nothing = resolved(scheme="float")
+    assert nothing.linears == {}
+    assert set(nothing.kept) == set(resolved().linears)
+    assert set(nothing.kept.values()) == {KEPT_BY_SCHEME}
+    found = resolved(
+        scheme="float", overrides={"lm_head": "int8-weight-only", "*.0.mlp.*": "w4a8", "*.0.mlp.up_proj": "float"}
+    )
+    assert found.linears == {
+        "model.layers.0.mlp.gate_proj": scheme_named("w4a8").linear,
+        "model.layers.0.mlp.down_proj": scheme_named("w4a8").linear,
+        "lm_head": scheme_named("int8-weight-only").linear,
+    }
+    assert found.kept["model.layers.0.mlp.up_proj"] == KEPT_BY_OVERRIDE
+    assert found.kept["model.layers.1.mlp.up_proj"] == KEPT_BY_SCHEME
 
 
 def test_head_and_embeddings_are_quantized_only_by_their_full_name() -> None:
@@ -89,6 +106,8 @@ def test_finer_controls_change_one_thing_each() -> None:
         ("int8", {"activation_granularity": "cluster:0"}, "unknown granularity 'cluster:0'"),
         ("int8", {"activation_granularity": "row"}, "unknown granularity 'row'"),
         ("float8", {"weight_symmetric": False}, "float8_e4m3 has no zero point"),
+        ("float", {"block_size": 32}, "'float' quantizes nothing"),
+        ("float", {"activation_symmetric": True}, "'float' quantizes nothing"),
     ],
 )
 def test_controls_that_a_scheme_does_not_have_are_refused(scheme: str, settings: dict[str, Any], message: str) -> None:

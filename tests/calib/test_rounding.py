@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.rounding import E2M1_MAGNITUDES, decode, e8m0_exponent, encode, round_e4m3_scale, round_to_format
+from calib.rounding import E2M1_MAGNITUDES, decode, e8m0_exponent, encode, neighbours, round_e4m3_scale, round_to_format
 from calib.schemes import FLOAT4, FLOAT8, FORMATS, INT4, NumberFormat
 
 # OCP MX specification 1.0, table 5: exponent bias 1, one mantissa bit, no infinities and no NaN.
@@ -106,3 +106,16 @@ def test_scales_in_e4m3_stay_positive_and_saturate() -> None:
 
 def test_integers_clamp_before_they_are_stored() -> None:
     assert round_to_format(torch.tensor([-99.0, -8.5, 2.5, 3.5, 99.0]), INT4).tolist() == [-8, -8, 2, 4, 7]
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
+def test_neighbours_are_the_next_representable_numbers(fmt: NumberFormat) -> None:
+    steps = torch.linspace(fmt.qmin, fmt.qmax, 100_001)
+    values = round_to_format(steps, fmt).unique_consecutive()  # every number but E4M3's subnormals
+    below, above = neighbours(values, fmt)
+    assert torch.equal(above[:-1], values[1:]) or fmt == FLOAT8
+    assert torch.equal(neighbours(above[:-1], fmt)[0], values[:-1])
+    assert torch.equal(round_to_format(below, fmt), below)
+    assert bool((below[1:] < values[1:]).all())
+    assert bool((above[:-1] > values[:-1]).all())
+    assert (float(below[0]), float(above[-1])) == (fmt.qmin, fmt.qmax)  # the ends have no further neighbour

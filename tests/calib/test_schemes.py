@@ -8,10 +8,12 @@ import pytest
 
 from calib.errors import QuantizationError
 from calib.schemes import (
+    FLOAT,
     FLOAT8,
     FORMATS,
     INT4,
     INT8,
+    LINEAR_SCHEMES,
     SCHEMES,
     NumberFormat,
     PerBlock,
@@ -31,10 +33,11 @@ from calib.schemes import (
 def test_a_scheme_is_consistent(scheme: Scheme) -> None:
     assert scheme_named(scheme.name) is scheme
     assert scheme.weight_only == (scheme.activation is None)
-    assert scheme.weight_only == scheme.name.endswith("weight-only")
+    assert scheme.weight_only == (scheme.name.endswith("weight-only") or scheme.name == FLOAT)
     assert scheme.max_perplexity_ratio > 1
     assert scheme.description
-    assert not scheme.weight.dynamic
+    assert (scheme.weight is None) == (scheme.linear is None) == (scheme.name not in LINEAR_SCHEMES)
+    assert scheme.weight is None or not scheme.weight.dynamic
     if scheme.activation is not None and not scheme.activation.dynamic:
         assert scheme.activation.granularity == PerTensor()  # static scales of activations are per tensor
 
@@ -48,7 +51,7 @@ def test_a_format_reaches_its_bound_on_both_sides(fmt: NumberFormat) -> None:
 
 
 def test_the_documented_presets() -> None:
-    assert {name: (s.weight.format.name, s.weight.granularity) for name, s in SCHEMES.items()} == {
+    assert {name: (s.weight.format.name, s.weight.granularity) for name, s in LINEAR_SCHEMES.items()} == {
         "int8": ("int8", PerChannel(0)),
         "int8-dynamic": ("int8", PerChannel(0)),
         "int8-weight-only": ("int8", PerChannel(0)),
@@ -61,13 +64,15 @@ def test_the_documented_presets() -> None:
         "mxfp4": ("float4_e2m1", PerBlock(32)),
         "mxfp8": ("float8_e4m3", PerBlock(32)),
     }
+    assert SCHEMES.keys() - LINEAR_SCHEMES.keys() == {FLOAT}
 
 
 SOME = [TensorScheme(INT8, PerCluster(4)), TensorScheme(INT4, PerToken(), symmetric=False, dynamic=True)]
 
 
 @pytest.mark.parametrize(
-    "scheme", [*SOME, *(s.weight for s in SCHEMES.values()), *(s.activation for s in SCHEMES.values() if s.activation)]
+    "scheme",
+    [*SOME, *(s.weight for s in LINEAR_SCHEMES.values()), *(s.activation for s in SCHEMES.values() if s.activation)],
 )
 def test_a_tensor_scheme_survives_json(scheme: TensorScheme) -> None:
     assert tensor_scheme_from_dict(json.loads(json.dumps(tensor_scheme_to_dict(scheme)))) == scheme

@@ -16,7 +16,7 @@ from cli_support import ROOT, rotq, write_llama
 from exporter.recipe import load_recipe
 
 HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "onnx_ir", "datasets")
-COMMANDS = ("export", "capture", "calibrate", "rotate", "stats", "verify", "eval", "backends", "env")
+COMMANDS = ("export", "capture", "calibrate", "rotate", "stats", "verify", "inspect", "eval", "backends", "env")
 
 
 def command_line(value: object) -> str:
@@ -53,6 +53,8 @@ def imported(*arguments: str, path: str = "") -> tuple[set[str], int]:
         (["rotate", "--rotations", "r1.pt", "--rotations", "r2.pt", "--dry-run"], 0),
         (["export", "--from-artifact", "x", "--rotations", "r1.pt", "-o", "y"], 2),
         (["verify", "./nowhere"], 1),
+        (["inspect", "./nowhere"], 1),
+        (["inspect"], 2),
     ],
     ids=command_line,
 )
@@ -162,7 +164,7 @@ def test_the_embedded_model_is_named_as_such(plugins: str) -> None:
 def test_backends_lists_the_able_and_warns_of_the_broken(plugins: str) -> None:
     done = rotq("backends", path=plugins)
     assert done.returncode == 0
-    assert re.search(r"stub +one +int8, ", done.stdout)
+    assert re.search(r"stub +one +float, int8, ", done.stdout)
     assert "stub/one cannot express float8: no float8 kernels" in done.stdout
     assert "broken" not in done.stdout
     assert "warning: backend 'broken' of stub 1.0 does not load: ModuleNotFoundError" in done.stderr

@@ -18,30 +18,29 @@ from cli_support import sample_report
 from calib.errors import BackendError
 from calib.progress import Progress
 from exporter.cli import main
+from exporter.cli.results import targets_for
 from exporter.recipe import Recipe, load_recipe
-from exporter.report import Report
+from exporter.report import ParityRow, Report
+from exporter.results import ExportResult
 from exporter.run_options import RunOptions
 
 
-@dataclass(frozen=True)
-class Result:
-    output: Path
-    recipe: Recipe
-    report: Report
+def result_of(output: Path, recipe: Recipe, report: Report) -> ExportResult:
+    return ExportResult(output, recipe, {report.target: report})
 
 
 def succeed(report: Report) -> object:
-    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> Result:
+    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
         print("a library's chatter")  # noqa: T201
         progress("calibrate", 0, 1)
         progress("calibrate", 1, 1)
-        return Result(options.output, recipe, report)
+        return result_of(options.output, recipe, report)
 
     return export
 
 
 def fail(error: BaseException) -> object:
-    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> Result:
+    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
         raise error
 
     return export
@@ -71,6 +70,39 @@ def test_json_is_one_document_and_nothing_else(pipeline: types.ModuleType, capsy
     assert Report.model_validate(document) == sample_report()
 
 
+def test_several_targets_are_one_document_and_fail_together(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Recipe] = []
+
+    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
+        seen.append(recipe)
+        return ExportResult(options.output, recipe, {"one": sample_report(), "two": sample_report("failed")})
+
+    pipeline.export = export  # type: ignore[attr-defined]
+    assert main([*ARGUMENTS, "--target", "one", "--target", "two", "--dtype", "float32", "--json"]) == 3
+    assert seen[0].targets == ("one", "two")
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["output"] == "out dir"
+    assert [entry["output"] for entry in document["targets"]] == ["out dir/one", "out dir/two"]
+    assert [entry["status"] for entry in document["targets"]] == ["passed", "failed"]
+    assert "hint: 'out dir/two' is kept and marked failed" in err
+
+
+def test_what_could_not_be_run_is_warned_of_and_is_no_failure(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = ParityRow(
+        rung=2, name="x", metric="relative L2", measured=None, bound=None, passed=None, note="not run: no GPU here"
+    )
+    pipeline.export = succeed(sample_report("unverified", parity=[row]))  # type: ignore[attr-defined]
+    assert main(ARGUMENTS) == 0
+    out, err = capsys.readouterr()
+    assert "parity not checked" in out
+    assert "warning: 'out dir' was not verified: not run: no GPU here; run 'rotq verify'" in err
+
+
 def test_quiet_prints_the_path_only(pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline.export = succeed(sample_report())  # type: ignore[attr-defined]
     assert main([*ARGUMENTS, "-q"]) == 0
@@ -83,13 +115,13 @@ def test_quiet_prints_the_path_only(pipeline: types.ModuleType, capsys: pytest.C
 def test_other_libraries_are_heard_only_under_v(
     pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], flag: str | None
 ) -> None:
-    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> Result:
+    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
         print("exported to graph")  # noqa: T201
         logging.getLogger("onnxscript").warning("opset is old")
         logging.getLogger("calib.data").warning("three documents were empty")
         if flag is None:
             warnings.warn("numpy moved something", DeprecationWarning, stacklevel=1)
-        return Result(options.output, recipe, sample_report())
+        return result_of(options.output, recipe, sample_report())
 
     logging.getLogger("onnxscript").setLevel(logging.NOTSET)  # an earlier run in this process has silenced it
     pipeline.export = export  # type: ignore[attr-defined]
@@ -156,9 +188,9 @@ def test_options_become_recipe_values_over_the_recipe_file(
 ) -> None:
     seen: list[tuple[Recipe, RunOptions]] = []
 
-    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> Result:
+    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
         seen.append((recipe, options))
-        return Result(options.output, recipe, sample_report())
+        return result_of(options.output, recipe, sample_report())
 
     pipeline.export = export  # type: ignore[attr-defined]
     file = tmp_path / "recipe.yaml"
@@ -205,9 +237,9 @@ def test_options_become_recipe_values_over_the_recipe_file(
 def test_an_artifact_brings_its_recipe(pipeline: types.ModuleType, tmp_path: Path) -> None:
     seen: list[Recipe] = []
 
-    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> Result:
+    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
         seen.append(recipe)
-        return Result(options.output, recipe, sample_report())
+        return result_of(options.output, recipe, sample_report())
 
     pipeline.export = export  # type: ignore[attr-defined]
     (tmp_path / "rotq.yaml").write_text(Recipe(model="some/model", seed=4).to_yaml())
@@ -226,6 +258,32 @@ def test_capture_and_calibrate_print_their_folder(
     assert "rotq export -m some/model --from-capture cap -o OUT" in err
     assert main(["calibrate", "--backend", "stub", "-o", "cal", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": "cal"}
+
+
+@pytest.mark.parametrize(
+    ("options", "suggested"),
+    [
+        (["--scheme", "int8"], "rotq export --from-artifact cal --backend stub --target one -o OUT"),
+        (["--scheme", "float8"], "rotq export --from-artifact cal --backend stub --target two -o OUT"),
+        (
+            ["--scheme", "float", "--target", "own"],
+            "rotq export --from-artifact cal --backend stub --target own -o OUT",
+        ),
+    ],
+)
+def test_what_can_be_done_with_an_artifact_is_said_after_calibrating(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], options: list[str], suggested: str
+) -> None:
+    pipeline.calibrate = succeed(sample_report())  # type: ignore[attr-defined]
+    assert main(["calibrate", "--backend", "stub", "-o", "cal", *options]) == 0
+    assert suggested in capsys.readouterr().err
+
+
+def test_what_no_target_takes_is_not_suggested_to_be_exported(plugins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(plugins)
+    recipe = load_recipe(None, {"backend": "stub", "kv": "float8", "scheme": "float8"})
+    assert ("stub", "two") not in targets_for(recipe)
+    assert targets_for(recipe.model_copy(update={"kv": None}))[0] == ("stub", "two")
 
 
 def test_verify_repeats_the_verdict(

@@ -11,9 +11,9 @@ import torch
 from calib.artifact import QuantizedModel
 from calib.errors import OutputError, RecipeError
 from exporter.evaluation import evaluate
-from exporter.layerwise import check_layerwise, parse_size
+from exporter.layerwise import check_layerwise
 from exporter.pipeline import calibrate
-from exporter.recipe import load_recipe
+from exporter.recipe import load_recipe, parse_size
 from exporter.run_options import RunOptions
 from exporter.workdir import ARTIFACT, WALK
 
@@ -57,8 +57,9 @@ def test_a_work_folder_keeps_the_walk_until_it_is_whole(tmp_path: Path) -> None:
     [
         ({"layerwise.enabled": True, "rotate": "auto"}, "cannot compare sets of rotations"),
         ({"layerwise.asym": True}, "'layerwise.asym' has no effect"),
-        ({"layerwise.max_memory": "much"}, "'much' is no size"),
+        ({"layerwise.max_memory": "much"}, r"'layerwise.max_memory': this is no size.*'much'"),
         ({"layerwise.max_memory": "0GB"}, "is no size"),
+        ({"max_shard_size": "GB"}, r"'max_shard_size': this is no size"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:

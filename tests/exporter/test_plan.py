@@ -7,9 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from cli_support import llama_shapes, write_llama, write_safetensors
+from cli_support import LLAMA_CONFIG, llama_shapes, write_llama, write_safetensors
 
-from calib.errors import CheckpointError, UnsupportedModelError
+from calib.errors import BackendError, CheckpointError, UnsupportedModelError
+from calib.schemes import INT8, PerChannel, TensorScheme, tensor_scheme_to_dict
 from exporter.headers import read_headers
 from exporter.plan import Goal, Plan, plan
 from exporter.recipe import Recipe, load_recipe
@@ -107,8 +108,56 @@ def test_the_plan_carries_the_complete_recipe(tmp_path: Path) -> None:
 def test_an_artifact_is_only_written_and_verified(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "artifact")
     (folder / "model.safetensors").rename(folder / "quantized_model.safetensors")
+    (folder / "config.json").unlink()  # an artifact's manifest holds the config
+    int8 = tensor_scheme_to_dict(TensorScheme(INT8, PerChannel(0)))
+    linears = {"model.layers.0.mlp.down_proj": {"weight": int8, "input": None}}
+    (folder / "quantized_model.json").write_text(json.dumps({"config": LLAMA_CONFIG, "linears": linears}))
     options = RunOptions(output=Path("out"), from_artifact=folder)
     assert list(stages(planned(folder, options=options))) == ["start", "write", "verify"]
+    (folder / "quantized_model.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"quantized_model\.json' is damaged: 'linears'"):
+        planned(folder, options=options)
+
+
+def test_every_target_has_its_own_dtype_and_bytes(
+    tmp_path: Path, plugins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plugins)
+    folder = write_llama(tmp_path / "model")  # bfloat16
+
+    def bytes_after(*targets: str, dtype: str = "auto", **settings: object) -> int:
+        found = planned(folder, backend="stub", target=list(targets), dtype=dtype, scheme="float", **settings)
+        assert found.quantized_parameters == 0
+        return found.bytes_after
+
+    one, two, own = (bytes_after(target) for target in ("one", "two", "own"))
+    assert one == 2 * two == 2 * own == 4 * (BLOCK_PARAMETERS + 2 * EMBEDDING + NORMS)
+    assert bytes_after("one", "two", dtype="bfloat16") == 2 * two
+    with pytest.raises(BackendError, match="one in float32, two in float16") as caught:
+        bytes_after("one", "two")
+    assert "--from-artifact" in str(caught.value.hint)
+
+
+def test_a_plan_refuses_and_warns_as_the_run_would(
+    tmp_path: Path, plugins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plugins)
+    folder = write_llama(tmp_path / "model")
+    found = planned(folder, backend="stub", target="two", scheme="int8", overrides={"*.0.mlp.*": "w4a8"})
+    assert found.warnings == (
+        "target 'two': 3 linears with int4 weights in blocks of 128, int8 inputs per tensor: int4 weights are "
+        "unpacked first",
+    )
+    with pytest.raises(BackendError, match="cannot express 'lm_head': no float8 kernels"):
+        planned(folder, backend="stub", target="one", overrides={"lm_head": "float8"})
+    odd = write_llama(tmp_path / "odd", vocab_size=101)
+    with pytest.raises(BackendError, match="cannot express this model: its vocabulary is odd"):
+        planned(odd, backend="stub")
+
+
+def test_the_scheme_float_trains_and_compares_nothing(tmp_path: Path) -> None:
+    found = planned(write_llama(tmp_path / "model"), scheme="float")
+    assert list(stages(found)) == ["start", "load", "fuse", "calibrate", "write", "verify"]
 
 
 def test_the_embedded_model_can_be_planned() -> None:

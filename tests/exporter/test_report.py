@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from cli_support import sample_report
@@ -12,8 +13,8 @@ from pydantic import ValidationError
 from exporter.report import REPORT_FILE, ParityRow, Report, parity_status
 
 
-def row(passed: bool | None) -> ParityRow:
-    return ParityRow(rung=1, name="x", metric="KL", measured=0.1, bound=None, passed=passed)
+def row(passed: bool | None, rung: Literal[1, 2, 3] = 2, metric: str = "relative L2") -> ParityRow:
+    return ParityRow(rung=rung, name="x", metric=metric, measured=0.1, bound=None, passed=passed)
 
 
 def test_a_report_reads_back_equal(tmp_path: Path) -> None:
@@ -48,3 +49,10 @@ def test_a_figure_that_is_not_a_number_is_never_written(tmp_path: Path) -> None:
 )
 def test_one_failed_row_fails_the_report(judged: list[bool | None], status: str) -> None:
     assert parity_status([row(passed) for passed in judged]) == status
+
+
+def test_a_runtime_that_was_not_run_is_not_verified_by_what_torch_says() -> None:
+    others = [row(True, 1), row(None, 2), row(True, 2, "unfused"), row(True, 3, "perplexity ratio")]
+    assert parity_status(others) == "unverified"
+    assert parity_status([*others, row(True)]) == "passed"
+    assert parity_status([*others, row(False, 1)]) == "failed"

@@ -1,0 +1,58 @@
+"""The command ``inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calib.errors import CheckpointError
+from exporter.cli.command import with_flags
+from exporter.cli.options import TalkFlags
+from exporter.cli.session import print_json, running, set_up
+
+EXAMPLES = ("rotq inspect out/demo", "rotq inspect out/calibrated -v", "rotq inspect out/demo --json")
+
+
+@with_flags
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'rotq export' or 'rotq calibrate' wrote.")],
+    talk: TalkFlags,
+) -> None:
+    """Show what a folder holds: what is quantized how, which kernels the runtime makes of it, bytes by kind.
+
+    Everything is read from the files themselves; -v lists every linear. Files that were edited are named.
+    """
+    set_up(talk)
+    _check_folder(folder)
+    with running(talk) as progress:
+        from exporter.inspection import inspect_folder
+
+        progress("inspect", 0, 1)
+        found = inspect_folder(folder)
+        progress("inspect", 1, 1)
+    for what, names in found.edited.items():
+        typer.echo(f"warning: {what} since the export: {', '.join(names)}", err=True)
+    if talk.json_output:
+        print_json({**asdict(found), "schemes": found.schemes, "unfused": found.unfused, "nbytes": found.nbytes})
+    elif talk.quiet:
+        typer.echo(found.nbytes)
+    else:
+        from exporter.console import output_console
+        from exporter.console.show_inspection import show_inspection
+
+        show_inspection(output_console(), found, every=talk.verbose)
+
+
+def _check_folder(folder: Path) -> None:
+    # Before torch is imported: a mistyped path should not take ten seconds to be refused.
+    from exporter.report import REPORT_FILE
+
+    if not any((folder / name).is_file() for name in (REPORT_FILE, "quantized_model.json")):
+        inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
+        raise CheckpointError(
+            f"'{folder}' holds nothing that rotq wrote: neither {REPORT_FILE} nor quantized_model.json",
+            hint=f"give one of {', '.join(inside)}" if inside else "give what 'rotq export' or 'rotq calibrate' wrote",
+        )

@@ -1,0 +1,74 @@
+"""What a command that exports or verifies prints at its end, and its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from exporter.cli.errors import DONE, PARITY_FAILED
+from exporter.cli.options import TalkFlags
+from exporter.cli.session import print_json
+
+if TYPE_CHECKING:
+    from exporter.recipe import Recipe
+    from exporter.report import Report
+
+
+def print_exported(output: Path, exported: Sequence[tuple[Path, Report]], talk: TalkFlags) -> None:
+    """Write the result to stdout: the document, the path alone, or the summaries.
+
+    Args:
+        output: what ``-o`` named.
+        exported: folder and report of each target; of the only one, ``output`` itself.
+        talk: how much.
+    """
+    if talk.json_output:
+        documents = [{"output": str(folder), **report.model_dump(mode="json")} for folder, report in exported]
+        print_json(documents[0] if len(documents) == 1 else {"output": str(output), "targets": documents})
+    elif talk.quiet:
+        typer.echo(output)
+    else:
+        from exporter.console import output_console, show_report
+
+        for folder, report in exported:
+            show_report(output_console(), report, folder)
+
+
+def parity_exit_code(report: Report, folder: Path, talk: TalkFlags) -> int:
+    """0, or 3 with a line on stderr for a report that is marked failed; what was not run is warned of."""
+    from exporter.summary import failed_rows, runtime_lines
+
+    if report.status == "failed":
+        typer.echo(f"error: parity failed: {'; '.join(failed_rows(report))}", err=True)
+        typer.echo(
+            f"hint: '{folder}' is kept and marked failed; do not deploy it; try another --rotate or --scheme",
+            err=True,
+        )
+        return PARITY_FAILED
+    if report.status == "unverified" and report.parity and not talk.quiet:
+        reasons = "; ".join(runtime_lines(report))
+        typer.echo(f"warning: '{folder}' was not verified: {reasons}; run 'rotq verify' where it can run", err=True)
+    return DONE
+
+
+def targets_for(recipe: Recipe) -> list[tuple[str, str]]:
+    """Installed backends and targets that can express the recipe's scheme, overrides and cache; its own come first."""
+    from backends.registry import available, expressible, get_backend
+    from calib.schemes import KV_SCHEMES, scheme_named
+    from exporter.quantizing import customised_scheme
+
+    names = [info.name for info in available() if info.error is None]
+    presets = [customised_scheme(recipe), *map(scheme_named, recipe.overrides.values())]
+    linears = [preset.linear for preset in presets if preset.linear is not None]
+    cache = None if recipe.kv is None else KV_SCHEMES[recipe.kv]
+    found = [
+        (name, target)
+        for name in sorted(names, key=lambda name: name != recipe.backend)
+        for backend in [get_backend(name)]
+        for target in backend.targets
+        if expressible(backend, target, linears, cache)
+    ]
+    return sorted(found, key=lambda pair: pair[1] not in recipe.targets)

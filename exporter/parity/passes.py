@@ -1,0 +1,86 @@
+"""Ways to run an export (prefill, decode with the cache, a padded batch), each against the reference on whole rows.
+
+A folder with the logits of the last token only is compared on those: each found ``[B, n, V]`` is held against the last
+``n`` positions of what is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from backends.base import RuntimeModel
+from calib.floor import Difference
+from calib.perplexity import LogitsFunction
+
+DECODE_STEPS = 64
+_DECODE_ROWS, _DECODE_PREFIX = 4, 16
+PADDED_ROWS = 3
+
+Pass = Callable[[RuntimeModel, LogitsFunction, Sequence[Tensor]], float]
+"""Relative L2 of a runtime's logits against the reference's over token rows."""
+
+
+def prefill(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:
+    """Each row at once."""
+    difference = Difference()
+    for row in rows:
+        logits, _ = _run(runtime, row.unsqueeze(0))
+        difference.add(logits, reference(row.unsqueeze(0))[:, -logits.shape[1] :])
+    return difference.value
+
+
+def decode(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:
+    """A short prefill, then one token at a time from the cache."""
+    length = min(_DECODE_PREFIX + DECODE_STEPS, max(row.numel() for row in rows))
+    ids = torch.stack([row[:length] for row in rows if row.numel() >= length][:_DECODE_ROWS])
+    found = _stepped(runtime, ids, min(_DECODE_PREFIX, length - 1))
+    difference = Difference()
+    for row, logits in zip(ids, found, strict=True):
+        difference.add(logits, reference(row.unsqueeze(0))[0, -logits.shape[0] :])
+    return difference.value
+
+
+def padded(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:
+    """Rows of different lengths in one left-padded batch, against the reference on each row alone."""
+    cut = [row[: max(2, row.numel() * (index + 1) // PADDED_ROWS)] for index, row in enumerate(rows[:PADDED_ROWS])]
+    longest = max(row.numel() for row in cut)
+    ids = torch.stack([nn.functional.pad(row, (longest - row.numel(), 0)) for row in cut])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in cut])
+    logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+    difference = Difference()
+    for row, found in zip(cut, logits, strict=True):
+        real = min(row.numel(), found.shape[0])
+        difference.add(found[-real:], reference(row.unsqueeze(0))[0, -real:])
+    return difference.value
+
+
+def runtime_logits(runtime: RuntimeModel) -> LogitsFunction:
+    """An exported model as a function from token ids ``[1, T]`` to logits ``[1, T, V]``.
+
+    One that gives the logits of the last token only is run token by token from its cache.
+    """
+
+    def run(ids: Tensor) -> Tensor:
+        logits, _ = _run(runtime, ids)
+        return logits if logits.shape[1] == ids.shape[1] else _stepped(runtime, ids, 1)
+
+    return run
+
+
+def _run(runtime: RuntimeModel, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return runtime.forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids))
+
+
+def _stepped(runtime: RuntimeModel, ids: Tensor, prefix: int) -> Tensor:
+    """Logits of ``prefix`` tokens of ``ids`` ``[B, T]`` at once (or of the last of them), then of each further one."""
+    mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids)
+    logits, past = _run(runtime, ids[:, :prefix])
+    steps = [logits]
+    for step in range(prefix, ids.shape[1]):
+        here = slice(step, step + 1)
+        logits, past = runtime.forward(ids[:, here], mask[:, : step + 1], positions[:, here], past)
+        steps.append(logits)
+    return torch.cat(steps, dim=1)

@@ -1,0 +1,124 @@
+"""Rung 2: the torch fake-quant reference against the export, run in its runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from backends.base import RuntimeMissing
+from calib.floor import Difference, settled
+from calib.perplexity import LogitsFunction, model_logits
+from calib.reference import ReferenceLinear, build_reference
+from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound
+from exporter.parity.passes import DECODE_STEPS, PADDED_ROWS, Pass, decode, padded, prefill
+from exporter.parity.rows import not_run, row
+from exporter.parity.subject import Missing, Sessions, Subject
+from exporter.report import ParityRow
+
+_PROBE_ROWS, _PROBE_TOKENS = 3, 64
+_LINEARS = "each linear on identical inputs"
+_PASSES: tuple[tuple[str, Pass, bool], ...] = (
+    ("prefill, exact session", prefill, True),
+    ("prefill, default session", prefill, False),
+    (f"decode with cache, step by step, {DECODE_STEPS} tokens", decode, True),
+    (f"batch of {PADDED_ROWS}, left-padded", padded, True),
+)
+"""What is run end to end: its name, how, and whether with arithmetic as written or as a user runs it."""
+
+
+def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
+    """The figures of rung 2."""
+    reference = build_reference(subject.quantized)
+    rows = _linears_rows(subject, sessions, reference)
+    if isinstance(sessions.exact, Missing) and isinstance(sessions.default, Missing):
+        rows += [not_run(2, _named(name), "relative L2", sessions.exact.reason) for name, _, _ in _PASSES]
+    else:
+        bound, floors = end_to_end_bound(subject, reference)
+        rows += floors
+        logits = model_logits(reference)
+        rows += [_end_to_end(sessions, logits, subject.rows, bound, *how) for how in _PASSES]
+    return rows + _fusion_rows(subject)
+
+
+def _end_to_end(
+    sessions: Sessions,
+    reference: LogitsFunction,
+    rows: Sequence[Tensor],
+    bound: float,
+    name: str,
+    how: Pass,
+    exact: bool,
+) -> ParityRow:
+    """One pass. What the runtime approximates of its own accord is reported with the reason, and not judged."""
+    runtime = sessions.exact if exact else sessions.default
+    if isinstance(runtime, Missing):
+        return not_run(2, _named(name), "relative L2", runtime.reason)
+    measured = how(runtime, reference, rows)
+    return row(2, _named(name), "relative L2", measured, None if runtime.note else bound, runtime.note, runtime.runtime)
+
+
+def _named(name: str) -> str:
+    return f"end to end: {name}"
+
+
+def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) -> list[ParityRow]:
+    """The worst linear of the runtime against torch, both fed what entered that linear in the runtime."""
+    modules = {name: reference.get_submodule(name) for name in subject.quantized.linears}
+    linears = {name: module for name, module in modules.items() if isinstance(module, ReferenceLinear)}
+    if not linears:
+        return []  # a float model, or one whose embeddings alone are quantized: nothing is computed in integers
+    probed = sessions.probed
+    if isinstance(probed, Missing):
+        return [not_run(2, _LINEARS, "relative L2", probed.reason)]
+    lost = {name: Difference() for name in linears}
+    naive = {name: Difference() for name in linears} if subject.short else {}
+    flips = 0
+    for ids in subject.rows[:_PROBE_ROWS]:
+        found = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
+        for name, (entering, leaving) in found.items():
+            x = entering.float()
+            expected, flipped = settled(linears[name], x, leaving)
+            lost[name].add(leaving, expected)
+            flips += flipped
+            if naive:
+                naive[name].add(_naive(linears[name], x, subject.quantized.dtype), expected)
+    bounds = {name: NAIVE_FACTOR * naive[name].value if naive else LINEAR_BOUND for name in linears}
+    worst = max(linears, key=lambda name: lost[name].value - bounds[name])
+    notes = [f"worst: {worst}"]
+    if naive:
+        notes.append(f"the same in torch in {subject.dtype_name}: {naive[worst].value:.3g}")
+    if flips:
+        notes.append(f"{flips} inputs lie on a rounding boundary and were rounded to the other side of it")
+    return [row(2, _LINEARS, "relative L2", lost[worst].value, bounds[worst], "; ".join(notes))]
+
+
+def _naive(linear: ReferenceLinear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The linear with every value in ``dtype``."""
+    weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
+    return functional.linear(linear.quantize(x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _fusion_rows(subject: Subject) -> list[ParityRow]:
+    """Linears whose weights are turned into floats on every run; those that the backend warned of may be."""
+    name, metric = "linears left to dequantize at run time", "unfused"
+    try:
+        fusion = subject.backend.fusion(subject.folder, subject.target)
+    except RuntimeMissing as error:
+        return [not_run(2, name, metric, error.message)]
+    if fusion is None or not fusion.quantized:
+        return []
+    schemes = subject.quantized.schemes()
+    warned = {
+        linear for linear, scheme in schemes.items() if subject.backend.warning(scheme, subject.target) is not None
+    }
+    unexpected = [linear for linear in fusion.unfused if linear not in warned]
+    notes = [f"{fusion.quantized - len(fusion.unfused)} linears fused"]
+    if len(unexpected) < len(fusion.unfused):
+        notes.append(f"{len(fusion.unfused) - len(unexpected)} not fused, as warned")
+    if unexpected:
+        notes.append(f"not fused: {', '.join(unexpected[:3])}")
+    return [row(2, name, metric, float(len(unexpected)), 0.0, "; ".join(notes))]
