@@ -114,6 +114,13 @@ class Backend(Protocol):
     def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
         """Why ``target`` cannot express a KV cache of ``scheme``, else ``None``. Torch-free."""
 
+    def rotation_refusal(self, kind: str, target: str) -> str | None:
+        """Why ``target`` cannot express rotations of ``kind`` (``r1`` to ``r4``), else ``None``. Torch-free.
+
+        R1 and R2 are in the weights, and no concern of a target but where it fixes the architecture; R3 and R4 are
+        computed while the model runs.
+        """
+
     def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
         """Why ``target`` cannot express this model, whatever the scheme, and what to do; else ``None``.
 

@@ -156,6 +156,21 @@ def check_model(backend: Backend, target: str, config: Mapping[str, Any], linear
         )
 
 
+def check_rotations(backend: Backend, target: str, kinds: Collection[str]) -> None:
+    """Refuse rotations that ``target`` cannot express.
+
+    Raises:
+        BackendError: with the reason.
+    """
+    for kind in kinds:
+        reason = backend.rotation_refusal(kind, target)
+        if reason is not None:
+            raise BackendError(
+                f"target '{target}' of backend '{backend.name}' cannot express {kind.upper()}: {reason}",
+                hint=f"leave {kind} out of --rotate",
+            )
+
+
 def warnings_of(backend: Backend, target: str, linears: Mapping[str, LinearScheme]) -> list[str]:
     """What ``target`` expresses but does not run fast, a sentence for each kind of linear."""
     counts = Counter(linears.values())

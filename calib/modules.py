@@ -6,6 +6,8 @@ from torch import nn
 
 from calib.errors import CheckpointError
 
+_CONV1D = "transformers.pytorch_utils"
+
 
 def get_submodule(module: nn.Module, attr_name: str) -> nn.Module:
     """The module at a dotted path, through ``ModuleList`` (integer parts), ``ModuleDict`` (keys) and attributes.
@@ -38,6 +40,23 @@ def set_submodule(module: nn.Module, attr_name: str, replacement: nn.Module) -> 
     """Put ``replacement`` where :func:`get_submodule` finds ``attr_name``."""
     parent, _, leaf = attr_name.rpartition(".")
     get_submodule(module, parent).register_module(leaf, replacement)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer: ``nn.Linear``, or transformers' ``Conv1D``, which stores ``[in, out]``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``; by name, because transformers takes seconds to import."""
+    return any(base.__name__ == "Conv1D" and base.__module__ == _CONV1D for base in type(module).__mro__)
+
+
+def linears_but_head(model: nn.Module) -> list[str]:
+    """Names of all linears of ``model``, but for the output head of a causal LM."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
 
 
 def _child(module: nn.Module, part: str) -> nn.Module | None:

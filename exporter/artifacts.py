@@ -33,7 +33,8 @@ def load_artifact(run: Run, folder: Path, *, write: bool) -> QuantizedModel:
     """
     found, options = QuantizedModel.load(folder), run.options
     if write:
-        check_writable(run, found.config, found.schemes(), None if found.cache is None else found.cache.scheme)
+        cache = None if found.cache is None else found.cache.scheme
+        check_writable(run, found.config, found.schemes(), cache, found.rotations.kinds())
     if options.from_artifact is not None:
         if write and options.verify:
             _check_original(run, found, folder)

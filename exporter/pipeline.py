@@ -52,7 +52,7 @@ from exporter.layerwise import check_layerwise, quantize_layerwise
 from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
 from exporter.quantizing import customised_scheme, quantization_of, warn_of_slow_choices
-from exporter.recipe import RECIPE_FILE, Recipe
+from exporter.recipe import RECIPE_FILE, ROTATIONS, Recipe, asked_for
 from exporter.report import GateRow
 from exporter.results import ExportResult
 from exporter.rotations import candidate_sets, gate_sets, given_rotations, kinds_of, rotations_of, trainable
@@ -273,12 +273,13 @@ class Run:
         wanted = self.quantization  # refused here, before the long job
         check_blocks(wanted, self.source.architecture, self.source.config)
         if write:
-            check_writable(self, portable_config(self.source.config), wanted.linears, wanted.cache)
+            kinds = asked_for(self.recipe.rotate)
+            check_writable(self, portable_config(self.source.config), wanted.linears, wanted.cache, kinds)
         if self.recipe.layerwise.enabled:
             return self._layerwise()
-        candidates = candidate_sets(self.recipe, self.source, self.given)
+        candidates = candidate_sets(self.recipe, self.source, self.given, self._refused_kinds() if write else ())
         trained = self.rotations(sorted({kind for rotate in candidates for kind in kinds_of(rotate)}))
-        sets = gate_sets(self.recipe, self.source, self.given, trained.rotations)
+        sets = gate_sets(candidates, self.recipe, self.source, self.given, trained.rotations)
         rows: list[GateRow] = []
         if len(sets) == 1:
             candidate = self._candidate(candidates[0], self.quantization, sets)
@@ -298,6 +299,11 @@ class Run:
         self.fused = candidate.fused
         self.work.keep(ARTIFACT, quantized.save)
         return quantized
+
+    def _refused_kinds(self) -> set[str]:
+        """Rotations that a target cannot express."""
+        refusal = self.backend.rotation_refusal
+        return {kind for target in self.targets for kind in ROTATIONS if refusal(kind, target) is not None}
 
     def _layerwise(self) -> QuantizedModel:
         """The quantized model, memory-mapped: from the work folder, or from a temporary one beside the output."""

@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from backends.base import Backend
-from backends.registry import check_expressible, check_model, get_backend, target_of, warnings_of
+from backends.registry import check_expressible, check_model, check_rotations, get_backend, target_of, warnings_of
 from calib.schemes import KV_SCHEMES, LinearScheme, scheme_named
 from exporter.dtypes import common_dtype, dtype_of
 from exporter.headers import CheckpointHeaders
 from exporter.quantizing import customised_scheme
-from exporter.recipe import Recipe
+from exporter.recipe import Recipe, asked_for
 
 
 def planned_dtypes(recipe: Recipe, checkpoint: CheckpointHeaders, *, calibrated: bool) -> dict[str, str]:
@@ -48,6 +48,7 @@ def planned_warnings(recipe: Recipe, config: Mapping[str, Any], linears: Mapping
     for target in targets:
         check_expressible(backend, target, linears, None if recipe.kv is None else KV_SCHEMES[recipe.kv])
         check_model(backend, target, config, linears)
+        check_rotations(backend, target, asked_for(recipe.rotate))
         found += [f"target '{target}': {warning}" for warning in warnings_of(backend, target, linears)]
     return found
 

@@ -251,6 +251,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def asked_for(rotate: str) -> list[str]:
+    """The kinds of rotations that ``--rotate`` names; none with ``auto``, which leaves them to the run."""
+    return [] if rotate in ("auto", "none") else rotate.split(",")
+
+
 def presets() -> list[str]:
     """Names of the presets that ship with rotq."""
     folder = resources.files("exporter") / "presets"

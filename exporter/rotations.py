@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -36,10 +36,16 @@ def kinds_of(rotate: str) -> list[str]:
     return [] if rotate == "none" else rotate.split(",")
 
 
-def candidate_sets(recipe: Recipe, source: Source, given: RotationSet) -> list[str]:
+def candidate_sets(recipe: Recipe, source: Source, given: RotationSet, refused: Collection[str] = ()) -> list[str]:
     """What ``--rotate auto`` compares on this architecture; else the one set that was asked for.
 
     Where nothing is quantized there is nothing to compare: rotations leave what a float model computes as it is.
+
+    Args:
+        recipe: names the set, or ``auto``.
+        source: the float model.
+        given: rotations from files.
+        refused: kinds that a target cannot express.
 
     Raises:
         RotationError: ``given`` holds a rotation that no candidate has.
@@ -49,7 +55,11 @@ def candidate_sets(recipe: Recipe, source: Source, given: RotationSet) -> list[s
         sets = ["none"]
     elif recipe.rotate == "auto":
         offered = [
-            [kind for kind in kinds_of(rotate) if source.architecture.refusal(kind, source.config) is None]
+            [
+                kind
+                for kind in kinds_of(rotate)
+                if kind not in refused and source.architecture.refusal(kind, source.config) is None
+            ]
             for rotate in CANDIDATES
         ]
         sets = list(dict.fromkeys(map(ordered_kinds, offered)))
@@ -64,19 +74,22 @@ def candidate_sets(recipe: Recipe, source: Source, given: RotationSet) -> list[s
     return sets
 
 
-def gate_sets(recipe: Recipe, source: Source, given: RotationSet, trained: RotationSet) -> dict[str, RotationSet]:
+def gate_sets(
+    candidates: Sequence[str], recipe: Recipe, source: Source, given: RotationSet, trained: RotationSet
+) -> dict[str, RotationSet]:
     """The sets that the whole model decides between, the simplest first, by what the report calls them.
 
     Beside those of :func:`candidate_sets` there is the largest one with random Hadamard matrices in place of what was
     trained: the error that training lowers is that of one linear, and what the network makes of it may differ.
 
     Args:
-        recipe: names the sets, or ``auto``.
+        candidates: of :func:`candidate_sets`.
+        recipe: its scheme and seed count.
         source: the float model.
         given: rotations from files.
         trained: rotations of all kinds that a set has.
     """
-    sets = {rotate: trained.of(kinds_of(rotate)) for rotate in candidate_sets(recipe, source, given)}
+    sets = {rotate: trained.of(kinds_of(rotate)) for rotate in candidates}
     largest = list(sets)[-1]
     replaced = trainable(kinds_of(largest), given, recipe.scheme)
     if len(sets) > 1 and replaced:

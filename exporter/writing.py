@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from backends.base import WriteOptions
-from backends.registry import check_expressible, check_model, warnings_of
+from backends.registry import check_expressible, check_model, check_rotations, warnings_of
 from calib.artifact import QuantizedModel
 from calib.errors import RotqError
 from calib.fusing import FusedModel
@@ -30,7 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_writable(
-    run: Run, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], cache: TensorScheme | None
+    run: Run,
+    config: Mapping[str, Any],
+    linears: Mapping[str, LinearScheme],
+    cache: TensorScheme | None,
+    rotations: Collection[str],
 ) -> None:
     """Refuse what a target of ``run`` cannot express, and warn of what it runs slowly, before the long job.
 
@@ -39,6 +43,7 @@ def check_writable(
         config: Hugging Face config of the model.
         linears: how each linear is quantized.
         cache: how the KV cache is, if it is.
+        rotations: kinds of rotations that it has for certain.
 
     Raises:
         BackendError: with the reason.
@@ -46,6 +51,7 @@ def check_writable(
     for target in run.targets:
         check_expressible(run.backend, target, linears, cache)
         check_model(run.backend, target, config, linears)
+        check_rotations(run.backend, target, rotations)
         for warning in warnings_of(run.backend, target, linears):
             logger.warning("target '%s': %s", target, warning)
 

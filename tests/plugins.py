@@ -18,6 +18,9 @@ class Stub:
     def cache_refusal(self, scheme, target):
         return "no float8 cache" if scheme.format.name == "float8_e4m3" else None
 
+    def rotation_refusal(self, kind, target):
+        return "it has no place for one" if (kind, target) == ("r4", "two") else None
+
     def model_refusal(self, config, linears, target):
         if config["vocab_size"] % 2:
             return "its vocabulary is odd", "pad the vocabulary"

@@ -60,6 +60,9 @@ class TorchBackend:
     def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
         return None
 
+    def rotation_refusal(self, kind: str, target: str) -> str | None:
+        return None
+
     def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
         if target == "own" and any("embed_tokens" in name for name in linears):
             return "its embedding is quantized", "leave --override for it out"

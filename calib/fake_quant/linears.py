@@ -16,9 +16,8 @@ from calib.errors import QuantizationError
 from calib.fake_quant.fake_quantize import Role
 from calib.fake_quant.qconfig import QConfig, TensorQConfig
 from calib.grids import weight_limits
+from calib.modules import is_conv1d
 from calib.schemes import PerCluster, PerTensor, TensorScheme
-
-_CONV1D = "transformers.pytorch_utils"
 
 
 class FakeQuantLinear(nn.Linear):
@@ -30,11 +29,6 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``Q(x) Q(W)^T + b``."""
         return functional.linear(self.input_fake_quant(input), self.weight_fake_quant(self.weight), self.bias)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is one that can be fake-quantized: ``nn.Linear``, or transformers' ``Conv1D``."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def fake_quantize_linear(name: str, linear: Any, qconfig: QConfig) -> None:
@@ -51,7 +45,7 @@ def fake_quantize_linear(name: str, linear: Any, qconfig: QConfig) -> None:
     """
     if hasattr(linear, "weight_fake_quant"):
         raise QuantizationError(f"'{name}' is prepared already", hint="Prepare a model once, from its float state.")
-    conv1d = _is_conv1d(linear)
+    conv1d = is_conv1d(linear)
     if not conv1d and type(linear).forward is not nn.Linear.forward:
         raise QuantizationError(
             f"'{name}' is a {type(linear).__name__} with a forward of its own",
@@ -92,7 +86,3 @@ def _input_shape(name: str, scheme: TensorScheme, weight: Tensor) -> torch.Size:
     raise QuantizationError(
         f"{name} cannot have static scales {scheme.granularity}", hint="use per tensor or cluster, or dynamic scales"
     )
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return any(base.__name__ == "Conv1D" and base.__module__ == _CONV1D for base in type(module).__mro__)

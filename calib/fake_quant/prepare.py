@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import nn
 
 from calib.errors import QuantizationError, UnsupportedModelError
 from calib.fake_quant.fake_quantize import FakeQuantizer
-from calib.fake_quant.linears import fake_quantize_linear, is_linear
+from calib.fake_quant.linears import fake_quantize_linear
 from calib.fake_quant.modes import check_modes
 from calib.fake_quant.qconfig import QConfig
 from calib.fake_quant.states import FakeQuantState
-from calib.modules import get_submodule
+from calib.modules import get_submodule, is_linear, linears_but_head
 
 _NAMED = 5
 """Modules that a message names before it only counts."""
@@ -42,7 +41,7 @@ def prepare(model: nn.Module, qconfig: QConfig, modules: Sequence[str] | None = 
         QuantizationError: there is no linear, one of ``modules`` is none, or one cannot be quantized as asked.
         CheckpointError: one of ``modules`` does not exist.
     """
-    names = list(modules) if modules is not None else _linears_but_head(model)
+    names = list(modules) if modules is not None else linears_but_head(model)
     found = {name: get_submodule(model, name) for name in names}
     if not found:
         raise QuantizationError("there is no linear to prepare", hint="Name them with `modules`.")
@@ -96,8 +95,3 @@ def _refuse_modes(model: nn.Module) -> None:
             message, hint="Set their probability to 0 or freeze their statistics, or call model.eval() and keep to it."
         )
     warnings.warn(f"{message}: keep the model in eval() while it is observed or trained", stacklevel=3)
-
-
-def _linears_but_head(model: Any) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]

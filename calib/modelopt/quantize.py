@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calib.errors import DataError, QuantizationError
 from calib.modelopt.config import config_of, modelopt_calibrates, modelopt_config
-from calib.modules import get_submodule, set_submodule
+from calib.modules import get_submodule, linears_but_head, set_submodule
 from calib.schemes import LinearScheme, TensorScheme, scheme_named
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ def modelopt_quantize(
     """Quantize and calibrate ``model`` in place with ModelOpt.
 
     Args:
-        model: any module with ``nn.Linear`` layers (a Hugging Face causal LM, say), in eval mode.
+        model: any module with linears (``nn.Linear`` or transformers' ``Conv1D``), in eval mode; a Hugging Face
+            causal LM, say.
         quant_mode: a scheme of :data:`calib.schemes.SCHEMES`, such as ``int8-weight-only`` or ``float8``.
         forward_loop: feeds calibration batches to the model it is given, as
             :func:`calib.forward_loop.create_forward_loop` makes them. Weight-only modes need none.
-        modules: dotted names of the linears to quantize; by default every ``nn.Linear`` but the output head.
+        modules: dotted names of the linears to quantize; by default every one but the output head.
 
     Returns:
         The same model; its linears are ModelOpt's ``QuantLinear`` whose quantizers hold amax.
@@ -58,7 +59,7 @@ def modelopt_quantize(
             f"'{quant_mode}' quantizes activations and needs calibration data",
             hint="pass forward_loop=create_forward_loop(...)",
         )
-    names = list(modules) if modules is not None else _linears_but_head(model)
+    names = list(modules) if modules is not None else linears_but_head(model)
     schemes = dict.fromkeys(names, linear)
     with _watched(model, names):
         quantized: nn.Module = mtq.quantize(model, config_of(schemes), forward_loop)
@@ -159,8 +160,3 @@ def _not_finite(where: str) -> QuantizationError:
         f"calibration found NaN or Inf in {where}",
         hint="check the checkpoint's weights; a model that overflows in its dtype needs --dtype bfloat16 or float32",
     )
-
-
-def _linears_but_head(model: Any) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]

@@ -16,7 +16,7 @@ from calib.fusing import materialize
 from calib.grids import weight_grid
 from calib.modelopt.config import modelopt_calibrates, modelopt_config
 from calib.modelopt.quantize import input_amax, modelopt_quantize, read_input_amax
-from calib.schemes import INT8, SCHEMES, PerCluster, PerTensor, TensorScheme, scheme_named
+from calib.schemes import INT8, LINEAR_SCHEMES, SCHEMES, PerCluster, PerTensor, TensorScheme, scheme_named
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, token_rows, wide_llama
 
 WIDE = "llama-wide"
@@ -54,7 +54,7 @@ def watched_inputs(model: Any, names: list[str]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("mode", SCHEMES)
+@pytest.mark.parametrize("mode", LINEAR_SCHEMES)
 def test_modelopt_runs_every_scheme_and_reads_the_abs_max_of_inputs(mode: str) -> None:
     scheme = scheme_named(mode)
     plain, model = model_of(WIDE), model_of(WIDE)
@@ -106,11 +106,23 @@ def test_the_batch_size_does_not_change_amax() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0.0)
 
 
+def test_by_default_the_linears_of_gpt2_are_quantized_too() -> None:
+    """GPT-2 has no ``nn.Linear`` but the head: its linears are ``Conv1D``."""
+    model = model_of("gpt2")
+    modelopt_quantize(model, "int8-weight-only")
+    names = [
+        f"transformer.h.{i}.{part}"
+        for i in range(2)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert enabled_quantizers(model) == {f"{name}.weight_quantizer" for name in names}
+
+
 def enabled_quantizers(model: nn.Module) -> set[str]:
     return {name for name, part in model.named_modules() if name.endswith("_quantizer") and part.is_enabled}
 
 
-@pytest.mark.parametrize("mode", SCHEMES)
+@pytest.mark.parametrize("mode", LINEAR_SCHEMES)
 def test_exactly_the_named_modules_are_quantized(mode: str) -> None:
     model = model_of()
     scheme = scheme_named(mode)
