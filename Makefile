@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-runtimes check bench clean
 
 # torch first and pinned: on machines whose index has a CPU build of it, an open range would pull gigabytes of CUDA instead.
 $(STAMP): pyproject.toml
@@ -24,6 +24,11 @@ check: $(STAMP)
 
 test: check
 	$(BIN)/python -m pytest
+
+# In the runtimes themselves. One that cannot be installed here is said to be missing, and its tests are skipped.
+test-runtimes: $(STAMP)
+	$(BIN)/python -m tests.install_runtimes
+	$(BIN)/python -m pytest -m runtimes
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup

@@ -10,6 +10,7 @@ from backends.base import Fusion, StoredTensor, WriteOptions
 from backends.onnx.targets import TARGETS
 
 if TYPE_CHECKING:
+    from backends.onnx.openvino_runner import OpenVinoModel
     from backends.onnx.runner import OnnxModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
     from calib.schemes import LinearScheme, TensorScheme
@@ -19,7 +20,7 @@ DATA_FILE = "model.onnx.data"
 
 
 class OnnxBackend:
-    """Writes ``model.onnx`` with external data, and runs it in ONNX Runtime."""
+    """Writes ``model.onnx`` with external data, and runs it in the target's runtime or, without it, in ONNX Runtime."""
 
     name = "onnx"
     targets = tuple(TARGETS)
@@ -30,15 +31,21 @@ class OnnxBackend:
 
     def warning(self, scheme: LinearScheme, target: str) -> str | None:
         """See :class:`~backends.base.Backend`."""
-        return None
+        return TARGETS[target].warning(scheme)
 
     def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
         """See :class:`~backends.base.Backend`."""
-        return "the graph's cache is in float"
+        return TARGETS[target].cache_refusal(scheme)
+
+    def rotation_refusal(self, kind: str, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`; online rotations are standard nodes."""
+        return None
 
     def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
         """See :class:`~backends.base.Backend`."""
-        return None
+        from backends.onnx.refusals import graph_refusal
+
+        return graph_refusal(config, linears)
 
     def compute_dtype(self, target: str) -> str:
         """See :class:`~backends.base.Backend`."""
@@ -48,25 +55,25 @@ class OnnxBackend:
         """See :class:`~backends.base.Backend`."""
         from backends.onnx.write import write
 
-        write(model, folder / MODEL_FILE, opset=TARGETS[options.target].opset, progress=options.progress)
+        write(model, folder / MODEL_FILE, options)
 
-    def load(self, folder: Path, target: str, *, exact: bool) -> OnnxModel:
+    def load(self, folder: Path, target: str, *, exact: bool) -> OnnxModel | OpenVinoModel:
         """See :class:`~backends.base.Backend`."""
-        from backends.onnx.runner import OnnxModel
+        from backends.onnx.runtimes import load
 
-        return OnnxModel(folder / MODEL_FILE, exact=exact)
+        return load(folder / MODEL_FILE, target, exact=exact)
 
-    def load_probed(self, folder: Path, target: str) -> OnnxModel:
+    def load_probed(self, folder: Path, target: str) -> OnnxModel | OpenVinoModel:
         """See :class:`~backends.base.Backend`."""
-        from backends.onnx.runner import OnnxModel
+        from backends.onnx.runtimes import load
 
-        return OnnxModel(folder / MODEL_FILE, exact=True, probed=True)
+        return load(folder / MODEL_FILE, target, exact=True, probed=True)
 
-    def fusion(self, folder: Path, target: str) -> Fusion:
+    def fusion(self, folder: Path, target: str) -> Fusion | None:
         """See :class:`~backends.base.Backend`."""
-        from backends.onnx.fusion import fusion
+        from backends.onnx.runtimes import fusion
 
-        return fusion(folder / MODEL_FILE)
+        return fusion(folder / MODEL_FILE, target)
 
     def read_linears(self, folder: Path, target: str) -> Mapping[str, QuantizedLinear]:
         """See :class:`~backends.base.Backend`."""
@@ -76,8 +83,12 @@ class OnnxBackend:
 
     def read_cache(self, folder: Path, target: str) -> QuantizedCache | None:
         """See :class:`~backends.base.Backend`."""
-        return None
+        from backends.onnx.read import read_cache
+
+        return read_cache(folder / MODEL_FILE)
 
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         """See :class:`~backends.base.Backend`."""
-        raise NotImplementedError
+        from backends.onnx.contents import contents
+
+        return contents(folder / MODEL_FILE)

@@ -1,34 +1,32 @@
-"""What ONNX Runtime makes of the graph: which linears became integer kernels."""
+"""What a runtime makes of the graph: which linears became integer kernels."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
 from backends.base import Fusion
-from backends.onnx.runner import open_session, read_proto, session_options
+from backends.onnx.files import read_proto
+from backends.onnx.runner import open_session, session_options
 
-_WEIGHT_SUFFIX = "/DequantizeWeight"
+_SUFFIX = "/DequantizeWeight"
 
 
-def fusion(path: Path) -> Fusion:
-    """Optimize the graph as a default session does, and look at what is left.
+def ort_fusion(path: Path) -> Fusion:
+    """Optimize the graph as a default session of ONNX Runtime does, and look at what is left.
 
-    A linear is unfused when a DequantizeLinear of its weight is still in the optimized graph: its weight is then turned
-    into floats on every run.
+    A linear is unfused when a DequantizeLinear of its whole weight is still in the optimized graph: its weight is then
+    turned into floats on every run. One that dequantizes the rows that a Gather took, as for an embedding, is not.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph.
     """
     written = read_proto(path).graph
-    weights = {
-        node.input[0]: node.name.removesuffix(_WEIGHT_SUFFIX)
-        for node in written.node
-        if node.name.endswith(_WEIGHT_SUFFIX)
-    }
+    weights = _weights(written)
     with tempfile.TemporaryDirectory() as scratch:
         optimized_path = Path(scratch) / "optimized.onnx"
         options = session_options(exact=False)
@@ -36,10 +34,37 @@ def fusion(path: Path) -> Fusion:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
         open_session(str(path), options, path)
         optimized = onnx.load(optimized_path, load_external_data=False).graph
-    left = {node.input[0] for node in optimized.node if node.op_type == "DequantizeLinear"}
-    kernels = Counter(node.op_type for node in optimized.node)
+    constants = {tensor.name for tensor in optimized.initializer}
+    whole = [node for node in optimized.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    left = {node.name.removesuffix(_SUFFIX) for node in whole} | {node.input[0] for node in whole}
     return Fusion(
         quantized=len(weights),
-        unfused=[name for weight, name in weights.items() if weight in left],
-        kernels=dict(kernels),
+        unfused=[name for name, weight in weights.items() if {name, weight} & left],
+        kernels=dict(Counter(node.op_type for node in optimized.node)),
     )
+
+
+def openvino_fusion(path: Path) -> Fusion:
+    """Compile the graph as a default session of OpenVINO does, and look at what multiplies by integer weights.
+
+    Raises:
+        BackendError: OpenVINO cannot compile the graph.
+    """
+    from backends.onnx.openvino_runner import kernels
+
+    graph = read_proto(path).graph
+    weights = _weights(graph)
+    multiplied = {node.name.removesuffix("/MatMul") for node in graph.node if node.op_type == "MatMul"}
+    found = kernels(path)
+    fused = [names for _, integer, names in found if integer]
+    known = {part for names in fused for name in names for part in (name, name.split("/MatMul", maxsplit=1)[0])}
+    return Fusion(
+        quantized=len(weights),
+        unfused=[name for name, weight in weights.items() if name in multiplied and not {name, weight} & known],
+        kernels=dict(Counter(kind for kind, _, _ in found)),
+    )
+
+
+def _weights(graph: onnx.GraphProto) -> Mapping[str, str]:
+    """The value that each quantized linear or table dequantizes, by module name."""
+    return {node.name.removesuffix(_SUFFIX): node.input[0] for node in graph.node if node.name.endswith(_SUFFIX)}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
 from torch import Tensor
 
-from calib.errors import BackendError
+from backends.onnx.feeds import cache_inputs, feeds, whole_row
+from backends.onnx.files import read_proto, unreadable
+from backends.onnx.taps import taps
 
-_CACHE = "past_key_values."
+_APPROXIMATION = "quantizes what enters weight-only linears to int8 in blocks (MatMulNBits at accuracy level 4)"
 
 
 class OnnxModel:
@@ -25,73 +25,67 @@ class OnnxModel:
         exact: forbid ONNX Runtime's own approximation of weight-only linears (MatMulNBits at accuracy level 4 quantizes
             activations to int8); ``False``: the session as a user gets it.
         probed: make inputs and outputs of all linears readable through :meth:`probe`.
+        stands_in: why ONNX Runtime runs what is another runtime's, for :attr:`runtime`; empty where it is its own. It
+            then does not optimize what it would fail to load: its kernels quantize and dequantize float8, and its
+            optimizer makes linears of them for which there are none.
 
     Raises:
         BackendError: the file or its external data is missing, damaged or refused by ONNX Runtime.
     """
 
-    def __init__(self, path: Path, *, exact: bool, probed: bool = False) -> None:
-        options = session_options(exact=exact)
-        self._taps = _tap_outputs(path) if probed else {}
+    def __init__(self, path: Path, *, exact: bool, probed: bool = False, stands_in: str = "") -> None:
+        proto = read_proto(path)
+        found = taps(proto.graph)
+        float8 = bool(stands_in) and uses_float8(proto.graph)
+        options = session_options(exact=exact, float8=float8)
+        approximated = any(tap.quantized and tap.multiplies_floats for tap in found.values())
+        self.runtime = f"ONNX Runtime {ort.__version__} (CPU)" + (f"; {stands_in}" if stands_in else "")
+        self.note = _APPROXIMATION if approximated and not (exact or float8) else ""
+        self._taps = found if probed else {}
+        self._caches = cache_inputs(proto.graph)
+        self._outputs = [output.name for output in proto.graph.output]
         source: str | bytes = str(path)
         if probed:
-            source = _with_outputs(path, [name for pair in self._taps.values() for name in pair])
+            source = _with_outputs(proto, [name for tap in found.values() for name in (tap.entering, tap.leaving)])
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        self.runtime = f"ONNX Runtime {ort.__version__} (CPU)"
         self._session = open_session(source, options, path)
-        self._inputs = self._session.get_inputs()
-        self._outputs = [output.name for output in self._session.get_outputs() if output.name not in _flat(self._taps)]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`~backends.base.RuntimeModel`."""
-        feeds = self._feeds(input_ids, attention_mask, position_ids, past)
-        logits, *present = (torch.from_numpy(array) for array in self._session.run(self._outputs, feeds))
+        logits, *present = self._run(self._outputs, feeds(self._caches, input_ids, attention_mask, position_ids, past))
         return logits.float(), present
 
     def probe(self, input_ids: Tensor, names: Sequence[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
         """See :class:`~backends.base.ProbedModel`."""
-        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        feeds = self._feeds(input_ids, torch.ones_like(input_ids), positions, None)
-        wanted = [tap for name in names for tap in self._taps[name]]
-        found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
-        return {
-            name: (torch.from_numpy(found[tap[0]]), torch.from_numpy(found[tap[1]]))
-            for name in names
-            for tap in [self._taps[name]]
-        }
+        wanted = list(dict.fromkeys(end for name in names for end in self._ends(name)))
+        found = dict(zip(wanted, self._run(wanted, feeds(self._caches, *whole_row(input_ids), None)), strict=True))
+        return {name: (found[entering], found[leaving]) for name in names for entering, leaving in [self._ends(name)]}
 
-    def _feeds(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None
-    ) -> dict[str, np.ndarray]:
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        caches = [entry for entry in self._inputs if entry.name.startswith(_CACHE)]
-        if past is None:
-            past = [_empty_cache(entry, input_ids.shape[0]) for entry in caches]
-        feeds |= {entry.name: tensor for entry, tensor in zip(caches, past, strict=True)}
-        return {name: tensor.contiguous().numpy() for name, tensor in feeds.items()}
+    def _ends(self, name: str) -> tuple[str, str]:
+        tap = self._taps[name]
+        return tap.entering, tap.leaving
+
+    def _run(self, outputs: Sequence[str], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        found = self._session.run(list(outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
+        return [torch.from_numpy(array) for array in found]
 
 
-def session_options(*, exact: bool) -> ort.SessionOptions:
-    """Options of a quiet CPU session, in exact or in default arithmetic."""
+def session_options(*, exact: bool, float8: bool = False) -> ort.SessionOptions:
+    """Options of a quiet CPU session.
+
+    Args:
+        exact: arithmetic as written, or ONNX Runtime's default.
+        float8: leave all quantizers where they are, for graphs that would fail to load otherwise.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if float8:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
-
-
-def read_proto(path: Path) -> onnx.ModelProto:
-    """The graph file at ``path`` without its external data.
-
-    Raises:
-        BackendError: it is missing, or no ONNX file.
-    """
-    try:
-        return onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise _unreadable(path, str(error)) from error
 
 
 def open_session(source: str | bytes, options: ort.SessionOptions, path: Path) -> ort.InferenceSession:
@@ -103,52 +97,19 @@ def open_session(source: str | bytes, options: ort.SessionOptions, path: Path) -
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        raise _unreadable(path, str(error)) from error
+        raise unreadable(path, f"ONNX Runtime {ort.__version__}: {error}") from error
 
 
-def _unreadable(path: Path, reason: str) -> BackendError:
-    return BackendError(
-        f"ONNX Runtime cannot load '{path}': {' '.join(reason.split())}",
-        hint="the file or its .data file is missing, damaged or edited",
-    )
+def uses_float8(graph: onnx.GraphProto) -> bool:
+    """Whether any weight or zero point of the graph is float8."""
+    return any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer)
 
 
-def _empty_cache(entry: ort.NodeArg, batch: int) -> Tensor:
-    dtype = torch.float16 if entry.type == "tensor(float16)" else torch.float32
-    return torch.zeros(batch, entry.shape[1], 0, entry.shape[3], dtype=dtype)
-
-
-def _tap_outputs(path: Path) -> dict[str, tuple[str, str]]:
-    """For each linear, the value that enters its quantizer (or its MatMul) and the value that leaves it."""
-    graph = read_proto(path).graph
-    producers = {name: node for node in graph.node for name in node.output}
-    named = {node.name: node for node in graph.node}
-    taps: dict[str, tuple[str, str]] = {}
-    for node in graph.node:
-        if node.op_type != "MatMul" or not node.name.endswith("/MatMul") or "/Factor" in node.name:
-            continue
-        module = node.name.removesuffix("/MatMul")
-        entering = node.input[0]
-        if f"{module}/Order" in named:
-            entering = named[f"{module}/Order"].input[0]
-        dequantize = producers.get(entering)
-        if dequantize is not None and dequantize.op_type == "DequantizeLinear":
-            entering = producers[dequantize.input[0]].input[0]
-        last = named.get(f"{module}/Add", node)
-        taps[module] = (entering, last.output[0])
-    return taps
-
-
-def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
-    """The graph with further values as outputs, serialized without its external data."""
-    model = read_proto(path)
-    known = {output.name for output in model.graph.output}
+def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> bytes:
+    """The graph with further values as outputs, serialized without its external data. ``proto`` is used up."""
+    known = {output.name for output in proto.graph.output}
     for name in dict.fromkeys(names):
         if name not in known:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
-    serialized: bytes = model.SerializeToString()
+            proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    serialized: bytes = proto.SerializeToString()
     return serialized
-
-
-def _flat(taps: Mapping[str, tuple[str, str]]) -> set[str]:
-    return {name for pair in taps.values() for name in pair} - {"logits"}

@@ -1,8 +1,8 @@
-"""Tracing a causal LM with every linear left open.
+"""Tracing a causal LM whose linears, experts and attention are placeholders, without any weight in memory.
 
-The model is traced once with each linear replaced by a placeholder node ``rotq::Linear(x)`` that carries nothing but
-the module's name. :mod:`backends.onnx.lower` then puts weights, scales and online rotations in its place. So no linear
-weight is in memory during the trace, none is constant-folded or renamed, and the graph does not depend on the scheme.
+Parameters that are left (embeddings, norms, routers) are traced as tensors of one element that is seen at every index.
+In the graph they are initializers that have a name, a shape and a dtype, and no values: :func:`fill` lets them read the
+artifact when they are written. Buffers such as rotary frequencies are small constants of the graph.
 
 An online R3 sits inside the attention, after RoPE and before the cache, so it is traced with the model: a Reshape and a
 MatMul with a small constant for each Kronecker factor. Cached keys are rotated, in ``past_key_values`` as in
@@ -12,54 +12,59 @@ Inputs and outputs have the names that onnxruntime-genai and optimum know:
 
     input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence],
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim]
-        -> logits [batch, sequence, vocabulary], present.{i}.key|value [batch, kv_heads, total, head_dim]
+        -> logits [batch, sequence or 1, vocabulary], present.{i}.key|value [batch, kv_heads, total, head_dim]
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from backends.onnx.placeholders import open_up
+from backends.onnx.row_tensor import RowTensor
+from backends.onnx.untranslated import module_of, running
 from calib.architectures import architecture_for
-from calib.errors import BackendError
-from calib.modules import set_submodule
+from calib.errors import BackendError, CheckpointError
 from calib.online import attach_online
 from calib.rotations.rotation_set import RotationSet
-from calib.skeleton import build_skeleton
+from calib.skeleton import build_on_meta, fill_buffers
 
-DOMAIN = "rotq"
-LINEAR = "Linear"
-MODULE_ATTRIBUTE = "module"
+CHECKPOINT = "checkpoint"
+"""Where initializers without values say that their data is: no file, but the artifact."""
 _ROOT = "network"
 
 
-class _OpenLinear(nn.Module):
-    """Stands for ``y = x W^T + b`` of the module called ``name``; ``[..., in]`` -> ``[..., out]``."""
+@dataclass(frozen=True)
+class TraceRequest:
+    """All that a traced graph depends on, besides the versions of what traces it."""
 
-    def __init__(self, name: str, out_features: int) -> None:
-        super().__init__()
-        self.name = name
-        self.out_features = out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.out_features)
-        attributes: dict[str, Any] = {MODULE_ATTRIBUTE: self.name}
-        return torch.onnx.ops.symbolic(f"{DOMAIN}::{LINEAR}", (x,), attributes, dtype=x.dtype, shape=shape, version=1)
+    config: Mapping[str, Any]
+    """Hugging Face config as a dictionary."""
+    dtype: torch.dtype
+    """Of the graph."""
+    opset: int
+    last_logits: bool = False
+    """Multiply the output head with the last token of each row alone."""
+    r3: RotationSet | None = None
+    """Online rotations of queries and keys to put into the graph."""
 
 
 class _FlatCache(nn.Module):
     """The model with its cache as a flat list of tensors, which is what a graph can have as inputs and outputs."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, last_logits: bool) -> None:
         super().__init__()
         self.network = network
+        self.logits_to_keep = int(last_logits)  # 0 keeps all
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -75,66 +80,182 @@ class _FlatCache(nn.Module):
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=self.logits_to_keep,
         )
         present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
         return (output.logits, *present)
 
 
-def trace(
-    config: Mapping[str, Any],
-    floats: Mapping[str, Tensor],
-    widths: Mapping[str, int],
-    *,
-    opset: int,
-    r3: RotationSet | None = None,
-) -> ir.Model:
-    """Trace the model of ``config`` to an ONNX graph whose linears in ``widths`` are ``rotq::Linear`` placeholders.
-
-    Args:
-        config: Hugging Face config as a dictionary.
-        floats: every parameter outside those linears, by checkpoint key, in the dtype of the graph.
-        widths: output features of each linear, by module name.
-        opset: ONNX opset of the result.
-        r3: online rotations of queries and keys to put into the graph.
+def trace(request: TraceRequest) -> ir.Model:
+    """Trace the model to an ONNX graph with placeholders, see :mod:`backends.onnx.placeholders`.
 
     Returns:
-        A model whose float initializers have their checkpoint keys as names.
+        A model whose float initializers have their checkpoint keys as names, and no values.
 
     Raises:
-        BackendError: the exporter has no translation for something the model does.
+        BackendError: the exporter has no translation for something that the model does.
     """
-    network = build_skeleton(config, floats, skip=widths)
-    for name, out_features in widths.items():
-        set_submodule(network, name, _OpenLinear(name, out_features))
-    if r3:
-        hf_config: Any = network.config
-        attach_online(network, architecture_for(hf_config), hf_config, r3)
-    inputs, names, dynamic = _example(network, next(iter(floats.values())).dtype)
+    network = _network(request)
+    weights = [name for name, _ in network.named_parameters()]
+    inputs, names, dynamic = _example(network, request.dtype)
     layers = (len(names) - 3) // 2
+    wrapper = _FlatCache(network, last_logits=request.last_logits).eval()
     with torch.no_grad(), _quiet():
-        try:
-            program = torch.onnx.export(
-                _FlatCache(network).eval(),
-                inputs,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=dynamic,
-                input_names=names,
-                output_names=["logits", *_cache_names("present", layers)],
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            cause = str(error).strip().splitlines()[0]
-            raise BackendError(
-                f"torch.onnx cannot export a '{config['model_type']}' model: {cause}",
-                hint="run with -v for the exporter's own report; the safetensors backend does not trace the model",
-            ) from error
-    if program is None:  # the exporter's signature allows it; with dynamo=True it does not happen
-        raise BackendError("torch.onnx returned no program")
-    model = program.model
-    _restore_names(model)
+        program = _export(
+            wrapper,
+            inputs,
+            opset_version=request.opset,
+            dynamic_shapes=dynamic,
+            input_names=names,
+            output_names=["logits", *_cache_names("present", layers)],
+        )
+        model = program.model
+        _strip_weights(model, weights)
+        onnxscript.optimizer.optimize(model)
+    for value in model.graph.initializers.values():
+        if value.const_value is None:
+            value.const_value = _promised(value)
+    _divide_by_roots(model.graph)
+    for thing in (*model.graph, *model.graph.initializers.values()):
+        thing.metadata_props.clear()  # the exporter's traces of Python source, which name paths of this machine
     _name_output_axes(model)
     return model
+
+
+def fill(model: ir.Model, floats: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> None:
+    """Let every initializer without values read them from ``floats`` when it is written.
+
+    Args:
+        model: a traced graph; changed in place.
+        floats: parameters by checkpoint key, in the dtype of the graph.
+        elsewhere: keys that somebody else fills in.
+
+    Raises:
+        CheckpointError: a parameter is missing, or has another shape or dtype than the config says.
+    """
+    for name, value in model.graph.initializers.items():
+        promised = value.const_value
+        if not isinstance(promised, ir.ExternalTensor) or name in elsewhere:
+            continue
+        tensor = floats.get(name)
+        found = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
+        wanted = (tuple(promised.shape.numpy()), promised.dtype)
+        if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != wanted:
+            raise CheckpointError(
+                f"the weights do not fit the config: '{name}' {found}, not {wanted[0]} {wanted[1].name}",
+                hint="the folder mixes files of two models, or was edited after it was written",
+            )
+        value.const_value = _lazy(tensor, promised)
+
+
+def _lazy(tensor: Tensor, promised: ir.ExternalTensor) -> ir.LazyTensor:
+    dtype, shape, name = promised.dtype, promised.shape, promised.name
+
+    def read(start: int = 0, stop: int | None = None) -> ir.TensorProtocol:
+        return ir.tensor(tensor[start:stop].contiguous(), dtype=dtype, name=name)
+
+    if tensor.dim() == 2:
+        return RowTensor(read, dtype=dtype, shape=shape, name=name, source=tensor)
+    return ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
+
+
+def _network(request: TraceRequest) -> Any:
+    """The model with placeholders, its remaining parameters one element each."""
+    from transformers import AutoConfig  # here, because it takes seconds to import
+
+    config = AutoConfig.for_model(**request.config)
+    architecture = architecture_for(config)
+    network = build_on_meta(config, request.dtype)
+    open_up(network, architecture, config)
+    fill_buffers(network)
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # Of all strides zero: one element in memory, whatever the shape.
+            stand_in = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
+    if request.r3:
+        attach_online(network, architecture, network.config, request.r3)
+    return network.eval()
+
+
+def _export(wrapper: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> torch.onnx.ONNXProgram:
+    with running(wrapper) as modules:
+        try:
+            # Unoptimized: constant folding would take the stand-ins for the weights.
+            program = torch.onnx.export(wrapper, inputs, dynamo=True, optimize=False, verbose=False, **options)
+        except torch.onnx.errors.OnnxExporterError as error:
+            where = modules.culprit() or _untranslated(error, wrapper, inputs, options["dynamic_shapes"])
+            raise _refusal(error, where) from error
+    if program is None:  # the exporter's signature allows it; with dynamo=True it does not happen
+        raise BackendError("torch.onnx returned no program")
+    return program
+
+
+def _untranslated(
+    error: BaseException, wrapper: nn.Module, inputs: tuple[Tensor, ...], dynamic: tuple[Any, ...]
+) -> str | None:
+    """The module of the operator that stopped the translation. The exporter's errors do not tell: trace once more."""
+    auto = torch.export.Dim.AUTO
+    shapes = [dict.fromkeys(axes, auto) for axes in (*dynamic[:3], *dynamic[3])]
+    program = torch.export.export(wrapper, inputs, dynamic_shapes=(*shapes[:3], tuple(shapes[3:])))
+    return module_of(error, program)
+
+
+def _refusal(error: BaseException, where: str | None) -> BackendError:
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    if isinstance(root, BackendError):
+        return root
+    reason = " ".join(str(root).strip().split("\n\n")[0].split())
+    module = f"'{where.removeprefix(f'{_ROOT}.')}'" if where else "the model"
+    return BackendError(
+        f"torch.onnx cannot export {module}: {reason}",
+        hint="use the safetensors backend, which does not trace the model; -v shows the exporter's own report",
+    )
+
+
+def _strip_weights(model: ir.Model, weights: Collection[str]) -> None:
+    """Give weights their checkpoint keys back, which the trace saw below the wrapper, and take the stand-ins away."""
+    names = {f"{_ROOT}.{name}": name for name in weights}
+    for value in list(model.graph.initializers.values()):
+        if value.name in names:
+            value.name = names[value.name]
+            value.const_value = None
+
+
+def _divide_by_roots(graph: ir.Graph) -> None:
+    """``x * (1 / sqrt(v))`` of norms becomes ``x / sqrt(v)``, which ONNX Runtime recognises as a norm and fuses."""
+    for node in list(graph):
+        root = node.inputs[0] if node.op_type == "Reciprocal" else None
+        producer = None if root is None else root.producer()
+        if producer is None or producer.op_type != "Sqrt":
+            continue
+        inverse = node.outputs[0]
+        for user in list(inverse.consumers()):
+            if user.op_type != "Mul":
+                continue
+            factor = user.inputs[1] if user.inputs[0] is inverse else user.inputs[0]
+            quotient = ir.node("Div", [factor, root], name=user.name)
+            graph.insert_before(user, quotient)
+            output, old = quotient.outputs[0], user.outputs[0]
+            output.shape, output.type, output.name = old.shape, old.type, old.name
+            ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+            graph.remove(user, safe=True)
+        if not inverse.uses():
+            graph.remove(node, safe=True)
+
+
+def _promised(value: ir.Value) -> ir.ExternalTensor:
+    """The initializer ``value`` with dtype and shape, and data that is not in the graph."""
+    assert value.name is not None  # the trace knows all three
+    assert value.dtype is not None
+    assert value.shape is not None
+    return ir.ExternalTensor(CHECKPOINT, 0, 0, value.dtype, shape=value.shape, name=value.name)
+
+
+def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
+    return ir.tensor(torch.zeros((), dtype=dtype)).dtype
 
 
 def _example(network: nn.Module, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], list[str], tuple[Any, ...]]:
@@ -157,14 +278,6 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def _restore_names(model: ir.Model) -> None:
-    """Give float initializers their checkpoint keys back: the trace saw them below the wrapper."""
-    initializers = model.graph.initializers
-    for value in list(initializers.values()):
-        if value.name is not None and value.name.startswith(f"{_ROOT}."):
-            value.name = value.name.removeprefix(f"{_ROOT}.")
-
-
 def _name_output_axes(model: ir.Model) -> None:
     """Call the grown cache axis ``total``, as in the attention mask; the exporter writes ``past + sequence``."""
     for output in model.graph.outputs:
@@ -174,14 +287,16 @@ def _name_output_axes(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on packages and axis names that have no bearing on the graph, unless debugging."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    """Silence the exporter's notes on packages, axis names and initializers without values, unless debugging."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -14,11 +14,10 @@ from onnx import numpy_helper
 
 from backends.base import WriteOptions
 from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
-from calib.errors import BackendError
+from backends.onnx.genai import GENAI_FILE
 from calib.rotations.hadamard import block_order, factor_order
 from calib.schemes import PerBlock
 from tests.backends.onnx.conftest import CASES, Exported
-from tests.tiny import CONFIGS, PROVENANCE, quantize_tiny
 
 INLINE_BYTES = 1024
 FIXED_INPUTS = ["input_ids", "attention_mask", "position_ids"]
@@ -45,7 +44,7 @@ def test_the_checker_passes_and_only_the_standard_domain_is_used(exported: Expor
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
-    assert sorted(path.name for path in exported.folder.iterdir()) == [MODEL_FILE, DATA_FILE]
+    assert sorted(path.name for path in exported.folder.iterdir()) == [GENAI_FILE, MODEL_FILE, DATA_FILE]
 
 
 def test_each_linear_has_exactly_the_planned_q_and_dq(exported: Exported) -> None:
@@ -172,10 +171,3 @@ def test_the_same_model_gives_the_same_bytes(llama: Exported, tmp_path: Path) ->
     OnnxBackend().write(llama.quantized, tmp_path, WriteOptions("ort"))
     for name in (MODEL_FILE, DATA_FILE):
         assert (tmp_path / name).read_bytes() == (llama.folder / name).read_bytes(), name
-
-
-def test_a_model_of_experts_is_refused_by_name(tmp_path: Path) -> None:
-    quantized = quantize_tiny(CONFIGS["qwen3_moe"](), "int8-weight-only")
-    assert quantized.provenance is PROVENANCE
-    with pytest.raises(BackendError, match=r"mixture of experts \('qwen3_moe'\).*experts.gate_up_proj"):
-        OnnxBackend().write(quantized, tmp_path, WriteOptions("ort"))

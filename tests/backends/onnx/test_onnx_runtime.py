@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.feeds import cache_inputs, feeds, whole_row
 from backends.onnx.runner import OnnxModel
 from calib.errors import BackendError
 from calib.reference import ReferenceLinear
@@ -122,11 +123,12 @@ def test_the_online_rotation_acts_on_its_input(name: str, export_of: Callable[[s
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(tmp_path / "probed.onnx", options, providers=["CPUExecutionProvider"])
-    feeds = exported.runtime()._feeds
+    caches = cache_inputs(model.graph)
     outputs = []
     for row in ids_of(9, 9):
         ids = row[None]
-        found = session.run(ends, feeds(ids, torch.ones_like(ids), torch.arange(9)[None], None))
+        inputs = feeds(caches, *whole_row(ids), None)
+        found = session.run(ends, {name: tensor.numpy() for name, tensor in inputs.items()})
         before, after = (torch.from_numpy(array) for array in found)
         assert relative_l2(after, before.double() @ rotation.dense()) <= LINEAR
         outputs.append(after)

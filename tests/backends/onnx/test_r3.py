@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 from backends.onnx.runner import OnnxModel
+from backends.onnx.targets import TARGETS
 from backends.onnx.write import build
 from calib.artifact import QuantizedModel
 from calib.reference import build_reference
@@ -37,7 +38,7 @@ def _write(folder: Path, kinds: list[Any]) -> Written:
     folder.mkdir()
     config = transformers.LlamaConfig(**SIZES, head_dim=HEAD_DIM)
     quantized = quantize_tiny(config, "int8-weight-only", kinds)
-    graph = build(quantized, opset=21)
+    graph = build(quantized, TARGETS["ort"])
     path = folder / "model.onnx"
     ir.save(graph, path)
     return Written(quantized, graph, path)

@@ -13,7 +13,6 @@ from backends.onnx.backend import OnnxBackend
 from calib.architectures import Kind
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
-from calib.errors import BackendError
 from calib.forward_loop import forward_loop_over
 from calib.quantization import customised, resolve
 from calib.quantize import quantize_model
@@ -56,9 +55,3 @@ def test_weights_in_an_order_of_their_own_meet_inputs_in_that_order(tmp_path: Pa
         linear = reference.get_submodule(name)
         assert isinstance(linear, ReferenceLinear)
         assert relative_l2(leaving, linear.matmul(linear.quantize(entering))) <= LINEAR, name
-
-
-def test_a_quantized_embedding_is_refused_by_name(tmp_path: Path) -> None:
-    quantized = _quantized("llama", [], overrides={"model.embed_tokens": "int8-weight-only"})
-    with pytest.raises(BackendError, match=r"embedding 'model.embed_tokens' cannot be written as ONNX"):
-        OnnxBackend().write(quantized, tmp_path, WriteOptions("ort"))

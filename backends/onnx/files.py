@@ -1,0 +1,81 @@
+"""The files of a written graph: opening them, and saying what is wrong with them before a runtime has to.
+
+Only protobuf and raw bytes are read. Nothing in a folder is unpickled, and no library that it may hold is ever loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from calib.errors import BackendError
+
+
+@dataclass(frozen=True)
+class DataRange:
+    """Where an initializer's bytes lie."""
+
+    location: str
+    """File, relative to that of the graph."""
+    offset: int
+    length: int
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The graph file at ``path`` without its external data.
+
+    Raises:
+        BackendError: it is missing, no ONNX file, or the files of weights that it names are missing or too short.
+    """
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise unreadable(path, str(error)) from error
+    if not proto.graph.node:
+        raise unreadable(path, "it holds no graph")
+    _check_data(path, proto)
+    return proto
+
+
+def unreadable(path: Path, reason: str) -> BackendError:
+    """The error for a graph that cannot be opened."""
+    return BackendError(
+        f"'{path}' cannot be loaded: {' '.join(reason.split())}",
+        hint="the file or its data is missing, damaged or edited; export the model again",
+    )
+
+
+def data_range(tensor: onnx.TensorProto) -> DataRange | None:
+    """Where the bytes of an external initializer lie; ``None`` where the graph file itself holds them."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return DataRange(entries.get("location", ""), int(entries.get("offset", 0)), int(entries.get("length", 0)))
+
+
+def data_ranges(proto: onnx.ModelProto) -> Iterator[tuple[str, DataRange]]:
+    """Name and place of each external initializer of the graph."""
+    for tensor in proto.graph.initializer:
+        found = data_range(tensor)
+        if found is not None:
+            yield tensor.name, found
+
+
+def _check_data(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse a graph whose data is not all there, or is said to lie outside its folder."""
+    needed: dict[str, tuple[int, str]] = {}
+    for name, place in data_ranges(proto):
+        needed[place.location] = max(needed.get(place.location, (0, name)), (place.offset + place.length, name))
+    for location, (end, name) in needed.items():
+        if not location or Path(location).name != location:
+            raise unreadable(path, f"'{name}' is stored in '{location}', which is not a file beside it")
+        data = path.parent / location
+        if not data.is_file():
+            raise unreadable(path, f"'{location}', which holds its weights, is missing")
+        size = data.stat().st_size
+        if size < end:
+            raise unreadable(path, f"'{location}' is truncated: '{name}' ends at byte {end}, the file at {size}")

@@ -1,0 +1,104 @@
+"""``genai_config.json``, with which onnxruntime-genai generates text from a written folder.
+
+It says how the graph calls its inputs and outputs and which tokens end a text. Everything else that the runtime needs,
+the tokenizer above all, is among the files of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from calib.artifact import QuantizedModel
+
+GENAI_FILE = "genai_config.json"
+_KNOWN_TYPES = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
+)
+_PLAIN_DECODER = "llama"
+"""For types that onnxruntime-genai does not know, and for GPT-2, of which it expects keys and values in one tensor.
+What it takes from the type of a decoder is no more than which inputs there are, and these are spelled out."""
+_INPUTS = {
+    "input_ids": "input_ids",
+    "attention_mask": "attention_mask",
+    "position_ids": "position_ids",
+    "past_key_names": "past_key_values.%d.key",
+    "past_value_names": "past_key_values.%d.value",
+}
+_OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+_SEARCH = ("do_sample", "min_length", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p")
+"""Settings that a checkpoint's generation config may give, under the same names."""
+
+
+def write_genai_config(model: QuantizedModel, graph: str, folder: Path) -> None:
+    """Write :data:`GENAI_FILE` for the graph file called ``graph`` into ``folder``."""
+    text = json.dumps(genai_config(model.config, _generation(model), graph), indent=2)
+    (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], graph: str) -> dict[str, Any]:
+    """What onnxruntime-genai reads.
+
+    Args:
+        config: Hugging Face config as a dictionary.
+        generation: the checkpoint's ``generation_config.json``, or nothing.
+        graph: file name of the graph.
+    """
+    network: Any = AutoConfig.for_model(**config)
+    heads = network.num_attention_heads
+    context = network.max_position_embeddings
+    search = {name: generation[name] for name in _SEARCH if generation.get(name) is not None}
+    kind = config["model_type"]
+    return {
+        "model": {
+            "type": kind if kind in _KNOWN_TYPES else _PLAIN_DECODER,
+            "vocab_size": network.vocab_size,
+            "context_length": context,
+            **_special_tokens(network, generation),
+            "decoder": {
+                "filename": graph,
+                "session_options": {"provider_options": []},
+                "hidden_size": network.hidden_size,
+                "head_size": getattr(network, "head_dim", None) or network.hidden_size // heads,
+                "num_hidden_layers": network.num_hidden_layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": getattr(network, "num_key_value_heads", None) or heads,
+                "inputs": _INPUTS,
+                "outputs": _OUTPUTS,
+            },
+        },
+        # The graph appends to the cache and returns a longer one, which a buffer that is shared cannot become.
+        "search": {"do_sample": False, **search, "max_length": context, "past_present_share_buffer": False},
+    }
+
+
+def _special_tokens(network: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids by name; the generation config knows all that end a turn, the config often one alone.
+
+    onnxruntime-genai refuses ids outside the vocabulary, which a text cannot hold anyway.
+    """
+    found: dict[str, Any] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = generation.get(name)
+        value = getattr(network, name, None) if value is None else value
+        ids = [token for token in (value if isinstance(value, list) else [value]) if _is_token(token, network)]
+        if ids:
+            found[name] = ids if len(ids) > 1 else ids[0]
+    if "pad_token_id" not in found and "eos_token_id" in found:
+        eos = found["eos_token_id"]
+        found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    return found
+
+
+def _is_token(token: Any, network: Any) -> bool:
+    return isinstance(token, int) and 0 <= token < network.vocab_size
+
+
+def _generation(model: QuantizedModel) -> Mapping[str, Any]:
+    path = model.files.get("generation_config.json")
+    found: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return found

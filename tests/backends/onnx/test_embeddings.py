@@ -1,0 +1,71 @@
+"""Quantized embeddings and logits of the last token alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.embeddings import lower_embeddings
+from backends.onnx.targets import TARGETS
+from backends.onnx.trace import TraceRequest
+from backends.onnx.trace_cache import cached_trace
+from backends.onnx.write import build
+from calib.errors import BackendError
+from calib.progress import silent
+from tests.backends.onnx.whole import compare, quantized
+from tests.tiny import CONFIGS
+from tests.tolerances import WEIGHT_ONLY
+
+TABLES = {
+    "llama": ["model.embed_tokens"],
+    "gemma3": ["model.embed_tokens"],  # scaled by a factor
+    "opt": ["model.decoder.embed_tokens", "model.decoder.embed_positions"],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_quantized_embedding_is_the_reference(name: str, tmp_path: Path) -> None:
+    model = quantized(CONFIGS[name](), overrides=dict.fromkeys(TABLES[name], "int8-weight-only"))
+    assert compare(model, tmp_path).error <= WEIGHT_ONLY
+    read = OnnxBackend().read_linears(tmp_path, "ort")
+    for table in TABLES[name]:
+        assert torch.equal(read[table].weight, model.linears[table].weight)
+        assert torch.equal(read[table].weight_scale, model.linears[table].weight_scale)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_looked_up_before_they_are_dequantized_where_the_runtime_can(target: str) -> None:
+    model = quantized(CONFIGS["llama"](), overrides={"model.embed_tokens": "int8-weight-only"})
+    graph = build(model, TARGETS[target]).graph
+    table = graph.initializers["model.embed_tokens.weight"]
+    assert table.dtype == ir.DataType.INT8
+    readers = [node.op_type for node in table.consumers()]
+    assert readers == (["Gather"] if TARGETS[target].integer_rows else ["DequantizeLinear"])
+
+
+def test_an_embedding_in_a_form_that_has_no_operators_is_refused(tmp_path: Path) -> None:
+    model = quantized(CONFIGS["llama"](), overrides={"model.embed_tokens": "int4-weight-only"})
+    with pytest.raises(BackendError, match=r"'model.embed_tokens' cannot be written as ONNX.*one scale"):
+        compare(model, tmp_path)
+
+
+def test_an_embedding_that_is_more_than_looked_up_is_refused() -> None:
+    name = "model.embed_tokens"
+    model = quantized(CONFIGS["llama"](), overrides={name: "int8-weight-only"})
+    traced = cached_trace(TraceRequest(model.config, model.dtype, 21), silent)
+    traced.graph.append(ir.node("Transpose", [traced.graph.initializers[f"{name}.weight"]]))
+    with pytest.raises(BackendError, match=f"'{name}' cannot be quantized"):
+        lower_embeddings(traced, model.linears, [name], integer_rows=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+def test_logits_of_the_last_token_alone(name: str, tmp_path: Path) -> None:
+    found = compare(quantized(CONFIGS[name]()), tmp_path, logits="last")
+    assert found.prefill.shape == (3, 1, 97)
+    assert found.error <= WEIGHT_ONLY
+    head = OnnxBackend().load_probed(tmp_path, "ort").probe(torch.arange(5, 12)[None], ["lm_head"])["lm_head"]
+    assert head[0].shape[:2] == (1, 1)  # the head multiplies one row

@@ -1,0 +1,86 @@
+"""What runtimes make of the linears, looked at in the runtimes: everything but plain decoder linears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from backends.base import Fusion, WriteOptions
+from backends.onnx.backend import OnnxBackend
+from calib.data.batches import length_batches
+from calib.forward_loop import forward_loop_over
+from calib.quantization import resolve
+from calib.quantize import quantize_model
+from calib.schemes import scheme_named
+from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, token_rows
+
+HEAD, TABLE = "lm_head", "model.embed_tokens"
+DOWN = "*.down_proj"
+
+
+def export(folder: Path, name: str, scheme: str, overrides: Mapping[str, str], target: str = "ort") -> int:
+    """Write a tiny model; the number of its quantized linears, embeddings aside."""
+    fused = fuse_tiny(make_tiny(CONFIGS[name]()))
+    plan = resolve(scheme_named(scheme), fused.architecture, fused.config, overrides=dict(overrides))
+    quantized = quantize_model(fused, plan, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+    OnnxBackend().write(quantized, folder, WriteOptions(target))
+    return len(quantized.linears) - (TABLE in quantized.linears)
+
+
+def fusion(folder: Path, target: str = "ort") -> Fusion:
+    found = OnnxBackend().fusion(folder, target)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight-only", "int4-weight-only"])
+def test_the_head_is_fused_like_any_linear(tmp_path: Path, scheme: str) -> None:
+    count = export(tmp_path, "llama", "int8", {HEAD: scheme})
+    found = fusion(tmp_path)
+    assert (found.quantized, found.unfused) == (count, [])
+    expected = {"int8": {"MatMulIntegerToFloat": count}}.get(
+        scheme, {"MatMulIntegerToFloat": count - 1, "MatMulNBits": 1}
+    )
+    assert {kernel: found.kernels[kernel] for kernel in expected} == expected
+
+
+def test_a_quantized_embedding_is_no_linear_that_was_left(tmp_path: Path) -> None:
+    count = export(tmp_path, "llama", "int8", {TABLE: "int8-weight-only"})
+    found = fusion(tmp_path)
+    assert (found.quantized, found.unfused) == (count, [])
+
+
+def test_experts_are_counted_one_by_one(tmp_path: Path) -> None:
+    count = export(tmp_path, "qwen3_moe", "int8-weight-only", {})
+    found = fusion(tmp_path)
+    assert (found.quantized, found.unfused) == (count, [])
+    assert count == 2 * 4 + 3 + 2 * 4  # two layers' attention, one dense MLP, gate_up and down of four experts
+    assert found.kernels["MatMulNBits"] == count
+
+
+def test_what_is_dequantized_on_every_run_is_named(tmp_path: Path) -> None:
+    """No kernel takes a float8 weight; the other linears are fused all the same."""
+    export(tmp_path, "llama", "int8", {DOWN: "float8"})
+    left = fusion(tmp_path).unfused
+    assert left == [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+
+
+@pytest.mark.runtimes
+class TestOpenVino:
+    """The same in OpenVINO."""
+
+    @pytest.fixture(autouse=True)
+    def installed(self) -> None:
+        pytest.importorskip("openvino", reason="OpenVINO is not installed")
+
+    def test_head_embedding_and_linears_are_fused(self, tmp_path: Path) -> None:
+        count = export(tmp_path, "llama", "int8", {HEAD: "int8-weight-only", TABLE: "int8-weight-only"}, "openvino")
+        found = fusion(tmp_path, "openvino")
+        assert (found.quantized, found.unfused) == (count, [])
+
+    def test_what_is_converted_on_every_run_is_named(self, tmp_path: Path) -> None:
+        export(tmp_path, "llama", "int8", {DOWN: "float8"}, "openvino")
+        left = fusion(tmp_path, "openvino").unfused
+        assert left == [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
