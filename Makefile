@@ -23,7 +23,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not runtimes"
 
 # In the runtimes themselves. One that cannot be installed here is said to be missing, and its tests are skipped.
 test-runtimes: $(STAMP)
@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.capture
 	$(BIN)/python -m benchmarks.layerwise --work out/benchmark-layerwise --layers 2
+	$(BIN)/python -m benchmarks.runtime --work out/benchmark-runtime
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -121,12 +121,14 @@ class Backend(Protocol):
         computed while the model runs.
         """
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
-        """Why ``target`` cannot express this model, whatever the scheme, and what to do; else ``None``.
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
+    ) -> tuple[str, str] | None:
+        """Why ``target`` cannot express this model, and what to do; else ``None``. May import torch.
 
         Args:
             config: Hugging Face config as a dictionary.
-            linears: names of what is quantized: linears, experts, embeddings.
+            linears: how what is quantized is, by module name: linears, experts, embeddings.
             target: one of the targets.
         """
 

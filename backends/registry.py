@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from backends.base import Backend
+from calib.architectures.spec import KINDS
 from calib.errors import BackendError
-from calib.schemes import FLOAT, LINEAR_SCHEMES, LinearScheme, TensorScheme, linear_words
+from calib.schemes import FLOAT, KV_SCHEMES, LINEAR_SCHEMES, LinearScheme, TensorScheme, linear_words
 
 GROUP = "rotq.backends"
 
@@ -26,8 +27,14 @@ class BackendInfo:
     name: str
     distribution: str
     targets: tuple[str, ...]
-    schemes: Mapping[str, Mapping[str, str | None]]
+    schemes: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     """target -> scheme -> why the target cannot express it, ``None`` if it can."""
+    warnings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """target -> scheme -> what the target makes of it instead of running it fast; only where there is something."""
+    caches: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    """target -> format of the KV cache -> why the target cannot express it, ``None`` if it can."""
+    rotations: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    """target -> kind of rotation -> why the target cannot express it, ``None`` if it can."""
     error: str | None = None
     """Why the plugin could not be loaded; the other fields are empty then."""
 
@@ -104,7 +111,7 @@ def check_cache(backend: Backend, cache: TensorScheme | None, target: str) -> No
     if cache is not None and reason is not None:
         raise BackendError(
             f"target '{target}' of backend '{backend.name}' cannot express a KV cache of {cache.format.name}: {reason}",
-            hint="leave --kv out, or choose another target",
+            hint="calibrate without --kv, or choose another target",
         )
 
 
@@ -129,21 +136,29 @@ def check_expressible(
     check_cache(backend, cache, target)
 
 
-def expressible(backend: Backend, target: str, linears: Collection[LinearScheme], cache: TensorScheme | None) -> bool:
-    """Whether ``target`` can express linears of these schemes and this cache."""
-    return all(backend.refusal(scheme, target) is None for scheme in linears) and (
-        cache is None or backend.cache_refusal(cache, target) is None
+def expressible(
+    backend: Backend,
+    target: str,
+    linears: Collection[LinearScheme],
+    cache: TensorScheme | None,
+    rotations: Collection[str] = (),
+) -> bool:
+    """Whether ``target`` can express linears of these schemes, this cache and these kinds of rotations."""
+    return (
+        all(backend.refusal(scheme, target) is None for scheme in linears)
+        and (cache is None or backend.cache_refusal(cache, target) is None)
+        and all(backend.rotation_refusal(kind, target) is None for kind in rotations)
     )
 
 
-def check_model(backend: Backend, target: str, config: Mapping[str, Any], linears: Collection[str]) -> None:
-    """Refuse a model that ``target`` cannot express, whatever the scheme.
+def check_model(backend: Backend, target: str, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> None:
+    """Refuse a model that ``target`` cannot express.
 
     Args:
         backend: what writes.
         target: one of its targets.
         config: Hugging Face config.
-        linears: names of what is quantized.
+        linears: how what is quantized is, by module name.
 
     Raises:
         BackendError: with the reason, and what to do.
@@ -167,7 +182,7 @@ def check_rotations(backend: Backend, target: str, kinds: Collection[str]) -> No
         if reason is not None:
             raise BackendError(
                 f"target '{target}' of backend '{backend.name}' cannot express {kind.upper()}: {reason}",
-                hint=f"leave {kind} out of --rotate",
+                hint=f"calibrate without {kind} in --rotate, or choose another target",
             )
 
 
@@ -183,15 +198,35 @@ def warnings_of(backend: Backend, target: str, linears: Mapping[str, LinearSchem
 
 
 def _describe(entry: EntryPoint) -> BackendInfo:
+    distribution = _distribution(entry)
     try:
         backend: Backend = entry.load()()
-        schemes = {
-            target: {FLOAT: None, **{name: backend.refusal(linear, target) for name, linear in LINEAR_SCHEMES.items()}}
-            for target in backend.targets
-        }
+        return BackendInfo(
+            backend.name,
+            distribution,
+            tuple(backend.targets),
+            schemes={target: _schemes(backend, target) for target in backend.targets},
+            warnings={target: _warnings(backend, target) for target in backend.targets},
+            caches={
+                target: {name: backend.cache_refusal(cache, target) for name, cache in KV_SCHEMES.items()}
+                for target in backend.targets
+            },
+            rotations={
+                target: {kind: backend.rotation_refusal(kind, target) for kind in KINDS} for target in backend.targets
+            },
+        )
     except Exception as error:  # a broken plugin must not take the list down
-        return BackendInfo(entry.name, _distribution(entry), (), {}, f"{type(error).__name__}: {error}")
-    return BackendInfo(backend.name, _distribution(entry), backend.targets, schemes)
+        return BackendInfo(entry.name, distribution, (), error=f"{type(error).__name__}: {error}")
+
+
+def _schemes(backend: Backend, target: str) -> dict[str, str | None]:
+    return {FLOAT: None, **{name: backend.refusal(linear, target) for name, linear in LINEAR_SCHEMES.items()}}
+
+
+def _warnings(backend: Backend, target: str) -> dict[str, str]:
+    able = (name for name, reason in _schemes(backend, target).items() if reason is None and name != FLOAT)
+    found = {name: backend.warning(LINEAR_SCHEMES[name], target) for name in able}
+    return {name: warning for name, warning in found.items() if warning is not None}
 
 
 def _distribution(entry: EntryPoint) -> str:

@@ -243,8 +243,9 @@ class Bench:
 
     def auto(self, run: Run) -> tuple[str, Fused]:
         """What the pipeline trains for a scheme and its gate keeps, rounding weights to nearest."""
-        wanted = {kind for sets in candidate_sets(run.recipe, run.source, run.given) for kind in kinds_of(sets)}
-        sets = gate_sets(run.recipe, run.source, run.given, run.rotations(sorted(wanted)).rotations)
+        candidates = candidate_sets(run.recipe, run.source, run.given)
+        trained = run.rotations(sorted({kind for rotate in candidates for kind in kinds_of(rotate)}))
+        sets = gate_sets(candidates, run.recipe, run.source, run.given, trained.rotations)
         made = {name: self.none if name == "none" else self.fused(rotations) for name, rotations in sets.items()}
 
         def make(rotate: str) -> Candidate:

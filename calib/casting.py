@@ -89,21 +89,22 @@ def _cast_scale(scale: Tensor, occupied: Callable[[Tensor], bool] | None, dtype:
     """``scale`` in ``dtype``, every one of them > 0.
 
     Args:
-        scale: finite and > 0. That of a dead channel is the smallest normal number of the dtype it was calibrated in,
-            and becomes that of ``dtype``.
+        scale: finite and > 0. That of a dead channel is the smallest normal number of the dtype it was calibrated in;
+            where it underflows, the smallest of ``dtype`` stands in. So may the scale of one that is nearly dead be
+            in float16, which is no reason to change it.
         occupied: of a weight, whether marked scales have values other than zero under them: they matter then.
         dtype: what to cast to.
         where: names it in the error.
     """
     cast = _cast_value(scale, dtype, f"a scale of {where}")
-    dead = scale <= torch.finfo(scale.dtype).tiny
-    lost = ((cast.double() - scale.double()).abs() > scale.double() * _ROUNDING) & ~dead
-    if occupied(lost | dead) if occupied is not None else bool(lost.any()):
+    lost = (cast.double() - scale.double()).abs() > scale.double() * _ROUNDING
+    alive = scale > torch.finfo(scale.dtype).tiny
+    if occupied(lost) if occupied is not None else bool((lost & alive).any()):
         raise QuantizationError(
             f"a scale of {where} underflows {_name(dtype)}: it is {float(scale.min()):.3g}",
             hint=f"calibrate for that target: rotq calibrate --dtype {_name(dtype)}; or export with --dtype float32",
         )
-    return torch.where(dead | lost, torch.full_like(cast, torch.finfo(dtype).tiny), cast)
+    return torch.where(lost, torch.full_like(cast, torch.finfo(dtype).tiny), cast)
 
 
 def _cast_value(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

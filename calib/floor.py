@@ -142,13 +142,12 @@ def settled(linear: ReferenceLinear, x: Tensor, found: Tensor) -> tuple[Tensor, 
         The output ``[..., out]``, and how many inputs were rounded to the other side.
     """
     expected = linear.matmul(linear.quantize(x))
-    scheme, scale = linear.source.input_scheme, linear.source.input_scale
-    if scheme is None:
+    found_steps = _input_steps(linear, x)
+    if found_steps is None:
         return expected, 0
-    steps, _ = input_steps(x, scheme, None if scale is None else scale.to(x))
-    ratio = x / steps
-    here, other = _around(ratio, scheme.format)
-    near = (ratio - (here + other) / 2).abs() <= _QUOTIENT_ULPS * torch.finfo(x.dtype).eps * scheme.format.maxbound
+    steps, zero, fmt = found_steps
+    ratio, here, other = _around(x, steps, zero, fmt)
+    near = (ratio - (here + other) / 2).abs() <= _QUOTIENT_ULPS * torch.finfo(x.dtype).eps * fmt.maxbound
     moved = ((other - here) * steps).reshape(-1, x.shape[-1])
     weight, rows, wanted = cast(Tensor, linear.weight), expected.flatten(0, -2), found.to(expected).flatten(0, -2)
     flips = 0
@@ -167,8 +166,8 @@ def _logits_of(model: nn.Module, last: bool) -> LogitsFunction:
 
 _Site = tuple[nn.Module, str]
 """A place where values are rounded: a linear's ``input``, or the ``key`` or ``value`` of an attention."""
-_Steps = tuple[Tensor, NumberFormat]
-"""Scale of every value there, and the format that it is rounded to."""
+_Steps = tuple[Tensor, Tensor | None, NumberFormat]
+"""Scale and zero point of every value there, and the format that it is rounded to."""
 
 
 @dataclass(frozen=True)
@@ -183,21 +182,34 @@ class _Tie:
     """A value that rounds to the number on the other side."""
 
 
-def _nearest_tie(x: Tensor, scale: Tensor, fmt: NumberFormat) -> _Tie:
-    """By the two numbers around ``x / s``. A zero point moves integers by a whole number, and so no boundary."""
-    ratio = x / scale
-    here, other = _around(ratio, fmt)
+def _nearest_tie(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> _Tie:
+    """By the two numbers around ``x / s + z``."""
+    ratio, here, other = _around(x, scale, zero, fmt)
     step = (other - here).abs()
     distance = torch.where(step > 0, 0.5 - (ratio - here).abs() / step, torch.inf).flatten()  # no step beyond the ends
     index = int(distance.argmin())
-    return _Tie(float(distance[index]), index, float((other * scale).flatten()[index]))
+    values = other * scale if zero is None else (other - zero) * scale
+    return _Tie(float(distance[index]), index, float(values.flatten()[index]))
 
 
-def _around(ratio: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
-    """The number that ``ratio`` is rounded to, and the next one on its other side; the same beyond the ends."""
+def _around(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """``x / s + z``, the number that it is rounded to, and the next one on its other side; the same beyond the ends.
+
+    A zero point moves integers by a whole number, and so no boundary, but it moves the ends.
+    """
+    ratio = x / scale if zero is None else x / scale + zero
     here = round_to_format(ratio, fmt)
     below, above = neighbours(here, fmt)
-    return here, torch.where(ratio > here, above, below)
+    return ratio, here, torch.where(ratio > here, above, below)
+
+
+def _input_steps(linear: ReferenceLinear, x: Tensor) -> _Steps | None:
+    """How ``linear`` rounds its input ``x``; ``None`` where it does not."""
+    source = linear.source
+    if source.input_scheme is None:
+        return None
+    scale, zero = (None if part is None else part.to(x) for part in (source.input_scale, source.input_zero_point))
+    return *input_steps(x, source.input_scheme, scale, zero), source.input_scheme.format
 
 
 def _watched(reference: nn.Module, look: Callable[[_Site, Tensor, _Steps], None], run: Callable[[], Tensor]) -> Tensor:
@@ -205,16 +217,15 @@ def _watched(reference: nn.Module, look: Callable[[_Site, Tensor, _Steps], None]
 
     def input_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert isinstance(module, ReferenceLinear)
-        scheme, x = module.source.input_scheme, args[0].clone(memory_format=torch.contiguous_format)
-        assert scheme is not None  # hooked for its sake
-        scale = module.source.input_scale
-        steps, _ = input_steps(x, scheme, None if scale is None else scale.to(x))
-        look((module, "input"), x, (steps, scheme.format))
+        x = args[0].clone(memory_format=torch.contiguous_format)
+        steps = _input_steps(module, x)
+        assert steps is not None  # hooked for its sake
+        look((module, "input"), x, steps)
         return (x, *args[1:])
 
     def cache_look(module: nn.Module, rounding: CacheRounding, key: Tensor, value: Tensor) -> None:
-        look((module, "key"), key, (rounding.key_scale, rounding.scheme.format))
-        look((module, "value"), value, (rounding.value_scale, rounding.scheme.format))
+        look((module, "key"), key, (rounding.key_scale, None, rounding.scheme.format))
+        look((module, "value"), value, (rounding.value_scale, None, rounding.scheme.format))
 
     linears = [module for module in reference.modules() if isinstance(module, ReferenceLinear)]
     seen = [module for module in linears if module.rotation is None and module.source.input_scheme is not None]

@@ -110,7 +110,8 @@ def two_level_grid(block_amax: Tensor, amax: Tensor, fmt: NumberFormat) -> Grid:
 def grid_under(block_amax: Tensor, second: Tensor, fmt: NumberFormat) -> Grid:
     """:func:`two_level_grid` under a second-level scale ``[]`` that is known, as that of calibrated activations is."""
     _check_finite(block_amax)
-    return Grid(round_e4m3_scale(block_amax.float() / fmt.maxbound / second), second_level=second)
+    # One division, as ModelOpt has it: where amax / 6 / s2 is rounded twice, a scale halfway may end up elsewhere.
+    return Grid(round_e4m3_scale(block_amax.float() / (fmt.maxbound * second)), second_level=second)
 
 
 def expand_grid(grid: Grid, shape: torch.Size, granularity: Granularity) -> tuple[Tensor, Tensor | None]:

@@ -198,6 +198,13 @@ SCHEMES = {
             max_perplexity_ratio=1.12,
         ),
         Scheme(
+            "w4a8-float8",
+            "INT4 weights in blocks of 128 input features, static FP8 E4M3 activations per tensor",
+            _INT4_BLOCKS,
+            TensorScheme(FLOAT8, PerTensor()),
+            max_perplexity_ratio=1.12,
+        ),
+        Scheme(
             "w4a4",
             "INT4 weights per output channel, INT4 activations per token while running",
             TensorScheme(INT4, PerChannel(0)),

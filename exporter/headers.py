@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import CheckpointError
-from calib.schemes import LinearScheme, tensor_scheme_from_dict
+from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 from exporter.recipe import EMBEDDED
 
 EMBEDDED_FOLDER = "data/llama-5m"
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Names of dtypes in torch, by that in a safetensors header."""
+_NO_MODEL = "give a Hugging Face model folder or a hub id to -m/--model"
+_NO_ARTIFACT = "give what 'rotq calibrate' wrote to --from-artifact"
+_AGAIN = "run 'rotq calibrate' again"
 _MAX_HEADER = 100_000_000
 """The format's own limit; a larger number means that the file is not safetensors."""
 
@@ -97,13 +100,27 @@ def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
     return tuple(tensor for shard in shards for tensor in _read_header(folder / shard))
 
 
-def read_artifact(folder: Path) -> tuple[CheckpointHeaders, dict[str, LinearScheme]]:
-    """Describe what ``rotq calibrate`` wrote: its tensors, and how each linear is quantized.
+@dataclass(frozen=True)
+class ArtifactHeaders:
+    """What ``rotq calibrate`` wrote, described."""
+
+    checkpoint: CheckpointHeaders
+    linears: dict[str, LinearScheme]
+    """How each linear is quantized."""
+    cache: TensorScheme | None
+    """How the KV cache is, if it is."""
+    rotations: tuple[str, ...]
+    """Kinds of its rotations."""
+
+
+def read_artifact(folder: Path) -> ArtifactHeaders:
+    """Describe what ``rotq calibrate`` wrote.
 
     Raises:
         CheckpointError: it is incomplete or damaged.
     """
-    manifest = _read_json(folder / "quantized_model.json")
+    path = folder / "quantized_model.json"
+    manifest, rotations = (_read_json(each, _NO_ARTIFACT, _AGAIN) for each in (path, folder / "rotations.json"))
     try:
         linears = {
             name: LinearScheme(
@@ -112,24 +129,26 @@ def read_artifact(folder: Path) -> tuple[CheckpointHeaders, dict[str, LinearSche
             )
             for name, entry in manifest["linears"].items()
         }
-        return CheckpointHeaders(str(folder), manifest["config"], _tensors(folder, "quantized_model")), linears
+        cache = manifest["cache"]
+        return ArtifactHeaders(
+            CheckpointHeaders(str(folder), manifest["config"], _tensors(folder, "quantized_model")),
+            linears,
+            None if cache is None else tensor_scheme_from_dict(cache["scheme"]),
+            tuple(sorted({rotation["kind"] for rotation in rotations["rotations"]})),
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"'{folder / 'quantized_model.json'}' is damaged: {error}", hint="run `rotq calibrate` again"
-        ) from error
+        raise CheckpointError(f"'{path}' is damaged: {error}", hint=_AGAIN) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, absent: str = _NO_MODEL, damaged: str = "download the checkpoint again") -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"'{path.parent}' has no {path.name}", hint="give a Hugging Face model folder or a hub id to -m/--model"
-        ) from error
+        raise CheckpointError(f"'{path.parent}' has no {path.name}", hint=absent) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read '{path}': {error}", hint="download the checkpoint again") from error
+        raise CheckpointError(f"cannot read '{path}': {error}", hint=damaged) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' is not a JSON object", hint="download the checkpoint again")
+        raise CheckpointError(f"'{path}' is not a JSON object", hint=damaged)
     return content
 
 

@@ -93,6 +93,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _make_parents(final.parent, made)
         temporary.mkdir()
         yield temporary
+        _share(temporary)
         check_target(target, overwrite)  # somebody else may have put something there since the job began
         _put_in_place(temporary, final)
     except BaseException as error:
@@ -137,6 +138,17 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
         made.append(new)
+
+
+def _share(folder: Path) -> None:
+    """Let others read the files as far as this user's umask does: some libraries (safetensors 0.8) write private ones.
+
+    The umask shows in the permissions of ``folder``, which was made here.
+    """
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(allowed)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

@@ -7,6 +7,7 @@ Each step is a function elsewhere; this module only puts them in order, times th
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ from calib.quantization import Quantization
 from calib.quantize import check_blocks, quantize_model
 from calib.rotations.from_capture import TrainedRotations, check_offered
 from calib.rotations.rotation_set import RotationSet
-from calib.schemes import Scheme
+from calib.schemes import FLOAT, Scheme
 from calib.skeleton import portable_config
 from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import smoothing_named
@@ -47,7 +48,7 @@ from exporter.artifacts import load_artifact
 from exporter.describe import package_versions
 from exporter.device import resolve_device
 from exporter.dtypes import common_dtype
-from exporter.gate import Candidate, choose
+from exporter.gate import CANDIDATES, Candidate, choose
 from exporter.layerwise import check_layerwise, quantize_layerwise
 from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
@@ -60,6 +61,8 @@ from exporter.run_options import RunOptions
 from exporter.source import Rows, Source, load_tokenizer, open_source, read_rows
 from exporter.workdir import ARTIFACT, CAPTURE, WALK, WorkDir
 from exporter.writing import check_writable, write_targets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,7 @@ class Run:
         wanted = self.quantization  # refused here, before the long job
         check_blocks(wanted, self.source.architecture, self.source.config)
         if write:
-            kinds = asked_for(self.recipe.rotate)
+            kinds = sorted({*asked_for(self.recipe.rotate), *self.given.kinds()})
             check_writable(self, portable_config(self.source.config), wanted.linears, wanted.cache, kinds)
         if self.recipe.layerwise.enabled:
             return self._layerwise()
@@ -301,9 +304,18 @@ class Run:
         return quantized
 
     def _refused_kinds(self) -> set[str]:
-        """Rotations that a target cannot express."""
-        refusal = self.backend.rotation_refusal
-        return {kind for target in self.targets for kind in ROTATIONS if refusal(kind, target) is not None}
+        """Rotations that a target cannot express; says so of those that ``--rotate auto`` would have compared."""
+        found: dict[str, str] = {}
+        for target in self.targets:
+            for kind in ROTATIONS:
+                reason = self.backend.rotation_refusal(kind, target)
+                if reason is not None:
+                    found.setdefault(kind, f"target '{target}' cannot express it: {reason}")
+        compared = kinds_of(CANDIDATES[-1]) if self.recipe.rotate == "auto" and self.recipe.scheme != FLOAT else []
+        for kind in compared:
+            if kind in found:
+                logger.warning("--rotate auto leaves %s out: %s", kind.upper(), found[kind])
+        return set(found)
 
     def _layerwise(self) -> QuantizedModel:
         """The quantized model, memory-mapped: from the work folder, or from a temporary one beside the output."""

@@ -23,7 +23,7 @@ from calib.schemes import FLOAT, PerBlock, PerChannel, Scheme
 from calib.weights.algorithms import algorithm_named
 from exporter.environment import cuda_devices
 from exporter.headers import CheckpointHeaders, TensorHeader, read_artifact, read_headers
-from exporter.plan_targets import planned_dtypes, planned_schemes, planned_warnings
+from exporter.plan_targets import planned_artifact, planned_dtypes, planned_warnings
 from exporter.quantizing import customised_scheme
 from exporter.recipe import RECIPE_FILE, Recipe, parse_size
 from exporter.report import COMPARED_ROWS, REPORT_FILE, ROTATE_REPORT_FILE
@@ -144,17 +144,16 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     Raises:
         CheckpointError, UnsupportedModelError, QuantizationError: what the run itself would refuse at its start.
     """
-    artifact = options.from_artifact
-    checkpoint, linears = (
-        (read_headers(recipe.model, recipe.revision), None) if artifact is None else read_artifact(artifact)
-    )
+    artifact = None if options.from_artifact is None else read_artifact(options.from_artifact)
+    checkpoint = read_headers(recipe.model, recipe.revision) if artifact is None else artifact.checkpoint
     model_type = str(checkpoint.config.get("model_type", "unknown"))
     _check_model_type(model_type)
     sizes = _sizes(checkpoint, recipe)
     scheme = customised_scheme(recipe)
-    if linears is None:
-        linears = planned_schemes(recipe, checkpoint, [tensor.name.removesuffix(".weight") for tensor in sizes.blocks])
-    warnings = planned_warnings(recipe, checkpoint.config, linears) if goal == "export" else []
+    made = artifact or planned_artifact(
+        recipe, checkpoint, [tensor.name.removesuffix(".weight") for tensor in sizes.blocks]
+    )
+    warnings = planned_warnings(recipe, made) if goal == "export" else []
     flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
     before = sum(tensor.nbytes for tensor in checkpoint.tensors)
     if goal == "capture":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from fnmatch import fnmatchcase
-from typing import Any
 
 from backends.base import Backend
 from backends.registry import check_expressible, check_model, check_rotations, get_backend, target_of, warnings_of
 from calib.schemes import KV_SCHEMES, LinearScheme, scheme_named
 from exporter.dtypes import common_dtype, dtype_of
-from exporter.headers import CheckpointHeaders
+from exporter.headers import ArtifactHeaders, CheckpointHeaders
 from exporter.quantizing import customised_scheme
 from exporter.recipe import Recipe, asked_for
 
@@ -32,13 +31,12 @@ def planned_dtypes(recipe: Recipe, checkpoint: CheckpointHeaders, *, calibrated:
     return {target: dtype_of(recipe, backend, target, lambda: checkpoint.dtype) for target in targets}
 
 
-def planned_warnings(recipe: Recipe, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> list[str]:
+def planned_warnings(recipe: Recipe, artifact: ArtifactHeaders) -> list[str]:
     """What the targets run slowly.
 
     Args:
         recipe: names backend and targets.
-        config: Hugging Face config of the model.
-        linears: how each linear is quantized.
+        artifact: what they are given.
 
     Raises:
         BackendError: a target cannot express the model.
@@ -46,21 +44,21 @@ def planned_warnings(recipe: Recipe, config: Mapping[str, Any], linears: Mapping
     backend, targets = _resolved(recipe)
     found = []
     for target in targets:
-        check_expressible(backend, target, linears, None if recipe.kv is None else KV_SCHEMES[recipe.kv])
-        check_model(backend, target, config, linears)
-        check_rotations(backend, target, asked_for(recipe.rotate))
-        found += [f"target '{target}': {warning}" for warning in warnings_of(backend, target, linears)]
+        check_expressible(backend, target, artifact.linears, artifact.cache)
+        check_model(backend, target, artifact.checkpoint.config, artifact.linears)
+        check_rotations(backend, target, artifact.rotations)
+        found += [f"target '{target}': {warning}" for warning in warnings_of(backend, target, artifact.linears)]
     return found
 
 
-def planned_schemes(recipe: Recipe, checkpoint: CheckpointHeaders, linears: Collection[str]) -> dict[str, LinearScheme]:
-    """How each linear would be quantized.
+def planned_artifact(recipe: Recipe, checkpoint: CheckpointHeaders, linears: Collection[str]) -> ArtifactHeaders:
+    """What calibrating would make of a model; of rotations, those that are certain.
 
-    These are the rules of :func:`calib.quantization.resolve`, over the names in the file: parsing the config takes
-    libraries that a plan does without.
+    Linears are found by the rules of :func:`calib.quantization.resolve`, over the names in the file: parsing the config
+    takes libraries that a plan does without.
 
     Args:
-        recipe: scheme and overrides.
+        recipe: scheme, overrides, cache and rotations.
         checkpoint: the model.
         linears: names of the decoder's linears.
     """
@@ -69,7 +67,12 @@ def planned_schemes(recipe: Recipe, checkpoint: CheckpointHeaders, linears: Coll
     for pattern, name in recipe.overrides.items():
         matched = [pattern] if pattern in tensors else [linear for linear in linears if fnmatchcase(linear, pattern)]
         chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
-    return {name: scheme for name, scheme in chosen.items() if scheme is not None}
+    return ArtifactHeaders(
+        checkpoint,
+        {name: scheme for name, scheme in chosen.items() if scheme is not None},
+        None if recipe.kv is None else KV_SCHEMES[recipe.kv],
+        tuple(asked_for(recipe.rotate)),
+    )
 
 
 def _resolved(recipe: Recipe) -> tuple[Backend, list[str]]:

@@ -59,7 +59,7 @@ def size_words(before: int, after: int) -> str:
     """Bytes before and after, with the ratio."""
     ratio = f" ({before / after:.2f} x smaller)" if 0 < after <= before else ""
     if before and after > before:
-        ratio = f" ({after / before:.2f} x larger: what is not quantized is stored in a wider dtype)"
+        ratio = f" ({after / before:.2f} x larger: 'rotq inspect' says what is stored in which dtype)"
     return f"{human_bytes(before)} -> {human_bytes(after)}{ratio}"
 
 

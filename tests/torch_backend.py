@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class TorchRuntime(TorchModel):
 class TorchBackend:
     """Writes the artifact as it is, and unpacks int4 on every run, of which ``half`` does not warn.
 
-    ``absent`` cannot be run; ``plain`` takes no float8; ``own`` does not write shards of a few bytes.
+    ``absent`` cannot be run; ``plain`` takes no float8; ``half`` takes no R4; ``own`` does not write shards of a few
+    bytes.
     """
 
     name = "torch"
@@ -61,9 +62,11 @@ class TorchBackend:
         return None
 
     def rotation_refusal(self, kind: str, target: str) -> str | None:
-        return None
+        return "it has no place for one" if (kind, target) == ("r4", "half") else None
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
+    ) -> tuple[str, str] | None:
         if target == "own" and any("embed_tokens" in name for name in linears):
             return "its embedding is quantized", "leave --override for it out"
         return None

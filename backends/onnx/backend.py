@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,9 @@ class OnnxBackend:
         """See :class:`~backends.base.Backend`; online rotations are standard nodes."""
         return None
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
+    ) -> tuple[str, str] | None:
         """See :class:`~backends.base.Backend`."""
         from backends.onnx.refusals import graph_refusal
 

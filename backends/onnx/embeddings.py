@@ -23,7 +23,7 @@ from torch import Tensor
 from backends.onnx.nodes import integers, replace
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
-from calib.schemes import INT8, PerChannel
+from calib.schemes import INT8, PerChannel, TensorScheme
 
 STORED = "{name}.weight"
 """The initializer that holds the table of an embedding."""
@@ -46,9 +46,12 @@ def lower_embeddings(
             up.
     """
     for name in tables:
-        if name in linears:
-            _check(linears[name])
-            _lower(model.graph, linears[name], integer_rows=integer_rows)
+        if name not in linears:
+            continue
+        refused = table_refusal(name, linears[name].weight_scheme)
+        if refused is not None:
+            raise BackendError(f"'{name}' cannot be written as ONNX: {refused[0]}", hint=refused[1])
+        _lower(model.graph, linears[name], integer_rows=integer_rows)
 
 
 def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> None:
@@ -82,14 +85,15 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
         replace(graph, node, builder, output)
 
 
-def _check(table: QuantizedLinear) -> None:
-    scheme = table.weight_scheme
-    if scheme.format != INT8 or not isinstance(scheme.granularity, PerChannel) or not scheme.symmetric:
-        raise BackendError(
-            f"the quantized embedding '{table.name}' cannot be written as ONNX: the graph looks up rows of int8 with "
-            "one scale each, without zero points",
-            hint=f"--override '{table.name}=int8-weight-only'",
-        )
+def table_refusal(name: str, scheme: TensorScheme) -> tuple[str, str] | None:
+    """Why the embedding ``name`` cannot be written in ``scheme``, and what to do; ``None`` if it can."""
+    if scheme.format == INT8 and isinstance(scheme.granularity, PerChannel) and scheme.symmetric:
+        return None
+    return (
+        f"embeddings are looked up as rows of int8 with one scale each, without zero points, and '{name}' would be "
+        "something else",
+        f"quantize it so, --override '{name}=int8-weight-only', or leave it in float",
+    )
 
 
 def read_embedding(graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme: Any) -> QuantizedLinear:

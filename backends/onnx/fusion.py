@@ -11,6 +11,7 @@ import onnx
 
 from backends.base import Fusion
 from backends.onnx.files import read_proto
+from backends.onnx.packing import members
 from backends.onnx.runner import open_session, session_options
 
 _SUFFIX = "/DequantizeWeight"
@@ -38,8 +39,8 @@ def ort_fusion(path: Path) -> Fusion:
     whole = [node for node in optimized.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     left = {node.name.removesuffix(_SUFFIX) for node in whole} | {node.input[0] for node in whole}
     return Fusion(
-        quantized=len(weights),
-        unfused=[name for name, weight in weights.items() if {name, weight} & left],
+        quantized=_count(weights),
+        unfused=[each for name, weight in weights.items() if {name, weight} & left for each in members(name)],
         kernels=dict(Counter(node.op_type for node in optimized.node)),
     )
 
@@ -59,12 +60,16 @@ def openvino_fusion(path: Path) -> Fusion:
     fused = [names for _, integer, names in found if integer]
     known = {part for names in fused for name in names for part in (name, name.split("/MatMul", maxsplit=1)[0])}
     return Fusion(
-        quantized=len(weights),
+        quantized=_count(weights),
         unfused=[name for name, weight in weights.items() if name in multiplied and not {name, weight} & known],
         kernels=dict(Counter(kind for kind, _, _ in found)),
     )
 
 
+def _count(weights: Mapping[str, str]) -> int:
+    return sum(len(members(name)) for name in weights)
+
+
 def _weights(graph: onnx.GraphProto) -> Mapping[str, str]:
-    """The value that each quantized linear or table dequantizes, by module name."""
+    """The value that each quantized linear, pack of linears or table dequantizes, by its name."""
     return {node.name.removesuffix(_SUFFIX): node.input[0] for node in graph.node if node.name.endswith(_SUFFIX)}

@@ -47,6 +47,10 @@ class LinearNodes:
         """A node of the standard domain, called ``{linear}/{label}``, and its only output."""
         return self.tape.op(operator, inputs, attributes, name=f"{self.name}/{label}")
 
+    def split(self, x: ir.Value, sizes: ir.Value, count: int) -> Sequence[ir.Value]:
+        """``x`` in ``count`` parts of its last axis."""
+        return self.tape.op_multi_out("Split", [x, sizes], {"axis": -1}, num_outputs=count, name=f"{self.name}/Split")
+
     def custom(
         self, operator: str, inputs: Sequence[ir.Value], label: str, *, domain: str, outputs: int, **attributes: int
     ) -> Sequence[ir.Value]:
@@ -80,26 +84,26 @@ class LinearNodes:
             f"{self.name}.{part}", tensor.shape, onnx_dtype(stored), lambda: tensor.to(stored).contiguous()
         )
 
-    def weight(self, weight: Tensor, dtype: ir.DataType | None = None, rows: int | None = None) -> ir.Value:
-        """``[out, in]`` as the initializer ``[rows, out]``; rows past ``in`` hold zeros.
+    def weight(self, weights: Sequence[Tensor], dtype: ir.DataType | None = None, rows: int | None = None) -> ir.Value:
+        """Weights ``[out, in]``, beside each other, as the initializer ``[rows, sum of out]``; rows past ``in`` are 0.
 
         Args:
-            weight: integers or codes, or floats of any dtype.
+            weights: integers or codes, or floats of any dtype.
             dtype: as which it is stored; ``None``: floats in the dtype of the graph.
             rows: by default as many as there are input features.
         """
-        out, width = weight.shape
+        out, width = sum(len(weight) for weight in weights), weights[0].shape[1]
         name, stored = f"{self.name}.weight", dtype or self.dtype
 
         def read(start: int, stop: int) -> ir.TensorProtocol:
-            turned = weight[:, start:stop].T
+            turned = torch.cat([weight[:, start:stop].T for weight in weights], dim=1)
             missing = stop - max(start, width)
             if missing > 0:
                 turned = torch.cat([turned, turned.new_zeros(missing, out)])
             return _tensor((turned.to(self.torch_dtype) if dtype is None else turned).contiguous(), stored, name)
 
         shape = ir.Shape((rows or width, out))
-        return self._registered(RowTensor(read, dtype=stored, shape=shape, name=name, source=weight))
+        return self._registered(RowTensor(read, dtype=stored, shape=shape, name=name, sources=weights))
 
     def integers(self, dims: Sequence[int]) -> ir.Value:
         """An int64 constant ``[len(dims)]`` that the graph holds once."""

@@ -15,17 +15,22 @@ the DequantizeLinear of the input is there where it has to be:
   Runtime dequantizes the weight on every run, or makes a kernel that fails, and TensorRT fails to build. Behind it the
   weight is that of a weight-only linear. ONNX Runtime drops a scalar zero, and so would merge the two again.
 
-A linear in float is rotated as well, and multiplied as it is.
+Linears that read one value become one MatMul where the target gains by it (:mod:`backends.onnx.packing`). A linear in
+float is rotated as well, and multiplied as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
+from onnx_ir import tape
 from torch import Tensor
 
 from backends.onnx.inputs import TRT, pad_features, quantized_input
 from backends.onnx.linear_nodes import LinearNodes
 from backends.onnx.nodes import replace
+from backends.onnx.packing import packed, packs
 from backends.onnx.placeholders import DOMAIN, LINEAR, MODULE_ATTRIBUTE
 from backends.onnx.rotate import rotate, rotations_before_float
 from backends.onnx.targets import Target
@@ -72,18 +77,43 @@ class _Lowering:
         self._before_float = rotations_before_float(quantized)
 
     def run(self) -> None:
-        for node in list(self.graph):
-            if (node.domain, node.op_type) == (DOMAIN, LINEAR):
-                self._replace(node)
+        open_nodes = [node for node in self.graph if (node.domain, node.op_type) == (DOMAIN, LINEAR)]
+        for together in self._packs(open_nodes) if self.target.packs else [[node] for node in open_nodes]:
+            if len(together) > 1:
+                self._replace_pack(together)
+            else:
+                self._replace(together[0])
+
+    def _packs(self, placeholders: Sequence[ir.Node]) -> list[list[ir.Node]]:
+        """Placeholders by the MatMul that they become, in the order of the first of each."""
+        readers: dict[int, list[ir.Node]] = {}
+        for node in placeholders:
+            readers.setdefault(id(_input(node)), []).append(node)
+        found: list[list[ir.Node]] = []
+        for together in readers.values():
+            by_name = {_module(node): node for node in together}
+            linears = [self.quantized.linears[name] for name in by_name if name in self.quantized.linears]
+            found += [[by_name[linear.name] for linear in pack] for pack in packs(linears)]
+            found += [[node] for name, node in by_name.items() if name not in self.quantized.linears]
+        return found
+
+    def _replace_pack(self, together: Sequence[ir.Node]) -> None:
+        """The linears as one, in place of the first; the others take their part of its outputs."""
+        linears = [self.quantized.linears[_module(node)] for node in together]
+        pack = packed(linears)
+        nodes = LinearNodes(self.graph, pack.name, self.quantized.dtype)
+        product = self._batched(nodes, _input(together[0]), pack, [linear.weight for linear in linears])
+        sizes = nodes.integers([len(linear.weight) for linear in linears])
+        parts = nodes.split(product, sizes, len(linears))
+        for node, part in zip(together, parts, strict=True):
+            replace(self.graph, node, nodes.tape if node is together[0] else tape.Tape(), part)
 
     def _replace(self, node: ir.Node) -> None:
-        name = node.attributes[MODULE_ATTRIBUTE].as_string()
-        x = node.inputs[0]
-        assert x is not None  # a placeholder has exactly one input
+        name, x = _module(node), _input(node)
         nodes = LinearNodes(self.graph, name, self.quantized.dtype)
         linear = self.quantized.linears.get(name)
         if linear is not None:
-            output = self._batched(nodes, x, linear)
+            output = self._batched(nodes, x, linear, [linear.weight])
         elif f"{name}.weight" in self.quantized.floats:
             output = self._float_linear(nodes, x)
         else:
@@ -92,19 +122,21 @@ class _Lowering:
             )
         replace(self.graph, node, nodes.tape, output)
 
-    def _batched(self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
+    def _batched(self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, weights: Sequence[Tensor]) -> ir.Value:
         """The linear over a value of three dimensions at least; OPT flattens batch and sequence before its MLP.
 
         ONNX Runtime makes a float Gemm of a two-dimensional MatMul and its bias before it looks for integer kernels.
         """
         if x.shape is None or len(x.shape) != 2:
-            return self._quantized_linear(nodes, x, linear)
+            return self._quantized_linear(nodes, x, linear, weights)
         first = nodes.integers([0])
         batched = nodes.op("Unsqueeze", [x, first], "Unsqueeze")
         batched.shape, batched.type = ir.Shape([1, *x.shape]), x.type
-        return nodes.op("Squeeze", [self._quantized_linear(nodes, batched, linear), first], "Squeeze")
+        return nodes.op("Squeeze", [self._quantized_linear(nodes, batched, linear, weights), first], "Squeeze")
 
-    def _quantized_linear(self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
+    def _quantized_linear(
+        self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, weights: Sequence[Tensor]
+    ) -> ir.Value:
         rows = padded_width(linear, whole_blocks=self.target.whole_blocks)
         if linear.online_rotation is not None:
             x = self._rotated_once(nodes, x, linear.online_rotation)
@@ -115,7 +147,7 @@ class _Lowering:
         x = pad_features(nodes, x, rows - linear.weight.shape[1])
         if self._needs_barrier(linear):
             x = nodes.op("Add", [x, nodes.zeros("barrier", (rows,), nodes.dtype)], "Barrier")
-        return _product(nodes, x, dequantized_weight(nodes, linear, rows), linear.bias)
+        return _product(nodes, x, dequantized_weight(nodes, linear, weights, rows), linear.bias)
 
     def _needs_barrier(self, linear: QuantizedLinear) -> bool:
         scheme = linear.input_scheme
@@ -140,8 +172,18 @@ class _Lowering:
         if nodes.name in self._before_float:
             x = rotate(nodes, x, self._before_float[nodes.name])
         floats = self.quantized.floats
-        stored = nodes.weight(floats[f"{nodes.name}.weight"])
+        stored = nodes.weight([floats[f"{nodes.name}.weight"]])
         return _product(nodes, x, stored, floats.get(f"{nodes.name}.bias"))
+
+
+def _module(placeholder: ir.Node) -> str:
+    return placeholder.attributes[MODULE_ATTRIBUTE].as_string()
+
+
+def _input(placeholder: ir.Node) -> ir.Value:
+    x = placeholder.inputs[0]
+    assert x is not None  # a placeholder has exactly one input
+    return x
 
 
 def _product(nodes: LinearNodes, x: ir.Value, weight: ir.Value, bias: Tensor | None) -> ir.Value:

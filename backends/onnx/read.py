@@ -6,7 +6,7 @@ Nodes are found by the names that :mod:`backends.onnx.lower` gave them; what is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backends.onnx.embeddings import read_embedding
 from backends.onnx.files import read_proto
+from backends.onnx.packing import SPLIT, is_pack, members, unpacked
 from backends.onnx.weights import E8M0_BIAS, turned
 from backends.onnx.write import CACHE_METADATA_KEY, METADATA_KEY
 from calib.artifact import QuantizedCache, QuantizedLinear, cache_key
@@ -35,7 +36,8 @@ def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
     def read(model: ir.Model) -> Mapping[str, QuantizedLinear]:
         nodes = {node.name: node for node in model.graph if node.name is not None}
         entries = json.loads(model.metadata_props[METADATA_KEY])
-        return {name: _linear(model.graph, nodes, name, entry) for name, entry in entries.items()}
+        found = {linear.name: linear for linear in _linears(model.graph, nodes, entries)}
+        return {name: found[name] for name in entries}
 
     return _opened(path, read)
 
@@ -70,6 +72,19 @@ def _opened(path: Path, read: Callable[[ir.Model], _Read]) -> _Read:
         raise BackendError(
             f"'{path}' or its data is damaged, or not a graph of rotq: {error}", hint="export the model again"
         ) from error
+
+
+def _linears(
+    graph: ir.Graph, nodes: Mapping[str, ir.Node], entries: Mapping[str, Mapping[str, Any]]
+) -> Iterator[QuantizedLinear]:
+    """Those that are one MatMul in the graph have the same description."""
+    packs = {name.removesuffix(SPLIT): members(name.removesuffix(SPLIT)) for name in nodes if is_pack(name)}
+    together = {name for names in packs.values() for name in names}
+    for name in entries.keys() - together:
+        yield _linear(graph, nodes, name, entries[name])
+    for pack, names in packs.items():
+        whole = _linear(graph, nodes, pack, entries[names[0]])
+        yield from unpacked(whole, _Parts(nodes, pack).need("Split", 1).tolist())
 
 
 def _linear(graph: ir.Graph, nodes: Mapping[str, ir.Node], name: str, entry: Mapping[str, Any]) -> QuantizedLinear:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig
 
+from backends.onnx.embeddings import table_refusal
 from backends.onnx.experts import ACTIVATIONS
 from calib.architectures import architecture_for
+from calib.schemes import LinearScheme
 
 
-def graph_refusal(config: Mapping[str, Any], linears: Collection[str]) -> tuple[str, str] | None:
+def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
     """Why the model of ``config`` cannot be written as ONNX, and what to do; ``None`` if it can.
 
     Args:
         config: Hugging Face config as a dictionary.
-        linears: names of what is quantized.
+        linears: how what is quantized is, by module name.
     """
     hf_config: Any = AutoConfig.for_model(**config)
-    if architecture_for(hf_config).expert_parameters(hf_config) and hf_config.hidden_act not in ACTIVATIONS:
+    architecture = architecture_for(hf_config)
+    if architecture.expert_parameters(hf_config) and hf_config.hidden_act not in ACTIVATIONS:
         return (
             f"its experts use the activation '{hf_config.hidden_act}', for which the graph has no operators",
             f"the activations of experts that can be written are {', '.join(ACTIVATIONS)}; "
             "the safetensors backend writes any",
         )
-    return None
+    tables = [table.name for table in architecture.embeddings if table.name in linears]
+    return next(filter(None, (table_refusal(name, linears[name].weight) for name in tables)), None)

@@ -6,7 +6,7 @@ written from where it is. The head of a large vocabulary takes gigabytes, and tu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import onnx_ir as ir
@@ -26,7 +26,7 @@ class RowTensor(ir.LazyTensor):
         dtype: of the elements; of those below a byte, rows are read an even number at a time, and so packed as a whole.
         shape: two sizes.
         name: of the initializer.
-        source: what the rows are read from; once they are written it need no longer be in memory.
+        sources: what the rows are read from; once they are written these need no longer be in memory.
     """
 
     def __init__(
@@ -36,17 +36,18 @@ class RowTensor(ir.LazyTensor):
         dtype: ir.DataType,
         shape: ir.Shape,
         name: str,
-        source: Tensor,
+        sources: Sequence[Tensor],
     ) -> None:
         rows, columns = (int(size) for size in shape.numpy())
         super().__init__(lambda: read(0, rows), dtype=dtype, shape=shape, name=name)
         self._read = read
         self._rows = rows
-        self._source = source
+        self._sources = sources
         self._step = max(2, int(PART_BYTES // max(1, columns * dtype.itemsize)) // 2 * 2)
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes, part by part."""
         for start in range(0, self._rows, self._step):
             file.write(self._read(start, min(start + self._step, self._rows)).tobytes())
-        release_pages(self._source)
+        for source in self._sources:
+            release_pages(source)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from backends.onnx.packing import SPLIT, members
+
 _MATMUL = "/MatMul"
 _FACTOR = "/Factor"
 _FIRST = ("Width", "QuantizeInput", "Order", "Pad", "MatMul")
@@ -42,7 +44,8 @@ def taps(graph: onnx.GraphProto) -> dict[str, Tap]:
         if not quantized and node.input[1] not in constants:
             continue
         first = next(named[f"{module}/{label}"] for label in _FIRST if f"{module}/{label}" in named)
-        last = named.get(f"{module}/Add", node)
+        last = named.get(f"{module}{SPLIT}") or named.get(f"{module}/Add", node)
         integer_input = f"{module}/QuantizeInput" in named and f"{module}/Barrier" not in named
-        found[module] = Tap(first.input[0], last.output[0], quantized, not integer_input)
+        for linear, leaving in zip(members(module), last.output, strict=True):
+            found[linear] = Tap(first.input[0], leaving, quantized, not integer_input)
     return found

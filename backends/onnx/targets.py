@@ -44,6 +44,8 @@ class Target:
     """Whether all blocks of a weight must be whole; else the last one may be short."""
     integer_rows: bool = True
     """Whether it looks up rows of an integer table; else the table is dequantized in front of the lookup."""
+    packs: bool = False
+    """Whether linears that read one value become one (:mod:`backends.onnx.packing`). A compiler does so by itself."""
     routed_experts: bool = True
     """Whether it runs an expert on the tokens that chose it; else on all."""
 
@@ -120,7 +122,7 @@ _ORT = Target(
     products=(INT8,),
     warnings=(
         Rule(
-            _formats(FLOAT8),
+            lambda scheme: scheme.weight.format == FLOAT8,
             "ONNX Runtime's CPU provider has no float8 kernels: it dequantizes these weights on every run "
             "(DequantizeLinear + float MatMul)",
         ),
@@ -137,6 +139,7 @@ _ORT = Target(
     ),
     caches={INT4: _NO_INT4_CACHE, FLOAT8: "ONNX Runtime concatenates no float8 tensors, so nothing can be appended"},
     whole_blocks=False,
+    packs=True,
 )
 
 _OPENVINO = Target(

@@ -122,20 +122,19 @@ def trace(request: TraceRequest) -> ir.Model:
     return model
 
 
-def fill(model: ir.Model, floats: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> None:
+def fill(model: ir.Model, floats: Mapping[str, Tensor]) -> None:
     """Let every initializer without values read them from ``floats`` when it is written.
 
     Args:
         model: a traced graph; changed in place.
         floats: parameters by checkpoint key, in the dtype of the graph.
-        elsewhere: keys that somebody else fills in.
 
     Raises:
         CheckpointError: a parameter is missing, or has another shape or dtype than the config says.
     """
     for name, value in model.graph.initializers.items():
         promised = value.const_value
-        if not isinstance(promised, ir.ExternalTensor) or name in elsewhere:
+        if not isinstance(promised, ir.ExternalTensor):
             continue
         tensor = floats.get(name)
         found = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
@@ -155,7 +154,7 @@ def _lazy(tensor: Tensor, promised: ir.ExternalTensor) -> ir.LazyTensor:
         return ir.tensor(tensor[start:stop].contiguous(), dtype=dtype, name=name)
 
     if tensor.dim() == 2:
-        return RowTensor(read, dtype=dtype, shape=shape, name=name, source=tensor)
+        return RowTensor(read, dtype=dtype, shape=shape, name=name, sources=[tensor])
     return ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
 
 

@@ -28,8 +28,8 @@ from calib.rotations import hadamard, rotation_set
 
 _log = logging.getLogger(__name__)
 _VARIABLE = "ROTQ_CACHE"
-_KEPT = 32
-"""Entries that are kept; the oldest go."""
+_KEPT = 256
+"""Entries that are kept; the oldest go. Each takes some ten kilobytes a layer."""
 _DIGEST = hashlib.sha256().digest_size
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 _SOURCES = (tracing, placeholders, attention, online, skeleton, hadamard, rotation_set)
@@ -100,10 +100,16 @@ def _write(path: Path, data: bytes) -> None:
     """Whole or not at all. A cache that cannot be written costs time and nothing else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            file.write(hashlib.sha256(data).digest() + data)
-        Path(file.name).replace(path)
-        for old in sorted(path.parent.glob("*.trace"), key=lambda entry: entry.stat().st_mtime)[:-_KEPT]:
-            old.unlink()
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(data).digest() + data)
+            Path(partial).replace(path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
     except OSError as error:
         _log.warning("the trace cannot be kept in '%s': %s", path.parent, error)
+        return
+    with suppress(OSError):  # another process may tidy up as well
+        for old in sorted(path.parent.glob("*.trace"), key=lambda entry: entry.stat().st_mtime)[:-_KEPT]:
+            old.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ the form that runtimes turn into a kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -22,16 +24,17 @@ from calib.schemes import Granularity, PerBlock, PerChannel
 E8M0_BIAS = 127
 
 
-def dequantized_weight(nodes: LinearNodes, linear: QuantizedLinear, rows: int) -> ir.Value:
+def dequantized_weight(nodes: LinearNodes, linear: QuantizedLinear, weights: Sequence[Tensor], rows: int) -> ir.Value:
     """The weight ``[rows, out]`` in the dtype of the graph.
 
     Args:
         nodes: of the linear.
         linear: its scale format is ``e8m0`` only with float8.
+        weights: what its rows are read from, in turn.
         rows: input features, and further ones that are zero; see :func:`padded_width`.
     """
     scheme = linear.weight_scheme
-    codes = nodes.weight(linear.weight, STORAGE[scheme.format.name], rows)
+    codes = nodes.weight(weights, STORAGE[scheme.format.name], rows)
     match scheme.scale_format:
         case "e4m3":
             return _nvfp4(nodes, linear, codes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,13 @@ class SafetensorsBackend:
         """See :class:`~backends.base.Backend`."""
         return TARGETS[target].cache_refusal(scheme)
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
+    def rotation_refusal(self, kind: str, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return TARGETS[target].rotation_refusal(kind)
+
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
+    ) -> tuple[str, str] | None:
         """See :class:`~backends.base.Backend`."""
         return TARGETS[target].layout().model_refusal(config, linears)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backends.base import ContentKind
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.schemes import LinearScheme
 
 _VALUES_AT_ONCE = 1 << 18
 """Of the result; a float32 for each of them is a megabyte."""
@@ -63,7 +64,7 @@ class Layout(Protocol):
 
     target: str
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str]) -> tuple[str, str] | None:
+    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
         """See :meth:`backends.base.Backend.model_refusal`."""
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:

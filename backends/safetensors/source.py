@@ -2,8 +2,8 @@
 
 Online rotations are Hadamard matrices given by order and seed. Where a target has no notion of them, a bundle holds
 
-    {linear}.rotation.signs          [n]       multiplied with the input first
-    {linear}.rotation.factors.{k}    [m, m]    scaled factors, in the order of use
+    {module}.rotation.signs          [n]       multiplied with the input first
+    {module}.rotation.factors.{k}    [m, m]    scaled factors, in the order of use
 
 With channels indexed by a tuple of factor indices, factor ``k`` of order ``m`` acts on ``x`` reshaped to
 ``[..., done, m, rest]``: from the left where ``rest > 1``, on ``[..., done, m]`` from the right for the last one. Each
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,11 @@ from backends.safetensors.layout import Entry
 from calib.architectures import Architecture, architecture_for
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
+from calib.experts.names import quantizable_linears
+from calib.fusing import expected_tensors
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
+from calib.schemes import LinearScheme, PerBlock, TensorScheme
 
 _ROTATION_KEY = re.compile(r"(.+)\.rotation\.(signs|factors\.\d+)")
 _SMALLEST_BLOCK = 8
@@ -53,11 +56,30 @@ def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(f"{name}.{part}" for name in architecture.norm_names(found) for part in ("weight", "bias"))
 
 
-def input_rotations(model: QuantizedModel) -> dict[str, Rotation]:
-    """The online rotation that acts on the input of a linear, quantized or not, by the linear's name."""
+def sliding_window(config: Any, layer: int) -> int | None:
+    """How many tokens a layer of a transformers ``config`` sees back, itself included; ``None``: all.
+
+    Mistral's layers all have the window, Qwen2 says which.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
+    """The online rotations that a bundle spells out, by the module that they belong to.
+
+    R4 acts on the input of a linear, quantized or not; that of experts has the name of their 3-D parameter. R3 acts on
+    the queries and keys of an attention, after RoPE. It is there with a quantized cache alone, whose scales are those
+    of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
+    """
     found, architecture = source_model(model.config)
     rotations = {}
     for layer in range(architecture.dimensions(found).layers):
+        cached = model.rotations.r3(layer) if model.cache is not None else None
+        if cached is not None:
+            rotations[architecture.attention.replace("{i}", str(layer))] = cached
         for spec in architecture.ffn_readers(found, layer):
             rotation = model.rotations.r4(layer, spec.branch)
             if rotation is not None:
@@ -67,7 +89,7 @@ def input_rotations(model: QuantizedModel) -> dict[str, Rotation]:
 
 def rotation_entries(model: QuantizedModel) -> Iterator[Entry]:
     """The online rotations of ``model`` as tensors; see the module's docstring."""
-    for name, rotation in input_rotations(model).items():
+    for name, rotation in online_rotations(model).items():
         for key, tensor in _rotation_tensors(rotation).items():
             values = tensor.to(model.dtype)
             yield Entry(f"{name}.rotation.{key}", "other", model.dtype, tuple(values.shape), values.contiguous)
@@ -78,8 +100,8 @@ def is_rotation_key(key: str) -> bool:
     return _ROTATION_KEY.fullmatch(key) is not None
 
 
-def rotated_linears(keys: Mapping[str, Any]) -> dict[str, int]:
-    """The linears with an online rotation and the number of its factors, from the keys of a bundle."""
+def rotated_modules(keys: Mapping[str, Any]) -> dict[str, int]:
+    """The modules with an online rotation and the number of its factors, from the keys of a bundle."""
     counts: dict[str, int] = {}
     for key in keys:
         match = _ROTATION_KEY.fullmatch(key)
@@ -88,28 +110,74 @@ def rotated_linears(keys: Mapping[str, Any]) -> dict[str, int]:
     return counts
 
 
-def even_block(name: str, width: int, size: int) -> int:
-    """The block that a bundle has in place of blocks of ``size``: the last of those may be short, and no runtime's may.
+def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
+    """Input features of whatever may be quantized, by name: linears, experts one by one, the head, embeddings."""
+    found, architecture = source_model(config)
+    shapes = expected_tensors(found)
+    specs = {spec.name: spec for spec in architecture.all_linears(found)} | quantizable_linears(architecture, found)
+    widths = {name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1] for name, spec in specs.items()}
+    return widths | {table.name: shapes[table.weight][-1] for table in architecture.embeddings}
+
+
+def block_refusal(
+    config: Mapping[str, Any],
+    linears: Mapping[str, LinearScheme],
+    reason: Callable[[str, int, TensorScheme], tuple[str, str] | None],
+) -> tuple[str, str] | None:
+    """Why blocks of weights do not fit a model, and what to do; ``None`` if they do.
+
+    Args:
+        config: Hugging Face config of the source model.
+        linears: how what is quantized is, by name.
+        reason: the same for one linear, by its name, input features and scheme in blocks.
+    """
+    blocked = {name: scheme.weight for name, scheme in linears.items() if block_size(scheme.weight) is not None}
+    if not blocked:
+        return None
+    widths = input_widths(config)
+    return next(filter(None, (reason(name, widths[name], blocked[name]) for name in blocked if name in widths)), None)
+
+
+def block_size(scheme: TensorScheme) -> int | None:
+    """Input features of a block; ``None`` where there are no blocks."""
+    return scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else None
+
+
+def uneven(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+    """Why the linear ``name`` of ``width`` input features has no :func:`even_block`, and what to do; or ``None``."""
+    size = block_size(scheme)
+    assert size is not None
+    common = math.gcd(width, size)
+    if common == size or (scheme.scale_format == "compute" and common >= _SMALLEST_BLOCK):
+        return None
+    reason = f"blocks of {size} do not divide the {width} input features of '{name}'"
+    leave = f"leave the linear in float with --override '{name}=float'"
+    if scheme.scale_format != "compute":
+        return f"{reason}, and this format has blocks of no other size", leave
+    return (
+        f"{reason}, and nothing above {common} divides both: a runtime's blocks must divide the input",
+        f"choose a --block-size of {_SMALLEST_BLOCK} or more that divides {width}, or {leave}",
+    )
+
+
+def even_block(name: str, width: int, scheme: TensorScheme) -> int:
+    """The block that a bundle has in place of one of the artifact, whose last may be short, as no runtime's may.
 
     It is ``g = gcd(width, size)``, and ``size / g`` of them repeat one scale, so that every weight keeps its own.
 
     Args:
         name: the linear, for errors.
         width: its input features.
-        size: input features of a block of the artifact.
+        scheme: of its weight, in blocks.
 
     Raises:
-        BackendError: ``g`` is too small for a kernel.
+        BackendError: there is none; see :func:`uneven`.
     """
-    common = math.gcd(width, size)
-    if common < _SMALLEST_BLOCK:
-        raise BackendError(
-            f"TensorRT's blocks must divide the input: blocks of {size} do not divide the {width} input features of "
-            f"'{name}', and nothing above {common} divides both",
-            hint=f"choose a --block-size of {_SMALLEST_BLOCK} or more that divides {width}, "
-            f"or leave the linear in float with --override '{name}=float'",
-        )
-    return common
+    refusal, size = uneven(name, width, scheme), block_size(scheme)
+    if refusal is not None:
+        raise BackendError(refusal[0], hint=refusal[1])
+    assert size is not None
+    return math.gcd(width, size)
 
 
 def even_scales(scale: Tensor, width: int, size: int) -> Tensor:

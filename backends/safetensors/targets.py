@@ -36,6 +36,8 @@ class Target:
     layout_class: str
     has_runner: bool = False
     """Whether the subpackage's ``runner.load`` runs a bundle in a library of the target's own."""
+    rotation_refusal: Callable[[str], str | None] = lambda kind: None
+    """Why it cannot express rotations of a kind; by default it can express all."""
 
     def refusal(self, scheme: LinearScheme) -> str | None:
         """Why this target cannot express a linear of ``scheme``; ``None`` if it can."""
@@ -66,7 +68,14 @@ class Target:
 TARGETS: Mapping[str, Target] = {
     "tripy": Target(tripy.RULES, tripy.WARNINGS, tripy.cache_refusal, "tripy", "TripyLayout"),
     "tensorrt": Target(tensorrt.RULES, tensorrt.WARNINGS, tensorrt.cache_refusal, "tensorrt", "TensorRTLayout"),
-    "modelopt": Target(modelopt.RULES, modelopt.WARNINGS, modelopt.cache_refusal, "modelopt", "ModelOptLayout"),
+    "modelopt": Target(
+        modelopt.RULES,
+        modelopt.WARNINGS,
+        modelopt.cache_refusal,
+        "modelopt",
+        "ModelOptLayout",
+        rotation_refusal=modelopt.rotation_refusal,
+    ),
     "compressed-tensors": Target(
         compressed_tensors.RULES,
         compressed_tensors.WARNINGS,

@@ -109,14 +109,15 @@ def check_output(output: OutputFlags, resume: ResumeFlags | None = None) -> Path
 
 
 def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = True) -> None:
-    """Refuse a backend or target that does not exist, and, to ``write``, a scheme that it cannot express.
+    """Refuse a backend or target that does not exist, and, to ``write``, what it cannot express of the recipe.
 
     Raises:
         UsageError: ``--backend`` or ``--target`` names something that does not exist.
-        BackendError: the recipe does, or the target cannot express the scheme.
+        BackendError: the recipe does, or the target cannot express the scheme, the cache or the rotations.
     """
-    from backends.registry import available, check_cache, check_target, get_backend
+    from backends.registry import available, check_cache, check_rotations, check_target, get_backend
     from exporter.quantizing import customised_scheme
+    from exporter.recipe import asked_for
 
     backends = {info.name: info for info in available()}
     if "backend" in given and recipe.backend not in backends:
@@ -132,6 +133,7 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
     for name in recipe.targets if write else ():
         target = check_target(backend, {} if linear is None else {f"scheme '{recipe.scheme}'": linear}, name)
         check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
+        check_rotations(backend, target, asked_for(recipe.rotate))
 
 
 def check_device(device: str) -> None:

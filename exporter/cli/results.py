@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,8 +54,13 @@ def parity_exit_code(report: Report, folder: Path, talk: TalkFlags) -> int:
     return DONE
 
 
-def targets_for(recipe: Recipe) -> list[tuple[str, str]]:
-    """Installed backends and targets that can express the recipe's scheme, overrides and cache; its own come first."""
+def targets_for(recipe: Recipe, rotations: Collection[str]) -> list[tuple[str, str]]:
+    """Installed backends and targets that can express a calibrated model; the recipe's own come first.
+
+    Args:
+        recipe: its scheme, overrides and cache.
+        rotations: kinds of rotations that it has.
+    """
     from backends.registry import available, expressible, get_backend
     from calib.schemes import KV_SCHEMES, scheme_named
     from exporter.quantizing import customised_scheme
@@ -69,6 +74,6 @@ def targets_for(recipe: Recipe) -> list[tuple[str, str]]:
         for name in sorted(names, key=lambda name: name != recipe.backend)
         for backend in [get_backend(name)]
         for target in backend.targets
-        if expressible(backend, target, linears, cache)
+        if expressible(backend, target, linears, cache, rotations)
     ]
     return sorted(found, key=lambda pair: pair[1] not in recipe.targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,7 +156,7 @@ def calibrate(
         result = run(recipe, options, progress=progress)
     _print_folder(result.output, talk)
     if not talk.quiet:
-        _say("next:", *_after_calibrating(recipe, shlex.quote(str(result.output))))
+        _say("next:", *_after_calibrating(recipe, result.quantized.rotations.kinds(), shlex.quote(str(result.output))))
 
 
 @with_flags
@@ -254,9 +255,9 @@ def _print_folder(folder: Path, talk: TalkFlags) -> None:
         typer.echo(folder)
 
 
-def _after_calibrating(recipe: Recipe, artifact: str) -> list[str]:
+def _after_calibrating(recipe: Recipe, rotations: Collection[str], artifact: str) -> list[str]:
     """What can be done with an artifact: written, where some installed target can express it; else only measured."""
-    able = targets_for(recipe)
+    able = targets_for(recipe, rotations)
     if not able:
         return [f"rotq eval {artifact} --text FILE  (no installed target can express it: see 'rotq backends')"]
     backend, target = able[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from exporter.console.progress import ConsoleProgress
 from exporter.console.show import (
-    show_backends,
     show_environment,
     show_evaluation,
     show_plan,
@@ -12,6 +11,7 @@ from exporter.console.show import (
     show_rotated,
     show_settings,
 )
+from exporter.console.show_backends import show_backends
 from exporter.console.streams import error_console, output_console
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Printing: settings, reports, plans, backends and the environment. No decisions are made here."""
+"""Printing: settings, reports, plans and the environment. No decisions are made here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ from exporter.report import Report, RotateReport, RotationGateRow
 from exporter.summary import Table, human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from backends.registry import BackendInfo
     from exporter.evaluation import EvalResult
     from exporter.plan import Plan
 
@@ -114,24 +113,6 @@ def show_evaluation(console: Console, result: EvalResult) -> None:
         f"perplexity {result.perplexity:.4f} (nll {result.nll:.5f} nats per token, "
         f"{result.tokens:,} tokens, in {result.runtime})",
     )
-
-
-def show_backends(console: Console, backends: Iterable[BackendInfo]) -> None:
-    """Print what each backend writes: its targets and, for each scheme, whether it can be expressed."""
-    rows = []
-    refused = []
-    for backend in backends:
-        for target, schemes in backend.schemes.items():
-            able = ", ".join(scheme for scheme, reason in schemes.items() if reason is None)
-            rows.append((backend.name, target, able or "none", backend.distribution))
-            refused += [
-                f"{backend.name}/{target} cannot express {scheme}: {reason}"
-                for scheme, reason in schemes.items()
-                if reason is not None
-            ]
-    show_table(console, Table("Backends", ("backend", "target", "schemes", "from"), tuple(rows)))
-    for line in refused:
-        show_line(console, line)
 
 
 def show_environment(console: Console, found: Environment) -> None:

@@ -15,13 +15,14 @@ from backends.registry import (
     check_cache,
     check_expressible,
     check_model,
+    check_rotations,
     check_target,
     expressible,
     get_backend,
     warnings_of,
 )
 from calib.errors import BackendError
-from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES, SCHEMES, LinearScheme
+from calib.schemes import INT4, KV_SCHEMES, LINEAR_SCHEMES, SCHEMES, LinearScheme
 from tests.plugins import install_plugins
 
 
@@ -59,6 +60,12 @@ def test_a_broken_plugin_is_listed_with_its_error_and_stops_nothing() -> None:
     assert entries["stub"].error is None
     assert entries["stub"].schemes["one"]["float8"] == "no float8 kernels"
     assert entries["stub"].schemes["two"]["float8"] is None
+    assert entries["stub"].warnings["one"] == {}
+    assert entries["stub"].warnings["two"].keys() == {
+        name for name, scheme in LINEAR_SCHEMES.items() if scheme.weight.format == INT4
+    }
+    assert entries["stub"].caches["own"] == {"int8": None, "int4": None, "float8": "no float8 cache"}
+    assert entries["stub"].rotations["two"] == {"r1": None, "r2": None, "r3": None, "r4": "it has no place for one"}
     assert entries["onnx"].error is None
 
 
@@ -106,6 +113,8 @@ def test_linears_are_judged_one_by_one_and_named(stub: Backend) -> None:
     assert expressible(stub, "two", linears.values(), KV_SCHEMES["int8"])
     assert not expressible(stub, "one", linears.values(), None)
     assert not expressible(stub, "two", [], KV_SCHEMES["float8"])
+    assert expressible(stub, "two", [], None, ["r1", "r3"])
+    assert not expressible(stub, "two", [], None, ["r1", "r4"])
 
 
 def test_a_cache_that_a_target_cannot_express_is_refused(stub: Backend) -> None:
@@ -116,10 +125,18 @@ def test_a_cache_that_a_target_cannot_express_is_refused(stub: Backend) -> None:
     assert "--kv" in str(caught.value.hint)
 
 
+def test_rotations_that_a_target_cannot_express_are_refused(stub: Backend) -> None:
+    check_rotations(stub, "two", ["r1", "r2", "r3"])
+    check_rotations(stub, "one", ["r4"])
+    with pytest.raises(BackendError, match="'two' of backend 'stub' cannot express R4: it has no place for") as caught:
+        check_rotations(stub, "two", ["r1", "r4"])
+    assert "without r4 in --rotate" in str(caught.value.hint)
+
+
 def test_a_model_that_a_target_cannot_express_is_refused_with_what_to_do(stub: Backend) -> None:
-    check_model(stub, "one", {"vocab_size": 100}, [])
+    check_model(stub, "one", {"vocab_size": 100}, {})
     with pytest.raises(BackendError, match="'one' of backend 'stub' cannot express this model: its vocab") as caught:
-        check_model(stub, "one", {"vocab_size": 101}, [])
+        check_model(stub, "one", {"vocab_size": 101}, {})
     assert caught.value.hint == "pad the vocabulary"
 
 

@@ -83,6 +83,18 @@ def test_a_subnormal_scale_that_keeps_its_precision_is_kept(quantized: Quantized
     assert float(found.weight_scale[3]) == pytest.approx(3e-5, rel=2**-8)
 
 
+def test_the_smallest_scale_of_float16_is_a_scale_like_any_other(quantized: QuantizedModel) -> None:
+    """What calibration in float16 gives a channel of small weights, where float32 would have gone lower."""
+    tiny = torch.finfo(torch.float16).tiny
+    model = _with_scale(quantized.to(torch.float16), tiny, empty=False)
+    linear = replace(model.linears[NAME], input_scale=torch.tensor(tiny, dtype=torch.float16))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = replace(model, linears={NAME: linear}).to(dtype).linears[NAME]
+        assert float(found.weight_scale[3]) == tiny
+        assert found.input_scale is not None
+        assert float(found.input_scale) == tiny
+
+
 def test_a_dead_input_gets_the_smallest_scale_of_the_new_dtype(quantized: QuantizedModel) -> None:
     dead = torch.tensor(torch.finfo(torch.float32).tiny)
     model = replace(quantized, linears={NAME: replace(quantized.linears[NAME], input_scale=dead)})

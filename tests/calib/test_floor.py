@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,12 +68,35 @@ def test_a_cache_alone_has_a_nearest_boundary_too(kv: str) -> None:
 
 def test_the_nearest_value_is_put_on_the_other_side_of_its_boundary() -> None:
     scale = torch.tensor(0.5)
-    tie = _nearest_tie(torch.tensor([[0.1, 0.76, 3.6, -500.0]]), scale, INT8)  # ratios 0.2, 1.52, 7.2, saturated
+    tie = _nearest_tie(torch.tensor([[0.1, 0.76, 3.6, -500.0]]), scale, None, INT8)  # ratios 0.2, 1.52, 7.2, saturated
     assert (tie.index, tie.other) == (1, 0.5)
     assert tie.distance == pytest.approx(0.02, abs=1e-6)  # float32
-    tie = _nearest_tie(torch.tensor([4.6, 1.0, 7.5]), torch.tensor(1.0), FLOAT4)  # 4 and 6 surround 4.6
+    tie = _nearest_tie(torch.tensor([4.6, 1.0, 7.5]), torch.tensor(1.0), None, FLOAT4)  # 4 and 6 surround 4.6
     assert (tie.index, tie.other) == (0, 6.0)
     assert tie.distance == pytest.approx(0.2, abs=1e-6)
+
+
+def test_a_zero_point_moves_the_ends_but_no_boundary() -> None:
+    scale, zero = torch.tensor(0.5), torch.tensor(100.0)
+    # x / s + z: 140.5 lies beyond 127, where nothing flips; -100.4 would be out of reach without z
+    tie = _nearest_tie(torch.tensor([20.25, -100.2, -30.1]), scale, zero, INT8)
+    assert (tie.index, tie.other) == (1, -100.5)
+    assert tie.distance == pytest.approx(0.1, abs=1e-4)  # float32 at 200
+
+
+def test_values_behind_a_zero_point_flip_too() -> None:
+    """With static scales and zero points, the range of x / s alone says nothing of what is clamped."""
+    linear = build_reference(quantize_tiny(CONFIGS["llama"](), "int8")).get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(linear, ReferenceLinear)
+    scale, width = torch.tensor(0.01), linear.source.weight.shape[1]
+    linear.source = replace(linear.source, input_scale=scale, input_zero_point=torch.tensor(-128, dtype=torch.int8))
+    tied = torch.full((1, 1, width), 200.3 * 0.01)
+    tied[0, 0, 5] = (200.5 - 1e-6) * scale
+    above = tied.clone()
+    above[0, 0, 5] = 200.6 * scale
+    expected, flips = settled(linear, tied, linear.matmul(linear.quantize(above)))
+    assert flips == 1
+    assert relative_l2(expected, linear.matmul(linear.quantize(above))) < LINEAR
 
 
 def test_an_input_on_a_boundary_may_be_rounded_to_either_side_and_no_other_may() -> None:

@@ -57,6 +57,7 @@ def test_the_documented_presets() -> None:
         "int8-weight-only": ("int8", PerChannel(0)),
         "int4-weight-only": ("int4", PerBlock(128)),
         "w4a8": ("int4", PerBlock(128)),
+        "w4a8-float8": ("int4", PerBlock(128)),
         "w4a4": ("int4", PerChannel(0)),
         "float8": ("float8_e4m3", PerTensor()),
         "float8-dynamic": ("float8_e4m3", PerChannel(0)),

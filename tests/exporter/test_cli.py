@@ -164,12 +164,28 @@ def test_the_embedded_model_is_named_as_such(plugins: str) -> None:
 def test_backends_lists_the_able_and_warns_of_the_broken(plugins: str) -> None:
     done = rotq("backends", path=plugins)
     assert done.returncode == 0
-    assert re.search(r"stub +one +float, int8, ", done.stdout)
-    assert "stub/one cannot express float8: no float8 kernels" in done.stdout
+    table, _, notes = done.stdout[done.stdout.index("stub (stub 1.0), target one unless") :].partition("\n(1)")
+    notes = "(1)" + notes.split("\n\n")[0]
+    assert re.search(r" one +two +own", table)
+    assert re.search(r"\n int8 +yes +yes +yes", table)
+    for row, answers in (
+        ("w4a8", ("yes", "yes: int4 weights are unpacked first", "yes")),
+        ("float8", ("no: no float8 kernels", "yes", "yes")),
+        ("KV cache int8", ("yes", "yes", "yes")),
+        ("KV cache float8", ("no: no float8 cache",) * 3),
+        ("rotation r4", ("yes", "no: it has no place for one", "yes")),
+    ):
+        found = re.search(rf"\n {row} " + r" +(yes|no)(?: \((\d+)\))?" * 3 + " ", table)
+        assert found, row
+        numbers = [number and re.search(rf"^\({number}\) (.*)$", notes, re.M) for number in found.groups()[1::2]]
+        said = zip(found.groups()[::2], numbers, strict=True)
+        assert tuple(f"{answer}: {note[1]}" if note else answer for answer, note in said) == answers
+    assert notes.count("no float8 kernels") == 1  # said once, however many schemes it is the reason for
     assert "broken" not in done.stdout
     assert "warning: backend 'broken' of stub 1.0 does not load: ModuleNotFoundError" in done.stderr
     found = {info["name"]: info for info in json.loads(rotq("backends", "--json", path=plugins).stdout)}
     assert found["stub"]["schemes"]["two"]["float8"] is None
+    assert found["stub"]["rotations"]["two"]["r4"] == "it has no place for one"
     assert "no_such_module" in found["broken"]["error"]
 
 

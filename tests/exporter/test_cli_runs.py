@@ -39,6 +39,17 @@ def succeed(report: Report) -> object:
     return export
 
 
+def calibrated(*kinds: str) -> object:
+    """A calibration that ends with rotations of ``kinds``."""
+
+    def calibrate(recipe: Recipe, options: RunOptions, *, progress: Progress) -> types.SimpleNamespace:
+        rotations = types.SimpleNamespace(kinds=lambda: set(kinds))
+        quantized = types.SimpleNamespace(rotations=rotations)
+        return types.SimpleNamespace(output=options.output, recipe=recipe, quantized=quantized)
+
+    return calibrate
+
+
 def fail(error: BaseException) -> object:
     def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
         raise error
@@ -251,7 +262,7 @@ def test_capture_and_calibrate_print_their_folder(
     pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline.run_capture = lambda recipe, options, *, progress: options.output  # type: ignore[attr-defined]
-    pipeline.calibrate = succeed(sample_report())  # type: ignore[attr-defined]
+    pipeline.calibrate = calibrated()  # type: ignore[attr-defined]
     assert main(["capture", "-m", "some/model", "-o", "cap"]) == 0
     out, err = capsys.readouterr()
     assert out == "cap\n"
@@ -274,16 +285,31 @@ def test_capture_and_calibrate_print_their_folder(
 def test_what_can_be_done_with_an_artifact_is_said_after_calibrating(
     pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], options: list[str], suggested: str
 ) -> None:
-    pipeline.calibrate = succeed(sample_report())  # type: ignore[attr-defined]
+    pipeline.calibrate = calibrated()  # type: ignore[attr-defined]
     assert main(["calibrate", "--backend", "stub", "-o", "cal", *options]) == 0
     assert suggested in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kinds", "target"), [((), "two"), (("r1",), "two"), (("r1", "r4"), "one")])
+def test_a_target_that_cannot_express_what_was_chosen_is_not_suggested(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], kinds: tuple[str, ...], target: str
+) -> None:
+    pipeline.calibrate = calibrated(*kinds)  # type: ignore[attr-defined]
+    assert main(["calibrate", "--backend", "stub", "--target", "two", "-o", "cal"]) == 0
+    assert f"--backend stub --target {target} -o OUT" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_rotations_that_a_target_cannot_express_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, "--target", "two", "--rotate", "r1,r4"]) == 1  # a stand-in has no export to call
+    assert "cannot express R4: it has no place for one" in capsys.readouterr().err
 
 
 def test_what_no_target_takes_is_not_suggested_to_be_exported(plugins: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(plugins)
     recipe = load_recipe(None, {"backend": "stub", "kv": "float8", "scheme": "float8"})
-    assert ("stub", "two") not in targets_for(recipe)
-    assert targets_for(recipe.model_copy(update={"kv": None}))[0] == ("stub", "two")
+    assert ("stub", "two") not in targets_for(recipe, ["r1"])
+    assert targets_for(recipe.model_copy(update={"kv": None}), ["r1"])[0] == ("stub", "two")
 
 
 def test_verify_repeats_the_verdict(

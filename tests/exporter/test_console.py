@@ -119,7 +119,7 @@ def test_a_failed_parity_stands_out() -> None:
 
 def test_growing_is_not_called_shrinking() -> None:
     layers = sample_report().layers.model_copy(update={"bytes_after": 2 * 10_957_312})
-    assert "(2.00 x larger: what is not quantized is stored in a wider dtype)" in summary_text(layers=layers)
+    assert "(2.00 x larger: 'rotq inspect' says what is stored in which dtype)" in summary_text(layers=layers)
 
 
 def test_ascii_streams_get_ascii_only() -> None:

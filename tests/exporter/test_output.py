@@ -29,6 +29,20 @@ def write_and_raise(target: Path, error: BaseException) -> None:
         raise error
 
 
+def test_others_may_read_what_a_library_wrote_for_its_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "inner").mkdir()
+            for path in (folder / "private", folder / "inner" / "private"):
+                path.write_text("w")
+                path.chmod(0o600)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("private")}
+    assert modes == {0o640}
+
+
 def test_a_finished_folder_appears_under_its_name_and_nothing_else_does(tmp_path: Path) -> None:
     target = tmp_path / "new" / "parents" / "out"
     with atomic_folder(target) as folder:

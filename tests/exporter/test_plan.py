@@ -111,12 +111,18 @@ def test_an_artifact_is_only_written_and_verified(tmp_path: Path) -> None:
     (folder / "config.json").unlink()  # an artifact's manifest holds the config
     int8 = tensor_scheme_to_dict(TensorScheme(INT8, PerChannel(0)))
     linears = {"model.layers.0.mlp.down_proj": {"weight": int8, "input": None}}
-    (folder / "quantized_model.json").write_text(json.dumps({"config": LLAMA_CONFIG, "linears": linears}))
+    manifest = {"config": LLAMA_CONFIG, "linears": linears, "cache": None}
+    (folder / "quantized_model.json").write_text(json.dumps(manifest))
+    (folder / "rotations.json").write_text(json.dumps({"rotations": []}))
     options = RunOptions(output=Path("out"), from_artifact=folder)
     assert list(stages(planned(folder, options=options))) == ["start", "write", "verify"]
     (folder / "quantized_model.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"quantized_model\.json' is damaged: 'linears'"):
         planned(folder, options=options)
+    (folder / "quantized_model.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no quantized_model\.json") as caught:
+        planned(folder, options=options)
+    assert caught.value.hint == "give what 'rotq calibrate' wrote to --from-artifact"
 
 
 def test_every_target_has_its_own_dtype_and_bytes(
@@ -150,6 +156,9 @@ def test_a_plan_refuses_and_warns_as_the_run_would(
     )
     with pytest.raises(BackendError, match="cannot express 'lm_head': no float8 kernels"):
         planned(folder, backend="stub", target="one", overrides={"lm_head": "float8"})
+    with pytest.raises(BackendError, match="'two' of backend 'stub' cannot express R4: it has no place for one"):
+        planned(folder, backend="stub", target="two", rotate="r1,r4")
+    planned(folder, backend="stub", target="two", rotate="auto")
     odd = write_llama(tmp_path / "odd", vocab_size=101)
     with pytest.raises(BackendError, match="cannot express this model: its vocabulary is odd"):
         planned(odd, backend="stub")

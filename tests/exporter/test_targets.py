@@ -13,12 +13,13 @@ from calib.artifact import QuantizedModel
 from calib.errors import BackendError, OutputError, RotqError
 from exporter.output import sha256_tree
 from exporter.pipeline import Run, calibrate, export
+from exporter.plan import plan
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.report import REPORT_FILE, Report
 from exporter.run_options import RunOptions
 from exporter.verification import verify
 from tests.checkpoints import write_checkpoint
-from tests.torch_backend import WEIGHTS, install
+from tests.torch_backend import WEIGHTS, TorchBackend, install
 
 FEW: dict[str, Any] = {
     "backend": "torch",
@@ -135,6 +136,10 @@ def test_what_a_target_refuses_or_warns_of_is_said_before_the_long_job(
         raise RotqError("calibrated first")
 
     monkeypatch.setattr(Run, "_forward_loop", forward_loop)
+    with pytest.raises(BackendError, match="target 'half' of backend 'torch' cannot express R4: it has no place"):
+        export(few(model, "half", rotate="r1,r4"), RunOptions(tmp_path / "out"))
+    with pytest.raises(RotqError, match="calibrated first"):  # what is only calibrated is no concern of a target
+        calibrate(few(model, "half", rotate="r4"), RunOptions(tmp_path / "out"))
     recipe = few(model, "plain", "own", overrides={"model.embed_tokens": "int8-weight-only"})
     with pytest.raises(BackendError, match="cannot express this model: its embedding is quantized") as caught:
         export(recipe, RunOptions(tmp_path / "out"))
@@ -142,3 +147,50 @@ def test_what_a_target_refuses_or_warns_of_is_said_before_the_long_job(
     with caplog.at_level(logging.WARNING, "exporter"), pytest.raises(RotqError, match="calibrated first"):
         export(few(model, "plain", scheme="w4a8"), RunOptions(tmp_path / "out"))
     assert any("target 'plain': 14 linears with int4 weights" in record.message for record in caplog.records)
+
+
+TRAINED_BRIEFLY = {
+    "gate.nsamples": 2,
+    "rotation.r1_tokens": 128,
+    "rotation.r2_tokens": 64,
+    "rotation.r1.epochs": 1,
+    "rotation.r2.epochs": 1,
+}
+
+
+def test_auto_compares_only_what_every_target_can_express(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compared(*targets: str) -> list[str]:
+        recipe = few(model, *targets, dtype="float32", rotate="auto", **TRAINED_BRIEFLY)
+        return [row.rotate for row in export(recipe, RunOptions(tmp_path / targets[-1], verify=False)).report.gate]
+
+    assert compared("plain") == ["none", "r1,r2", "r1,r2,r4", "r1,r2,r4, Hadamard"]
+    assert not any("leaves" in message for message in caplog.messages)
+    assert compared("plain", "half") == ["none", "r1,r2", "r1,r2, Hadamard"]
+    assert "--rotate auto leaves R4 out: target 'half' cannot express it: it has no place for one" in caplog.messages
+
+
+def test_rotations_of_an_artifact_or_a_file_are_refused_too(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate(few(model, "half", rotate="r4", scheme="int8"), RunOptions(tmp_path / "artifact"))
+    again = RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact")
+    recipe = few(model, "plain", "half")  # its own rotate, 'none', is not what counts
+    with pytest.raises(BackendError, match="'half' of backend 'torch' cannot express R4") as caught:
+        export(recipe, again)
+    assert "calibrate without r4 in --rotate" in str(caught.value.hint)
+    with pytest.raises(BackendError, match="'half' of backend 'torch' cannot express R4"):
+        plan(recipe, again)
+    assert "r1" not in export(few(model, "plain"), again).report.rotate
+    monkeypatch.setattr(Run, "_forward_loop", lambda _: pytest.fail("calibrated first"))
+    given = few(model, "half", rotate="auto", rotation__files=[str(tmp_path / "artifact")])
+    with pytest.raises(BackendError, match="'half' of backend 'torch' cannot express R4"):
+        export(given, RunOptions(tmp_path / "other"))
+
+
+def test_a_plan_of_an_artifact_knows_its_cache(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrate(few(model, "plain", kv="int8"), RunOptions(tmp_path / "artifact"))
+    monkeypatch.setattr(TorchBackend, "cache_refusal", lambda *_: "it keeps none")
+    with pytest.raises(BackendError, match="cannot express a KV cache of int8: it keeps none"):
+        plan(few(model, "plain"), RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact"))

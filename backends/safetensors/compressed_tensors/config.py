@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from backends.safetensors.compressed_tensors.library import require
-from backends.safetensors.compressed_tensors.names import Names
 from backends.safetensors.compressed_tensors.schemes import MIXED, Form, cache_arguments, form_of
 from backends.safetensors.compressed_tensors.transforms import transform_config, transforms_of
+from backends.safetensors.names import Names
 from calib.artifact import QuantizedModel
 
 _EVERY_LINEAR = "Linear"

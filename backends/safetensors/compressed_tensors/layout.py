@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from backends.safetensors.compressed_tensors.config import with_quantization
-from backends.safetensors.compressed_tensors.names import Names, joined
+from backends.safetensors.compressed_tensors.schemes import short_blocks
 from backends.safetensors.compressed_tensors.tensors import linear_from, parts_of
 from backends.safetensors.compressed_tensors.transforms import transform_keys, transforms_of
 from backends.safetensors.layout import Entry
+from backends.safetensors.names import Names, joined
+from backends.safetensors.source import block_refusal
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
-from calib.schemes import tensor_scheme_from_dict
+from calib.schemes import LinearScheme, tensor_scheme_from_dict
 
 _CACHE_PARTS = ("k_scale", "v_scale")
 
@@ -25,7 +26,7 @@ class CompressedTensorsLayout:
 
     target = "compressed-tensors"
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str]) -> tuple[str, str] | None:
+    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
         """See :meth:`backends.base.Backend.model_refusal`."""
         names = Names.of(config)
         tables = [table.name for table in names.architecture.embeddings if table.name in linears]
@@ -41,13 +42,13 @@ class CompressedTensorsLayout:
                 f"vLLM wants all experts in one scheme, and those of '{parameter}' are left in float",
                 "quantize all experts, or none",
             )
-        return None
+        return block_refusal(config, linears, short_blocks)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """See :meth:`backends.safetensors.layout.Layout.entries`."""
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
-            yield from _float_entries(key, tensor, names)
+            yield from (_entry(stored, "float weight", part) for stored, part in names.stored(key, tensor))
         for linear in model.linears.values():
             transposed = names.transposed(linear.name)
             for module, rows in names.rows(linear):
@@ -88,16 +89,7 @@ class CompressedTensorsLayout:
         skipped = {key for key in tensors if key.rpartition(".")[0] in quantized} | transform_keys(tensors)
         for layer in range(names.architecture.dimensions(names.config).layers):
             skipped.update(_cache_keys(names, layer))
-        found: dict[str, Tensor] = {}
-        for parameter, spec in names.experts.items():
-            if f"{parameter}.0" in described:
-                continue
-            experts = [names.expert_modules(spec, expert) for expert in range(names.config.num_experts)]
-            found[parameter] = torch.stack(
-                [torch.cat([tensors[f"{module}.weight"] for module in modules]) for modules in experts]
-            )
-            skipped.update(f"{module}.weight" for modules in experts for module in modules)
-        return found | {names.source(key): tensors[key] for key in tensors if key not in skipped}
+        return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -110,17 +102,6 @@ class CompressedTensorsLayout:
             key, value = (tensors[stored].reshape(()) for stored in _cache_keys(names, layer))
             keys[layer], values[layer] = key, value
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
-
-
-def _float_entries(key: str, tensor: Tensor, names: Names) -> Iterator[Entry]:
-    spec = names.experts.get(key)
-    if spec is None:
-        yield _entry(names.published(key), "float weight", tensor)
-        return
-    for expert, weight in enumerate(tensor):
-        modules = names.expert_modules(spec, expert)
-        for module, rows in zip(modules, weight.chunk(len(modules)), strict=True):
-            yield _entry(f"{module}.weight", "float weight", rows)
 
 
 def _entry(key: str, kind: Any, tensor: Tensor) -> Entry:

@@ -30,6 +30,13 @@ def _is_packed(scheme: LinearScheme) -> bool:
     return integers and (weight.format == INT4 or isinstance(weight.granularity, PerBlock))
 
 
+def _go_together(weight: TensorScheme, given: TensorScheme) -> bool:
+    """Whether a reader has a kernel, or at least a rule, for weights and inputs of these formats."""
+    if weight.format == INT4 and given.format == FLOAT8:
+        return given.scale_format == "compute"
+    return (weight.format.kind, weight.scale_format[:4]) == (given.format.kind, given.scale_format[:4])
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(isinstance(tensor.granularity, PerCluster) for tensor in tensor_schemes(scheme)),
@@ -48,17 +55,19 @@ RULES: tuple[Rule, ...] = (
         "of formats with blocks of their own it has NVFP4 (blocks of 16), MXFP4 and MXFP8 (blocks of 32)",
     ),
     Rule(
-        lambda scheme: (
-            scheme.input is not None
-            and (scheme.weight.format.kind, scheme.weight.scale_format[:4])
-            != (scheme.input.format.kind, scheme.input.scale_format[:4])
-        ),
-        "it packs weights and inputs of one kind: both integers, both float8, or both of one block format",
+        lambda scheme: scheme.input is not None and not _go_together(scheme.weight, scheme.input),
+        "it packs weights and inputs of one kind (both integers, both float8, or both of one block format), or INT4 "
+        "weights with float8 inputs",
     ),
 )
 """What the format itself cannot express."""
 
 WARNINGS: tuple[Rule, ...] = (
+    Rule(
+        lambda scheme: scheme.input is not None and scheme.weight.format == INT4 and scheme.input.format == FLOAT8,
+        "vLLM 0.33 takes float8 inputs of INT4 weights on SM90 (Hopper) alone, with scales per token computed while "
+        "running (activations.granularity 'token' in the recipe) and symmetric blocks of 128; transformers runs them",
+    ),
     Rule(
         lambda scheme: _is_packed(scheme) and not is_dynamic(scheme),
         "vLLM 0.33 has no kernel of INT4 or blocked weights with calibrated scales of the input and refuses them (with "

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from backends.base import RuntimeMissing
 from backends.safetensors.compressed_tensors.library import require
-from backends.safetensors.compressed_tensors.names import Names
+from backends.safetensors.names import Names
 from backends.torch_model import cached_pass
 from calib.errors import BackendError
 

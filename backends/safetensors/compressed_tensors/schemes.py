@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from backends.safetensors.compressed_tensors.library import require
+from backends.safetensors.source import block_size
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
 from calib.schemes import INT4, LinearScheme, PerBlock, PerChannel, PerTensor, PerToken, TensorScheme
@@ -95,16 +96,28 @@ def form_of(linear: QuantizedLinear) -> Form:
             "which compressed-tensors no longer stores (g_idx, until 0.19)",
             hint="leave static_groups on: groups of neighbouring input features, as in --weight-algorithm gptq",
         )
-    granularity = linear.weight_scheme.granularity
-    whole_rows = isinstance(granularity, PerBlock) and granularity.size >= width
-    fixed = linear.weight_scheme.scale_format != "compute"
-    if isinstance(granularity, PerBlock) and width % granularity.size and (fixed or not whole_rows):
-        raise BackendError(
-            f"blocks of {granularity.size} do not divide the {width} input features of '{name}', and "
-            "compressed-tensors has no short blocks",
-            hint="choose a --block-size that divides them, or leave the linear in float with --override",
-        )
-    return Form(LinearScheme(linear.weight_scheme, linear.input_scheme), whole_rows and not fixed)
+    refusal = short_blocks(name, width, linear.weight_scheme)
+    if refusal is not None:
+        raise BackendError(refusal[0], hint=refusal[1])
+    return Form(LinearScheme(linear.weight_scheme, linear.input_scheme), _whole_rows(width, linear.weight_scheme))
+
+
+def short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+    """Why the blocks of the linear ``name`` of ``width`` input features do not fit, and what to do; or ``None``."""
+    size = block_size(scheme)
+    if size is None or width % size == 0 or _whole_rows(width, scheme):
+        return None
+    reason = f"blocks of {size} do not divide the {width} input features of '{name}', and compressed-tensors has "
+    leave = f"leave the linear in float with --override '{name}=float'"
+    if scheme.scale_format != "compute":
+        return f"{reason}blocks of no other size for this format", leave
+    return f"{reason}no short blocks", f"choose a --block-size that divides them, or {leave}"
+
+
+def _whole_rows(width: int, scheme: TensorScheme) -> bool:
+    """Whether blocks are at least as long as a row, in a format that need not have blocks."""
+    size = block_size(scheme)
+    return size is not None and size >= width and scheme.scale_format == "compute"
 
 
 def cache_arguments(scheme: TensorScheme) -> Any:

@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from backends.safetensors.compressed_tensors.library import require
-from backends.safetensors.compressed_tensors.names import Names
 from backends.safetensors.layout import Entry
+from backends.safetensors.names import Names
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
 from calib.rotations.rotation_set import Rotation

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from backends.base import WriteOptions
 from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
+from backends.onnx.packing import members
 from backends.onnx.runner import OnnxModel
 from calib.architectures import Kind
-from calib.artifact import QuantizedModel
+from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.fusing import fuse
 from calib.reference import build_reference
 from calib.rotations.rotation_set import RotationSet, hadamard_rotation
 from tests.tiny import CONFIGS, SIZES, fuse_tiny, make_tiny, quantize_fused
 
 ALL: tuple[Kind, ...] = ("r1", "r2", "r4")
-WIDE = SIZES | {"intermediate_size": 200}
+WIDE = SIZES | {"intermediate_size": 150}
+"""Of a model whose blocks of 128 are 128 + 22, and whose R4 is of order 2, 75 times."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Exported:
     def graph(self) -> onnx.GraphProto:
         """The written graph, without its external data."""
         return onnx.load(self.folder / MODEL_FILE, load_external_data=False).graph
+
+    @property
+    def products(self) -> dict[str, list[QuantizedLinear]]:
+        """The quantized linears by the name of the MatMul that computes them; those of a pack share one."""
+        weights = [node.name for node in self.graph.node if node.name.endswith("/DequantizeWeight")]
+        names = [name.removesuffix("/DequantizeWeight") for name in weights]
+        found = {name: [self.quantized.linears[member] for member in members(name)] for name in names}
+        assert sorted(linear.name for pack in found.values() for linear in pack) == sorted(self.quantized.linears)
+        return found
 
     def runtime(self) -> OnnxModel:
         """In ONNX Runtime, with arithmetic as written."""
@@ -67,10 +78,10 @@ def _quantize(name: str) -> QuantizedModel:
 CASES: dict[str, tuple[Callable[[], object], str, Sequence[Kind]]] = {
     "llama": (CONFIGS["llama"], "int8", ALL),  # GQA; R4 of order 88 = 44 x 2 with signs
     "bias-tied": (CONFIGS["llama-bias-tied-headdim"], "int8", ()),
-    "block-diagonal": (lambda: transformers.LlamaConfig(**SIZES | {"intermediate_size": 90}), "int8-weight-only", ALL),
+    "block-diagonal": (lambda: transformers.LlamaConfig(**WIDE), "int8-weight-only", ALL),
     "no-signs": (CONFIGS["llama-bias-tied-headdim"], "int8-weight-only", ("r4",)),
     "odd": (CONFIGS["llama-odd"], "int4-weight-only", ALL),  # R4 of order 99, blocks of 45 and 99
-    "short-block": (lambda: transformers.LlamaConfig(**WIDE), "int4-weight-only", ()),  # 200 = 128 + 72
+    "short-block": (lambda: transformers.LlamaConfig(**WIDE), "int4-weight-only", ()),
     "mistral": (CONFIGS["mistral"], "int8-weight-only", ALL),  # sliding window
     "qwen2": (CONFIGS["qwen2"], "int4-weight-only", ALL),
     "qwen3": (CONFIGS["qwen3"], "int8", (*ALL, "r3")),

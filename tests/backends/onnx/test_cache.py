@@ -18,13 +18,13 @@ from tests.tolerances import FLIPS
 
 @pytest.fixture(scope="module")
 def cached() -> QuantizedModel:
-    return quantized(CONFIGS["llama"](), ("r1", "r2", "r3", "r4"), kv="int8")
+    return quantized(CONFIGS["llama"](), kv="int8")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> None:
     """Weights only: but keys are rounded, so that a flip of one of them is possible as with quantized activations."""
-    found = compare(quantized(CONFIGS[name](), ("r1", "r2", "r3", "r4"), kv="int8"), tmp_path)
+    found = compare(quantized(CONFIGS[name](), kv="int8"), tmp_path)
     assert found.error <= FLIPS
     assert {tensor.dtype for tensor in found.cache} == {torch.int8}
 
@@ -46,7 +46,7 @@ def test_cached_integers_are_the_rounded_keys(cached: QuantizedModel, tmp_path: 
     assert cached.cache is not None
     rows = batch()
     stored = compare(cached, tmp_path).cache
-    plain = quantized(CONFIGS["llama"](), ("r1", "r2", "r3", "r4"))
+    plain = quantized(CONFIGS["llama"]())
     (tmp_path / "plain").mkdir()
     floats = compare(plain, tmp_path / "plain").cache
     real = rows.real[:, None, :, None]

@@ -37,11 +37,11 @@ def test_external_tensors_take_what_the_graph_says(exported: Exported) -> None:
 
 
 def test_kinds_are_those_of_the_artifact(exported: Exported) -> None:
-    linears = exported.quantized.linears
+    products = exported.products
     found = {tensor.name: tensor for tensor in contents(exported)}
     by_kind = Counter(tensor.kind for tensor in found.values())
-    assert by_kind["quantized weight"] == len(linears)
-    for name, linear in linears.items():
+    assert by_kind["quantized weight"] == len(products)
+    for name, (linear, *_) in products.items():
         assert found[f"{name}.weight"].kind == "quantized weight"
         assert found[f"{name}.weight"].dtype == linear.weight_scheme.format.name
         assert found[f"{name}.weight_scale"].kind == "scale"

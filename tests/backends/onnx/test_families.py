@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,26 +10,32 @@ import pytest
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.experts import ACTIVATIONS
 from backends.onnx.refusals import graph_refusal
-from calib.architectures import architecture_for
-from calib.experts.names import quantizable_linears
 from calib.skeleton import portable_config
+from tests.backends.onnx.conftest import CASES
 from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS
 from tests.tolerances import WEIGHT_ONLY
 
+RUN_ELSEWHERE = {"llama", "llama-bias-tied-headdim", "llama-odd", "mistral", "qwen2", "qwen3", "gpt2", "opt"}
+"""Configs that the cases of ``conftest.py`` run in every way; a trace takes seconds."""
 
-@pytest.mark.parametrize("name", CONFIGS)
+
+def test_the_others_are_run_elsewhere() -> None:
+    configs = {json.dumps(portable_config(CONFIGS[name]()), sort_keys=True) for name in RUN_ELSEWHERE}
+    assert configs <= {json.dumps(portable_config(case[0]()), sort_keys=True) for case in CASES.values()}
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in RUN_ELSEWHERE])
 def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> None:
-    config = CONFIGS[name]()
-    linears = list(quantizable_linears(architecture_for(config), config))
-    assert OnnxBackend().model_refusal(portable_config(config), linears, "ort") is None
-    assert compare(quantized(config), tmp_path).error <= WEIGHT_ONLY
+    model = quantized(CONFIGS[name]())
+    assert OnnxBackend().model_refusal(model.config, model.schemes(), "ort") is None
+    assert compare(model, tmp_path).error <= WEIGHT_ONLY
 
 
 def test_experts_with_an_unknown_activation_are_refused_with_what_is_known() -> None:
     config = portable_config(CONFIGS["mixtral"]())
-    assert graph_refusal(config, []) is None
-    reason, hint = graph_refusal(config | {"hidden_act": "mish"}, []) or ("", "")
+    assert graph_refusal(config, {}) is None
+    reason, hint = graph_refusal(config | {"hidden_act": "mish"}, {}) or ("", "")
     assert "'mish'" in reason
     assert all(name in hint for name in ACTIVATIONS)
-    assert graph_refusal(portable_config(CONFIGS["llama"]()) | {"hidden_act": "mish"}, []) is None
+    assert graph_refusal(portable_config(CONFIGS["llama"]()) | {"hidden_act": "mish"}, {}) is None

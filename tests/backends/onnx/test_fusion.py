@@ -40,8 +40,9 @@ def test_the_head_is_fused_like_any_linear(tmp_path: Path, scheme: str) -> None:
     count = export(tmp_path, "llama", "int8", {HEAD: scheme})
     found = fusion(tmp_path)
     assert (found.quantized, found.unfused) == (count, [])
-    expected = {"int8": {"MatMulIntegerToFloat": count}}.get(
-        scheme, {"MatMulIntegerToFloat": count - 1, "MatMulNBits": 1}
+    products = 2 * 4  # query, key and value are one, and gate and up
+    expected = {"int8": {"MatMulIntegerToFloat": products + 1}}.get(
+        scheme, {"MatMulIntegerToFloat": products, "MatMulNBits": 1}
     )
     assert {kernel: found.kernels[kernel] for kernel in expected} == expected
 
@@ -57,7 +58,7 @@ def test_experts_are_counted_one_by_one(tmp_path: Path) -> None:
     found = fusion(tmp_path)
     assert (found.quantized, found.unfused) == (count, [])
     assert count == 2 * 4 + 3 + 2 * 4  # two layers' attention, one dense MLP, gate_up and down of four experts
-    assert found.kernels["MatMulNBits"] == count
+    assert found.kernels["MatMulNBits"] == 2 * 2 + 2 + 2 * 4  # query, key and value are one, and gate and up
 
 
 def test_what_is_dequantized_on_every_run_is_named(tmp_path: Path) -> None:

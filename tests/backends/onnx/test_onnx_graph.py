@@ -49,18 +49,18 @@ def test_the_checker_passes_and_only_the_standard_domain_is_used(exported: Expor
 
 def test_each_linear_has_exactly_the_planned_q_and_dq(exported: Exported) -> None:
     nodes = {node.name: node for node in exported.graph.node}
-    linears = exported.quantized.linears
-    static = [name for name, linear in linears.items() if linear.input_scale is not None]
+    products = exported.products
+    static = [name for name, pack in products.items() if pack[0].input_scale is not None]
     counts = Counter(node.op_type for node in exported.graph.node)
     assert counts["QuantizeLinear"] == len(static)
-    assert counts["DequantizeLinear"] == len(static) + len(linears)
+    assert counts["DequantizeLinear"] == len(static) + len(products)
     for name in static:
         quantize, dequantize = nodes[f"{name}/QuantizeInput"], nodes[f"{name}/DequantizeInput"]
         assert dequantize.input[0] == quantize.output[0]
         assert list(quantize.input[1:]) == list(dequantize.input[1:])
         assert nodes[f"{name}/MatMul"].input[0] == dequantize.output[0]
     readers = Counter(name for node in exported.graph.node for name in node.input)
-    for name in static:  # the pair serves this linear alone, or no integer kernel is made of it
+    for name in static:  # the pair serves this product alone, or no integer kernel is made of it
         assert readers[nodes[f"{name}/QuantizeInput"].output[0]] == 1
         assert readers[nodes[f"{name}/DequantizeInput"].output[0]] == 1
 
@@ -68,10 +68,11 @@ def test_each_linear_has_exactly_the_planned_q_and_dq(exported: Exported) -> Non
 def test_weights_are_integer_initializers_in_front_of_their_matmul(exported: Exported) -> None:
     nodes = {node.name: node for node in exported.graph.node}
     stored = initializers(exported)
-    for name, linear in exported.quantized.linears.items():
+    for name, pack in exported.products.items():
+        linear = pack[0]
         dequantize = nodes[f"{name}/DequantizeWeight"]
         weight = stored[dequantize.input[0]]
-        assert tuple(weight.dims) == tuple(reversed(linear.weight.shape))  # [K, N]
+        assert tuple(weight.dims) == (linear.weight.shape[1], sum(len(each.weight) for each in pack))  # [K, N]
         assert weight.data_type == onnx.TensorProto.DataType.Value(linear.weight_scheme.format.name.upper())
         assert nodes[f"{name}/MatMul"].input[1] == dequantize.output[0]
         attributes = {attribute.name: attribute.i for attribute in dequantize.attribute}

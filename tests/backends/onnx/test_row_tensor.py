@@ -23,7 +23,7 @@ def written(tensor: ir.TensorProtocol) -> bytes:
 
 def stored(weight: Tensor, dtype: ir.DataType | None, rows: int | None = None) -> ir.TensorProtocol:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 21})
-    value = LinearNodes(graph, "linear", torch.float16).weight(weight, dtype, rows)
+    value = LinearNodes(graph, "linear", torch.float16).weight([weight], dtype, rows)
     assert value.const_value is not None
     return value.const_value
 
@@ -51,6 +51,6 @@ def test_only_a_part_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return ir.tensor(torch.zeros(stop - start, COLUMNS, dtype=torch.int8))
 
     shape = ir.Shape([ROWS, COLUMNS])
-    tensor = row_tensor.RowTensor(read, dtype=ir.DataType.INT8, shape=shape, name="w", source=torch.zeros(1))
+    tensor = row_tensor.RowTensor(read, dtype=ir.DataType.INT8, shape=shape, name="w", sources=[torch.zeros(1)])
     assert len(written(tensor)) == ROWS * COLUMNS
     assert made == [(0, 4), (4, 8), (8, 11)]

@@ -10,11 +10,15 @@ from calib.schemes import KV_SCHEMES, SCHEMES
 
 BACKEND = OnnxBackend()
 TAKEN = {
-    "ort": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "float8"},
+    "ort": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "w4a8-float8", "float8"},
     "openvino": {"int8", "int8-weight-only", "int4-weight-only", "w4a8"},
-    "tensorrt": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "float8", "nvfp4", "mxfp8"},
+    "tensorrt": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "w4a8-float8", "float8", "nvfp4", "mxfp8"},
 }
-WARNED = {"ort": {"w4a8", "float8"}, "openvino": {"w4a8"}, "tensorrt": {"w4a8"}}
+WARNED = {
+    "ort": {"w4a8", "w4a8-float8", "float8"},
+    "openvino": {"w4a8"},
+    "tensorrt": {"w4a8", "w4a8-float8"},
+}
 CACHES = {"ort": {"int8"}, "openvino": {"int8"}, "tensorrt": {"int8", "float8"}}
 QUANTIZING = {name: scheme.linear for name, scheme in SCHEMES.items() if scheme.linear is not None}
 

@@ -131,6 +131,24 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     assert "cannot be kept" in caplog.text
 
 
+def test_a_write_that_fails_leaves_nothing_behind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.mkdir(parents=True)
+    (folder / "entry.trace").mkdir()  # a file cannot take its place
+    module._write(folder / "entry.trace", b"data")
+    assert "cannot be kept" in caplog.text
+    assert [path.name for path in folder.iterdir()] == ["entry.trace"]
+
+
+def test_entries_that_another_process_removed_are_none_of_its_business(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.mkdir(parents=True)
+    (folder / "gone.trace").symlink_to(folder / "nowhere")
+    module._write(folder / "entry.trace", b"data")
+    assert (folder / "entry.trace").is_file()
+    assert not caplog.text
+
+
 def test_the_oldest_entries_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
     monkeypatch.setattr(module, "_KEPT", 2)

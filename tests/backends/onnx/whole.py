@@ -52,9 +52,12 @@ def batch() -> Batch:
 
 
 def quantized(
-    config: Any, kinds: Sequence[Kind] = ("r1", "r2", "r4"), scheme: str = "int8-weight-only", **settings: Any
+    config: Any, kinds: Sequence[Kind] = ("r1", "r2", "r3", "r4"), scheme: str = "int8-weight-only", **settings: Any
 ) -> QuantizedModel:
-    """The artifact of a tiny model; ``settings`` go to :func:`calib.quantization.resolve`."""
+    """The artifact of a tiny model; ``settings`` go to :func:`calib.quantization.resolve`.
+
+    Tests that leave ``kinds`` as they are share one trace a config.
+    """
     fused = fuse_tiny(make_tiny(config), kinds)
     how = resolve(scheme_named(scheme), fused.architecture, fused.config, **settings)
     return quantize_model(fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,9 @@ class NpzBackend:
     def rotation_refusal(self, kind: str, target: str) -> str | None:
         return None
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Collection[str], target: str) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
+    ) -> tuple[str, str] | None:
         return None
 
     def compute_dtype(self, target: str) -> str:

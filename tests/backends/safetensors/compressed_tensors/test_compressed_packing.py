@@ -19,7 +19,6 @@ from calib.grids import dequantize
 from tests.backends.safetensors.compressed_tensors.compressed_support import artifact, equal, tensors_of
 
 library: Any = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
-pytestmark = pytest.mark.runtimes
 compressors: Any = library.BaseCompressor
 
 

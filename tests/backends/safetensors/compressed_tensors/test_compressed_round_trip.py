@@ -13,7 +13,7 @@ from backends.safetensors.backend import SafetensorsBackend
 from backends.safetensors.compressed_tensors.layout import CompressedTensorsLayout
 from calib.artifact import LINEAR_PARTS, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.schemes import tensor_scheme_to_dict
+from calib.schemes import LINEAR_SCHEMES, tensor_scheme_to_dict
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
     TARGET,
     artifact,
@@ -32,6 +32,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int4-zero-points": ("qwen2", "int4-weight-only", {"block_size": 8, "weight_symmetric": False}),
     "int4-whole-rows": ("llama", "int4-weight-only", {"weight_symmetric": False}),
     "w4a8": ("llama", "w4a8", {}),
+    "w4a8-float8": ("qwen2", "w4a8-float8", {"block_size": 8}),
     "w4a4": ("llama", "w4a4", {}),
     "float8": ("qwen2", "float8", {}),
     "float8-dynamic": ("llama", "float8-dynamic", {}),
@@ -176,7 +177,8 @@ def test_short_blocks_are_refused() -> None:
 )
 def test_models_are_refused_with_a_reason(family: str, linears: list[str], words: str) -> None:
     config = artifact(family, "float").config
-    reason = SafetensorsBackend().model_refusal(config, linears, TARGET)
+    scheme = LINEAR_SCHEMES["int8-weight-only"]
+    reason = SafetensorsBackend().model_refusal(config, dict.fromkeys(linears, scheme), TARGET)
     assert reason is not None
     assert words in reason[0]
-    assert SafetensorsBackend().model_refusal(config, ["model.layers.0.self_attn.q_proj"], TARGET) is None
+    assert SafetensorsBackend().model_refusal(config, {"model.layers.0.self_attn.q_proj": scheme}, TARGET) is None

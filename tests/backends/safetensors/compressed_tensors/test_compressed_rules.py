@@ -48,6 +48,7 @@ def _linear(name: str, **controls: object) -> LinearScheme:
             "blocks of 16",
         ),
         (replace(LINEAR_SCHEMES["int8"], input=LINEAR_SCHEMES["float8"].input), "of one kind"),
+        (replace(LINEAR_SCHEMES["w4a8"], input=LINEAR_SCHEMES["mxfp8"].input), "of one kind"),
         (replace(LINEAR_SCHEMES["mxfp4"], input=LINEAR_SCHEMES["nvfp4"].input), "of one kind"),
     ],
 )
@@ -61,6 +62,8 @@ def test_what_the_format_has_not_is_refused(scheme: LinearScheme, words: str) ->
     ("scheme", "words"),
     [
         (_linear("w4a8"), "with calibrated scales of the input"),
+        (_linear("w4a8-float8"), "SM90"),
+        (_linear("w4a8-float8", activation_granularity="token"), "SM90"),
         (_linear("int8", block_size=32), "with calibrated scales of the input"),
         (_linear("w4a4", activation_symmetric=False), "with zero points of the input"),
         (_linear("int8-dynamic", block_size=32, activation_symmetric=False), "with zero points of the input"),

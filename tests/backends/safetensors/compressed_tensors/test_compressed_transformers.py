@@ -30,7 +30,6 @@ from tests.tiny import relative_l2, token_rows
 from tests.tolerances import WEIGHT_ONLY
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-pytestmark = pytest.mark.runtimes
 _EXACT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int8": ("llama", "int8", {}),
     "int8-biases": ("qwen2", "int8", {}),
@@ -45,6 +44,8 @@ _EXACT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptq": ("llama", "int4-weight-only", {"block_size": 8, "weights": "gptq"}),
     "w4a8": ("llama", "w4a8", {}),
     "w4a8-biases": ("qwen2", "w4a8", {"block_size": 8}),
+    "w4a8-float8": ("llama", "w4a8-float8", {"block_size": 8}),
+    "w4a8-float8-per-token": ("qwen2", "w4a8-float8", {"block_size": 8, "activation_granularity": "token"}),
     "float8": ("llama", "float8", {}),
     "float8-biases": ("qwen2", "float8", {}),
     "float8-dynamic": ("llama", "float8-dynamic", {}),

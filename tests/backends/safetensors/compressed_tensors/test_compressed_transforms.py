@@ -23,7 +23,6 @@ from tests.tiny import relative_l2, token_rows
 from tests.tolerances import WEIGHT_ONLY
 
 library: Any = pytest.importorskip("compressed_tensors.transform", reason="compressed-tensors is not installed")
-pytestmark = pytest.mark.runtimes
 _MATRIX = "model.layers.0.mlp.down_proj.R4_input.weight"
 _ROWS = token_rows((12, 9))
 

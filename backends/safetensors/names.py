@@ -83,6 +83,40 @@ class Names:
         """Table entries of the 3-D expert parameters, by name."""
         return {spec.name: spec for spec in self.architecture.all_linears(self.config) if spec.layout == "experts"}
 
+    def parameter(self, name: str) -> str | None:
+        """The 3-D parameter that holds the expert's linear ``name``; ``None`` for any other linear."""
+        spec = self.specs.get(name)
+        return None if spec is None or spec.layout != "experts" else name.rpartition(".")[0]
+
+    def stored(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A float tensor of the source model as checkpoints hold it: under its published name, experts one by one."""
+        spec = self.experts.get(key)
+        if spec is None:
+            yield self.published(key), tensor
+            return
+        for expert, weight in enumerate(tensor):
+            modules = self.expert_modules(spec, expert)
+            for module, rows in zip(modules, weight.chunk(len(modules)), strict=True):
+                yield f"{module}.weight", rows
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`stored` for all float tensors of a checkpoint; experts that are not there are left out.
+
+        Raises:
+            KeyError: some of a layer's experts are missing.
+        """
+        found: dict[str, Tensor] = {}
+        taken: set[str] = set()
+        for parameter, spec in self.experts.items():
+            experts = [self.expert_modules(spec, expert) for expert in range(self.config.num_experts)]
+            keys = {f"{module}.weight" for modules in experts for module in modules}
+            if keys & tensors.keys():
+                found[parameter] = torch.stack(
+                    [torch.cat([tensors[f"{module}.weight"] for module in modules]) for modules in experts]
+                )
+                taken |= keys
+        return found | {self.source(key): tensor for key, tensor in tensors.items() if key not in taken}
+
     def rows(self, linear: QuantizedLinear) -> Iterator[tuple[str, QuantizedLinear]]:
         """``linear`` by module: its rows in equal shares."""
         modules = self.modules(linear.name)

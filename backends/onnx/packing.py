@@ -1,0 +1,109 @@
+"""Linears that read one value as one MatMul: query, key and value, and gate and up.
+
+    x W_q^T, x W_k^T, x W_v^T  =  Split(x [W_q; W_k; W_v]^T)
+
+Scales of output channels and of blocks lie beside each other as the weights do, so every number stays what it was. One
+token at a time, a runtime spends a tenth of a layer on starting kernels of small matrices, and quantizes the input of
+each anew.
+
+In the graph a pack bears the names of its linears, joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.artifact import QuantizedLinear
+from calib.schemes import PerBlock, PerChannel
+
+_JOINT = "|"
+SPLIT = "/Split"
+"""What follows a pack's name in that of the node that takes its outputs apart."""
+_PER_ROW = ("weight", "weight_scale", "weight_zero_point", "bias")
+"""Parts of a linear with a row for each output."""
+_SHARED = ("input_scale", "input_zero_point", "weight_order")
+"""Parts that the linears of a pack must have in common."""
+
+
+def joint_name(names: Iterable[str]) -> str:
+    """What a pack of linears is called."""
+    return _JOINT.join(names)
+
+
+def members(name: str) -> list[str]:
+    """The linears of the pack ``name``; a linear that is in none is its own."""
+    return name.split(_JOINT)
+
+
+def is_pack(node: str) -> bool:
+    """Whether ``node`` is the name of the node that takes a pack apart."""
+    return node.endswith(SPLIT) and _JOINT in node
+
+
+def packs(linears: Sequence[QuantizedLinear]) -> list[list[QuantizedLinear]]:
+    """``linears``, which read one value, by those that one MatMul can compute."""
+    found: list[list[QuantizedLinear]] = []
+    for linear in linears:
+        fitting = next((pack for pack in found if _fit(pack[0], linear)), None)
+        if fitting is None:
+            found.append([linear])
+        else:
+            fitting.append(linear)
+    return found
+
+
+def packed(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """One linear whose rows are those of ``linears`` in turn; its weight is not made: it is on the meta device."""
+    if len(linears) == 1:
+        return linears[0]
+    first = linears[0]
+    outputs = sum(linear.weight.shape[0] for linear in linears)
+    changes: dict[str, Any] = {
+        part: torch.cat([getattr(linear, part) for linear in linears])
+        for part in _PER_ROW[1:]
+        if getattr(first, part) is not None
+    }
+    weight = torch.empty((outputs, first.weight.shape[1]), dtype=first.weight.dtype, device="meta")
+    return replace(first, name=joint_name(linear.name for linear in linears), weight=weight, **changes)
+
+
+def unpacked(pack: QuantizedLinear, sizes: Sequence[int]) -> list[QuantizedLinear]:
+    """The inverse of :func:`packed`, of a pack whose weight is there.
+
+    Args:
+        pack: read back from a graph.
+        sizes: rows of each of its linears.
+    """
+    names, found, start = members(pack.name), [], 0
+    for name, size in zip(names, sizes, strict=True):
+        rows = slice(start, start + size)
+        parts = {part: getattr(pack, part) for part in _PER_ROW}
+        changes: dict[str, Any] = {part: x[rows].contiguous() for part, x in parts.items() if x is not None}
+        found.append(replace(pack, name=name, **changes))
+        start += size
+    return found
+
+
+def _fit(one: QuantizedLinear, other: QuantizedLinear) -> bool:
+    """Whether both can be rows of one weight: the same grid, the same input, and scales that lie by rows."""
+    return (
+        one.weight_scheme == other.weight_scheme
+        and one.weight_scheme.scale_format == "compute"
+        and isinstance(one.weight_scheme.granularity, PerBlock | PerChannel)
+        and one.weight_scheme.granularity != PerChannel(1)
+        and one.input_scheme == other.input_scheme
+        and one.online_rotation == other.online_rotation
+        and (one.bias is None) == (other.bias is None)
+        and all(_equal(getattr(one, part), getattr(other, part)) for part in _SHARED)
+    )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

@@ -1,0 +1,1 @@
+"""Tripy modules that read ``tripy`` bundles. The files import nvtripy; this package does not until they are used."""

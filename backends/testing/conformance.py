@@ -1,0 +1,395 @@
+"""The conformance suite: what every backend must do, whatever it writes.
+
+Subclass :class:`BackendConformance` in a test module and say which backend; pytest then runs each test for each target
+and for each scheme that the backend says it can express. A backend that passes can be exported to, verified and
+inspected by ``rotq`` like the built-in ones.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backends.base import Backend, Fusion, RuntimeMissing, RuntimeModel
+from backends.testing.cases import Case, cases, linear_schemes, state_of, tree, write
+from backends.testing.models import FAMILIES, token_rows
+from backends.testing.running import (
+    FLIPS,
+    LINEAR,
+    NAIVE,
+    WHOLE,
+    check_close,
+    decode,
+    distance,
+    padded,
+    prefill,
+    reference_logits,
+)
+from calib.architectures import SPACE_OF
+from calib.artifact import QuantizedLinear, QuantizedModel
+from calib.errors import BackendError
+from calib.reference import ReferenceLinear, build_reference
+from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES
+
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "modelopt")
+"""What listing backends must not import: each of them takes seconds."""
+_METHODS = (
+    "refusal",
+    "warning",
+    "cache_refusal",
+    "rotation_refusal",
+    "model_refusal",
+    "compute_dtype",
+    "write",
+    "load",
+    "load_probed",
+    "fusion",
+    "read_linears",
+    "read_cache",
+    "contents",
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A written folder and what was written."""
+
+    backend: Backend
+    case: Case
+    folder: Path
+    model: QuantizedModel
+
+    @cached_property
+    def reference(self) -> nn.Module:
+        """What it must reproduce."""
+        return build_reference(self.model)
+
+    @cached_property
+    def runtime(self) -> RuntimeModel:
+        """It, in its runtime."""
+        try:
+            return self.backend.load(self.folder, self.case.target, exact=True)
+        except RuntimeMissing as error:
+            pytest.skip(error.message)
+
+    @property
+    def dtype(self) -> str:
+        """What its target computes in."""
+        return self.backend.compute_dtype(self.case.target) or "float32"
+
+    @property
+    def bound(self) -> float:
+        """How far logits may be from the reference."""
+        rounds = self.model.cache is not None or any(part.input_scheme for part in self.model.linears.values())
+        bound = FLIPS if rounds else WHOLE
+        return bound if self.dtype == "float32" else max(bound, NAIVE * self.naive)
+
+    @cached_property
+    def naive(self) -> float:
+        """How far torch is off where it computes as the target does."""
+        ids = torch.stack(token_rows(12, 12, 12, 12, seed=3))
+        naive = build_reference(self.model, dtype=getattr(torch, self.dtype))
+        return distance(reference_logits(naive, ids), reference_logits(self.reference, ids))
+
+
+class BackendConformance:
+    """Subclass it as ``Test...``, and give it :meth:`create`.
+
+    Example:
+        .. code-block:: python
+
+            class TestMine(BackendConformance):
+                @staticmethod
+                def create() -> Backend:
+                    return MyBackend()
+    """
+
+    families: ClassVar[tuple[str, ...]] = tuple(FAMILIES)
+    """Model families to try; those that the backend refuses are left out."""
+    targets: ClassVar[tuple[str, ...] | None] = None
+    """Targets to write for, where some of them need a package that may be missing; ``None``: all."""
+    online: ClassVar[bool] = True
+    """Whether to try rotations that run online, R3 and R4."""
+    _made: ClassVar[dict[tuple[type, Case], Written]] = {}
+
+    @staticmethod
+    def create() -> Backend:
+        """The backend that is tried; called without arguments, as its entry point is."""
+        raise NotImplementedError("a conformance test overrides create()")
+
+    @classmethod
+    def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
+        """One test for each case that the backend accepts."""
+        if "case" in metafunc.fixturenames and cls is not BackendConformance:
+            found = list(cases(cls.create(), cls.families, online=cls.online, targets=cls.targets))
+            metafunc.parametrize("case", found, ids=[case.id for case in found])
+
+    @pytest.fixture
+    def backend(self) -> Backend:
+        """A fresh backend: it holds no state."""
+        return self.create()
+
+    @pytest.fixture
+    def written(self, case: Case, backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Written:
+        """The case, written once for all tests that only look at it."""
+        key = (type(self), case)
+        if key not in self._made:
+            folder = tmp_path_factory.mktemp(case.id)
+            self._made[key] = Written(backend, case, folder, write(backend, case, folder))
+        return self._made[key]
+
+    def test_it_is_a_backend(self, backend: Backend) -> None:
+        """Name, targets and methods are there."""
+        assert isinstance(backend.name, str)
+        assert backend.name
+        assert isinstance(backend.targets, tuple), "targets are a tuple; the first is the default"
+        assert backend.targets
+        assert all(isinstance(target, str) and target for target in backend.targets)
+        assert len(set(backend.targets)) == len(backend.targets)
+        missing = [name for name in _METHODS if not callable(getattr(backend, name, None))]
+        assert not missing
+        for target in backend.targets:
+            assert backend.compute_dtype(target) in (None, *LINEAR)
+
+    def test_reasons_are_one_line_and_always_the_same(self, backend: Backend) -> None:
+        """``rotq backends`` prints them in a table."""
+        for target in backend.targets:
+            for name, scheme in linear_schemes().items():
+                for ask in (backend.refusal, backend.warning):
+                    _check_reason(ask(scheme, target), self.create(), ask.__name__, scheme, target, name)
+            for name, cache in KV_SCHEMES.items():
+                _check_reason(backend.cache_refusal(cache, target), self.create(), "cache_refusal", cache, target, name)
+            for kind in SPACE_OF:
+                _check_reason(
+                    backend.rotation_refusal(kind, target), self.create(), "rotation_refusal", kind, target, kind
+                )
+            linears = {"a": LINEAR_SCHEMES["int8"]}
+            for family in self.families:
+                reason = backend.model_refusal(FAMILIES[family]().to_dict(), linears, target)
+                assert reason is None or (len(reason) == 2 and all(reason))
+
+    def test_reasons_are_given_without_importing_a_framework(self, backend: Backend) -> None:
+        """``rotq backends`` asks every installed backend, and answers at once."""
+        kind = type(backend)
+        code = (
+            f"import sys; from {kind.__module__} import {kind.__qualname__} as B; b = B();"
+            "from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES;"
+            "[(b.refusal(s, t), b.warning(s, t)) for s in LINEAR_SCHEMES.values() for t in b.targets];"
+            "[b.cache_refusal(s, t) for s in KV_SCHEMES.values() for t in b.targets];"
+            "[b.rotation_refusal(k, t) for k in ('r1', 'r2', 'r3', 'r4') for t in b.targets];"
+            f"sys.exit(', '.join(set({HEAVY}) & set(sys.modules)) or 0)"
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"it imports {done.stderr.strip()}"
+
+    def test_it_expresses_something(self, backend: Backend) -> None:
+        """Every target accepts at least one scheme: what accepts none has passed everything else here for nothing."""
+        for target in backend.targets:
+            assert any(backend.refusal(scheme, target) is None for scheme in linear_schemes().values()), target
+
+    def test_writing_touches_nothing_else(
+        self, case: Case, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not the model, no file outside the folder; and the same model gives the same bytes."""
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        before = state_of(case.model(backend.compute_dtype(case.target)))
+        trees = []
+        for name in ("one", "two"):
+            folder = tmp_path / name
+            folder.mkdir()
+            model = write(backend, case, folder)
+            trees.append(tree(folder))
+        assert state_of(model) == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "one", "two"]
+        assert not list((tmp_path / "elsewhere").iterdir())
+        assert trees[0] == trees[1], "the same model must give the same bytes"
+
+    def test_linears_are_read_back_to_the_last_bit(self, written: Written) -> None:
+        """Stored values as they are; scales in the dtype that the target has them in."""
+        found = written.backend.read_linears(written.folder, written.case.target)
+        assert list(found) == list(written.model.linears)
+        for name, expected in written.model.linears.items():
+            linear = found[name]
+            assert linear.description() == expected.description(), name
+            assert torch.equal(_bits(linear.weight), _bits(expected.weight)), f"{name}.weight"
+            for key, tensor in expected.tensors().items():
+                part = key.removeprefix(f"{name}.")
+                check = _check_second_scale if part in _second_scales(expected) else _check_part
+                check(key, getattr(linear, part), tensor)
+            assert linear.tensors().keys() == expected.tensors().keys(), name
+
+    def test_the_cache_is_read_back(self, written: Written) -> None:
+        """Scales by layer, or ``None`` where the cache is in float."""
+        found, expected = written.backend.read_cache(written.folder, written.case.target), written.model.cache
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            assert found.scheme == expected.scheme
+            for scales, wanted in ((found.key_scale, expected.key_scale), (found.value_scale, expected.value_scale)):
+                assert scales.keys() == wanted.keys()
+                for layer, tensor in wanted.items():
+                    _check_part(f"cache scale of layer {layer}", scales[layer], tensor)
+
+    def test_contents_are_everything(self, written: Written) -> None:
+        """What ``rotq inspect`` counts is all there is, and no more than the files hold."""
+        contents = written.backend.contents(written.folder, written.case.target)
+        assert len({tensor.name for tensor in contents}) == len(contents)
+        size = sum(path.stat().st_size for path in written.folder.rglob("*") if path.is_file())
+        assert sum(tensor.nbytes for tensor in contents) <= size
+        quantized = [tensor for tensor in contents if tensor.kind == "quantized weight"]
+        parts = written.model.linears.values()
+        bits = sum(part.weight.numel() * part.weight_scheme.format.bits for part in parts)
+        assert sum(tensor.nbytes for tensor in quantized) * 8 >= bits
+        assert len(quantized) >= len(written.model.linears)
+        floats = sum(_elements(tensor.shape) for tensor in contents if tensor.kind == "float weight")
+        assert floats >= sum(tensor.numel() for tensor in written.model.floats.values())
+
+    def test_fusion_names_linears(self, written: Written) -> None:
+        """Where the runtime tells how it executes them, the count is right and the names are those of the model."""
+        found = written.backend.fusion(written.folder, written.case.target)
+        assert found is None or isinstance(found, Fusion)
+        if found is not None:
+            assert found.quantized == len(written.model.linears)
+            assert set(found.unfused) <= written.model.linears.keys()
+
+    def test_each_linear_computes_what_the_artifact_says(self, written: Written) -> None:
+        """On identical inputs, taken from the runtime itself."""
+        try:
+            probed = written.backend.load_probed(written.folder, written.case.target)
+        except RuntimeMissing as error:
+            pytest.skip(error.message)
+        names = list(written.model.linears)
+        found = probed.probe(token_rows(12)[0][None], names)
+        assert list(found) == names
+        for name, (entering, leaving) in found.items():
+            linear = written.reference.get_submodule(name)
+            assert isinstance(linear, ReferenceLinear)
+            expected = linear.matmul(linear.quantize(entering.float()))
+            check_close(leaving, expected, LINEAR[written.dtype], name)
+
+    def test_prefill_is_the_reference(self, written: Written) -> None:
+        """A batch of whole rows."""
+        ids = torch.stack(token_rows(12, 12))
+        logits = prefill(written.runtime, ids)
+        assert logits.dtype == torch.float32
+        check_close(logits, reference_logits(written.reference, ids), written.bound, "prefill")
+        assert isinstance(written.runtime.runtime, str)
+        assert written.runtime.note == "", "what was asked to be exact has nothing to note"
+
+    def test_decoding_with_the_cache_is_the_reference(self, written: Written) -> None:
+        """A short prefill, then token by token."""
+        ids = torch.stack(token_rows(11, 11, seed=1))
+        expected = reference_logits(written.reference, ids)
+        check_close(decode(written.runtime, ids, 4), expected, written.bound, "decoding")
+
+    def test_padding_changes_nothing(self, written: Written) -> None:
+        """Rows of different lengths in one left-padded batch are the rows alone."""
+        rows = token_rows(11, 7, 4, seed=2)
+        for row, logits in zip(rows, padded(written.runtime, rows), strict=True):
+            expected = reference_logits(written.reference, row[None])
+            check_close(logits[None], expected, written.bound, f"padded row of {row.numel()}")
+
+    @pytest.mark.parametrize("damage", ["empty", "truncated", "missing"])
+    def test_a_damaged_folder_is_refused(self, backend: Backend, tmp_path: Path, damage: str) -> None:
+        """With an error that has a hint, by whatever opens the folder first."""
+        for case in _one_per_target(cases(backend, self.families, online=False, targets=self.targets)):
+            folder = tmp_path / case.target
+            folder.mkdir()
+            write(backend, case, folder)
+            _DAMAGE[damage](folder)
+            for name, opener in _openers(backend, folder, case.target).items():
+                with pytest.raises(BackendError) as caught:
+                    opener()
+                assert not isinstance(caught.value, RuntimeMissing), name
+                assert caught.value.hint, f"{name} says what is wrong and not what to do"
+                assert "\n" not in caught.value.message, f"{name} says it in more than one line"
+
+
+def _check_reason(reason: str | None, again: Backend, ask: str, scheme: Any, target: str, name: str) -> None:
+    where = f"{ask} of {name} for {target}"
+    assert reason is None or (isinstance(reason, str) and reason.strip() and "\n" not in reason), where
+    assert getattr(again, ask)(scheme, target) == reason, where
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Float formats compared bit by bit: float8 has no comparison of its own everywhere, and -0 is not 0."""
+    return tensor.contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+def _check_part(name: str, found: Tensor | None, expected: Tensor) -> None:
+    assert found is not None, f"{name} is missing"
+    assert found.shape == expected.shape, f"{name}: {list(found.shape)} instead of {list(expected.shape)}"
+    if not found.dtype.is_floating_point:
+        assert torch.equal(found, expected.to(found.dtype)), name
+        return
+    assert torch.equal(found.double(), expected.to(found.dtype).double()), name
+
+
+def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
+    """Parts of ``linear`` that are the second level of NVFP4."""
+    own = linear.input_scheme is not None and linear.input_scheme.scale_format == "e4m3"
+    return ("weight_second_scale", "input_scale") if own else ("weight_second_scale",)
+
+
+def _check_second_scale(name: str, found: Tensor | None, expected: Tensor) -> None:
+    """A target may hold the inverse, and inverting twice rounds twice: by up to half an eps each."""
+    assert found is not None, f"{name} is missing"
+    assert found.shape == expected.shape == ()
+    eps = torch.finfo(torch.float32).eps
+    assert abs(found.double() - expected.double()) <= eps * (1 + eps) * expected.double(), name
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _one_per_target(found: Any) -> list[Case]:
+    chosen: dict[str, Case] = {}
+    for case in found:
+        if case.scheme != "float":
+            chosen.setdefault(case.target, case)
+    return list(chosen.values())
+
+
+def _largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def _truncate(folder: Path) -> None:
+    path = _largest(folder)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+
+_DAMAGE: Mapping[str, Callable[[Path], None]] = {
+    "empty": _empty,
+    "truncated": _truncate,
+    "missing": lambda folder: _largest(folder).unlink(),
+}
+
+
+def _openers(backend: Backend, folder: Path, target: str) -> dict[str, Callable[[], object]]:
+    return {
+        "load": lambda: backend.load(folder, target, exact=True),
+        "load_probed": lambda: backend.load_probed(folder, target),
+        "read_linears": lambda: backend.read_linears(folder, target),
+        "contents": lambda: backend.contents(folder, target),
+    }

@@ -1,0 +1,65 @@
+"""What the safetensors backend adds to its targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backends.base import RuntimeMissing, WriteOptions
+from backends.registry import available, get_backend
+from backends.safetensors.backend import SafetensorsBackend
+from backends.safetensors.targets import TARGETS, Target
+from backends.testing import tiny_model
+from backends.torch_model import TorchModel
+from calib.errors import BackendError
+from calib.schemes import LINEAR_SCHEMES, SCHEMES
+
+
+def test_it_is_found_through_its_entry_point() -> None:
+    assert isinstance(get_backend("safetensors"), SafetensorsBackend)
+    info = {entry.name: entry for entry in available()}["safetensors"]
+    assert info.error is None
+    assert info.targets == ("tripy", "tensorrt", "modelopt", "compressed-tensors")
+
+
+def test_every_target_is_a_layout_of_its_name() -> None:
+    for name, target in TARGETS.items():
+        assert target.layout().target == name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("compressed_tensors", reason="writing for this target needs it")
+    folder = tmp_path_factory.mktemp("bundle")
+    model = tiny_model("llama", SCHEMES["int8-weight-only"])
+    SafetensorsBackend().write(model, folder, WriteOptions("compressed-tensors"))
+    return folder
+
+
+def test_a_bundle_is_opened_for_its_own_target_only(folder: Path) -> None:
+    with pytest.raises(BackendError, match="written for target 'compressed-tensors', not for 'tripy'") as caught:
+        SafetensorsBackend().read_linears(folder, "tripy")
+    assert "--from-artifact" in str(caught.value.hint)
+
+
+def test_a_library_of_the_targets_own_is_preferred(folder: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="it is what loads the bundle")
+    model = SafetensorsBackend().load(folder, "compressed-tensors", exact=True)
+    assert model.runtime.startswith("transformers")
+
+
+def test_torch_stands_in_where_that_library_cannot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(self: Target, folder: Path, *, exact: bool) -> TorchModel:
+        raise RuntimeMissing("it is not here", hint="install it")
+
+    monkeypatch.setattr(Target, "run", missing)
+    model = SafetensorsBackend().load(folder, "compressed-tensors", exact=True)
+    assert isinstance(model, TorchModel)
+    assert model.runtime == "torch, from the file"
+
+
+def test_every_preset_has_a_target() -> None:
+    backend = SafetensorsBackend()
+    for name, linear in LINEAR_SCHEMES.items():
+        assert any(backend.refusal(linear, target) is None for target in backend.targets), name
