@@ -121,6 +121,9 @@ class Backend(Protocol):
         computed while the model runs.
         """
 
+    def logits_refusal(self, target: str) -> str | None:
+        """Why ``target`` cannot be written with the logits of the last token alone, else ``None``. Torch-free."""
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

@@ -171,6 +171,20 @@ def check_model(backend: Backend, target: str, config: Mapping[str, Any], linear
         )
 
 
+def check_logits(backend: Backend, target: str, logits: str) -> None:
+    """Refuse logits of the last token alone where ``target`` cannot be written so.
+
+    Raises:
+        BackendError: with the reason.
+    """
+    reason = backend.logits_refusal(target) if logits == "last" else None
+    if reason is not None:
+        raise BackendError(
+            f"target '{target}' of backend '{backend.name}' cannot be written with --logits last: {reason}",
+            hint="leave --logits out",
+        )
+
+
 def check_rotations(backend: Backend, target: str, kinds: Collection[str]) -> None:
     """Refuse rotations that ``target`` cannot express.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backends.base import WriteOptions
-from backends.registry import check_expressible, check_model, check_rotations, warnings_of
+from backends.registry import check_expressible, check_logits, check_model, check_rotations, warnings_of
 from calib.artifact import QuantizedModel
 from calib.errors import RotqError
 from calib.fusing import FusedModel
@@ -52,6 +52,7 @@ def check_writable(
         check_expressible(run.backend, target, linears, cache)
         check_model(run.backend, target, config, linears)
         check_rotations(run.backend, target, rotations)
+        check_logits(run.backend, target, run.recipe.logits)
         for warning in warnings_of(run.backend, target, linears):
             logger.warning("target '%s': %s", target, warning)
 

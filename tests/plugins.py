@@ -21,6 +21,9 @@ class Stub:
     def rotation_refusal(self, kind, target):
         return "it has no place for one" if (kind, target) == ("r4", "two") else None
 
+    def logits_refusal(self, target):
+        return "it computes them all" if target == "two" else None
+
     def model_refusal(self, config, linears, target):
         if config["vocab_size"] % 2:
             return "its vocabulary is odd", "pad the vocabulary"

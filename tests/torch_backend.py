@@ -64,6 +64,9 @@ class TorchBackend:
     def rotation_refusal(self, kind: str, target: str) -> str | None:
         return "it has no place for one" if (kind, target) == ("r4", "half") else None
 
+    def logits_refusal(self, target: str) -> str | None:
+        return None
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

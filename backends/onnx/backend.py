@@ -41,6 +41,10 @@ class OnnxBackend:
         """See :class:`~backends.base.Backend`; online rotations are standard nodes."""
         return None
 
+    def logits_refusal(self, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return None
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

@@ -68,6 +68,8 @@ class OnnxModel:
         return tap.entering, tap.leaving
 
     def _run(self, outputs: Sequence[str], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        if not outputs:  # which ONNX Runtime takes to mean all
+            return []
         found = self._session.run(list(outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
         return [torch.from_numpy(array) for array in found]
 

@@ -39,6 +39,10 @@ class SafetensorsBackend:
         """See :class:`~backends.base.Backend`."""
         return TARGETS[target].rotation_refusal(kind)
 
+    def logits_refusal(self, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return "a bundle holds weights; which logits are computed is up to whoever loads it"
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

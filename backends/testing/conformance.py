@@ -48,6 +48,7 @@ _METHODS = (
     "warning",
     "cache_refusal",
     "rotation_refusal",
+    "logits_refusal",
     "model_refusal",
     "compute_dtype",
     "write",

@@ -14,6 +14,7 @@ from backends.registry import (
     available,
     check_cache,
     check_expressible,
+    check_logits,
     check_model,
     check_rotations,
     check_target,
@@ -34,6 +35,15 @@ def named(scheme: str) -> dict[str, LinearScheme]:
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_plugins(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("plugins")
+def test_logits_of_the_last_token_are_refused_where_all_are_computed() -> None:
+    stub = get_backend("stub")
+    check_logits(stub, "one", "last")
+    check_logits(stub, "two", "all")
+    with pytest.raises(BackendError, match="cannot be written with --logits last: it computes them all"):
+        check_logits(stub, "two", "last")
 
 
 def test_the_built_in_backend_is_found_through_its_entry_point() -> None:

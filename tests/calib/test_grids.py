@@ -20,7 +20,7 @@ from calib.schemes import (
     FLOAT8,
     INT4,
     INT8,
-    SCHEMES,
+    LINEAR_SCHEMES,
     NumberFormat,
     PerBlock,
     PerChannel,
@@ -31,7 +31,7 @@ from calib.schemes import (
 from tests.tolerances import half_step
 
 GRANULARITIES = [PerTensor(), PerChannel(0), PerBlock(4), PerBlock(7), PerBlock(10), PerBlock(128)]
-WEIGHT_SCHEMES = {name: scheme.weight for name, scheme in SCHEMES.items()}
+WEIGHT_SCHEMES = {name: scheme.weight for name, scheme in LINEAR_SCHEMES.items()}
 
 
 def random_weight(rows: int = 6, columns: int = 10, seed: int = 0) -> Tensor:
@@ -144,7 +144,7 @@ def test_dead_weights_stay_dead(name: str) -> None:
 
 
 def test_nvfp4_has_two_levels_of_scales() -> None:
-    scheme = SCHEMES["nvfp4"].weight
+    scheme = LINEAR_SCHEMES["nvfp4"].weight
     weight = random_weight(4, 64)
     grid = weight_grid(weight, scheme)
     assert grid.second_level is not None

@@ -38,6 +38,9 @@ class NpzBackend:
     def rotation_refusal(self, kind: str, target: str) -> str | None:
         return None
 
+    def logits_refusal(self, target: str) -> str | None:
+        return "a file of arrays computes no logits"
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:
