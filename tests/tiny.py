@@ -110,7 +110,11 @@ class Tiny:
 
     def model(self, dtype: torch.dtype = torch.float64) -> Any:
         """The reference, built by transformers alone."""
-        model: Any = transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        # The fused kernel, which is the default, has no cap on scores and leaves it out without a word.
+        attention = "eager" if getattr(self.config, "attn_logit_softcapping", None) else None
+        model: Any = transformers.AutoModelForCausalLM.from_config(
+            self.config, dtype=dtype, attn_implementation=attention
+        ).eval()
         model.load_state_dict(self.state)
         if self.architecture.experts is not None:
             model.set_experts_implementation("eager")  # the default kernel has no float64

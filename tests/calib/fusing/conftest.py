@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calib.attention import attention_implementation
 from tests.tiny import CONFIGS, Tiny, make_tiny, relative_l2
 
 
@@ -48,7 +49,7 @@ def tokens() -> Tensor:
 
 @pytest.fixture
 def exact() -> Callable[[Any], Any]:
-    """Patch a model so that norms and routers compute in float64 where transformers drops to float32."""
+    """Patch a model so that norms, routers and capped scores compute in float64 where transformers drops to float32."""
 
     def patch(model: Any) -> Any:
         for module in model.modules():
@@ -58,6 +59,8 @@ def exact() -> Callable[[Any], Any]:
                 module.forward = _RmsNorm(module, offset)
             elif name.endswith("TopKRouter"):
                 module.forward = _Router(module)
+        if getattr(model.config, "attn_logit_softcapping", None):  # "eager" has a float32 softmax
+            model.set_attn_implementation(attention_implementation(model.config))
         return model
 
     return patch

@@ -234,7 +234,8 @@ def test_riemannian_steps_stay_on_the_group_and_go_down(retraction: Literal["ns"
     )
     losses = torch.stack([stepper.step(x, None) for _ in range(40)])
     assert (losses[-1] < losses[0]).all()
-    assert orthogonality_error(stepper.rotation()) <= 1e-5  # 40 float32 products
+    drift = 40 * 16 * torch.finfo(torch.float32).eps / 2  # an entry of each of 40 products sums 16 rounded terms
+    assert orthogonality_error(stepper.rotation()) <= drift
 
 
 def test_both_retractions_agree_to_second_order() -> None:
