@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# One process for each core, and one thread in each: the models of the tests are tiny.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: demo test test-runtimes check bench clean
 
@@ -23,12 +25,12 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not runtimes"
+	$(PYTEST) -m "not runtimes"
 
 # In the runtimes themselves. One that cannot be installed here is said to be missing, and its tests are skipped.
 test-runtimes: $(STAMP)
 	$(BIN)/python -m tests.install_runtimes
-	$(BIN)/python -m pytest -m runtimes
+	$(PYTEST) -m runtimes
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def regenerate_golden(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of this session's own for traced graphs, instead of the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A folder of this session's own for traced graphs, instead of the user's; its worker processes share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROTQ_CACHE", str(folder))
         yield folder
