@@ -69,13 +69,19 @@ def test_every_family_has_a_config(name: str) -> None:
 
 
 def greedy(exported: Exported, ids: torch.Tensor, steps: int) -> list[int]:
-    """The token of the largest logit, over and over, through rotq's own runner as a user's session computes."""
+    """The token of the largest logit, over and over, through rotq's own runner as a user's session computes.
+
+    Never the one that ends a text: asked for a least length, onnxruntime-genai leaves it out as well.
+    """
+    end = exported.quantized.config.get("eos_token_id")
     runtime = OnnxBackend().load(exported.folder, "ort", exact=False)
     found, entering, past = ids[None], ids[None], None
     for _ in range(steps):
         length = found.shape[1]
         positions = torch.arange(length - entering.shape[1], length)[None]
         logits, past = runtime.forward(entering, torch.ones(1, length, dtype=torch.long), positions, past)
+        if end is not None and end < logits.shape[-1]:
+            logits[..., end] = -torch.inf
         entering = logits[:, -1].argmax(-1, keepdim=True)
         found = torch.cat([found, entering], dim=1)
     return found[0].tolist()
