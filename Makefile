@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.capture
 	$(BIN)/python -m benchmarks.layerwise --work out/benchmark-layerwise --layers 2
 	$(BIN)/python -m benchmarks.runtime --work out/benchmark-runtime
+	$(BIN)/python -m benchmarks.bundle --folder out
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info
