@@ -42,6 +42,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layerwise --work out/benchmark-layerwise --layers 2
 	$(BIN)/python -m benchmarks.runtime --work out/benchmark-runtime
 	$(BIN)/python -m benchmarks.bundle --folder out
+	$(BIN)/python -m benchmarks.tracing --folder out
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -20,12 +20,26 @@ def attention_implementation(config: Any) -> str:
     """The name, in transformers' registry, of the attention function that computes all that ``config`` asks for."""
     if getattr(config, "attn_logit_softcapping", None) is None:
         return "sdpa"
-    from transformers import AttentionInterface, AttentionMaskInterface  # here, because they take seconds to import
-    from transformers.masking_utils import sdpa_mask
+    return registered(_CAPPED, _capped)
 
-    AttentionInterface.register(_CAPPED, _capped)
-    AttentionMaskInterface.register(_CAPPED, sdpa_mask)
-    return _CAPPED
+
+def registered(name: str, function: Callable[..., Any], masks_of: str = "sdpa") -> str:
+    """Put an attention function into transformers' registry.
+
+    Args:
+        name: what it shall be called.
+        function: called as transformers' own are.
+        masks_of: the implementation whose masks it takes, such as ``sdpa``, which has boolean ones.
+
+    Returns:
+        ``name``.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface  # here, because they take seconds to import
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
+    return name
 
 
 def attend(

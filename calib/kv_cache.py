@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from calib.architectures import Architecture
 from calib.artifact import QuantizedCache
+from calib.attention import registered
 from calib.errors import QuantizationError
 from calib.grids import round_to_grid
 from calib.modules import get_submodule
@@ -151,12 +152,10 @@ def _attach(transforms: Mapping[Any, Transform]) -> None:
         setattr(module, _ATTRIBUTE, transform)
         inner = module.config._attn_implementation
         if not inner.startswith(_PREFIX):
-            module.config._attn_implementation = _registered(inner)
+            module.config._attn_implementation = _rounding_attention(inner)
 
 
-def _registered(inner: str) -> str:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+def _rounding_attention(inner: str) -> str:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _PREFIX + inner
@@ -171,6 +170,4 @@ def _registered(inner: str) -> str:
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, *args, **kwargs)
         return result
 
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
-    return name
+    return registered(name, function, masks_of=inner)

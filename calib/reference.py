@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from calib.architectures import architecture_for
 from calib.artifact import QuantizedLinear, QuantizedModel
-from calib.attention import attend
+from calib.attention import attend, registered
 from calib.experts.gather import gather_experts
 from calib.experts.modules import Experts
 from calib.inputs import fake_quantize_input
@@ -114,7 +114,7 @@ def build_reference(model: QuantizedModel, *, split_sum: bool = False, dtype: to
         for module in network.modules():
             if type(module) is nn.Linear:
                 module.__class__ = _SplitLinear
-        _use_split_attention(network)
+        network.set_attn_implementation(registered(_SPLIT_ATTENTION, _split_attention))  # type: ignore[operator]
     if model.cache is not None:
         attach_cache(network, architecture, model.cache)
     return network.eval()
@@ -135,15 +135,6 @@ def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def _split_matmul(a: Tensor, b: Tensor) -> Tensor:
     half = a.shape[-1] // 2
     return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
-
-
-def _use_split_attention(network: nn.Module) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(_SPLIT_ATTENTION, _split_attention)
-    AttentionMaskInterface.register(_SPLIT_ATTENTION, sdpa_mask)
-    network.set_attn_implementation(_SPLIT_ATTENTION)  # type: ignore[operator]
 
 
 def _split_attention(

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from backends.rows import joined, rows_of
 from calib.artifact import QuantizedLinear
 from calib.schemes import PerBlock, PerChannel
 
 _JOINT = "|"
 SPLIT = "/Split"
 """What follows a pack's name in that of the node that takes its outputs apart."""
-_PER_ROW = ("weight", "weight_scale", "weight_zero_point", "bias")
-"""Parts of a linear with a row for each output."""
 _SHARED = ("input_scale", "input_zero_point", "weight_order")
 """Parts that the linears of a pack must have in common."""
 
@@ -61,15 +60,10 @@ def packed(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
     """One linear whose rows are those of ``linears`` in turn; its weight is not made: it is on the meta device."""
     if len(linears) == 1:
         return linears[0]
-    first = linears[0]
-    outputs = sum(linear.weight.shape[0] for linear in linears)
-    changes: dict[str, Any] = {
-        part: torch.cat([getattr(linear, part) for linear in linears])
-        for part in _PER_ROW[1:]
-        if getattr(first, part) is not None
-    }
-    weight = torch.empty((outputs, first.weight.shape[1]), dtype=first.weight.dtype, device="meta")
-    return replace(first, name=joint_name(linear.name for linear in linears), weight=weight, **changes)
+    first = linears[0].weight
+    outputs = sum(len(linear.weight) for linear in linears)
+    weight = torch.empty((outputs, first.shape[1]), dtype=first.dtype, device="meta")
+    return replace(joined(linears, weight=weight), name=joint_name(linear.name for linear in linears))
 
 
 def unpacked(pack: QuantizedLinear, sizes: Sequence[int]) -> list[QuantizedLinear]:
@@ -79,14 +73,9 @@ def unpacked(pack: QuantizedLinear, sizes: Sequence[int]) -> list[QuantizedLinea
         pack: read back from a graph.
         sizes: rows of each of its linears.
     """
-    names, found, start = members(pack.name), [], 0
-    for name, size in zip(names, sizes, strict=True):
-        rows = slice(start, start + size)
-        parts = {part: getattr(pack, part) for part in _PER_ROW}
-        changes: dict[str, Any] = {part: x[rows].contiguous() for part, x in parts.items() if x is not None}
-        found.append(replace(pack, name=name, **changes))
-        start += size
-    return found
+    ends = list(accumulate(sizes))
+    rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    return [replace(rows_of(pack, part), name=name) for name, part in zip(members(pack.name), rows, strict=True)]
 
 
 def _fit(one: QuantizedLinear, other: QuantizedLinear) -> bool:

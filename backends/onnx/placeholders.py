@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.architectures import Architecture
+from calib.attention import registered
 from calib.errors import BackendError
 from calib.modules import set_submodule
 
@@ -74,16 +75,7 @@ def open_up(network: Any, architecture: Architecture, config: Any) -> None:
             set_submodule(network, name, _OpenLinear(name, module.nf))
     for name in {parameter.rpartition(".")[0] for parameter in architecture.expert_parameters(config)}:
         set_submodule(network, name, _OpenExperts(name, int(config.num_experts)))
-    network.set_attn_implementation(_attention_function())
-
-
-def _attention_function() -> str:
-    from transformers import AttentionInterface, AttentionMaskInterface  # here, because they take seconds to import
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(_ATTENTION_FUNCTION, _open_attention)
-    AttentionMaskInterface.register(_ATTENTION_FUNCTION, sdpa_mask)
-    return _ATTENTION_FUNCTION
+    network.set_attn_implementation(registered(_ATTENTION_FUNCTION, _open_attention))
 
 
 def _open_attention(

@@ -6,24 +6,22 @@ gate, up and down, and so does vLLM's loader. transformers merges them again whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backends.rows import rows_of
 from calib.architectures import Architecture, LinearSpec, architecture_for
 from calib.artifact import QuantizedLinear
 from calib.experts.names import expert_index, quantizable_linears
-from calib.schemes import PerTensor
 
 _PUBLISHED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
 """What the module tree of transformers 5 calls otherwise than published checkpoints and vLLM, by family: from, to."""
 _WEIGHT = ".weight"
-_PER_ROW = ("weight", "weight_scale", "weight_zero_point", "bias")
-"""Parts of a linear that have a row for each output, but for scales per tensor."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,15 @@ class Names:
     def specs(self) -> dict[str, LinearSpec]:
         """Table entries of everything in the decoder that may be quantized, by name; of experts one by one."""
         return quantizable_linears(self.architecture, self.config)
+
+    def quantized_table(self, linears: Collection[str]) -> str | None:
+        """The first embedding that is among the quantized ``linears``."""
+        return next((table.name for table in self.architecture.embeddings if table.name in linears), None)
+
+    def experts_apart(self, linears: Collection[str]) -> str | None:
+        """A 3-D expert parameter that is left in float while another one is among the quantized ``linears``."""
+        left = [parameter for parameter in self.experts if f"{parameter}.0" not in linears]
+        return left[0] if 0 < len(left) < len(self.experts) else None
 
     def published(self, name: str) -> str:
         """The published name of a module or tensor."""
@@ -122,35 +129,4 @@ class Names:
         modules = self.modules(linear.name)
         share = linear.weight.shape[0] // len(modules)
         for index, module in enumerate(modules):
-            yield module, linear if len(modules) == 1 else _rows(linear, slice(index * share, (index + 1) * share))
-
-
-def joined(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
-    """The inverse of :meth:`Names.rows`."""
-    if len(linears) == 1:
-        return linears[0]
-
-    def whole(name: str, values: list[Tensor]) -> Tensor:
-        return torch.cat(values) if _is_per_row(linears[0], name) else values[0]
-
-    return _with_parts(
-        linears[0], {name: whole(name, [getattr(linear, name) for linear in linears]) for name in _parts(linears[0])}
-    )
-
-
-def _rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
-    parts = {name: getattr(linear, name) for name in _parts(linear)}
-    return _with_parts(linear, {name: x[rows] if _is_per_row(linear, name) else x for name, x in parts.items()})
-
-
-def _with_parts(linear: QuantizedLinear, parts: Mapping[str, Tensor]) -> QuantizedLinear:
-    changes: dict[str, Any] = dict(parts)
-    return replace(linear, **changes)
-
-
-def _parts(linear: QuantizedLinear) -> list[str]:
-    return [name for name in _PER_ROW if getattr(linear, name) is not None]
-
-
-def _is_per_row(linear: QuantizedLinear, name: str) -> bool:
-    return name in ("weight", "bias") or not isinstance(linear.weight_scheme.granularity, PerTensor)
+            yield module, linear if len(modules) == 1 else rows_of(linear, slice(index * share, (index + 1) * share))

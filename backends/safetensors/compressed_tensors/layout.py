@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from backends.rows import joined
 from backends.safetensors.compressed_tensors.config import with_quantization
 from backends.safetensors.compressed_tensors.schemes import short_blocks
 from backends.safetensors.compressed_tensors.tensors import linear_from, parts_of
 from backends.safetensors.compressed_tensors.transforms import transform_keys, transforms_of
 from backends.safetensors.layout import Entry
-from backends.safetensors.names import Names, joined
+from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.schemes import LinearScheme, tensor_scheme_from_dict
@@ -29,17 +30,15 @@ class CompressedTensorsLayout:
     def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
         """See :meth:`backends.base.Backend.model_refusal`."""
         names = Names.of(config)
-        tables = [table.name for table in names.architecture.embeddings if table.name in linears]
-        if tables:
+        table, apart = names.quantized_table(linears), names.experts_apart(linears)
+        if table is not None:
             return (
-                f"transformers 5 fails on a checkpoint whose embedding ('{tables[0]}') is quantized",
-                f"leave out --override '{tables[0]}=...'",
+                f"transformers 5 fails on a checkpoint whose embedding ('{table}') is quantized",
+                f"leave out --override '{table}=...'",
             )
-        quantized = {parameter: f"{parameter}.0" in linears for parameter in names.experts}
-        if len(set(quantized.values())) > 1:
-            parameter = next(name for name, found in quantized.items() if not found)
+        if apart is not None:
             return (
-                f"vLLM wants all experts in one scheme, and those of '{parameter}' are left in float",
+                f"vLLM wants all experts in one scheme, and those of '{apart}' are left in float",
                 "quantize all experts, or none",
             )
         return block_refusal(config, linears, short_blocks)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.rows import joined
 from backends.safetensors.layout import Entry
 from backends.safetensors.modelopt.config import mixed_experts, quant_config, with_quantization
 from backends.safetensors.modelopt.rules import rotation_refusal
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
-from backends.safetensors.names import Names, joined
+from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
 from calib.architectures import Space
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
@@ -37,17 +38,15 @@ class ModelOptLayout:
     def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
         """See :meth:`backends.base.Backend.model_refusal`."""
         names = Names.of(config)
-        tables = [table.name for table in names.architecture.embeddings if table.name in linears]
-        if tables:
+        table, apart = names.quantized_table(linears), names.experts_apart(linears)
+        if table is not None:
             return (
-                f"no reader of ModelOpt's layout takes a quantized embedding ('{tables[0]}')",
-                f"leave out --override '{tables[0]}=...'",
+                f"no reader of ModelOpt's layout takes a quantized embedding ('{table}')",
+                f"leave out --override '{table}=...'",
             )
-        quantized = {parameter: f"{parameter}.0" in linears for parameter in names.experts}
-        if len(set(quantized.values())) > 1:
-            parameter = next(name for name, found in quantized.items() if not found)
+        if apart is not None:
             return (
-                f"ModelOpt's layout has all experts in one format, and those of '{parameter}' are left in float",
+                f"ModelOpt's layout has all experts in one format, and those of '{apart}' are left in float",
                 "quantize all experts, or none",
             )
         return mixed_experts(linears, names) or block_refusal(config, linears, _short_blocks)
