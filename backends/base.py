@@ -25,6 +25,10 @@ class WriteOptions:
     """One of the backend's targets."""
     logits: Literal["all", "last"] = "all"
     """Logits of every token, or of the last one of each row alone: all that generating text needs."""
+    kv_buffer: Literal["grown", "shared"] = "grown"
+    """``grown``: each run returns keys and values that are longer by the new tokens. ``shared``: they go in as a buffer
+    with room for all tokens and come out as that buffer, filled as far as the attention mask is long, the new tokens
+    last: in place where the runtime binds input and output to one memory."""
     max_shard_bytes: int | None = None
     """Files of weights are split beyond this size; ``None``: the backend's own limit."""
     progress: Progress = field(default=silent, compare=False)
@@ -123,6 +127,9 @@ class Backend(Protocol):
 
     def logits_refusal(self, target: str) -> str | None:
         """Why ``target`` cannot be written with the logits of the last token alone, else ``None``. Torch-free."""
+
+    def kv_buffer_refusal(self, target: str) -> str | None:
+        """Why ``target`` cannot be written with keys and values in one shared buffer, else ``None``. Torch-free."""
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str

@@ -177,11 +177,25 @@ def check_logits(backend: Backend, target: str, logits: str) -> None:
     Raises:
         BackendError: with the reason.
     """
-    reason = backend.logits_refusal(target) if logits == "last" else None
+    if logits == "last":
+        _check_written(backend, target, "--logits", logits, backend.logits_refusal(target))
+
+
+def check_kv_buffer(backend: Backend, target: str, kv_buffer: str) -> None:
+    """Refuse keys and values in one shared buffer where ``target`` cannot be written so.
+
+    Raises:
+        BackendError: with the reason.
+    """
+    if kv_buffer == "shared":
+        _check_written(backend, target, "--kv-buffer", kv_buffer, backend.kv_buffer_refusal(target))
+
+
+def _check_written(backend: Backend, target: str, option: str, value: str, reason: str | None) -> None:
     if reason is not None:
         raise BackendError(
-            f"target '{target}' of backend '{backend.name}' cannot be written with --logits last: {reason}",
-            hint="leave --logits out",
+            f"target '{target}' of backend '{backend.name}' cannot be written with {option} {value}: {reason}",
+            hint=f"leave {option} out",
         )
 
 

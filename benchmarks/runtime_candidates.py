@@ -39,22 +39,21 @@ class Candidate:
         maker: rotq, one of ONNX Runtime's two quantizers (of rotq's float graph), or onnxruntime-genai's model builder.
         scheme: of the decoder's linears, for rotq.
         head: scheme of the output head, for rotq; the others have what the name says.
+        kv_buffer: whether past and present are one buffer, or every run makes a longer cache.
+        graph: the name of the candidate whose graph it runs, where that is not its own.
     """
 
     name: str
     maker: Maker
     scheme: str = "float"
     head: str | None = None
+    kv_buffer: Literal["grown", "shared"] = "grown"
+    graph: str | None = None
 
     @property
     def folder(self) -> str:
-        """Where it lies."""
-        return self.name.replace(",", "").replace(" ", "-")
-
-    @property
-    def shared_cache(self) -> bool:
-        """Whether the graph's attention can write into its own past."""
-        return self.maker == "builder"
+        """Where its graph lies."""
+        return (self.graph or self.name).replace(",", "").replace(" ", "-")
 
 
 FLOAT = Candidate("float", "rotq")
@@ -64,15 +63,16 @@ INT4 = Candidate("int4", "rotq", "int4-weight-only")
 INT4_HEAD_INT4 = Candidate("int4, int4 head", "rotq", "int4-weight-only", "int4-weight-only")
 DYNAMIC = Candidate("quantize_dynamic", "dynamic")
 STATIC = Candidate("quantize_static", "static")
-BUILDER = Candidate("genai builder int4, int4 head", "builder")
-
 INT4_HEAD_INT8 = Candidate("int4, int8 head", "rotq", "int4-weight-only", "int8-weight-only")
+INT4_SHARED = Candidate("int4, int4 head, one buffer", "rotq", "int4-weight-only", "int4-weight-only", "shared")
+BUILDER = Candidate("genai builder int4, int4 head, one buffer", "builder", kv_buffer="shared")
+BUILDER_GROWN = Candidate("genai builder int4, int4 head", "builder", graph=BUILDER.name)
 HAS_BUILDER = find_spec("onnxruntime_genai") is not None
 GROUPS = (
     (FLOAT, INT8, DYNAMIC, STATIC),
     (FLOAT, INT8_WEIGHTS, Candidate("int8, int8 head", "rotq", "int8", "int8-weight-only")),
     (FLOAT, INT4, INT4_HEAD_INT8),
-    (FLOAT, INT4_HEAD_INT4, *([BUILDER] if HAS_BUILDER else [])),
+    (FLOAT, INT4_HEAD_INT4, INT4_SHARED, *((BUILDER, BUILDER_GROWN) if HAS_BUILDER else ())),
 )
 """What is measured in turns, the float graph in every group."""
 CANDIDATES = tuple(dict.fromkeys(candidate for group in GROUPS for candidate in group))
@@ -105,6 +105,8 @@ def make_all(checkpoint: Path, folder: Path, settings: Settings) -> Mapping[Cand
     fusions = _in_fresh_process(_write_all, made, checkpoint, folder, settings)
     for candidate in CANDIDATES:
         target = folder / candidate.folder
+        if candidate.graph is not None:
+            continue
         if candidate.maker == "builder":
             _run_builder(checkpoint, target, settings)
         elif candidate.maker != "rotq":
@@ -146,7 +148,7 @@ def _write_all(
             quantized = quantize_model(fused, quantization, loop, UNKNOWN)
         target = folder / candidate.folder
         target.mkdir(parents=True)
-        backend.write(quantized, target, WriteOptions(target="ort", logits="last"))
+        backend.write(quantized, target, WriteOptions("ort", "last", kv_buffer=candidate.kv_buffer))
         if candidate != FLOAT and (fusion := backend.fusion(target, "ort")) is not None:
             fusions[candidate] = fusion
         del quantized

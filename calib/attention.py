@@ -23,13 +23,14 @@ def attention_implementation(config: Any) -> str:
     return registered(_CAPPED, _capped)
 
 
-def registered(name: str, function: Callable[..., Any], masks_of: str = "sdpa") -> str:
+def registered(name: str, function: Callable[..., Any], masks: str | Callable[..., Any] = "sdpa") -> str:
     """Put an attention function into transformers' registry.
 
     Args:
         name: what it shall be called.
         function: called as transformers' own are.
-        masks_of: the implementation whose masks it takes, such as ``sdpa``, which has boolean ones.
+        masks: what makes its masks, called as transformers' own are; or the implementation whose masks it takes, such
+            as ``sdpa``, which has boolean ones.
 
     Returns:
         ``name``.
@@ -38,7 +39,7 @@ def registered(name: str, function: Callable[..., Any], masks_of: str = "sdpa") 
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks] if isinstance(masks, str) else masks)
     return name
 
 

@@ -170,4 +170,4 @@ def _rounding_attention(inner: str) -> str:
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, *args, **kwargs)
         return result
 
-    return registered(name, function, masks_of=inner)
+    return registered(name, function, masks=inner)

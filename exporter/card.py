@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from string import Template
 
 from exporter import summary
 from exporter.recipe import EMBEDDED, Recipe
@@ -24,7 +25,7 @@ _BANNERS = {
     "unverified": "> **Not verified**: the exported model was not run in its runtime. Run `rotq verify` where it can.",
 }
 
-_ONNX_USAGE = """\
+_ONNX_USAGE = Template("""\
 ```python
 import numpy as np
 import onnxruntime as ort
@@ -42,13 +43,26 @@ feeds = {
 for value in session.get_inputs():
     if value.name.startswith("past_key_values"):
         _, heads, _, size = value.shape
-        feeds[value.name] = np.zeros((1, heads, 0, size), dtype=DTYPES[value.type])
+        feeds[value.name] = np.zeros((1, heads, $room, size), dtype=DTYPES[value.type])
 logits = session.run(["logits"], feeds)[0]
 print(tokenizer.decode([int(logits[0, -1].argmax())]))
 ```
 
-To generate further tokens, feed the `present.*` outputs back as `past_key_values.*`.
-"""
+$further
+""")
+_KV_BUFFERS = {
+    "grown": {
+        "room": "0",
+        "further": "To generate further tokens, feed the `present.*` outputs back as `past_key_values.*`.",
+    },
+    "shared": {
+        "room": "ids.shape[1]",
+        "further": "`past_key_values.*` are buffers, here with room for the prompt alone. To generate further tokens, "
+        "make room for them too, and bind each `present.*` output to the memory of its input, as onnxruntime-genai "
+        "does.",
+    },
+}
+"""How much the usage has in its caches before the first run, and what it says of the next, by ``--kv-buffer``."""
 
 _OTHER_USAGE = "Load the folder in the runtime it was written for: `{target}`.\n"
 
@@ -147,7 +161,7 @@ def _body(recipe: Recipe, report: Report) -> str:
         f"A {report.model.model_type} model of {report.model.parameters:,} parameters, rotated (`{report.rotate}`), "
         f"calibrated and quantized (`{report.scheme}`) by rotq. Weights: {size}.",
         "## How to run",
-        _ONNX_USAGE if report.backend == "onnx" else _OTHER_USAGE.format(target=report.target),
+        _usage(recipe, report),
         "## Layers",
         "\n".join(f"* {line}" for line in (*summary.layer_lines(report), *report.warnings)),
         "## Rotations",
@@ -178,6 +192,12 @@ def _body(recipe: Recipe, report: Report) -> str:
         f"`rotq export --recipe rotq.yaml` repeats this run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```",
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _usage(recipe: Recipe, report: Report) -> str:
+    if report.backend == "onnx":
+        return _ONNX_USAGE.substitute(_KV_BUFFERS[recipe.kv_buffer])
+    return _OTHER_USAGE.format(target=report.target)
 
 
 def _rotation_words(report: Report) -> str:

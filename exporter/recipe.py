@@ -27,6 +27,7 @@ _AFTER_ARTIFACT = (
     "backend",
     "target",
     "logits",
+    "kv_buffer",
     "max_shard_size",
     "device",
     "dtype",
@@ -169,6 +170,9 @@ class Recipe(_Section):
     """Runtime the output is for, or several of them; ``None``: the backend's default."""
     logits: Literal["all", "last"] = "all"
     """Logits of every token, or of the last one alone, which is all that generating text needs."""
+    kv_buffer: Literal["grown", "shared"] = "grown"
+    """Keys and values are ``grown`` by the new tokens on each run, or written into one ``shared`` buffer with room for
+    all of them."""
     max_shard_size: str | None = None
     """Files of weights are split beyond this size (``2GB``, ``500MiB``); ``None``: the backend's own limit."""
     scheme: str = "int8"

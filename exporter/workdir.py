@@ -17,7 +17,7 @@ from exporter.output import atomic_folder
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 
 CAPTURE, ARTIFACT, WALK = "capture", "artifact", "layerwise"
-_FREE = ("backend", "target", "logits", "max_shard_size", "evaluation", "layerwise.max_memory")
+_FREE = ("backend", "target", "logits", "kv_buffer", "max_shard_size", "evaluation", "layerwise.max_memory")
 """Settings, and sections of them, that no kept step depends on."""
 
 

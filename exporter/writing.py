@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backends.base import WriteOptions
-from backends.registry import check_expressible, check_logits, check_model, check_rotations, warnings_of
+from backends.registry import (
+    check_expressible,
+    check_kv_buffer,
+    check_logits,
+    check_model,
+    check_rotations,
+    warnings_of,
+)
 from calib.artifact import QuantizedModel
 from calib.errors import RotqError
 from calib.fusing import FusedModel
@@ -53,6 +60,7 @@ def check_writable(
         check_model(run.backend, target, config, linears)
         check_rotations(run.backend, target, rotations)
         check_logits(run.backend, target, run.recipe.logits)
+        check_kv_buffer(run.backend, target, run.recipe.kv_buffer)
         for warning in warnings_of(run.backend, target, linears):
             logger.warning("target '%s': %s", target, warning)
 
@@ -79,7 +87,11 @@ def _write(run: Run, recipe: Recipe, quantized: QuantizedModel, target: str, fol
     recipe = recipe.model_copy(update={"dtype": name}) if run.backend.compute_dtype(target) is None else recipe
     with run.stage("write"):
         options = WriteOptions(
-            target, logits=recipe.logits, max_shard_bytes=recipe.max_shard_bytes, progress=run.progress
+            target,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
+            max_shard_bytes=recipe.max_shard_bytes,
+            progress=run.progress,
         )
         run.backend.write(quantized, folder, options)
         write_side_files(quantized, recipe, folder)

@@ -24,6 +24,9 @@ class Stub:
     def logits_refusal(self, target):
         return "it computes them all" if target == "two" else None
 
+    def kv_buffer_refusal(self, target):
+        return "its caches only grow" if target == "two" else None
+
     def model_refusal(self, config, linears, target):
         if config["vocab_size"] % 2:
             return "its vocabulary is odd", "pad the vocabulary"

@@ -44,8 +44,8 @@ class TorchRuntime(TorchModel):
 class TorchBackend:
     """Writes the artifact as it is, and unpacks int4 on every run, of which ``half`` does not warn.
 
-    ``absent`` cannot be run; ``plain`` takes no float8; ``half`` takes no R4; ``own`` does not write shards of a few
-    bytes.
+    ``absent`` cannot be run; ``plain`` takes no float8; ``half`` takes no R4 and no buffer for keys and values; ``own``
+    does not write shards of a few bytes.
     """
 
     name = "torch"
@@ -67,6 +67,9 @@ class TorchBackend:
     def logits_refusal(self, target: str) -> str | None:
         return None
 
+    def kv_buffer_refusal(self, target: str) -> str | None:
+        return "its caches only grow" if target == "half" else None
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:
@@ -82,7 +85,8 @@ class TorchBackend:
             raise BackendError("its shards are larger")
         (folder / WEIGHTS).mkdir()
         model.save(folder / WEIGHTS)
-        (folder / OPTIONS).write_text(json.dumps({"logits": options.logits, "shard": options.max_shard_bytes}))
+        told = {"logits": options.logits, "kv_buffer": options.kv_buffer, "shard": options.max_shard_bytes}
+        (folder / OPTIONS).write_text(json.dumps(told))
         if options.target == "own":
             config = {**model.config, "quantization_config": {"quant_method": "torch"}}
             (folder / "config.json").write_text(json.dumps(config))

@@ -17,6 +17,7 @@ is up to 100 times slower.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,66 +32,153 @@ _DEPTH = 70.0
 
 def lower_attention(model: ir.Model) -> None:
     """Replace every attention placeholder of ``model``, in place."""
-    masks: dict[str, _Mask] = {}
-    for index, node in enumerate([n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, ATTENTION)]):
-        _expand(model.graph, node, f"attention.{index}", masks)
+    masks = Masks(model.graph)
+    for site in sites(model.graph):
+        nodes = tape.Tape()
+        replace(model.graph, site.node, nodes, attention(model.graph, nodes, site, site.inputs, masks.of(site)))
 
 
-class _Mask:
-    """What the layers that share a mask share: the bias, and the sizes of sequence and cache."""
+@dataclass(frozen=True)
+class Site:
+    """One placeholder.
 
-    def __init__(self, graph: ir.Graph, before: ir.Node, mask: ir.Value, dtype: ir.DataType) -> None:
-        builder = tape.Tape()
+    Attributes:
+        name: of its nodes.
+        node: the placeholder.
+        inputs: queries, keys and values.
+        mask: see :mod:`backends.onnx.placeholders`.
+        scale: of the scores.
+        softcap: of the scores, ``c tanh(s / c)``; ``None``: as they are.
+    """
+
+    name: str
+    node: ir.Node
+    inputs: tuple[ir.Value, ir.Value, ir.Value]
+    mask: ir.Value
+    scale: float
+    softcap: float | None
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of queries, keys and values."""
+        dtype = self.inputs[0].dtype
+        assert dtype is not None
+        return dtype
+
+    @property
+    def heads(self) -> int:
+        """Heads of the queries."""
+        return size(self.inputs[0], 1)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return size(self.inputs[1], 1)
+
+
+def sites(graph: ir.Graph) -> list[Site]:
+    """The attention placeholders of ``graph``, in order."""
+    found = []
+    for index, node in enumerate([n for n in graph if (n.domain, n.op_type) == (DOMAIN, ATTENTION)]):
+        query, key, value, mask = (_given(node, place) for place in range(4))
+        cap = node.attributes.get(SOFTCAP_ATTRIBUTE)
+        scale = node.attributes[SCALE_ATTRIBUTE].as_float()
+        softcap = None if cap is None else cap.as_float()
+        found.append(Site(f"attention.{index}", node, (query, key, value), mask, scale, softcap))
+    return found
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What the layers that share a mask share.
+
+    Attributes:
+        bias: ``[B, 1, S, T]``, added to scores.
+        sequence, total: ``[1]``, S and T.
+    """
+
+    bias: ir.Value
+    sequence: ir.Value
+    total: ir.Value
+
+
+class Masks:
+    """The masks of a graph, each made where the first layer needs it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._made: dict[str | None, Mask] = {}
+
+    def of(self, site: Site) -> Mask:
+        """The mask of ``site``."""
+        name = site.mask.name
+        if name not in self._made:
+            builder = tape.Tape()
+            self._made[name] = self._make(builder, site.mask, site.dtype)
+            self._graph.insert_before(site.node, list(builder.nodes))
+        return self._made[name]
+
+    def _make(self, builder: tape.Tape, mask: ir.Value, dtype: ir.DataType) -> Mask:
         # Half of the smallest number: added to a score it stays finite. With -inf, the row of a padded query, which
         # sees no key, would become NaN and spread through its values.
         lowest = float(np.finfo(dtype.numpy()).min) / 2
-        hidden = constant(graph, f"attention.hidden.{dtype.name}", np.array(lowest, dtype.numpy()))
-        seen = constant(graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
-        self.bias = builder.op("Where", [mask, seen, hidden], name=f"{mask.name}/Bias")
-        self.sequence = builder.op("Shape", [mask], {"start": 2, "end": 3}, name=f"{mask.name}/Sequence")
-        self.total = builder.op("Shape", [mask], {"start": 3, "end": 4}, name=f"{mask.name}/Total")
-        graph.insert_before(before, list(builder.nodes))
+        hidden = constant(self._graph, f"attention.hidden.{dtype.name}", np.array(lowest, dtype.numpy()))
+        seen = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
+        return Mask(
+            bias=builder.op("Where", [mask, seen, hidden], name=f"{mask.name}/Bias"),
+            sequence=builder.op("Shape", [mask], {"start": 2, "end": 3}, name=f"{mask.name}/Sequence"),
+            total=builder.op("Shape", [mask], {"start": 3, "end": 4}, name=f"{mask.name}/Total"),
+        )
 
 
-def _expand(graph: ir.Graph, node: ir.Node, name: str, masks: dict[str, _Mask]) -> None:
-    query, key, value, mask = (_given(node, index) for index in range(4))
-    heads, kv_heads, width = size(query, 1), size(key, 1), size(value, 3)
-    dtype, scale = query.dtype, node.attributes[SCALE_ATTRIBUTE].as_float()
-    assert dtype is not None
-    assert mask.name is not None
-    if mask.name not in masks:
-        masks[mask.name] = _Mask(graph, node, mask, dtype)
-    shared = masks[mask.name]
-    builder = tape.Tape()
+def attention(
+    graph: ir.Graph, builder: tape.Tape, site: Site, inputs: tuple[ir.Value, ir.Value, ir.Value], mask: Mask
+) -> ir.Value:
+    """The nodes of ``site``, appended to ``builder``.
+
+    Args:
+        graph: gets the constants.
+        builder: gets the nodes.
+        site: says how.
+        inputs: queries, keys and values.
+        mask: of the site.
+
+    Returns:
+        ``[B, S, heads, d]``.
+    """
+    query, key, value = inputs
+    heads, kv_heads, dtype = site.heads, site.kv_heads, site.dtype
 
     def op(kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
-        return builder.op(kind, inputs, attributes, name=f"{name}/{label}")
+        return builder.op(kind, inputs, attributes, name=f"{site.name}/{label}")
 
     def scalar(label: str, number: float) -> ir.Value:
         return constant(graph, f"attention.{label}.{number!r}.{dtype.name}", np.array(number, dtype.numpy()))
 
     grouped = heads != kv_heads
-    rows = op("Reshape", [query, integers(graph, (0, kv_heads, -1, size(query, 3)))], "Group") if grouped else query
-    keys = op("Transpose", [op("Mul", [key, scalar("scale", scale)], "Scale")], "Keys", perm=[0, 1, 3, 2])
-    scores = op("MatMul", [rows, keys], "Scores")
+    width = size(site.inputs[2], 3)
     if grouped:
-        apart = op("Concat", [integers(graph, (0, heads)), shared.sequence, integers(graph, (-1,))], "Heads", axis=0)
+        query = op("Reshape", [query, integers(graph, (0, kv_heads, -1, size(site.inputs[0], 3)))], "Group")
+    keys = op("Transpose", [op("Mul", [key, scalar("scale", site.scale)], "Scale")], "Keys", perm=[0, 1, 3, 2])
+    scores = op("MatMul", [query, keys], "Scores")
+    if grouped:
+        apart = op("Concat", [integers(graph, (0, heads)), mask.sequence, integers(graph, (-1,))], "Heads", axis=0)
         scores = op("Reshape", [scores, apart], "Ungroup")
-    if SOFTCAP_ATTRIBUTE in node.attributes:
-        cap = scalar("cap", node.attributes[SOFTCAP_ATTRIBUTE].as_float())
+    if site.softcap is not None:
+        cap = scalar("cap", site.softcap)
         scores = op("Mul", [op("Tanh", [op("Div", [scores, cap], "Divide")], "Tanh"), cap], "Cap")
-    scores = op("Add", [scores, shared.bias], "Mask")
+    scores = op("Add", [scores, mask.bias], "Mask")
     if dtype == ir.DataType.FLOAT:  # what computes in fewer bits is no CPU, and fuses attention without the Max
         largest = op("ReduceMax", [scores, integers(graph, (-1,))], "Largest", keepdims=1)
         scores = op("Max", [scores, op("Sub", [largest, scalar("depth", _DEPTH)], "Least")], "Clamp")
     weights = op("Softmax", [scores], "Softmax", axis=-1)
     if grouped:
-        together = op("Concat", [integers(graph, (0, kv_heads, -1)), shared.total], "Groups", axis=0)
+        together = op("Concat", [integers(graph, (0, kv_heads, -1)), mask.total], "Groups", axis=0)
         weights = op("Reshape", [weights, together], "Regroup")
     mixed = op("MatMul", [weights, value], "Values")
     if grouped:
         mixed = op("Reshape", [mixed, integers(graph, (0, heads, -1, width))], "Split")
-    replace(graph, node, builder, op("Transpose", [mixed], "Output", perm=[0, 2, 1, 3]))
+    return op("Transpose", [mixed], "Output", perm=[0, 2, 1, 3])
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:

@@ -45,6 +45,10 @@ class OnnxBackend:
         """See :class:`~backends.base.Backend`."""
         return None
 
+    def kv_buffer_refusal(self, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return TARGETS[target].shared_buffer
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

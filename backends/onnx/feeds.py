@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import onnx
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+CAPACITY = "capacity"
+"""What a graph calls the axis of tokens of a cache that is a buffer."""
 _CACHE = "past_key_values."
 _DTYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
@@ -20,12 +23,17 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class CacheInput:
-    """One key or value input of a graph: ``[batch, heads, past, head_dim]``."""
+    """One key or value input of a graph: ``[batch, heads, past, head_dim]``.
+
+    Attributes:
+        shared: whether it is a buffer with room for the new tokens too, which the graph writes into.
+    """
 
     name: str
     dtype: torch.dtype
     heads: int
     head_dim: int
+    shared: bool
 
 
 def cache_inputs(graph: onnx.GraphProto) -> list[CacheInput]:
@@ -34,8 +42,9 @@ def cache_inputs(graph: onnx.GraphProto) -> list[CacheInput]:
     for value in graph.input:
         if value.name.startswith(_CACHE):
             kind = value.type.tensor_type
-            axes = [dim.dim_value for dim in kind.shape.dim]
-            found.append(CacheInput(value.name, _DTYPES[kind.elem_type], axes[1], axes[3]))
+            _, heads, tokens, width = kind.shape.dim
+            shared = tokens.dim_param == CAPACITY
+            found.append(CacheInput(value.name, _DTYPES[kind.elem_type], heads.dim_value, width.dim_value, shared))
     return found
 
 
@@ -51,7 +60,9 @@ def feeds(
         batch = input_ids.shape[0]
         past = [torch.zeros(batch, cache.heads, 0, cache.head_dim, dtype=cache.dtype) for cache in caches]
     found = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    found |= {cache.name: tensor for cache, tensor in zip(caches, past, strict=True)}
+    for cache, tensor in zip(caches, past, strict=True):
+        room = attention_mask.shape[1] - tensor.shape[2] if cache.shared else 0
+        found[cache.name] = pad(tensor, (0, 0, 0, room))
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

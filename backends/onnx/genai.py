@@ -34,19 +34,24 @@ _SEARCH = ("do_sample", "min_length", "num_beams", "repetition_penalty", "temper
 """Settings that a checkpoint's generation config may give, under the same names."""
 
 
-def write_genai_config(model: QuantizedModel, graph: str, folder: Path) -> None:
+def write_genai_config(model: QuantizedModel, graph: str, folder: Path, *, shared_buffer: bool = False) -> None:
     """Write :data:`GENAI_FILE` for the graph file called ``graph`` into ``folder``."""
-    text = json.dumps(genai_config(model.config, _generation(model), graph), indent=2)
+    found = genai_config(model.config, _generation(model), graph, shared_buffer=shared_buffer)
+    text = json.dumps(found, indent=2)
     (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], graph: str) -> dict[str, Any]:
+def genai_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any], graph: str, *, shared_buffer: bool = False
+) -> dict[str, Any]:
     """What onnxruntime-genai reads.
 
     Args:
         config: Hugging Face config as a dictionary.
         generation: the checkpoint's ``generation_config.json``, or nothing.
         graph: file name of the graph.
+        shared_buffer: the graph writes into its past (:mod:`backends.onnx.shared_buffer`). One that returns a longer
+            cache cannot do so into the same memory.
     """
     network: Any = AutoConfig.for_model(**config)
     heads = network.num_attention_heads
@@ -71,8 +76,7 @@ def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any], graph
                 "outputs": _OUTPUTS,
             },
         },
-        # The graph appends to the cache and returns a longer one, which a buffer that is shared cannot become.
-        "search": {"do_sample": False, **search, "max_length": context, "past_present_share_buffer": False},
+        "search": {"do_sample": False, **search, "max_length": context, "past_present_share_buffer": shared_buffer},
     }
 
 

@@ -75,7 +75,15 @@ def open_up(network: Any, architecture: Architecture, config: Any) -> None:
             set_submodule(network, name, _OpenLinear(name, module.nf))
     for name in {parameter.rpartition(".")[0] for parameter in architecture.expert_parameters(config)}:
         set_submodule(network, name, _OpenExperts(name, int(config.num_experts)))
-    network.set_attn_implementation(registered(_ATTENTION_FUNCTION, _open_attention))
+    network.set_attn_implementation(registered(_ATTENTION_FUNCTION, _open_attention, _open_mask))
+
+
+def _open_mask(*, batch_size: int, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
+    """transformers' boolean mask; the padding in it broadcast, where transformers looks every key of every row up."""
+    from transformers.masking_utils import sdpa_mask
+
+    seen: Tensor = sdpa_mask(batch_size=1, attention_mask=None, **others | {"allow_is_causal_skip": False})
+    return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
 
 
 def _open_attention(

@@ -40,12 +40,16 @@ class Target:
     """What it expresses and does not execute well, naming what it executes."""
     caches: Mapping[NumberFormat, str] = field(default_factory=dict)
     """Why it cannot hold keys and values of these formats."""
+    shared_buffer: str | None = None
+    """Why it cannot keep keys and values in one buffer that the graph writes into; ``None`` if it can."""
     whole_blocks: bool = True
     """Whether all blocks of a weight must be whole; else the last one may be short."""
     integer_rows: bool = True
     """Whether it looks up rows of an integer table; else the table is dequantized in front of the lookup."""
     packs: bool = False
     """Whether linears that read one value become one (:mod:`backends.onnx.packing`). A compiler does so by itself."""
+    rotary: bool = False
+    """Whether RoPE becomes one operator (:mod:`backends.onnx.rotary`). A compiler fuses what is spelled out."""
     routed_experts: bool = True
     """Whether it runs an expert on the tokens that chose it; else on all."""
 
@@ -140,6 +144,7 @@ _ORT = Target(
     caches={INT4: _NO_INT4_CACHE, FLOAT8: "ONNX Runtime concatenates no float8 tensors, so nothing can be appended"},
     whole_blocks=False,
     packs=True,
+    rotary=True,
 )
 
 _OPENVINO = Target(
@@ -173,6 +178,7 @@ _OPENVINO = Target(
         ),
     ),
     caches={INT4: _NO_INT4_CACHE, FLOAT8: "OpenVINO rounds to float8 by way of float16, which gives other numbers"},
+    shared_buffer="OpenVINO has no TensorScatter, and cuts the cache of a GroupQueryAttention to the tokens in it",
 )
 
 _TENSORRT = Target(
@@ -197,6 +203,7 @@ _TENSORRT = Target(
         ),
     ),
     caches={INT4: _NO_INT4_CACHE},
+    shared_buffer="TensorRT writes only into a buffer whose length is fixed in the graph",
     integer_rows=False,
     routed_experts=False,
 )

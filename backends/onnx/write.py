@@ -16,7 +16,9 @@ from backends.onnx.embeddings import lower_embeddings
 from backends.onnx.experts import lower_experts, with_experts_apart
 from backends.onnx.genai import write_genai_config
 from backends.onnx.lower import lower
+from backends.onnx.rotary import fuse_rotary
 from backends.onnx.save import save
+from backends.onnx.shared_buffer import share_buffer
 from backends.onnx.targets import TARGETS, Target
 from backends.onnx.trace import TraceRequest, fill
 from backends.onnx.trace_cache import cached_trace
@@ -36,13 +38,21 @@ def write(model: QuantizedModel, path: Path, options: WriteOptions) -> None:
         BackendError: the model cannot be traced, or the artifact lacks a linear.
     """
     target, progress = TARGETS[options.target], options.progress
-    graph = build(model, target, last_logits=options.logits == "last", progress=progress)
+    shared = options.kv_buffer == "shared"
+    graph = build(model, target, last_logits=options.logits == "last", shared_buffer=shared, progress=progress)
     save(graph, path, max_shard_bytes=options.max_shard_bytes, progress=progress)
     if target.compute_dtype == "float32":
-        write_genai_config(model, path.name, path.parent)
+        write_genai_config(model, path.name, path.parent, shared_buffer=shared)
 
 
-def build(model: QuantizedModel, target: Target, *, last_logits: bool = False, progress: Progress = silent) -> ir.Model:
+def build(
+    model: QuantizedModel,
+    target: Target,
+    *,
+    last_logits: bool = False,
+    shared_buffer: bool = False,
+    progress: Progress = silent,
+) -> ir.Model:
     """The graph of ``model`` in memory, its large initializers still unread."""
     request = TraceRequest(
         config=model.config,
@@ -54,9 +64,13 @@ def build(model: QuantizedModel, target: Target, *, last_logits: bool = False, p
     graph = cached_trace(request, progress)
     tables = [table.name for table in architecture_for(AutoConfig.for_model(**model.config)).embeddings]
     lower_experts(graph, model.config, routed=target.routed_experts)
-    lower_attention(graph)
+    if target.rotary:
+        fuse_rotary(graph)
     if model.cache is not None:
         quantize_cache(graph, model.cache)
+    if shared_buffer:
+        share_buffer(graph)
+    lower_attention(graph)
     lower_embeddings(graph, model.linears, tables, integer_rows=target.integer_rows)
     fill(graph, model.floats)
     lower(graph, with_experts_apart(model), target)

@@ -43,6 +43,10 @@ class SafetensorsBackend:
         """See :class:`~backends.base.Backend`."""
         return "a bundle holds weights; which logits are computed is up to whoever loads it"
 
+    def kv_buffer_refusal(self, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return "a bundle holds weights; how a cache is kept is up to whoever loads it"
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

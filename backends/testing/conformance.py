@@ -49,6 +49,7 @@ _METHODS = (
     "cache_refusal",
     "rotation_refusal",
     "logits_refusal",
+    "kv_buffer_refusal",
     "model_refusal",
     "compute_dtype",
     "write",

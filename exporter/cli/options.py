@@ -30,6 +30,7 @@ RECIPE_KEYS = {
     "backend": "backend",
     "target": "target",
     "logits": "logits",
+    "kv_buffer": "kv_buffer",
     "max_shard_size": "max_shard_size",
     "scheme": "scheme",
     "kv": "kv",
@@ -179,6 +180,14 @@ class WritingFlags:
     logits: Annotated[
         Literal["all", "last"] | None,
         typer.Option("--logits", help="Of every token, or of the last one: enough to generate.", rich_help_panel=RUN),
+    ] = None
+    kv_buffer: Annotated[
+        Literal["grown", "shared"] | None,
+        typer.Option(
+            "--kv-buffer",
+            help="Keys and values: grown by each run, or written into one buffer that goes in and out.",
+            rich_help_panel=RUN,
+        ),
     ] = None
     max_shard_size: Annotated[
         str | None,

@@ -115,7 +115,15 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
         UsageError: ``--backend`` or ``--target`` names something that does not exist.
         BackendError: the recipe does, or the target cannot express the scheme, the cache or the rotations.
     """
-    from backends.registry import available, check_cache, check_logits, check_rotations, check_target, get_backend
+    from backends.registry import (
+        available,
+        check_cache,
+        check_kv_buffer,
+        check_logits,
+        check_rotations,
+        check_target,
+        get_backend,
+    )
     from exporter.quantizing import customised_scheme
     from exporter.recipe import asked_for
 
@@ -135,6 +143,7 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
         check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
         check_rotations(backend, target, asked_for(recipe.rotate))
         check_logits(backend, target, recipe.logits)
+        check_kv_buffer(backend, target, recipe.kv_buffer)
 
 
 def check_device(device: str) -> None:

@@ -59,6 +59,8 @@ def _writing(recipe: Recipe) -> dict[str, str]:
     shown = {"backend": f"{recipe.backend}, target{'s' if len(recipe.targets) > 1 else ''} {targets}"}
     if recipe.logits == "last":
         shown["logits"] = "of the last token only"
+    if recipe.kv_buffer == "shared":
+        shown["kv buffer"] = "one that goes in and out, written in place"
     if recipe.max_shard_size is not None:
         shown["shards"] = f"of up to {recipe.max_shard_size}"
     return shown

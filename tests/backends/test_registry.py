@@ -14,6 +14,7 @@ from backends.registry import (
     available,
     check_cache,
     check_expressible,
+    check_kv_buffer,
     check_logits,
     check_model,
     check_rotations,
@@ -44,6 +45,16 @@ def test_logits_of_the_last_token_are_refused_where_all_are_computed() -> None:
     check_logits(stub, "two", "all")
     with pytest.raises(BackendError, match="cannot be written with --logits last: it computes them all"):
         check_logits(stub, "two", "last")
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_shared_buffer_is_refused_where_caches_only_grow() -> None:
+    stub = get_backend("stub")
+    check_kv_buffer(stub, "one", "shared")
+    check_kv_buffer(stub, "two", "grown")
+    with pytest.raises(BackendError, match="cannot be written with --kv-buffer shared: its caches only") as caught:
+        check_kv_buffer(stub, "two", "shared")
+    assert caught.value.hint == "leave --kv-buffer out"
 
 
 def test_the_built_in_backend_is_found_through_its_entry_point() -> None:

@@ -72,6 +72,21 @@ def test_the_candidates_of_each_rotation_are_shown_with_what_was_kept() -> None:
     assert "* training R1 gained nothing over hadamard: 3.00 x its error" in text
 
 
+@pytest.mark.parametrize(
+    ("kv_buffer", "first", "next"),
+    [
+        ("grown", "(1, heads, 0, size)", "feed the `present.*` outputs back as `past_key_values.*`."),
+        ("shared", "(1, heads, ids.shape[1], size)", "bind each `present.*` output to the memory of its input"),
+    ],
+)
+def test_how_to_run_is_told_for_the_buffer_that_was_written(kv_buffer: str, first: str, next: str) -> None:
+    text = render_card(load_recipe(None, {"kv_buffer": kv_buffer}), sample_report())
+    usage = text.split("## How to run")[1].split("## Layers")[0]
+    assert first in usage
+    assert next in usage
+    assert "$" not in usage
+
+
 def test_cells_cannot_break_the_table() -> None:
     assert "a\\|b" in render_card(Recipe(), sample_report())
 

@@ -73,6 +73,15 @@ def test_a_run_puts_the_summary_on_stdout_and_the_rest_on_stderr(
         assert expected not in out
 
 
+@pytest.mark.parametrize(("kv_buffer", "shown"), [("grown", False), ("shared", True)])
+def test_a_shared_buffer_is_among_the_settings(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], kv_buffer: str, shown: bool
+) -> None:
+    pipeline.export = succeed(sample_report())  # type: ignore[attr-defined]
+    assert main([*ARGUMENTS, "--kv-buffer", kv_buffer]) == 0
+    assert ("one that goes in and out, written in place" in capsys.readouterr().err) == shown
+
+
 def test_json_is_one_document_and_nothing_else(pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline.export = succeed(sample_report())  # type: ignore[attr-defined]
     assert main([*ARGUMENTS, "--json"]) == 0
@@ -207,9 +216,10 @@ def test_options_become_recipe_values_over_the_recipe_file(
     file = tmp_path / "recipe.yaml"
     file.write_text("seed: 5\ncalibration: {nsamples: 9, seqlen: 33}\n")
     arguments = (
-        f"export -m some/model --revision v1 --backend stub --target two --scheme int8-weight-only --rotate r2,r1 "
+        f"export -m some/model --revision v1 --backend stub --target own --scheme int8-weight-only --rotate r2,r1 "
         f"--recipe {file} --calib-dataset c4 --eval-dataset ptb --nsamples 7 --batch-size 2 --device cpu "
-        f"--dtype bfloat16 --trust-remote-code --rotation-optimizer qr --r1-lr 0.5 --r1-epochs 3 --r2-lr 0.25 "
+        f"--dtype bfloat16 --logits last --kv-buffer shared --max-shard-size 5GB "
+        f"--trust-remote-code --rotation-optimizer qr --r1-lr 0.5 --r1-epochs 3 --r2-lr 0.25 "
         f"--r2-epochs 4 --work-dir w --resume --from-capture c --overwrite --no-verify -o out -q"
     )
     assert main(arguments.split()) == 0
@@ -220,7 +230,7 @@ def test_options_become_recipe_values_over_the_recipe_file(
             "model": "some/model",
             "revision": "v1",
             "backend": "stub",
-            "target": "two",
+            "target": "own",
             "scheme": "int8-weight-only",
             "rotate": "r1,r2",
             "calibration": {"dataset": "c4", "nsamples": 7, "seqlen": 33, "batch_size": 2},
@@ -228,6 +238,9 @@ def test_options_become_recipe_values_over_the_recipe_file(
             "seed": 5,
             "device": "cpu",
             "dtype": "bfloat16",
+            "logits": "last",
+            "kv_buffer": "shared",
+            "max_shard_size": "5GB",
             "trust_remote_code": True,
             "rotation": {
                 "r1": {"optimizer": "qr", "lr": 0.5, "epochs": 3},
@@ -303,6 +316,14 @@ def test_a_target_that_cannot_express_what_was_chosen_is_not_suggested(
 def test_rotations_that_a_target_cannot_express_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGUMENTS, "--target", "two", "--rotate", "r1,r4"]) == 1  # a stand-in has no export to call
     assert "cannot express R4: it has no place for one" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_ways_of_writing_that_a_target_has_not_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, "--target", "two", "--logits", "last"]) == 1
+    assert "cannot be written with --logits last: it computes them all" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--target", "two", "--kv-buffer", "shared"]) == 1
+    assert "cannot be written with --kv-buffer shared: its caches only grow" in capsys.readouterr().err
 
 
 def test_what_no_target_takes_is_not_suggested_to_be_exported(plugins: str, monkeypatch: pytest.MonkeyPatch) -> None:

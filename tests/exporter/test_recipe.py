@@ -36,6 +36,7 @@ def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path
         ("rotate: r1,r9", "expected 'auto', 'none' or distinct names"),
         ("rotate: r1,r1", "distinct"),
         ("dtype: float64", "'dtype'"),
+        ("kv_buffer: ring", "'kv_buffer': Input should be 'grown' or 'shared'"),
         ("- a\n- b", "must be a mapping"),
         ("a: [", "not valid YAML"),
         ("seed: 1\nseed: 2", "not valid YAML.*seed"),
@@ -70,7 +71,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_saved_recipe_reads_back_equal_and_complete(tmp_path: Path) -> None:
-    recipe = load_recipe("int8-reference", {"model": "some/model", "rotate": "R4, r1"})
+    recipe = load_recipe("int8-reference", {"model": "some/model", "rotate": "R4, r1", "kv_buffer": "shared"})
     assert recipe.rotate == "r1,r4"
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from exporter.report import REPORT_FILE, Report
 from exporter.run_options import RunOptions
 from exporter.verification import verify
 from tests.checkpoints import write_checkpoint
-from tests.torch_backend import WEIGHTS, TorchBackend, install
+from tests.torch_backend import OPTIONS, WEIGHTS, TorchBackend, install
 
 FEW: dict[str, Any] = {
     "backend": "torch",
@@ -129,6 +130,27 @@ def test_a_resume_for_a_target_of_another_dtype_is_refused(model: str, tmp_path:
     assert "calibrate" not in again.report.seconds
 
 
+def told(folder: Path) -> tuple[str, str]:
+    """What the backend was told of keys and values, and what the recipe in its folder says."""
+    return json.loads((folder / OPTIONS).read_text())["kv_buffer"], load_recipe(folder / RECIPE_FILE).kv_buffer
+
+
+def test_how_keys_and_values_are_kept_concerns_writing_alone(model: str, tmp_path: Path) -> None:
+    kept = RunOptions(tmp_path / "artifact", work_dir=tmp_path / "work")
+    calibrate(few(model, "plain", scheme="int8", kv_buffer="shared"), kept)
+    grown, shared = few(model, "plain", scheme="int8"), few(model, "plain", scheme="int8", kv_buffer="shared")
+    resumed = {"work_dir": tmp_path / "work", "resume": True, "verify": False}
+    assert "calibrate" not in export(grown, RunOptions(tmp_path / "grown", **resumed)).report.seconds
+    assert told(tmp_path / "grown") == ("grown", "grown")
+    again = {"from_artifact": tmp_path / "artifact", "verify": False}
+    export(grown, RunOptions(tmp_path / "again", **again))
+    assert told(tmp_path / "again") == ("grown", "grown")
+    export(shared, RunOptions(tmp_path / "shared", **again))
+    assert told(tmp_path / "shared") == ("shared", "shared")
+    with pytest.raises(BackendError, match="'half' of backend 'torch' cannot be written with --kv-buffer shared"):
+        export(few(model, "plain", "half", kv_buffer="shared"), RunOptions(tmp_path / "both", **again))
+
+
 def test_what_a_target_refuses_or_warns_of_is_said_before_the_long_job(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +160,8 @@ def test_what_a_target_refuses_or_warns_of_is_said_before_the_long_job(
     monkeypatch.setattr(Run, "_forward_loop", forward_loop)
     with pytest.raises(BackendError, match="target 'half' of backend 'torch' cannot express R4: it has no place"):
         export(few(model, "half", rotate="r1,r4"), RunOptions(tmp_path / "out"))
+    with pytest.raises(BackendError, match="cannot be written with --kv-buffer shared: its caches only grow"):
+        export(few(model, "half", kv_buffer="shared"), RunOptions(tmp_path / "out"))
     with pytest.raises(RotqError, match="calibrated first"):  # what is only calibrated is no concern of a target
         calibrate(few(model, "half", rotate="r4"), RunOptions(tmp_path / "out"))
     recipe = few(model, "plain", "own", overrides={"model.embed_tokens": "int8-weight-only"})

@@ -110,7 +110,13 @@ def test_it_generates_what_the_runner_generates(name: str, export_of: Callable[[
 
 @pytest.mark.runtimes
 @pytest.mark.parametrize(
-    "options", [WriteOptions("ort", logits="last"), WriteOptions("ort", max_shard_bytes=40_000)], ids=["last", "shards"]
+    "options",
+    [
+        WriteOptions("ort", logits="last"),
+        WriteOptions("ort", max_shard_bytes=40_000),
+        WriteOptions("ort", kv_buffer="shared"),
+    ],
+    ids=["last", "shards", "buffer"],
 )
 def test_it_generates_from_other_ways_to_write(llama: Exported, tmp_path: Path, options: WriteOptions) -> None:
     OnnxBackend().write(llama.quantized, tmp_path, options)

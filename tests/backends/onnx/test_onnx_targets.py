@@ -42,6 +42,10 @@ def test_caches_that_are_taken(target: str) -> None:
     assert {name for name, refusal in refusals.items() if refusal is None} == CACHES[target]
 
 
+def test_one_buffer_for_keys_and_values_is_for_onnx_runtime() -> None:
+    assert [target for target in TARGETS if BACKEND.kv_buffer_refusal(target) is None] == ["ort"]
+
+
 def test_the_graph_is_in_what_the_target_computes_in() -> None:
     assert {target: BACKEND.compute_dtype(target) for target in TARGETS} == {
         "ort": "float32",

@@ -26,7 +26,7 @@ from tests.tiny import PROVENANCE, fuse_tiny, make_tiny, relative_l2, token_rows
 LENGTHS = (12, 7, 5)
 """Of the rows of a batch; the shorter ones are padded on the left."""
 PREFILL = 6
-"""Tokens of the longest row that are run at once; the others follow one by one."""
+"""Tokens of the longest row that are run at once; the others follow, one by one unless a test says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,16 @@ class Compared:
 
 
 def compare(
-    model: QuantizedModel, folder: Path, *, target: str = "ort", logits: Literal["all", "last"] = "all"
+    model: QuantizedModel,
+    folder: Path,
+    *,
+    target: str = "ort",
+    logits: Literal["all", "last"] = "all",
+    kv_buffer: Literal["grown", "shared"] = "grown",
+    step: int = 1,
 ) -> Compared:
-    """Write ``model``, run it over :func:`batch` at once and step by step, and run the reference."""
-    OnnxBackend().write(model, folder, WriteOptions(target, logits=logits))
+    """Write ``model``, run it over :func:`batch` at once and ``step`` tokens at a time, and run the reference."""
+    OnnxBackend().write(model, folder, WriteOptions(target, logits=logits, kv_buffer=kv_buffer))
     runtime = OnnxBackend().load(folder, target, exact=True)
     rows = batch()
     with torch.no_grad():
@@ -90,9 +96,9 @@ def compare(
     whole, cache = runtime.forward(rows.ids, rows.mask, rows.positions)
     found, past = runtime.forward(rows.ids[:, :PREFILL], rows.mask[:, :PREFILL], rows.positions[:, :PREFILL])
     steps = [found]
-    for step in range(PREFILL, rows.ids.shape[1]):
-        here = slice(step, step + 1)
-        found, past = runtime.forward(rows.ids[:, here], rows.mask[:, : step + 1], rows.positions[:, here], past)
+    for start in range(PREFILL, rows.ids.shape[1], step):
+        here = slice(start, start + step)
+        found, past = runtime.forward(rows.ids[:, here], rows.mask[:, : here.stop], rows.positions[:, here], past)
         steps.append(found)
     if logits == "last":
         assert {tensor.shape[1] for tensor in (whole, *steps)} == {1}

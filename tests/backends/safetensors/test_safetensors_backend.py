@@ -59,6 +59,13 @@ def test_torch_stands_in_where_that_library_cannot(folder: Path, monkeypatch: py
     assert model.runtime == "torch, from the file"
 
 
+def test_what_is_computed_is_no_business_of_a_bundle() -> None:
+    backend = SafetensorsBackend()
+    for target in backend.targets:
+        assert "whoever loads it" in backend.logits_refusal(target)
+        assert "whoever loads it" in backend.kv_buffer_refusal(target)
+
+
 def test_every_preset_has_a_target() -> None:
     backend = SafetensorsBackend()
     for name, linear in LINEAR_SCHEMES.items():

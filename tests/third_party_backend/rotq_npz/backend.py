@@ -41,6 +41,9 @@ class NpzBackend:
     def logits_refusal(self, target: str) -> str | None:
         return "a file of arrays computes no logits"
 
+    def kv_buffer_refusal(self, target: str) -> str | None:
+        return "a file of arrays keeps no keys and values"
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:
