@@ -5,9 +5,13 @@
                    DequantizeLinear(codes, s) -> Cast
     MXFP8:    x -> trt::TRT_MXFP8DynamicQuantize -> codes, exponents -> trt::TRT_MXFP8DequantizeLinear
 
-ONNX Runtime makes integer kernels of a MatMul only where a QuantizeLinear and a DequantizeLinear serve it alone, while
-it merges pairs that are equal. The ``axis`` of a pair with one scale for the tensor means nothing, so the linears that
-read one value get pairs that differ in it.
+Static int8 is stored in uint8 where the target gains by it, saturating at the same values:
+
+    q' = q + 128,  z' = z + 128:    s (q' - z') = s (q - z),    q in -128..127  <=>  q' in 0..255
+
+The left operand of x86's integer products is unsigned. ONNX Runtime turns a pair of int8 into one of uint8 only where
+it serves a single MatMul, while it merges pairs that are equal, as those of linears that read one value mostly are.
+Merged ones of int8 make no integer kernels. Merged ones of uint8 do, and the value is quantized once for all.
 """
 
 from __future__ import annotations
@@ -18,19 +22,22 @@ import torch
 from backends.onnx.linear_nodes import STORAGE, LinearNodes
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
-from calib.schemes import NumberFormat, PerBlock, PerCluster, TensorScheme
+from calib.schemes import INT8, NumberFormat, PerBlock, PerCluster, TensorScheme
 
 TRT = "trt"
 """Domain of TensorRT's own operators."""
+UNSIGNED_ZERO = 128
+"""What uint8 stores for 0."""
 
 
-def quantized_input(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
+def quantized_input(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, *, unsigned: bool = False) -> ir.Value:
     """``x`` rounded as the linear's ``input_scheme`` says.
 
     Args:
         nodes: of the linear.
         x: ``[..., in]``, after any online rotation.
         linear: its input is quantized; blocks divide its input features.
+        unsigned: store int8 with calibrated scales in uint8.
 
     Raises:
         BackendError: no operator computes such scales while running.
@@ -38,7 +45,7 @@ def quantized_input(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) ->
     scheme = linear.input_scheme
     assert scheme is not None
     if not scheme.dynamic:
-        return _static(nodes, x, linear, scheme)
+        return _static(nodes, x, linear, scheme, unsigned=unsigned and scheme.format == INT8)
     if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e4m3":
         return _nvfp4(nodes, _of_known_width(nodes, x, linear), linear, scheme.granularity.size)
     if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e8m0" and scheme.format.bits == 8:
@@ -55,21 +62,33 @@ def pad_features(nodes: LinearNodes, x: ir.Value, missing: int) -> ir.Value:
     return _like(nodes.op("Pad", [x, nodes.integers([0] * (2 * rank - 1) + [missing])], "Pad"), x)
 
 
-def _static(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, scheme: TensorScheme) -> ir.Value:
+def _static(
+    nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, scheme: TensorScheme, *, unsigned: bool
+) -> ir.Value:
     assert linear.input_scale is not None
     assert x.shape is not None
     scale = nodes.scale("input_scale", linear.input_scale)
-    storage = STORAGE[scheme.format.name]
-    if linear.input_zero_point is None:
-        zero = nodes.zeros("zero_point", tuple(linear.input_scale.shape), storage)
-    else:
-        zero = zero_points(nodes, "input_zero_point", linear.input_zero_point, scheme.format)
-    if isinstance(scheme.granularity, PerCluster):
-        axis = len(x.shape) - 1
-    else:
-        axis = sum(user.op_type == "QuantizeLinear" for user in x.consumers())
-    stored = nodes.op("QuantizeLinear", [x, scale, zero], "QuantizeInput", axis=axis)
-    return _like(nodes.op("DequantizeLinear", [stored, scale, zero], "DequantizeInput", axis=axis), x)
+    zero = _input_zero_points(nodes, linear, scheme.format, unsigned=unsigned)
+    axis = {"axis": len(x.shape) - 1} if isinstance(scheme.granularity, PerCluster) else {}
+    stored = nodes.op("QuantizeLinear", [x, scale, zero], "QuantizeInput", **axis)
+    return _like(nodes.op("DequantizeLinear", [stored, scale, zero], "DequantizeInput", **axis), x)
+
+
+def _input_zero_points(nodes: LinearNodes, linear: QuantizedLinear, fmt: NumberFormat, *, unsigned: bool) -> ir.Value:
+    """Zero points of the shape of the input's scales, which say as what it is stored."""
+    points, scale = linear.input_zero_point, linear.input_scale
+    assert scale is not None
+    storage = ir.DataType.UINT8 if unsigned else STORAGE[fmt.name]
+    if points is None:
+        return nodes.filled("zero_point", tuple(scale.shape), storage, UNSIGNED_ZERO if unsigned else 0)
+    if not unsigned:
+        return zero_points(nodes, "input_zero_point", points, fmt)
+    return nodes.lazy(
+        f"{nodes.name}.input_zero_point",
+        points.shape,
+        storage,
+        lambda: (points.short() + UNSIGNED_ZERO).to(torch.uint8),
+    )
 
 
 def _of_known_width(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) -> ir.Value:

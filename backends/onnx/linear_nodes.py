@@ -109,10 +109,10 @@ class LinearNodes:
         """An int64 constant ``[len(dims)]`` that the graph holds once."""
         return integers(self.graph, dims)
 
-    def zeros(self, label: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
-        """A constant of zeros that the graph holds once, by ``label``, shape and dtype."""
+    def filled(self, label: str, shape: tuple[int, ...], dtype: ir.DataType, number: int = 0) -> ir.Value:
+        """A constant of one number that the graph holds once, by ``label``, shape and dtype."""
         name = ".".join([label, dtype.name.lower(), *map(str, shape)])
-        return constant(self.graph, name, torch.zeros(shape).numpy(), dtype)
+        return constant(self.graph, name, torch.full(shape, float(number)).numpy(), dtype)
 
     def lazy(self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], Tensor]) -> ir.Value:
         """The initializer called ``name``, made on first use. Its bytes are read when they are written, not kept."""

@@ -15,8 +15,9 @@ the DequantizeLinear of the input is there where it has to be:
   Runtime dequantizes the weight on every run, or makes a kernel that fails, and TensorRT fails to build. Behind it the
   weight is that of a weight-only linear. ONNX Runtime drops a scalar zero, and so would merge the two again.
 
-Linears that read one value become one MatMul where the target gains by it (:mod:`backends.onnx.packing`). A linear in
-float is rotated as well, and multiplied as it is.
+An int8 input is stored as q or as q + 128, whichever the target multiplies (:mod:`backends.onnx.inputs`). Linears that
+read one value become one MatMul where the target gains by it (:mod:`backends.onnx.packing`). A linear in float is
+rotated as well, and multiplied as it is.
 """
 
 from __future__ import annotations
@@ -141,12 +142,12 @@ class _Lowering:
         if linear.online_rotation is not None:
             x = self._rotated_once(nodes, x, linear.online_rotation)
         if linear.input_scheme is not None:
-            x = quantized_input(nodes, x, linear)
+            x = quantized_input(nodes, x, linear, unsigned=self.target.unsigned_inputs)
         if linear.weight_order is not None:
             x = self._ordered(nodes, x, linear.weight_order)
         x = pad_features(nodes, x, rows - linear.weight.shape[1])
         if self._needs_barrier(linear):
-            x = nodes.op("Add", [x, nodes.zeros("barrier", (rows,), nodes.dtype)], "Barrier")
+            x = nodes.op("Add", [x, nodes.filled("barrier", (rows,), nodes.dtype)], "Barrier")
         return _product(nodes, x, dequantized_weight(nodes, linear, weights, rows), linear.bias)
 
     def _needs_barrier(self, linear: QuantizedLinear) -> bool:

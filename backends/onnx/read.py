@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backends.onnx.embeddings import read_embedding
 from backends.onnx.files import read_proto
+from backends.onnx.inputs import UNSIGNED_ZERO
 from backends.onnx.packing import SPLIT, is_pack, members, unpacked
 from backends.onnx.weights import E8M0_BIAS, turned
 from backends.onnx.write import CACHE_METADATA_KEY, METADATA_KEY
@@ -153,7 +154,8 @@ def _scale_values(stored: Tensor, scheme: TensorScheme) -> Tensor:
 def _input_points(parts: _Parts, scheme: TensorScheme | None, scale: Tensor | None) -> Tensor | None:
     if scheme is None or scheme.symmetric or scale is None:
         return None
-    return parts.need("QuantizeInput", 2).to(scale.dtype)
+    points = parts.need("QuantizeInput", 2)
+    return points.to(scale.dtype) - (UNSIGNED_ZERO if points.dtype == torch.uint8 else 0)
 
 
 def _tensor(value: ir.Value) -> Tensor:

@@ -29,13 +29,13 @@ from onnx_ir import tape
 from backends.onnx.attention import Mask, Masks, Site, attention, sites
 from backends.onnx.feeds import CAPACITY
 from backends.onnx.nodes import integers, replace, size
+from backends.onnx.residual import MICROSOFT
 from backends.onnx.rotary import ROTARY_EMBEDDING
 
 SCATTER_OPSET = 24
 """The first with TensorScatter."""
 _TOKENS = 2
 """The axis of tokens in a cache."""
-_MICROSOFT = "com.microsoft"
 _PAST = "past_key_values."
 _HEAD_STEP = 8
 """Sizes of heads that GroupQueryAttention takes are multiples of it."""
@@ -60,7 +60,7 @@ def share_buffer(model: ir.Model) -> None:
     for node in appended.values():
         _scatter(graph, node, lengths)
     graph.opset_imports[""] = SCATTER_OPSET
-    graph.opset_imports[_MICROSOFT] = 1
+    graph.opset_imports[MICROSOFT] = 1
 
 
 def _known_to_kernel(site: Site) -> bool:
@@ -242,7 +242,7 @@ def _single(
         "GroupQueryAttention",
         [*inputs, *pasts, lengths.last, lengths.count, None, None, None, mask.bias],
         attributes,
-        domain=_MICROSOFT,
+        domain=MICROSOFT,
         num_outputs=3,
         name=f"{site.name}/Single",
     )

@@ -47,9 +47,13 @@ class Target:
     integer_rows: bool = True
     """Whether it looks up rows of an integer table; else the table is dequantized in front of the lookup."""
     packs: bool = False
-    """Whether linears that read one value become one (:mod:`backends.onnx.packing`). A compiler does so by itself."""
+    """Whether linears that read one value become one where that is faster (:mod:`backends.onnx.packing`). A compiler
+    does so by itself."""
     rotary: bool = False
     """Whether RoPE becomes one operator (:mod:`backends.onnx.rotary`). A compiler fuses what is spelled out."""
+    unsigned_inputs: bool = False
+    """Whether int8 inputs with calibrated scales are stored in uint8, 128 above: what its kernels multiply, and what it
+    fuses where linears share an input (:mod:`backends.onnx.inputs`)."""
     routed_experts: bool = True
     """Whether it runs an expert on the tokens that chose it; else on all."""
 
@@ -145,6 +149,7 @@ _ORT = Target(
     whole_blocks=False,
     packs=True,
     rotary=True,
+    unsigned_inputs=True,
 )
 
 _OPENVINO = Target(

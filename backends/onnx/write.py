@@ -16,6 +16,7 @@ from backends.onnx.embeddings import lower_embeddings
 from backends.onnx.experts import lower_experts, with_experts_apart
 from backends.onnx.genai import write_genai_config
 from backends.onnx.lower import lower
+from backends.onnx.residual import fuse_residual_norms
 from backends.onnx.rotary import fuse_rotary
 from backends.onnx.save import save
 from backends.onnx.shared_buffer import share_buffer
@@ -74,10 +75,13 @@ def build(
     lower_embeddings(graph, model.linears, tables, integer_rows=target.integer_rows)
     fill(graph, model.floats)
     lower(graph, with_experts_apart(model), target)
+    if shared_buffer:
+        fuse_residual_norms(graph)
     passes.RemoveUnusedNodesPass()(graph)
     passes.RemoveUnusedOpsetsPass()(graph)
     passes.TopologicalSortPass()(graph)
     passes.NameFixPass()(graph)  # the experts of a layer share a rotation, and with it the names of its nodes
+    passes.ClearMetadataAndDocStringPass()(graph)  # which rule rewrote what
     graph.graph.name = str(model.config["model_type"])
     graph.producer_name, graph.producer_version = "rotq", model.provenance.versions.get("rotq", "")
     entries = {name: linear.description() for name, linear in model.linears.items()}

@@ -12,7 +12,7 @@ from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
 from backends.onnx.files import data_ranges
 from tests.backends.onnx.conftest import Exported
 
-BITS = {"bool": 8, "int4": 4, "int8": 8, "float": 32, "int64": 64}
+BITS = {"bool": 8, "int4": 4, "int8": 8, "uint8": 8, "float": 32, "int64": 64}
 
 
 def contents(exported: Exported) -> list[StoredTensor]:

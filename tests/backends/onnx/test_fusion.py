@@ -40,7 +40,7 @@ def test_the_head_is_fused_like_any_linear(tmp_path: Path, scheme: str) -> None:
     count = export(tmp_path, "llama", "int8", {HEAD: scheme})
     found = fusion(tmp_path)
     assert (found.quantized, found.unfused) == (count, [])
-    products = 2 * 4  # query, key and value are one, and gate and up
+    products = 2 * 5  # query, key and value are one
     expected = {"int8": {"MatMulIntegerToFloat": products + 1}}.get(
         scheme, {"MatMulIntegerToFloat": products, "MatMulNBits": 1}
     )

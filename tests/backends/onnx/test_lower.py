@@ -115,6 +115,29 @@ def test_microscaled_formats_by_the_definition_of_their_operators(words: str, dt
     assert relative_l2(torch.from_numpy(found), wanted) <= bound
 
 
+STORED = {
+    W8A8: {"ort": "UINT8", "openvino": "INT8", "tensorrt": "INT8"},
+    "int8 weights per channel, int8 inputs in 2 clusters": {"ort": "UINT8", "tensorrt": "INT8"},
+    "int4 weights in blocks of 48, int8 inputs per tensor": {"ort": "UINT8", "openvino": "INT8", "tensorrt": "INT8"},
+    "float8_e4m3 weights per tensor, float8_e4m3 inputs per tensor": {
+        "ort": "FLOAT8E4M3FN",
+        "tensorrt": "FLOAT8E4M3FN",
+    },
+}
+
+
+@pytest.mark.parametrize("words", STORED)
+def test_inputs_are_stored_as_the_target_multiplies_them(words: str) -> None:
+    case, found = single(schemes()[words]), {}
+    for target in STORED[words]:
+        nodes = {str(node.name): node for node in case.graph(target).graph}
+        zero = nodes["linear/QuantizeInput"].inputs[2]
+        assert zero is not None
+        assert zero is nodes["linear/DequantizeInput"].inputs[2]
+        found[target] = zero.dtype.name
+    assert found == STORED[words]
+
+
 def test_float4_raises_the_opset_and_others_do_not() -> None:
     assert single(schemes()[NVFP4]).graph("tensorrt").opset_imports == {"": 23, TRT: 1}
     assert single(schemes()[MXFP8]).graph("tensorrt").opset_imports == {"": 21, TRT: 1}

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from backends.base import WriteOptions
 from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
 from backends.onnx.genai import GENAI_FILE
+from backends.onnx.rotary import ROTARY_OPSET
 from calib.rotations.hadamard import block_order, factor_order
 from calib.schemes import PerBlock
 from tests.backends.onnx.conftest import CASES, Exported
@@ -41,7 +42,7 @@ def test_the_checker_passes_and_only_the_standard_domain_is_used(exported: Expor
     path = exported.folder / MODEL_FILE
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", ROTARY_OPSET)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
     assert sorted(path.name for path in exported.folder.iterdir()) == [GENAI_FILE, MODEL_FILE, DATA_FILE]
@@ -60,7 +61,7 @@ def test_each_linear_has_exactly_the_planned_q_and_dq(exported: Exported) -> Non
         assert list(quantize.input[1:]) == list(dequantize.input[1:])
         assert nodes[f"{name}/MatMul"].input[0] == dequantize.output[0]
     readers = Counter(name for node in exported.graph.node for name in node.input)
-    for name in static:  # the pair serves this product alone, or no integer kernel is made of it
+    for name in static:  # the pair serves this product alone
         assert readers[nodes[f"{name}/QuantizeInput"].output[0]] == 1
         assert readers[nodes[f"{name}/DequantizeInput"].output[0]] == 1
 
@@ -82,10 +83,11 @@ def test_weights_are_integer_initializers_in_front_of_their_matmul(exported: Exp
         assert len(dequantize.input) == 2  # no zero point
 
 
-def test_zero_points_are_zero_and_scales_positive(exported: Exported) -> None:
+def test_symmetric_inputs_are_unsigned_around_128_and_scales_positive(exported: Exported) -> None:
     pairs = [node for node in exported.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    zeros = {node.input[2] for node in pairs if len(node.input) > 2}
-    assert all(not array.any() for array in values_of(exported, *zeros))
+    zeros = list(values_of(exported, *{node.input[2] for node in pairs if len(node.input) > 2}))
+    assert all(array.dtype == np.uint8 and (array == 128).all() for array in zeros)
+    assert bool(zeros) == any(node.op_type == "QuantizeLinear" for node in pairs)
     scales = list(values_of(exported, *{node.input[1] for node in pairs}))
     assert all(bool((scale > 0).all() and np.isfinite(scale).all()) for scale in scales)
     assert {scale.dtype for scale in scales} == {np.dtype(np.float32)}

@@ -17,6 +17,7 @@ from tests.backends.onnx.single import WIDTH, Single, accepted, preset, schemes,
 from tests.tiny import relative_l2
 from tests.tolerances import LINEAR
 
+W8A8 = "int8 weights per channel, int8 inputs per tensor"
 INTEGER = ("MatMulIntegerToFloat", "QLinearMatMul")
 WEIGHT_ONLY = ("MatMulNBits",)
 
@@ -82,13 +83,40 @@ def test_a_value_of_two_dimensions(name: str) -> None:
     assert relative_l2(output(flat, flat.bytes("ort")), case.output().flatten(0, 1)) <= LINEAR
 
 
-def test_linears_that_share_their_input_are_fused_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One Q/DQ pair for two linears, or two that are equal, would make no integer kernel: unpacked, as other graphs
-    have it, and as linears have it whose inputs are rounded in different ways."""
+SHARED = {
+    W8A8: ("MatMulIntegerToFloat", 1),
+    f"{W8A8} with zero points": ("MatMulIntegerToFloat", 3),
+    "int8 weights per channel, int8 inputs in 2 clusters": ("MatMulNBits", 3),
+    "int4 weights in blocks of 128, int8 inputs per tensor": ("MatMulNBits", 1),
+}
+"""The kernel that unpacked linears run in, and how often three of them quantize what they all read."""
+
+
+@pytest.mark.parametrize("words", SHARED)
+def test_linears_that_share_their_input_are_fused_each(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(TARGETS, "ort", replace(TARGETS["ort"], packs=False))  # type: ignore[arg-type]
-    case = single(preset("int8"))
-    data = case.bytes("ort", copies=3)
-    assert kernels(data, tmp_path)["MatMulIntegerToFloat"] == 3
+    found = kernels(single(schemes()[words]).bytes("ort", copies=3), tmp_path)
+    kernel, quantizers = SHARED[words]
+    assert (found[kernel], found["QuantizeLinear"]) == (3, quantizers)
+
+
+def test_signed_pairs_that_are_merged_would_not_be_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why inputs are stored in uint8."""
+    monkeypatch.setitem(TARGETS, "ort", replace(TARGETS["ort"], packs=False, unsigned_inputs=False))  # type: ignore[arg-type]
+    found = kernels(single(preset("int8")).bytes("ort", copies=3), tmp_path)
+    assert (found["MatMulIntegerToFloat"], found["MatMul"]) == (0, 3)
+
+
+@pytest.mark.parametrize("words", [words for words in accepted("ort") if "int8 inputs" in words])
+def test_inputs_beyond_their_range_are_clipped_to_minus_128_and_127(words: str) -> None:
+    case = single(schemes()[words])
+    wide = Single(case.linear, 3 * case.inputs)
+    integers = (wide.inputs / case.linear.input_scale).round()
+    assert integers.min() < -160
+    assert integers.max() > 160
+    assert relative_l2(output(wide, wide.bytes("ort")), wide.output()) <= LINEAR
 
 
 def test_linears_that_share_their_input_and_its_scale_are_one(tmp_path: Path) -> None:
