@@ -3,15 +3,18 @@
 rotq's int8 and int4, ONNX Runtime's own ``quantize_dynamic`` and ``quantize_static`` (QDQ) of rotq's float graph, and
 the int4 graph of onnxruntime-genai's model builder are made from one checkpoint and measured with the same prompt and
 the same number of threads. Every candidate runs in a process of its own; those of a group take turns, the float export
-among them, and figures are medians. Graphs compute the logits of the last token only. Heads are in float unless the
-name says otherwise; the builder quantizes its head as all the rest. Graphs make a longer cache at every step, but for
-those that keep past and present in one buffer, which onnxruntime-genai has the builder's do. That one runs either way.
+among them, and figures are medians. Where its memory happens to lie makes a process faster or slower by up to 3 %, so
+that each group is started several times, in another order.
+
+Graphs compute the logits of the last token only. Heads are in float unless the name says otherwise; the builder
+quantizes its head as all the rest. Graphs make a longer cache at every step, but for those that keep past and present
+in one buffer, which onnxruntime-genai has the builder's do. That one runs either way.
 
 Two models: the embedded one, for the record, and random weights in the shape of TinyLlama-1.1B, whose figures are
 checked below its table. Made without rotations and with weights rounded to nearest, neither of which changes the speed.
 
     python -m benchmarks.runtime --work DIR [--model embedded | --model FOLDER | --model tinyllama-1b ...] [--layers 22]
-        [--prompt 256] [--steps 32] [--rounds 7] [--threads N] [--block-size 32] [--keep]
+        [--prompt 256] [--steps 32] [--rounds 3] [--starts 3] [--threads N] [--block-size 32] [--keep]
 
 Linux only: memory is read from /proc. The full shape takes about 18 GB in ``--work``.
 """
@@ -112,7 +115,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22, help=f"of {SHAPE}")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded after it")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3, help="of a group, each time it is started")
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes for each group")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--block-size", type=int, default=32, help="of int4 weights; 32 is the model builder's default")
     parser.add_argument("--seed", type=int, default=0)
@@ -125,7 +129,7 @@ def main() -> None:
         began = time.perf_counter()
         fusions = make_all(checkpoint, folder, settings)
         print(f"\n{model}: graphs made in {time.perf_counter() - began:.0f} s", flush=True)
-        found = measure(folder, load_of(checkpoint, arguments), arguments.rounds)
+        found = measure(folder, load_of(checkpoint, arguments), arguments.rounds, arguments.starts)
         report(found, folder, arguments)
         lines = [*share_of_kernels(fusions), *(acceptance(found) if model == SHAPE else ())]
         print("\n".join(lines), flush=True)
@@ -156,20 +160,25 @@ def load_of(checkpoint: Path, arguments: argparse.Namespace) -> Load:
     return Load(ids, arguments.steps, arguments.threads, sizes.kv_heads, sizes.head_dim)
 
 
-def measure(folder: Path, load: Load, rounds: int) -> Groups:
+def measure(folder: Path, load: Load, rounds: int, starts: int) -> Groups:
     """All candidates, group by group."""
-    return [measure_group(group, folder, load, rounds) for group in GROUPS]
+    found: Groups = [{candidate: Measured() for candidate in group} for group in GROUPS]
+    for start in range(starts):
+        for group in found:
+            first = start % len(group)
+            order = [*group][first:] + [*group][:first]
+            measure_group({candidate: group[candidate] for candidate in order}, folder, load, rounds)
+    return found
 
 
-def measure_group(group: Sequence[Candidate], folder: Path, load: Load, rounds: int) -> Mapping[Candidate, Measured]:
-    """Candidates that take turns; the first one warms up."""
-    found = {candidate: Measured() for candidate in group}
+def measure_group(found: Mapping[Candidate, Measured], folder: Path, load: Load, rounds: int) -> None:
+    """Candidates that take turns, in fresh processes; the first round warms up. Adds to what is ``found``."""
     with ExitStack() as stack:
         sessions = {
             candidate: stack.enter_context(
                 Session(folder / candidate.folder / MODEL, load, shared_cache=candidate.kv_buffer == "shared")
             )
-            for candidate in group
+            for candidate in found
         }
         for turn in range(rounds + 1):
             for candidate, session in sessions.items():
@@ -180,7 +189,6 @@ def measure_group(group: Sequence[Candidate], folder: Path, load: Load, rounds: 
                     found[candidate].decode.append(decode)
         for candidate, session in sessions.items():
             found[candidate].memory = session.memory()
-    return found
 
 
 def ratio(groups: Groups, kind: Kind, candidate: Candidate, other: Candidate = FLOAT) -> Ratio:
@@ -196,7 +204,8 @@ def report(groups: Groups, folder: Path, arguments: argparse.Namespace) -> None:
     """Print the table."""
     print(
         f"{arguments.threads} threads, prompt of {arguments.prompt} tokens, {arguments.steps} steps, int4 in blocks of "
-        f"{arguments.block_size}; tokens/s and ratio to float, medians of {arguments.rounds}; memory in GB"
+        f"{arguments.block_size}; tokens/s and ratio to float, medians of "
+        f"{arguments.starts} x {arguments.rounds}; memory in GB"
     )
     heads = f"{'prefill':>9} {'x':>6} {'decode':>9} {'x':>6} {'resident':>9} {'x':>6} {'anonymous':>10} {'disk':>6}"
     print(f"{'':<42} {heads}")

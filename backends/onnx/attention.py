@@ -7,8 +7,8 @@
       -> Reshape [B, heads, S, d] -> Transpose [B, S, heads, d]
 
 The G query heads that share a key head are rows of one product, so keys and values are never expanded to all heads, and
-the Reshapes move no data. On a CPU this was faster than every attention operator, fused or standard, and every runtime
-takes it.
+the Reshapes move no data. On a CPU this was faster than every attention operator that returns a longer cache, fused or
+standard, and every runtime takes it.
 
 The Max changes no weight by more than e^-70 = 4e-31, which is far below what float32 resolves. Without it the weights
 of keys that are not seen, or hardly, come out of a CPU's exponential as denormal numbers, on which the product with v
