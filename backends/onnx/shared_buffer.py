@@ -111,7 +111,7 @@ def _lengths(graph: ir.Graph) -> _Lengths:
     first = next(iter(graph))
     for node in list(graph):
         past = node.inputs[0] if node.op_type == "Shape" else None
-        if past is not None and str(past.name).startswith(_PAST) and node.attributes["start"].as_int() == _TOKENS:
+        if past is not None and str(past.name).startswith(_PAST) and node.attributes.get_int("start", 0) == _TOKENS:
             ir.convenience.replace_all_uses_with(node.outputs[0], before)
     graph.insert_before(first, list(builder.nodes))
     return lengths
@@ -194,13 +194,8 @@ def _flat(graph: ir.Graph, builder: tape.Tape, x: ir.Value) -> ir.Value:
     if node is not None and node.op_type == ROTARY_EMBEDDING:
         inner = _joined(node.inputs[0])
         if inner is not None:
-            attributes = [*node.attributes.values(), ir.AttrInt64("num_heads", size(x, 1))]
-            return builder.op(
-                ROTARY_EMBEDDING,
-                [inner, *node.inputs[1:]],
-                {each.name: each for each in attributes},
-                name=f"{node.name}/Joined",
-            )
+            inputs, attributes = [inner, *node.inputs[1:]], dict(node.attributes)
+            return builder.op(ROTARY_EMBEDDING, inputs, attributes, name=f"{node.name}/Joined")
     inner = _joined(x)
     if inner is not None:
         return inner
