@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 CAPACITY = "capacity"
 """What a graph calls the axis of tokens of a cache that is a buffer."""
-_CACHE = "past_key_values."
+CACHE = "past_key_values."
+"""What the names of the inputs that are caches begin with."""
 _DTYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -40,7 +41,7 @@ def cache_inputs(graph: onnx.GraphProto) -> list[CacheInput]:
     """Keys and values that the graph takes, in its own order."""
     found = []
     for value in graph.input:
-        if value.name.startswith(_CACHE):
+        if value.name.startswith(CACHE):
             kind = value.type.tensor_type
             _, heads, tokens, width = kind.shape.dim
             shared = tokens.dim_param == CAPACITY

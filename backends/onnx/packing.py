@@ -95,9 +95,9 @@ def _fit(one: QuantizedLinear, other: QuantizedLinear) -> bool:
 def _gains(pack: Sequence[QuantizedLinear]) -> bool:
     """Whether one MatMul is faster than one for each of ``pack``.
 
-    Over a prompt, integer products are so fast that the Split of wide outputs (gate and up: 2.5 % of a 1B model's
-    prefill in ONNX Runtime) costs more than one large product saves. Keys and values of grouped queries are too small
-    to occupy all threads by themselves, and do gain. Weight-only linears gain one token at a time, whatever their size.
+    Over a prompt, integer products are so fast that the Split of wide outputs, such as gate and up, costs more than one
+    large product saves. Keys and values of grouped queries are too small to occupy all threads by themselves, and do
+    gain. Weight-only linears gain one token at a time, whatever their size.
     """
     return pack[0].input_scheme is None or any(len(linear.weight) < linear.weight.shape[1] for linear in pack)
 

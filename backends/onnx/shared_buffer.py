@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from backends.onnx.attention import Mask, Masks, Site, attention, sites
-from backends.onnx.feeds import CAPACITY
+from backends.onnx.feeds import CACHE, CAPACITY
 from backends.onnx.nodes import integers, replace, size
 from backends.onnx.residual import MICROSOFT
 from backends.onnx.rotary import ROTARY_EMBEDDING
@@ -36,7 +36,6 @@ SCATTER_OPSET = 24
 """The first with TensorScatter."""
 _TOKENS = 2
 """The axis of tokens in a cache."""
-_PAST = "past_key_values."
 _HEAD_STEP = 8
 """Sizes of heads that GroupQueryAttention takes are multiples of it."""
 _TO_HEADS = (0, 2, 1, 3)
@@ -111,7 +110,7 @@ def _lengths(graph: ir.Graph) -> _Lengths:
     first = next(iter(graph))
     for node in list(graph):
         past = node.inputs[0] if node.op_type == "Shape" else None
-        if past is not None and str(past.name).startswith(_PAST) and node.attributes.get_int("start", 0) == _TOKENS:
+        if past is not None and str(past.name).startswith(CACHE) and node.attributes.get_int("start", 0) == _TOKENS:
             ir.convenience.replace_all_uses_with(node.outputs[0], before)
     graph.insert_before(first, list(builder.nodes))
     return lengths
@@ -120,7 +119,7 @@ def _lengths(graph: ir.Graph) -> _Lengths:
 def _appends(node: ir.Node) -> bool:
     """Whether ``node`` appends to a cache that comes in, and its output is the cache that goes out."""
     past = node.inputs[0] if node.op_type == "Concat" else None
-    return past is not None and str(past.name).startswith(_PAST) and node.outputs[0].is_graph_output()
+    return past is not None and str(past.name).startswith(CACHE) and node.outputs[0].is_graph_output()
 
 
 def _scatter(graph: ir.Graph, concat: ir.Node, lengths: _Lengths) -> None:
@@ -160,6 +159,25 @@ def _hold_buffer(past: ir.Value, present: ir.Value) -> None:
     present.shape = past.shape
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """The attention of one layer.
+
+    Attributes:
+        site: its placeholder.
+        inputs: queries, and the new keys and values, ``[B, S, heads d]``.
+        pasts: the buffers of keys and values.
+        mask: of the site.
+        lengths: of the graph.
+    """
+
+    site: Site
+    inputs: tuple[ir.Value, ir.Value, ir.Value]
+    pasts: tuple[ir.Value, ir.Value]
+    mask: Mask
+    lengths: _Lengths
+
+
 def _choose(graph: ir.Graph, site: Site, concats: tuple[ir.Node, ir.Node], mask: Mask, lengths: _Lengths) -> None:
     """The attention of a layer in both ways, behind an If."""
     builder = tape.Tape()
@@ -168,12 +186,11 @@ def _choose(graph: ir.Graph, site: Site, concats: tuple[ir.Node, ir.Node], mask:
     key_past, value_past = (concat.inputs[0] for concat in concats)
     assert key_past is not None
     assert value_past is not None
-    single = _single(site, (query, key, value), (key_past, value_past), mask, lengths)
-    several = _several(graph, site, (query, key, value), (key_past, value_past), mask, lengths)
+    layer = _Layer(site, (query, key, value), (key_past, value_past), mask, lengths)
     mixed, *presents = builder.op_multi_out(
         "If",
         [lengths.single],
-        {"then_branch": single, "else_branch": several},
+        {"then_branch": _single(layer), "else_branch": _several(graph, layer)},
         num_outputs=3,
         name=f"{site.name}/If",
     )
@@ -221,21 +238,15 @@ def _joins(node: ir.Node) -> bool:
     return node.op_type == "Reshape" and shape is not None and len(shape) == len(_TO_HEADS) - 1
 
 
-def _single(
-    site: Site,
-    inputs: Sequence[ir.Value],
-    pasts: Sequence[ir.Value],
-    mask: Mask,
-    lengths: _Lengths,
-) -> ir.Graph:
+def _single(layer: _Layer) -> ir.Graph:
     """One token, by GroupQueryAttention."""
-    builder = tape.Tape()
+    site, lengths, builder = layer.site, layer.lengths, tape.Tape()
     attributes = {"num_heads": site.heads, "kv_num_heads": site.kv_heads, "scale": site.scale}
     if site.softcap is not None:
         attributes["softcap"] = site.softcap
     outputs = builder.op_multi_out(
         "GroupQueryAttention",
-        [*inputs, *pasts, lengths.last, lengths.count, None, None, None, mask.bias],
+        [*layer.inputs, *layer.pasts, lengths.last, lengths.count, None, None, None, layer.mask.bias],
         attributes,
         domain=MICROSOFT,
         num_outputs=3,
@@ -244,16 +255,9 @@ def _single(
     return _branch(builder, outputs, f"{site.name}/One")
 
 
-def _several(
-    graph: ir.Graph,
-    site: Site,
-    inputs: Sequence[ir.Value],
-    pasts: Sequence[ir.Value],
-    mask: Mask,
-    lengths: _Lengths,
-) -> ir.Graph:
+def _several(graph: ir.Graph, layer: _Layer) -> ir.Graph:
     """Several tokens, by standard operators."""
-    builder = tape.Tape()
+    site, builder = layer.site, tape.Tape()
 
     def apart(x: ir.Value, like: ir.Value, label: str) -> ir.Value:
         dims = integers(graph, (0, 0, size(like, 1), size(like, 3)))
@@ -261,14 +265,15 @@ def _several(
         return builder.op("Transpose", [split], {"perm": list(_TO_HEADS)}, name=f"{site.name}/{label}Turned")
 
     query, *new = (
-        apart(x, like, label) for x, like, label in zip(inputs, site.inputs, ("Query", "Key", "Value"), strict=True)
+        apart(x, like, label)
+        for x, like, label in zip(layer.inputs, site.inputs, ("Query", "Key", "Value"), strict=True)
     )
     written = [
-        _written(graph, builder, past, x, lengths, f"{site.name}/{label}")
-        for past, x, label in zip(pasts, new, ("Key", "Value"), strict=True)
+        _written(graph, builder, past, x, layer.lengths, f"{site.name}/{label}")
+        for past, x, label in zip(layer.pasts, new, ("Key", "Value"), strict=True)
     ]
     (_, keys), (_, values) = written
-    mixed = attention(graph, builder, site, (query, keys, values), mask)
+    mixed = attention(graph, builder, site, (query, keys, values), layer.mask)
     width = integers(graph, (0, 0, site.heads * size(site.inputs[2], 3)))
     joined = builder.op("Reshape", [mixed, width], name=f"{site.name}/Joined")
     return _branch(builder, [joined, *(present for present, _ in written)], f"{site.name}/More")
