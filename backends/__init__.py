@@ -1,7 +1,7 @@
 """Writers and loaders of what deployment runtimes read.
 
-The loaders of Tripy modules are here directly; each imports what it needs on first use, so that ``import backends``
-stays light.
+The loaders of Tripy modules are here directly; each imports what it needs on first use, so that
+``import backends`` stays light.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The contract between rotq and whatever writes a runtime's files. Importing this module imports no runtime."""
+"""The contract between rotq and whatever writes a runtime's files. Importing this module imports no
+runtime.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +26,45 @@ class WriteOptions:
     target: str
     """One of the backend's targets."""
     logits: Literal["all", "last"] = "all"
-    """Logits of every token, or of the last one of each row alone: all that generating text needs."""
+    """Logits of every token, or of the last one of each row alone: all that generating text needs.
+    """
     kv_buffer: Literal["grown", "shared"] = "grown"
-    """``grown``: each run returns keys and values that are longer by the new tokens. ``shared``: they go in as a buffer
-    with room for all tokens and come out as that buffer, filled as far as the attention mask is long, the new tokens
-    last: in place where the runtime binds input and output to one memory."""
+    """``grown``: each run returns keys and values that are longer by the new tokens. ``shared``:
+    they go in as a buffer with room for all tokens and come out as that buffer, filled as far as
+    the attention mask is long, the new tokens last: in place where the runtime binds input and
+    output to one memory."""
     max_shard_bytes: int | None = None
     """Files of weights are split beyond this size; ``None``: the backend's own limit."""
     progress: Progress = field(default=silent, compare=False)
 
 
 class RuntimeMissing(BackendError):
-    """The runtime that would run a written folder is not installed, or needs hardware that is not there."""
+    """The runtime that would run a written folder is not installed, or needs hardware that is not
+    there.
+    """
 
 
 class RuntimeModel(Protocol):
     """An exported folder, running in its runtime. All tensors are CPU torch tensors."""
 
     runtime: str
-    """What runs it, for tables: ``ONNX Runtime 1.31.1 (CPU)``, ``transformers``, ``torch, from the file``."""
+    """What runs it, for tables: ``ONNX Runtime 1.31.1 (CPU)``, ``transformers``, ``torch, from the
+    file``.
+    """
     note: str
-    """What this runtime computes otherwise than the file says, of its own accord (``quantizes the inputs of weight-only
-    linears to int8``); empty: nothing. What has a note is reported, and what has none is held to the bounds."""
+    """What this runtime computes otherwise than the file says, of its own accord (``quantizes the
+    inputs of weight-only linears to int8``); empty: nothing. What has a note is reported, and what
+    has none is held to the bounds."""
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """One pass over ``input_ids`` ``[B, S]`` after ``past`` (keys and values, ``[B, kv_heads, P, head_dim]`` each).
+        """One pass over ``input_ids`` ``[B, S]`` after ``past`` (keys and values, ``[B, kv_heads,
+        P, head_dim]`` each).
 
         Args:
             input_ids: int64 ``[B, S]``.
@@ -59,16 +73,20 @@ class RuntimeModel(Protocol):
             past: key, value of every layer in turn, or ``None`` for an empty cache.
 
         Returns:
-            Logits float32 ``[B, S, V]``, or ``[B, 1, V]`` where only those of the last token were written, and the new
-            cache, ``[B, kv_heads, P + S, head_dim]`` each.
+            Logits float32 ``[B, S, V]``, or ``[B, 1, V]`` where only those of the last token were
+            written, and the new cache, ``[B, kv_heads, P + S, head_dim]`` each.
         """
 
 
 class ProbedModel(Protocol):
-    """An exported folder that also shows what goes into and comes out of its linears, in the runtime itself."""
+    """An exported folder that also shows what goes into and comes out of its linears, in the
+    runtime itself.
+    """
 
     def probe(self, input_ids: Tensor, names: Sequence[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Input (after any online rotation, before it is quantized) and output of the linears ``names``, by name."""
+        """Input (after any online rotation, before it is quantized) and output of the linears
+        ``names``, by name.
+        """
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,9 @@ class Fusion:
     quantized: int
     """Linears whose weight is stored quantized."""
     unfused: list[str]
-    """Of these, the ones whose weight is dequantized on every run instead of feeding an integer kernel."""
+    """Of these, the ones whose weight is dequantized on every run instead of feeding an integer
+    kernel.
+    """
     kernels: Mapping[str, int]
     """Count of each compute operator in the graph that the runtime really executes."""
 
@@ -100,7 +120,9 @@ class StoredTensor:
 
 
 class Backend(Protocol):
-    """Writes a :class:`~calib.artifact.QuantizedModel` for a runtime and loads it back. Holds no state."""
+    """Writes a :class:`~calib.artifact.QuantizedModel` for a runtime and loads it back. Holds no
+    state.
+    """
 
     name: str
     targets: tuple[str, ...]
@@ -110,7 +132,8 @@ class Backend(Protocol):
         """Why ``target`` cannot express a linear of ``scheme``, else ``None``. Torch-free."""
 
     def warning(self, scheme: LinearScheme, target: str) -> str | None:
-        """What a linear of ``scheme`` that ``target`` can express falls back to where it is slow, else ``None``.
+        """What a linear of ``scheme`` that ``target`` can express falls back to where it is slow,
+        else ``None``.
 
         Torch-free.
         """
@@ -119,22 +142,28 @@ class Backend(Protocol):
         """Why ``target`` cannot express a KV cache of ``scheme``, else ``None``. Torch-free."""
 
     def rotation_refusal(self, kind: str, target: str) -> str | None:
-        """Why ``target`` cannot express rotations of ``kind`` (``r1`` to ``r4``), else ``None``. Torch-free.
+        """Why ``target`` cannot express rotations of ``kind`` (``r1`` to ``r4``), else ``None``.
+        Torch-free.
 
-        R1 and R2 are in the weights, and no concern of a target but where it fixes the architecture; R3 and R4 are
-        computed while the model runs.
+        R1 and R2 are in the weights, and no concern of a target but where it fixes the
+        architecture; R3 and R4 are computed while the model runs.
         """
 
     def logits_refusal(self, target: str) -> str | None:
-        """Why ``target`` cannot be written with the logits of the last token alone, else ``None``. Torch-free."""
+        """Why ``target`` cannot be written with the logits of the last token alone, else ``None``.
+        Torch-free.
+        """
 
     def kv_buffer_refusal(self, target: str) -> str | None:
-        """Why ``target`` cannot be written with keys and values in one shared buffer, else ``None``. Torch-free."""
+        """Why ``target`` cannot be written with keys and values in one shared buffer, else
+        ``None``. Torch-free.
+        """
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:
-        """Why ``target`` cannot express this model, and what to do; else ``None``. May import torch.
+        """Why ``target`` cannot express this model, and what to do; else ``None``. May import
+        torch.
 
         Args:
             config: Hugging Face config as a dictionary.
@@ -143,22 +172,27 @@ class Backend(Protocol):
         """
 
     def compute_dtype(self, target: str) -> str | None:
-        """Dtype the target computes in: ``float32``, ``float16`` or ``bfloat16``; ``None``: that of the checkpoint."""
+        """Dtype the target computes in: ``float32``, ``float16`` or ``bfloat16``; ``None``: that of
+        the checkpoint.
+        """
 
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
         """Write the runtime's files into the empty, existing ``folder``. The model is not modified.
 
-        Files of the checkpoint that travel along (tokenizer, generation config) are not its business, and neither is
-        ``config.json``, unless the runtime wants one of its own: what it writes is kept.
+        Files of the checkpoint that travel along (tokenizer, generation config) are not its
+        business, and neither is ``config.json``, unless the runtime wants one of its own: what it
+        writes is kept.
         """
 
     def load(self, folder: Path, target: str, *, exact: bool) -> RuntimeModel:
-        """Open a written folder in its runtime, or in the nearest thing to it that this machine has.
+        """Open a written folder in its runtime, or in the nearest thing to it that this machine
+        has.
 
         Args:
             folder: what :meth:`write` wrote.
             target: what it was written for.
-            exact: ask for arithmetic as written, without the runtime's own approximations; else as a user runs it.
+            exact: ask for arithmetic as written, without the runtime's own approximations; else as
+                a user runs it.
 
         Raises:
             RuntimeMissing: nothing on this machine can run it.
@@ -166,10 +200,14 @@ class Backend(Protocol):
         """
 
     def load_probed(self, folder: Path, target: str) -> ProbedModel:
-        """Open a written folder in its runtime so that its linears can be looked into; errors as for :meth:`load`."""
+        """Open a written folder in its runtime so that its linears can be looked into; errors as
+        for :meth:`load`.
+        """
 
     def fusion(self, folder: Path, target: str) -> Fusion | None:
-        """How the runtime executes the linears of a written folder; ``None`` where it does not tell."""
+        """How the runtime executes the linears of a written folder; ``None`` where it does not
+        tell.
+        """
 
     def read_linears(self, folder: Path, target: str) -> Mapping[str, QuantizedLinear]:
         """Quantized linears as the written folder holds them, in the artifact's orientation."""

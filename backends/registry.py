@@ -1,7 +1,8 @@
-"""Finding backends: built-in and third-party ones alike come from the entry-point group ``rotq.backends``.
+"""Finding backends: built-in and third-party ones alike come from the entry-point group
+``rotq.backends``.
 
-An entry point names a callable without arguments that returns a :class:`~backends.base.Backend`. One that fails to load
-is listed with its error and never stops the others.
+An entry point names a callable without arguments that returns a :class:`~backends.base.Backend`.
+One that fails to load is listed with its error and never stops the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from typing import Any
 from backends.base import Backend
 from calib.architectures.spec import KINDS
 from calib.errors import BackendError
-from calib.schemes import FLOAT, KV_SCHEMES, LINEAR_SCHEMES, LinearScheme, TensorScheme, linear_words
+from calib.schemes import (
+    FLOAT,
+    KV_SCHEMES,
+    LINEAR_SCHEMES,
+    LinearScheme,
+    TensorScheme,
+    linear_words,
+)
 
 GROUP = "rotq.backends"
 
@@ -30,7 +38,9 @@ class BackendInfo:
     schemes: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     """target -> scheme -> why the target cannot express it, ``None`` if it can."""
     warnings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """target -> scheme -> what the target makes of it instead of running it fast; only where there is something."""
+    """target -> scheme -> what the target makes of it instead of running it fast; only where there
+    is something.
+    """
     caches: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     """target -> format of the KV cache -> why the target cannot express it, ``None`` if it can."""
     rotations: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
@@ -41,7 +51,10 @@ class BackendInfo:
 
 def available() -> list[BackendInfo]:
     """Every registered backend, by name. Imports no runtime and no torch."""
-    return [_describe(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)]
+    return [
+        _describe(entry)
+        for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    ]
 
 
 def get_backend(name: str) -> Backend:
@@ -53,7 +66,8 @@ def get_backend(name: str) -> Backend:
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
     if name not in found:
         raise BackendError(
-            f"unknown backend '{name}'", hint=f"installed backends: {', '.join(sorted(found)) or 'none'}"
+            f"unknown backend '{name}'",
+            hint=f"installed backends: {', '.join(sorted(found)) or 'none'}",
         )
     try:
         backend: Backend = found[name].load()()
@@ -73,7 +87,8 @@ def target_of(backend: Backend, target: str | None) -> str:
     """
     if target is not None and target not in backend.targets:
         raise BackendError(
-            f"backend '{backend.name}' has no target '{target}'", hint=f"its targets are: {', '.join(backend.targets)}"
+            f"backend '{backend.name}' has no target '{target}'",
+            hint=f"its targets are: {', '.join(backend.targets)}",
         )
     return target or backend.targets[0]
 
@@ -83,17 +98,23 @@ def check_target(backend: Backend, schemes: Mapping[str, LinearScheme], target: 
 
     Args:
         backend: what writes.
-        schemes: how linears are quantized, by what the error calls them: the scheme's name, or modules.
+        schemes: how linears are quantized, by what the error calls them: the scheme's name, or
+            modules.
         target: one of its targets, or ``None`` for its default.
 
     Raises:
-        BackendError: unknown target, or one that cannot express a scheme; the hint lists what would work.
+        BackendError: unknown target, or one that cannot express a scheme; the hint lists what would
+            work.
     """
     chosen = target_of(backend, target)
     for name, scheme in schemes.items():
         reason = backend.refusal(scheme, chosen)
         if reason is not None:
-            possible = [name for name, linear in LINEAR_SCHEMES.items() if backend.refusal(linear, chosen) is None]
+            possible = [
+                name
+                for name, linear in LINEAR_SCHEMES.items()
+                if backend.refusal(linear, chosen) is None
+            ]
             raise BackendError(
                 f"target '{chosen}' of backend '{backend.name}' cannot express {name}: {reason}",
                 hint=f"schemes it can express: {', '.join([FLOAT, *possible])}",
@@ -110,7 +131,8 @@ def check_cache(backend: Backend, cache: TensorScheme | None, target: str) -> No
     reason = None if cache is None else backend.cache_refusal(cache, target)
     if cache is not None and reason is not None:
         raise BackendError(
-            f"target '{target}' of backend '{backend.name}' cannot express a KV cache of {cache.format.name}: {reason}",
+            f"target '{target}' of backend '{backend.name}' cannot express a KV cache of"
+            f" {cache.format.name}: {reason}",
             hint="calibrate without --kv, or choose another target",
         )
 
@@ -143,7 +165,9 @@ def expressible(
     cache: TensorScheme | None,
     rotations: Collection[str] = (),
 ) -> bool:
-    """Whether ``target`` can express linears of these schemes, this cache and these kinds of rotations."""
+    """Whether ``target`` can express linears of these schemes, this cache and these kinds of
+    rotations.
+    """
     return (
         all(backend.refusal(scheme, target) is None for scheme in linears)
         and (cache is None or backend.cache_refusal(cache, target) is None)
@@ -151,7 +175,9 @@ def expressible(
     )
 
 
-def check_model(backend: Backend, target: str, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> None:
+def check_model(
+    backend: Backend, target: str, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+) -> None:
     """Refuse a model that ``target`` cannot express.
 
     Args:
@@ -167,7 +193,8 @@ def check_model(backend: Backend, target: str, config: Mapping[str, Any], linear
     if refused is not None:
         reason, hint = refused
         raise BackendError(
-            f"target '{target}' of backend '{backend.name}' cannot express this model: {reason}", hint=hint
+            f"target '{target}' of backend '{backend.name}' cannot express this model: {reason}",
+            hint=hint,
         )
 
 
@@ -191,10 +218,13 @@ def check_kv_buffer(backend: Backend, target: str, kv_buffer: str) -> None:
         _check_written(backend, target, "--kv-buffer", kv_buffer, backend.kv_buffer_refusal(target))
 
 
-def _check_written(backend: Backend, target: str, option: str, value: str, reason: str | None) -> None:
+def _check_written(
+    backend: Backend, target: str, option: str, value: str, reason: str | None
+) -> None:
     if reason is not None:
         raise BackendError(
-            f"target '{target}' of backend '{backend.name}' cannot be written with {option} {value}: {reason}",
+            f"target '{target}' of backend '{backend.name}' cannot be written with {option}"
+            f" {value}: {reason}",
             hint=f"leave {option} out",
         )
 
@@ -209,7 +239,8 @@ def check_rotations(backend: Backend, target: str, kinds: Collection[str]) -> No
         reason = backend.rotation_refusal(kind, target)
         if reason is not None:
             raise BackendError(
-                f"target '{target}' of backend '{backend.name}' cannot express {kind.upper()}: {reason}",
+                f"target '{target}' of backend '{backend.name}' cannot express {kind.upper()}:"
+                f" {reason}",
                 hint=f"calibrate without {kind} in --rotate, or choose another target",
             )
 
@@ -236,11 +267,14 @@ def _describe(entry: EntryPoint) -> BackendInfo:
             schemes={target: _schemes(backend, target) for target in backend.targets},
             warnings={target: _warnings(backend, target) for target in backend.targets},
             caches={
-                target: {name: backend.cache_refusal(cache, target) for name, cache in KV_SCHEMES.items()}
+                target: {
+                    name: backend.cache_refusal(cache, target) for name, cache in KV_SCHEMES.items()
+                }
                 for target in backend.targets
             },
             rotations={
-                target: {kind: backend.rotation_refusal(kind, target) for kind in KINDS} for target in backend.targets
+                target: {kind: backend.rotation_refusal(kind, target) for kind in KINDS}
+                for target in backend.targets
             },
         )
     except Exception as error:  # a broken plugin must not take the list down
@@ -248,14 +282,25 @@ def _describe(entry: EntryPoint) -> BackendInfo:
 
 
 def _schemes(backend: Backend, target: str) -> dict[str, str | None]:
-    return {FLOAT: None, **{name: backend.refusal(linear, target) for name, linear in LINEAR_SCHEMES.items()}}
+    return {
+        FLOAT: None,
+        **{name: backend.refusal(linear, target) for name, linear in LINEAR_SCHEMES.items()},
+    }
 
 
 def _warnings(backend: Backend, target: str) -> dict[str, str]:
-    able = (name for name, reason in _schemes(backend, target).items() if reason is None and name != FLOAT)
+    able = (
+        name
+        for name, reason in _schemes(backend, target).items()
+        if reason is None and name != FLOAT
+    )
     found = {name: backend.warning(LINEAR_SCHEMES[name], target) for name in able}
     return {name: warning for name, warning in found.items() if warning is not None}
 
 
 def _distribution(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else "unknown distribution"
+    return (
+        f"{entry.dist.name} {entry.dist.version}"
+        if entry.dist is not None
+        else "unknown distribution"
+    )

@@ -1,7 +1,8 @@
 """Running in torch what a written folder holds, for backends without a runtime on this machine.
 
-It is the reference of :mod:`calib.reference` over the model as *read back*, so it shows whether keys, packing,
-transposes and scales come back as they went in. What the target's own kernels make of them it cannot show.
+It is the reference of :mod:`calib.reference` over the model as *read back*, so it shows whether
+keys, packing, transposes and scales come back as they went in. What the target's own kernels make
+of them it cannot show.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from calib.reference import ReferenceLinear, build_reference
 
 
 class TorchModel:
-    """A quantized model in torch; implements :class:`~backends.base.RuntimeModel` and ``ProbedModel``.
+    """A quantized model in torch; implements :class:`~backends.base.RuntimeModel` and
+    ``ProbedModel``.
 
     Args:
         model: the artifact, as read back from a written folder.
@@ -30,15 +32,23 @@ class TorchModel:
         self._network: Any = build_reference(model)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`~backends.base.RuntimeModel`."""
-        logits, present = cached_pass(self._network, input_ids, attention_mask, position_ids, past or ())
+        logits, present = cached_pass(
+            self._network, input_ids, attention_mask, position_ids, past or ()
+        )
         return logits.float(), present
 
     @torch.no_grad()
     def probe(self, input_ids: Tensor, names: Sequence[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """See :class:`~backends.base.ProbedModel`. Experts that no token was routed to are left out."""
+        """See :class:`~backends.base.ProbedModel`. Experts that no token was routed to are left
+        out.
+        """
         wanted = set(names)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -65,7 +75,11 @@ class TorchModel:
 
 @torch.no_grad()
 def cached_pass(
-    network: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]
+    network: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    past: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """One pass of a transformers model over ``input_ids`` after ``past``.
 
@@ -74,7 +88,8 @@ def cached_pass(
         input_ids: int64 ``[B, S]``.
         attention_mask: int64 ``[B, P + S]``.
         position_ids: int64 ``[B, S]``.
-        past: key, value of every layer in turn, ``[B, kv_heads, P, head_dim]`` each, in the dtype of the network.
+        past: key, value of every layer in turn, ``[B, kv_heads, P, head_dim]`` each, in the dtype
+            of the network.
 
     Returns:
         Logits ``[B, S, V]`` and the new cache, in the dtype of the network.
@@ -91,4 +106,6 @@ def cached_pass(
         past_key_values=cache,
         use_cache=True,
     )
-    return output.logits, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return output.logits, [
+        tensor for layer in cache.layers for tensor in (layer.keys, layer.values)
+    ]

@@ -1,16 +1,18 @@
 """How fast bundles are written and how much memory that takes, for every target, in one run.
 
-A random artifact of the shape of a Llama (dimensions of a 1B model, as many layers as asked for) is saved to disk once
-for each scheme. Then, in a process of its own for each target, that artifact is opened by memory map and written as a
-bundle, and the bundle's files are copied with ``shutil.copyfile``; both are followed by an fsync of every file, and
-take turns. Reported are medians:
+A random artifact of the shape of a Llama (dimensions of a 1B model, as many layers as asked for) is
+saved to disk once for each scheme. Then, in a process of its own for each target, that artifact is
+opened by memory map and written as a bundle, and the bundle's files are copied with
+``shutil.copyfile``; both are followed by an fsync of every file, and take turns. Reported are
+medians:
 
 * megabytes a second of writing, and as a ratio to the plain copy: at least 0.7,
-* peak growth of resident anonymous memory (RssAnon) while writing, as a ratio to the largest shard: at most 1.5. Pages
-  of the mapped artifact are not counted: the kernel takes them back when it needs them.
+* peak growth of resident anonymous memory (RssAnon) while writing, as a ratio to the largest shard:
+  at most 1.5. Pages of the mapped artifact are not counted: the kernel takes them back when it
+  needs them.
 
-    python -m benchmarks.bundle                              # about 2.5 GB a bundle, in shards of 500 MB
-    python -m benchmarks.bundle --layers 4 --targets modelopt --schemes int8-weight-only
+    python -m benchmarks.bundle                              # about 2.5 GB a bundle, in shards of
+    500 MB python -m benchmarks.bundle --layers 4 --targets modelopt --schemes int8-weight-only
 
 Linux only: resident memory is read from /proc.
 """
@@ -67,8 +69,9 @@ class Figure:
         speed, memory = self.copy / self.write, self.anonymous / self.largest
         verdict = "" if speed >= SPEED_BOUND and memory <= MEMORY_BOUND else "  MISSED"
         return (
-            f"{self.target:<20}{self.scheme:<18}{self.nbytes / _MB:>8.0f}{self.shards:>7}{self.largest / _MB:>9.0f}"
-            f"{self.nbytes / _MB / self.write:>9.0f}{self.nbytes / _MB / self.copy:>9.0f}{speed:>8.2f}"
+            f"{self.target:<20}{self.scheme:<18}{self.nbytes / _MB:>8.0f}{self.shards:>7}"
+            f"{self.largest / _MB:>9.0f}{self.nbytes / _MB / self.write:>9.0f}"
+            f"{self.nbytes / _MB / self.copy:>9.0f}{speed:>8.2f}"
             f"{self.anonymous / _MB:>9.0f}{memory:>8.2f}{verdict}"
         )
 
@@ -78,22 +81,28 @@ def main() -> None:
     arguments = _arguments()
     backend = SafetensorsBackend()
     print(
-        f"{'target':<20}{'scheme':<18}{'MB':>8}{'shards':>7}{'largest':>9}{'write':>9}{'copy':>9}{'ratio':>8}"
-        f"{'anon MB':>9}{'ratio':>8}\n{'':<53}{'MB':>9}{'MB/s':>9}{'MB/s':>9}{'>= 0.7':>8}{'':>9}{'<= 1.5':>8}"
+        f"{'target':<20}{'scheme':<18}{'MB':>8}{'shards':>7}{'largest':>9}{'write':>9}{'copy':>9}"
+        f"{'ratio':>8}{'anon MB':>9}{'ratio':>8}\n"
+        f"{'':<53}{'MB':>9}{'MB/s':>9}{'MB/s':>9}{'>= 0.7':>8}{'':>9}{'<= 1.5':>8}"
     )
     spawn = multiprocessing.get_context("spawn")
     for scheme in arguments.schemes:
         linear = SCHEMES[scheme].linear
-        targets = [name for name in arguments.targets if linear and backend.refusal(linear, name) is None]
+        targets = [
+            name for name in arguments.targets if linear and backend.refusal(linear, name) is None
+        ]
         with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
             artifact = Path(root) / "artifact"
             for step, target in enumerate(targets):
-                # A process of its own: what one target leaves in memory must not hide what the next one takes.
+                # A process of its own: what one target leaves in memory must not hide what the next
+                # one takes.
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                     if step == 0:
                         pool.submit(save_artifact, artifact, scheme, arguments.layers).result()
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                    job = pool.submit(measure, artifact, target, arguments.shard_mb * 10**6, arguments.repeats)
+                    job = pool.submit(
+                        measure, artifact, target, arguments.shard_mb * 10**6, arguments.repeats
+                    )
                     print(job.result().row, flush=True)
 
 
@@ -101,8 +110,15 @@ def save_artifact(folder: Path, scheme: str, layers: int) -> None:
     """Save a random quantized Llama of ``layers`` layers."""
     from transformers import LlamaConfig
 
-    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8}
-    config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=2048)
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=2048
+    )
     linear = SCHEMES[scheme].linear
     assert linear is not None  # float is not among the schemes tried
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +148,11 @@ def save_artifact(folder: Path, scheme: str, layers: int) -> None:
 
 def _quantized(name: str, weight: Tensor, scheme: LinearScheme) -> QuantizedLinear:
     grid = weight_grid(weight, scheme.weight, torch.bfloat16)
-    dtype = torch.float32 if scheme.input is not None and scheme.input.scale_format == "e4m3" else torch.bfloat16
+    dtype = (
+        torch.float32
+        if scheme.input is not None and scheme.input.scale_format == "e4m3"
+        else torch.bfloat16
+    )
     return QuantizedLinear(
         name=name,
         weight=quantize(weight, grid, scheme.weight),
@@ -147,7 +167,9 @@ def _quantized(name: str, weight: Tensor, scheme: LinearScheme) -> QuantizedLine
 
 
 def measure(artifact: Path, target: str, shard_bytes: int, repeats: int) -> Figure:
-    """Write and copy in turns: one that warms up (page cache, imports), one for memory, and those that are timed."""
+    """Write and copy in turns: one that warms up (page cache, imports), one for memory, and those
+    that are timed.
+    """
     model = QuantizedModel.load(artifact)
     options = WriteOptions(target, max_shard_bytes=shard_bytes)
     writes, copies = [], []
@@ -217,12 +239,19 @@ def _anonymous() -> int:
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description="Speed and memory of writing bundles.")
-    parser.add_argument("--layers", type=int, default=40, help="layers of the model: 44 million weights each")
+    parser.add_argument(
+        "--layers", type=int, default=40, help="layers of the model: 44 million weights each"
+    )
     parser.add_argument("--shard-mb", type=int, default=500, help="split files beyond this size")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--targets", nargs="+", default=list(SafetensorsBackend.targets))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES_TRIED))
-    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where to write; it needs three bundles' space")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path.cwd(),
+        help="where to write; it needs three bundles' space",
+    )
     return parser.parse_args()
 
 

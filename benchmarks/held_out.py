@@ -1,14 +1,18 @@
-"""Error of the exported quantizer on a test split by rotation: every candidate, the reference, and what ``auto`` picks.
+"""Error of the exported quantizer on a test split by rotation: every candidate, the reference, and
+what ``auto`` picks.
 
-Train, gate and test: candidates are trained and chosen by the function that the pipeline calls, on tokens sampled from
-the training documents, of which the gate's were kept apart; the test documents share none with either. Static limits
-are those of each layer's own training tokens. Activations only: weights stay in float here.
+Train, gate and test: candidates are trained and chosen by the function that the pipeline calls, on
+tokens sampled from the training documents, of which the gate's were kept apart; the test documents
+share none with either. Static limits are those of each layer's own training tokens. Activations
+only: weights stay in float here.
 
 * identity, hadamard, pca-hadamard, trained: the candidates of the gate,
-* reference: DartQuant's (Whip, QR latent, SGD of momentum 0.9; 100 full-batch steps over 4 n tokens),
+* reference: DartQuant's (Whip, QR latent, SGD of momentum 0.9; 100 full-batch steps over 4 n
+  tokens),
 * auto: the candidate that the gate picked, named, and its error over the best of all five.
 
-    python -m benchmarks.held_out --model DIR [--model DIR ...] --text FILE.txt [--seed 0] [--kinds r1 r2]
+    python -m benchmarks.held_out --model DIR [--model DIR ...] --text FILE.txt [--seed 0] [--kinds
+    r1 r2]
 """
 
 from __future__ import annotations
@@ -67,27 +71,47 @@ class Case:
 
 def main() -> None:
     """Print the table and the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help="checkpoint folder (default: the embedded model)")
-    parser.add_argument("--text", default="embedded", help="text of all three splits (default: the embedded one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", action="append", help="checkpoint folder (default: the embedded model)"
+    )
+    parser.add_argument(
+        "--text", default="embedded", help="text of all three splits (default: the embedded one)"
+    )
     parser.add_argument("--kinds", nargs="+", choices=["r1", "r2"], default=["r1", "r2"])
     parser.add_argument("--test-rows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     names = ["identity", "hadamard", "pca-hadamard", "trained", "reference"]
-    print(f"{'model':<14} {'':<3} {'scheme':<16}", *(f"{name:>12}" for name in names), "  auto            / best")
+    print(
+        f"{'model':<14} {'':<3} {'scheme':<16}",
+        *(f"{name:>12}" for name in names),
+        "  auto            / best",
+    )
     cases = []
     for model in arguments.model or ["embedded"]:
         for case in measure(model, arguments):
             cases.append(case)
             figures = (f"{case.errors[name]:>12.4g}" for name in names)
             print(f"{case.model:<14} {case.kind.upper():<3} {case.scheme:<16}", *figures, end="  ")
-            print(f"{case.picked:<14} {case.ratio:>7.3f}{'' if case.ratio <= TARGET else '  MISSED'}", flush=True)
+            print(
+                f"{case.picked:<14} {case.ratio:>7.3f}{'' if case.ratio <= TARGET else '  MISSED'}",
+                flush=True,
+            )
     for name in ("hadamard", "reference"):
         better = sum(case.auto < case.errors[name] for case in cases)
         print(f"auto strictly better than {name}: {better} of {len(cases)}")
-    print(f"auto within {TARGET} of the best: {sum(case.ratio <= TARGET for case in cases)} of {len(cases)}")
-    untrained = [f"{case.model} {case.kind.upper()} {case.scheme}" for case in cases if case.picked != "trained"]
+    print(
+        f"auto within {TARGET} of the best: {sum(case.ratio <= TARGET for case in cases)} of"
+        f" {len(cases)}"
+    )
+    untrained = [
+        f"{case.model} {case.kind.upper()} {case.scheme}"
+        for case in cases
+        if case.picked != "trained"
+    ]
     print("training gained nothing for:", "; ".join(untrained) or "none")
 
 
@@ -105,7 +129,10 @@ def measure(model: str, arguments: argparse.Namespace) -> list[Case]:
     run = Run(recipe, RunOptions(Path()), None, None, silent)
     architecture, config = run.source.architecture, run.source.config
     capture, layer_norm = run.captured(), architecture.norm_kind == "layer"
-    train, test = (_site_tokens(run, rows) for rows in (run.rows.train[: arguments.test_rows], run.rows.evaluation))
+    train, test = (
+        _site_tokens(run, rows)
+        for rows in (run.rows.train[: arguments.test_rows], run.rows.evaluation)
+    )
     cases = []
     for kind in arguments.kinds:
         if architecture.refusal(kind, config) is not None:
@@ -115,10 +142,14 @@ def measure(model: str, arguments: argparse.Namespace) -> list[Case]:
         for name, scheme in _schemes(capture.r1.samples.values.shape[-1]).items():
             chosen = choose(capture, kind, settings, HELD_OUT, Judge(name, scheme))
             kept, _ = capture.held_out(kind, HELD_OUT)
-            gated = candidates(chosen.trained.matrix, kept, seed=arguments.seed, fix_ones=settings.fix_ones)
+            gated = candidates(
+                chosen.trained.matrix, kept, seed=arguments.seed, fix_ones=settings.fix_ones
+            )
             made: dict[str, Tensor | None] = {str(key): matrix for key, matrix in gated.items()}
             made["reference"] = reference
-            errors = {key: _error(matrix, train[kind], test[kind], scheme) for key, matrix in made.items()}
+            errors = {
+                key: _error(matrix, train[kind], test[kind], scheme) for key, matrix in made.items()
+            }
             cases.append(Case(Path(model).name, kind, name, errors, chosen.name))
     return cases
 
@@ -137,17 +168,26 @@ def _schemes(n: int) -> dict[str, TensorScheme]:
 def _reference(capture: Capture, kind: Kind, settings: TrainConfig) -> Tensor:
     """As published, on 4 n tokens; fixing ones where the model needs it."""
     published = replace(
-        settings, objective="whip", optimizer="qr", epochs=REFERENCE_STEPS, start="hadamard", normalize=False
+        settings,
+        objective="whip",
+        optimizer="qr",
+        epochs=REFERENCE_STEPS,
+        start="hadamard",
+        normalize=False,
     )
     if kind == "r2":
         return train_rotation(capture.r2_samples().float(), replace(published, lr=1e-3)).matrix
     values = capture.r1.samples.values.float()
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(settings.seed))
-    return train_rotation(values[order[: 4 * values.shape[1]]], replace(published, lr=1.5e-3)).matrix
+    return train_rotation(
+        values[order[: 4 * values.shape[1]]], replace(published, lr=1.5e-3)
+    ).matrix
 
 
 def _site_tokens(run: Run, rows: list[Tensor]) -> dict[Kind, list[Samples]]:
-    """Every token of ``rows`` at every site: ``[tokens, n]`` for R1, ``[1, kv_heads, tokens * group, n]`` for R2."""
+    """Every token of ``rows`` at every site: ``[tokens, n]`` for R1, ``[1, kv_heads, tokens *
+    group, n]`` for R2.
+    """
     source = run.source
     sizes = source.architecture.dimensions(source.config)
     model: Any = materialize(run.fuse(RotationSet()))
@@ -164,7 +204,9 @@ def _site_tokens(run: Run, rows: list[Tensor]) -> dict[Kind, list[Samples]]:
     with ExitStack() as hooks, torch.no_grad():
         for site in sites:
             module = model.get_submodule(site.module)
-            hooks.callback(module.register_forward_pre_hook(keep(site.module), with_kwargs=True).remove)
+            hooks.callback(
+                module.register_forward_pre_hook(keep(site.module), with_kwargs=True).remove
+            )
         for row in rows:
             model.base_model(input_ids=row.unsqueeze(0))
     found: dict[Kind, list[Samples]] = {"r1": [], "r2": []}
@@ -174,11 +216,15 @@ def _site_tokens(run: Run, rows: list[Tensor]) -> dict[Kind, list[Samples]]:
             found["r1"].append(Samples(x, torch.ones(len(x)), massive=0))
         elif site.rotation == "r2":
             heads = by_kv_head(x, sizes.kv_heads, sizes.head_dim).unsqueeze(0)
-            found["r2"].append(Samples(heads, torch.ones(1, heads.shape[2]), massive=0, group=sizes.group))
+            found["r2"].append(
+                Samples(heads, torch.ones(1, heads.shape[2]), massive=0, group=sizes.group)
+            )
     return found
 
 
-def _error(matrix: Tensor | None, train: list[Samples], test: list[Samples], scheme: TensorScheme) -> float:
+def _error(
+    matrix: Tensor | None, train: list[Samples], test: list[Samples], scheme: TensorScheme
+) -> float:
     """Mean over sites of the relative squared error on test tokens."""
     errors = []
     for index, (seen, unseen) in enumerate(zip(train, test, strict=True)):

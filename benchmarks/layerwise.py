@@ -1,13 +1,16 @@
 """Peak memory, time and bytes of layer-wise quantization to int4-weight-only, on random weights.
 
-Makes a checkpoint of a Llama shape (by default that of Llama-2-7B, 13 GB) in bfloat16 shards, unless WORK holds it
-already, folds R1 and R2 into it lazily and quantizes it block by block into a saved model, by the function that
-``rotq calibrate --layerwise`` calls. The peak is that of anonymous memory (RssAnon), as the pages of a memory-mapped
-checkpoint can be dropped at any time. Linux only.
+Makes a checkpoint of a Llama shape (by default that of Llama-2-7B, 13 GB) in bfloat16 shards,
+unless WORK holds it already, folds R1 and R2 into it lazily and quantizes it block by block into a
+saved model, by the function that ``rotq calibrate --layerwise`` calls. The peak is that of
+anonymous memory (RssAnon), as the pages of a memory-mapped checkpoint can be dropped at any time.
+Linux only.
 
-The default weight algorithm looks at the second moments of inputs, so that the tokens are run; ``rtn`` needs none.
+The default weight algorithm looks at the second moments of inputs, so that the tokens are run;
+``rtn`` needs none.
 
-    python -m benchmarks.layerwise --work DIR [--layers N] [--tokens 2048] [--weights gptq] [--asym] [--keep]
+    python -m benchmarks.layerwise --work DIR [--layers N] [--tokens 2048] [--weights gptq] [--asym]
+    [--keep]
 """
 
 from __future__ import annotations
@@ -58,22 +61,36 @@ INTERVAL = 0.02
 
 def main() -> None:
     """Print the figures as one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint and the walk")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the checkpoint and the walk"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens; 0 runs nothing")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="calibration tokens; 0 runs nothing"
+    )
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--max-memory", type=int, default=2 * GIB, help="bytes of hidden states held in memory")
+    parser.add_argument(
+        "--max-memory", type=int, default=2 * GIB, help="bytes of hidden states held in memory"
+    )
     parser.add_argument("--rotate", nargs="*", default=["r1", "r2"])
     parser.add_argument("--weights", default="mse:weighted=true", help="weight algorithm")
-    parser.add_argument("--asym", action="store_true", help="feed each linear the outputs of the quantized ones")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoint in the work folder")
+    parser.add_argument(
+        "--asym", action="store_true", help="feed each linear the outputs of the quantized ones"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the checkpoint in the work folder"
+    )
     arguments = parser.parse_args()
-    checkpoint = arguments.work / f"checkpoint-{arguments.layers}-{arguments.hidden}-{arguments.ffn}"
+    checkpoint = (
+        arguments.work / f"checkpoint-{arguments.layers}-{arguments.hidden}-{arguments.ffn}"
+    )
     if not (checkpoint / "config.json").is_file():
         make_checkpoint(arguments, checkpoint)
     drop_from_cache(checkpoint)
@@ -84,7 +101,9 @@ def main() -> None:
 
 
 def make_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
-    """Random bfloat16 weights, a shard for every decoder layer and one for the rest; config.json comes last."""
+    """Random bfloat16 weights, a shard for every decoder layer and one for the rest; config.json
+    comes last.
+    """
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -105,9 +124,13 @@ def make_checkpoint(arguments: argparse.Namespace, folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for seed, (file, shapes) in enumerate(shards.items()):
         generator = torch.Generator().manual_seed(seed)
-        save_file({name: random_tensor(shape, generator) for name, shape in shapes.items()}, folder / file)
+        save_file(
+            {name: random_tensor(shape, generator) for name, shape in shapes.items()}, folder / file
+        )
         weight_map |= dict.fromkeys(shapes, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     config.save_pretrained(folder)
 
 
@@ -130,7 +153,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     expected_tensors(load_config(folder))  # loads transformers, whose memory is no part of the walk
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
-        arguments.vocabulary, (arguments.tokens // arguments.seqlen, arguments.seqlen), generator=generator
+        arguments.vocabulary,
+        (arguments.tokens // arguments.seqlen, arguments.seqlen),
+        generator=generator,
     )
     run = arguments.asym or algorithm_named(arguments.weights).needs_moment
     batches: Sequence[Batch] = length_batches(list(ids), 1) if run and len(ids) else []
@@ -141,8 +166,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         config = load_config(folder)
         architecture = architecture_for(config)
         rotations = hadamard_rotations(config, architecture, arguments.rotate)
-        fused = fuse(open_checkpoint(folder), config, architecture, rotations, dtype=torch.float32, lazy=True)
-        quantization = resolve(scheme_named("int4-weight-only"), architecture, config, weights=arguments.weights)
+        fused = fuse(
+            open_checkpoint(folder), config, architecture, rotations, dtype=torch.float32, lazy=True
+        )
+        quantization = resolve(
+            scheme_named("int4-weight-only"), architecture, config, weights=arguments.weights
+        )
         folder_out.mkdir(parents=True)
         quantize_blockwise(
             fused,
@@ -226,7 +255,9 @@ def anonymous_memory() -> int:
 
 
 def io_counters() -> dict[str, int]:
-    """``read_bytes`` (from the disk, memory maps included) and ``wchar`` (given to write calls), proc(5)."""
+    """``read_bytes`` (from the disk, memory maps included) and ``wchar`` (given to write calls),
+    proc(5).
+    """
     pairs = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return {name: int(value) for name, value in pairs}
 

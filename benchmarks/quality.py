@@ -1,19 +1,23 @@
-"""Perplexity by scheme, rotations and weight algorithm, in one table for each model, over that of the float model.
+"""Perplexity by scheme, rotations and weight algorithm, in one table for each model, over that of
+the float model.
 
-Rotations: ``none``; ``Hadamard``, random R1 and R2 and the online R4; ``auto``, what ``rotq export --rotate auto``
-trains for the scheme and keeps, by KL(float || quantized) of the whole model on gate rows.
+Rotations: ``none``; ``Hadamard``, random R1 and R2 and the online R4; ``auto``, what ``rotq export
+--rotate auto`` trains for the scheme and keeps, by KL(float || quantized) of the whole model on
+gate rows.
 
-Algorithms: rounding to nearest (``rtn``), weights with searched limits (``mse``), GPTQ, AdaRound of few iterations for
-int4, and smoothing, alone and before GPTQ: SmoothQuant for integer activations, else AWQ for weights of four bits. The
-best one of a row is chosen by the same KL on the gate rows, so the evaluation rows choose nothing.
+Algorithms: rounding to nearest (``rtn``), weights with searched limits (``mse``), GPTQ, AdaRound of
+few iterations for int4, and smoothing, alone and before GPTQ: SmoothQuant for integer activations,
+else AWQ for weights of four bits. The best one of a row is chosen by the same KL on the gate rows,
+so the evaluation rows choose nothing.
 
-Figures, of the torch model that an exported artifact reproduces: perplexity over float; the gap, how far its logarithm
-is above float's, in nats per token; and that KL on the evaluation rows, which varies far less. Calibration, gate and
-evaluation share no document: the text is split, unless ``--calib-text`` names another to calibrate and gate with. What
-the embedded model has to reach is checked below its table, as far as it was measured.
+Figures, of the torch model that an exported artifact reproduces: perplexity over float; the gap,
+how far its logarithm is above float's, in nats per token; and that KL on the evaluation rows, which
+varies far less. Calibration, gate and evaluation share no document: the text is split, unless
+``--calib-text`` names another to calibrate and gate with. What the embedded model has to reach is
+checked below its table, as far as it was measured.
 
-    python -m benchmarks.quality [--model embedded --model DIR ...] [--text FILE.txt] [--calib-text FILE.txt]
-        [--schemes int8 w4a4 ...] [--block-size 32] [--rows 32] [--all]
+    python -m benchmarks.quality [--model embedded --model DIR ...] [--text FILE.txt] [--calib-text
+        FILE.txt] [--schemes int8 w4a4 ...] [--block-size 32] [--rows 32] [--all]
 """
 
 from __future__ import annotations
@@ -45,7 +49,16 @@ from calib.quantize import Calibrator
 from calib.reference import build_reference
 from calib.rotations.from_capture import online_rotations, ordered_kinds
 from calib.rotations.rotation_set import RotationSet, hadamard_rotations
-from calib.schemes import INT4, INT8, LINEAR_SCHEMES, PerBlock, PerTensor, Scheme, TensorScheme, scheme_named
+from calib.schemes import (
+    INT4,
+    INT8,
+    LINEAR_SCHEMES,
+    PerBlock,
+    PerTensor,
+    Scheme,
+    TensorScheme,
+    scheme_named,
+)
 from calib.smoothing.groups import SmoothingGroup, smoothing_groups
 from calib.smoothing.methods import smoothing_named
 from calib.smoothing.observe import GroupInputs, observe_channels
@@ -61,11 +74,17 @@ KINDS: tuple[Kind, ...] = ("r1", "r2", "r4")
 FULL = ",".join(KINDS)
 INT4_G128 = "int4-weight-only g128"
 SEARCHED = ("int8", "float8", "int4-weight-only")
-"""Schemes with a figure to reach by an algorithm that need not be the best of its row: all of them are evaluated."""
+"""Schemes with a figure to reach by an algorithm that need not be the best of its row: all of them
+are evaluated.
+"""
 PER_TENSOR = TensorScheme(INT8, PerTensor())
-"""Its limits, min and max of the whole tensor, are those of every static scheme, whatever the format."""
+"""Its limits, min and max of the whole tensor, are those of every static scheme, whatever the
+format.
+"""
 Seen = tuple[Observed, dict[str, GroupInputs]]
-"""Limits and second moments of the inputs of all linears; and, by group, channels of what smoothing scales."""
+"""Limits and second moments of the inputs of all linears; and, by group, channels of what smoothing
+scales.
+"""
 UNKNOWN = Provenance("", "", {}, 0, 0, 0, 0, "", {})
 """Nothing that is measured here is saved."""
 
@@ -128,12 +147,18 @@ class Fused:
             channels.update(observe_channels(module, self.groups, self.loop))
 
         network: nn.Module = materialize(self.model)
-        found = observe(network, Wanted(dict.fromkeys(names, PER_TENSOR), "min_max", moments=names), run)
+        found = observe(
+            network, Wanted(dict.fromkeys(names, PER_TENSOR), "min_max", moments=names), run
+        )
         moments = {group.name: found.moments[group.observed_at] for group in self.groups}
-        return found, {name: replace(inputs, moment=moments[name]) for name, inputs in channels.items()}
+        return found, {
+            name: replace(inputs, moment=moments[name]) for name, inputs in channels.items()
+        }
 
     def smooth(self, method: str, quantization: Quantization) -> Fused:
-        """Smoothed for a scheme: x <- x / s, so that amax <- max_j amax_j / s_j and H <- H / (s s^T)."""
+        """Smoothed for a scheme: x <- x / s, so that amax <- max_j amax_j / s_j and H <- H / (s
+        s^T).
+        """
         found, (inputs, channels) = smoothing_named(method), self.seen
         assert found is not None
         model, _ = smooth(self.model, found, channels, quantization.linears)
@@ -147,7 +172,9 @@ class Fused:
         return Fused(model, self.loop, (Observed(limits, moments), {}))
 
     def quantize(self, quantization: Quantization) -> QuantizedModel:
-        """What :func:`calib.quantize.quantize_model` makes, of statistics that all schemes share."""
+        """What :func:`calib.quantize.quantize_model` makes, of statistics that all schemes
+        share.
+        """
         calibrator, state = Calibrator(self.model, quantization), self.model.state
         names = list(quantization.linears)
         observed = self.seen[0] if calibrator.wanted(names) else Observed()
@@ -174,7 +201,9 @@ class Bench:
 
     def run(self, scheme: str) -> Run:
         """The pipeline's run of a scheme, with the shared model, rows and statistics."""
-        run = Run(self._recipe(scheme), RunOptions(Path(), from_capture=self.capture), None, None, silent)
+        run = Run(
+            self._recipe(scheme), RunOptions(Path(), from_capture=self.capture), None, None, silent
+        )
         run.source, run.rows = self.first.source, self.first.rows
         return run
 
@@ -199,14 +228,19 @@ class Bench:
                 "gate.nsamples": arguments.gate_rows,
                 "evaluation.dataset": arguments.text if arguments.calib_text else None,
                 "evaluation.nsamples": arguments.rows,
-                "weights.block_size": arguments.block_size if blocks(scheme_named(scheme)) else None,
+                "weights.block_size": (
+                    arguments.block_size if blocks(scheme_named(scheme)) else None
+                ),
             },
         )
 
     @cached_property
     def original(self) -> LogitsFunction:
         """Logits of the float model, computed once for every row."""
-        logits, known = model_logits(self.first.source.original("cpu")), dict[tuple[int, ...], Tensor]()
+        logits, known = (
+            model_logits(self.first.source.original("cpu")),
+            dict[tuple[int, ...], Tensor](),
+        )
 
         def remembered(ids: Tensor) -> Tensor:
             key = tuple(ids.flatten().tolist())
@@ -237,16 +271,24 @@ class Bench:
         """Random R1 and R2, and R4, as far as the architecture has them; and which these are."""
         source = self.first.source
         kinds = [kind for kind in KINDS if source.architecture.refusal(kind, source.config) is None]
-        made = hadamard_rotations(source.config, source.architecture, kinds, seed=self.arguments.seed)
-        online = online_rotations(source.config, source.architecture, kinds)  # R4 without random signs, as exported
+        made = hadamard_rotations(
+            source.config, source.architecture, kinds, seed=self.arguments.seed
+        )
+        # R4 without random signs, as exported
+        online = online_rotations(source.config, source.architecture, kinds)
         return ordered_kinds(kinds), self.fused(made.merged(online))
 
     def auto(self, run: Run) -> tuple[str, Fused]:
         """What the pipeline trains for a scheme and its gate keeps, rounding weights to nearest."""
         candidates = candidate_sets(run.recipe, run.source, run.given)
-        trained = run.rotations(sorted({kind for rotate in candidates for kind in kinds_of(rotate)}))
+        trained = run.rotations(
+            sorted({kind for rotate in candidates for kind in kinds_of(rotate)})
+        )
         sets = gate_sets(candidates, run.recipe, run.source, run.given, trained.rotations)
-        made = {name: self.none if name == "none" else self.fused(rotations) for name, rotations in sets.items()}
+        made = {
+            name: self.none if name == "none" else self.fused(rotations)
+            for name, rotations in sets.items()
+        }
 
         def make(rotate: str) -> Candidate:
             return Candidate(rotate, made[rotate].model, made[rotate].quantize(run.quantization))
@@ -256,13 +298,22 @@ class Bench:
 
     def measure(self, run: Run) -> list[Cell]:
         """All cells of one scheme."""
-        plain, hadamard = self._cells(run, "none", "none", self.none), self._cells(run, "Hadamard", *self.hadamard)
+        plain, hadamard = (
+            self._cells(run, "none", "none", self.none),
+            self._cells(run, "Hadamard", *self.hadamard),
+        )
         rotate, fused = self.auto(run)
         same = [replace(cell, rotation="auto") for cell in plain]
-        return [*plain, *hadamard, *(same if rotate == "none" else self._cells(run, "auto", rotate, fused))]
+        return [
+            *plain,
+            *hadamard,
+            *(same if rotate == "none" else self._cells(run, "auto", rotate, fused)),
+        ]
 
     def _cells(self, run: Run, rotation: str, rotate: str, fused: Fused) -> list[Cell]:
-        """Every algorithm on the gate rows; on the evaluation rows those that the table or a figure needs."""
+        """Every algorithm on the gate rows; on the evaluation rows those that the table or a figure
+        needs.
+        """
         name, smoothed, made = label(run.scheme), {"": fused}, dict[Cell, QuantizedModel]()
         for algorithm in algorithms_of(run.scheme, self.arguments.adaround):
             smoothing, weights = split(algorithm)
@@ -270,30 +321,50 @@ class Bench:
             if smoothing not in smoothed:
                 smoothed[smoothing] = fused.smooth(smoothing, quantization)
             quantized = smoothed[smoothing].quantize(quantization)
-            cell = Cell(name, rotation, rotate, algorithm, self.compare(quantized, run.rows.gate).kl)
+            cell = Cell(
+                name, rotation, rotate, algorithm, self.compare(quantized, run.rows.gate).kl
+            )
             made[cell] = quantized
             what = f"{name}, {rotation} ({rotate}), {algorithm}: KL {cell.gate:.5f}"
             print(f"{self.seconds:6.0f} s  {what}", file=sys.stderr)
         every = self.arguments.all or run.scheme.name in SEARCHED
         wanted = [cell for cell in made if every or cell.algorithm == PLAIN or cell is least(made)]
         return [
-            replace(cell, result=self.compare(quantized, run.rows.evaluation)) if cell in wanted else cell
+            (
+                replace(cell, result=self.compare(quantized, run.rows.evaluation))
+                if cell in wanted
+                else cell
+            )
             for cell, quantized in made.items()
         ]
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help="checkpoint folder (default: the embedded model)")
-    parser.add_argument("--text", default="embedded", help="text to evaluate on (default: the embedded one)")
-    parser.add_argument("--calib-text", help="text to calibrate and gate with (default: other documents of --text)")
-    parser.add_argument("--schemes", nargs="+", choices=list(LINEAR_SCHEMES), default=list(LINEAR_SCHEMES))
-    parser.add_argument("--block-size", type=int, help="input features that share a scale of int4 weights (128)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", action="append", help="checkpoint folder (default: the embedded model)"
+    )
+    parser.add_argument(
+        "--text", default="embedded", help="text to evaluate on (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--calib-text", help="text to calibrate and gate with (default: other documents of --text)"
+    )
+    parser.add_argument(
+        "--schemes", nargs="+", choices=list(LINEAR_SCHEMES), default=list(LINEAR_SCHEMES)
+    )
+    parser.add_argument(
+        "--block-size", type=int, help="input features that share a scale of int4 weights (128)"
+    )
     parser.add_argument("--rows", type=int, default=32, help="evaluation rows")
     parser.add_argument("--gate-rows", type=int, default=16)
     parser.add_argument("--calib-rows", type=int, default=64)
-    parser.add_argument("--adaround", type=int, default=20, help="iterations of AdaRound; 0: without it")
+    parser.add_argument(
+        "--adaround", type=int, default=20, help="iterations of AdaRound; 0: without it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="evaluate and print every algorithm")
     arguments = parser.parse_args()
@@ -309,11 +380,17 @@ def measure(bench: Bench) -> list[Cell]:
     rows, cells = bench.first.rows, list[Cell]()
     sizes = [
         f"{name} {len(some)} rows of {sum(row.numel() for row in some)} tokens"
-        for name, some in (("evaluation", rows.evaluation), ("gate", rows.gate), ("calibration", rows.train))
+        for name, some in (
+            ("evaluation", rows.evaluation),
+            ("gate", rows.gate),
+            ("calibration", rows.train),
+        )
     ]
     print(f"\n{bench.model}: {', '.join(sizes)}")
     columns = f"{'gap':>8} {'KL':>8}"
-    print(f"{'scheme':<22} {'rotations':<16} {'RTN':>8} {columns}  {'best':>8} {columns}  algorithm")
+    print(
+        f"{'scheme':<22} {'rotations':<16} {'RTN':>8} {columns}  {'best':>8} {columns}  algorithm"
+    )
     for scheme in bench.arguments.schemes:
         run = bench.run(scheme)
         try:
@@ -336,15 +413,24 @@ def show(cells: list[Cell], *, every: bool) -> None:
         some = [cell for cell in cells if cell.rotation == rotation]
         best = least(some)
         name = f"auto: {best.rotate}" if rotation == "auto" else rotation
-        print(f"{best.scheme:<22} {name:<16} {some[0].figures}  {best.figures}  {best.algorithm}", flush=True)
+        print(
+            f"{best.scheme:<22} {name:<16} {some[0].figures}  {best.figures}  {best.algorithm}",
+            flush=True,
+        )
         for cell in some if every else ():
             print(f"{'':<68}{cell.figures}  {cell.algorithm}, gate KL {cell.gate:.5f}")
 
 
 def acceptance(cells: list[Cell]) -> list[str]:
     """The four figures that the embedded model has to reach, as far as they were measured."""
-    plain = {cell.scheme: cell for cell in cells if (cell.rotation, cell.algorithm) == ("none", PLAIN)}
-    int8 = [cell for cell in cells if cell.scheme == "int8" and ("r4" in cell.rotate or "smooth" in cell.algorithm)]
+    plain = {
+        cell.scheme: cell for cell in cells if (cell.rotation, cell.algorithm) == ("none", PLAIN)
+    }
+    int8 = [
+        cell
+        for cell in cells
+        if cell.scheme == "int8" and ("r4" in cell.rotate or "smooth" in cell.algorithm)
+    ]
     float8 = [cell for cell in cells if cell.scheme == "float8"]
     int4 = [cell for cell in cells if (cell.scheme, cell.rotation) == (INT4_G128, "none")]
     searched = [cell for cell in int4 if cell.algorithm.startswith(("gptq", "awq"))]
@@ -361,7 +447,10 @@ def acceptance(cells: list[Cell]) -> list[str]:
             best = least(some)
             value = best.ratio if bound > 1 else best.gap / plain[best.scheme].gap
             met = "pass" if value <= bound else "MISS"
-            lines.append(f"{met}  {what} {value:.4f}, at most {bound:.4g} ({best.rotation}, {best.algorithm})")
+            lines.append(
+                f"{met}  {what} {value:.4f}, at most {bound:.4g} ({best.rotation},"
+                f" {best.algorithm})"
+            )
     return lines
 
 
@@ -371,7 +460,9 @@ def least(cells: Iterable[Cell]) -> Cell:
 
 
 def algorithms_of(scheme: Scheme, adaround: int) -> list[str]:
-    """What is tried for a scheme, ``rtn`` first: weight algorithms, or smoothing and, after a ``+``, one of them."""
+    """What is tried for a scheme, ``rtn`` first: weight algorithms, or smoothing and, after a
+    ``+``, one of them.
+    """
     assert scheme.weight is not None  # 'float' is no choice here
     found = [PLAIN, "mse", "gptq"]
     if scheme.weight.format == INT4 and adaround:

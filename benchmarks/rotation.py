@@ -1,21 +1,23 @@
 """Rotation training against the reference algorithm as published, in one run and on the same data.
 
-Reference: Whip, autograd through a QR, SGD of momentum 0.9, lr 1.5e-3, 100 steps over 4 n tokens, from a random
-Hadamard matrix. Ours: the monotone step from the same start on the same tokens. Reported as ratios, since both share
-the machine:
+Reference: Whip, autograd through a QR, SGD of momentum 0.9, lr 1.5e-3, 100 steps over 4 n tokens,
+from a random Hadamard matrix. Ours: the monotone step from the same start on the same tokens.
+Reported as ratios, since both share the machine:
 
-* time to the reference's final Whip loss on a shared evaluation set (0.1: in a tenth of the reference's time),
+* time to the reference's final Whip loss on a shared evaluation set (0.1: in a tenth of the
+  reference's time),
 * held-out error of each quantizer, ours over the reference's and over the Hadamard start's,
 * peak memory of the training step beyond the samples, and bytes kept on disk.
 
-With fewer ``--reference-steps`` the reference's final loss is unknown, and nothing claims it. The time ratio then is
-that to the loss after the steps that were run, over the time of those; early on both are at their fastest. Beside it
-stand our ``--full-steps`` over the reference's 100 steps at its measured time a step, with our loss after them: the
-part of the row called "extrapolated".
+With fewer ``--reference-steps`` the reference's final loss is unknown, and nothing claims it. The
+time ratio then is that to the loss after the steps that were run, over the time of those; early on
+both are at their fastest. Beside it stand our ``--full-steps`` over the reference's 100 steps at
+its measured time a step, with our loss after them: the part of the row called "extrapolated".
 
-    python benchmarks/rotation.py                                  # synthetic activations, labelled so
-    python benchmarks/rotation.py --model DIR --text FILE.txt      # inputs of q_proj and up_proj of a checkpoint
-    python benchmarks/rotation.py --orders 4096 --reference-steps 10   # the reference extrapolated from 10 steps
+    python benchmarks/rotation.py                                  # synthetic activations, labelled
+    so python benchmarks/rotation.py --model DIR --text FILE.txt      # inputs of q_proj and up_proj
+    of a checkpoint python benchmarks/rotation.py --orders 4096 --reference-steps 10   # the
+    reference extrapolated from 10 steps
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ MOST_STEPS = 20  # of ours, where the target is not reached
 
 @dataclass(frozen=True)
 class Activations:
-    """Training and evaluation tokens ``[tokens, n]`` of unit mean square, and where they come from."""
+    """Training and evaluation tokens ``[tokens, n]`` of unit mean square, and where they come
+    from.
+    """
 
     source: str
     train: Tensor
@@ -66,8 +70,9 @@ class Activations:
 def synthetic(n: int) -> Activations:
     """Sparse features in superposition with a power-law spectrum, and four massive channels.
 
-    Sparsity and exponent are such that at n = 256 the spectrum (37, 1.8, 0.2 for the 1st, 26th and 128th eigenvalue)
-    and the reference's gain in Whip (5 %) resemble those of a trained 256-channel Llama (36, 2.4, 0.27; 4 %).
+    Sparsity and exponent are such that at n = 256 the spectrum (37, 1.8, 0.2 for the 1st, 26th and
+    128th eigenvalue) and the reference's gain in Whip (5 %) resemble those of a trained 256-channel
+    Llama (36, 2.4, 0.27; 4 %).
     """
     generator = torch.Generator().manual_seed(n)
     count = 4 * n + EVALUATION_TOKENS
@@ -82,15 +87,20 @@ def synthetic(n: int) -> Activations:
 
 
 def captured(model_dir: Path, text: Path) -> Activations:
-    """Inputs of q_proj and up_proj of every layer, gains divided out, drawn at random over layers and positions."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # heavy, and not needed for synthetic runs
+    """Inputs of q_proj and up_proj of every layer, gains divided out, drawn at random over layers
+    and positions.
+    """
+    # heavy, and not needed for synthetic runs
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     n = int(model.config.hidden_size)
     layers = model.model.layers
     window = 256
     sequences = -(-(4 * n + EVALUATION_TOKENS) // window)
-    ids = AutoTokenizer.from_pretrained(model_dir)(text.read_text()[: sequences * window * 8])["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model_dir)(text.read_text()[: sequences * window * 8])[
+        "input_ids"
+    ]
     ids = torch.tensor(ids[: sequences * window]).view(-1, window)
     kept: list[Tensor] = []
 
@@ -98,23 +108,31 @@ def captured(model_dir: Path, text: Path) -> Activations:
         return lambda module, args: kept.append((args[0] / gain).reshape(-1, n))
 
     for layer in layers:
-        layer.self_attn.q_proj.register_forward_pre_hook(keep(layer.input_layernorm.weight.detach()))
-        layer.mlp.up_proj.register_forward_pre_hook(keep(layer.post_attention_layernorm.weight.detach()))
+        layer.self_attn.q_proj.register_forward_pre_hook(
+            keep(layer.input_layernorm.weight.detach())
+        )
+        layer.mlp.up_proj.register_forward_pre_hook(
+            keep(layer.post_attention_layernorm.weight.detach())
+        )
     with torch.no_grad():
         for first in range(0, sequences, 8):
             model(ids[first : first + 8])
     x = torch.cat(kept)
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     return Activations(
-        model_dir.name, x[: 4 * n].clone(), x[4 * n : 4 * n + EVALUATION_TOKENS].clone(), sites=2 * len(layers)
+        model_dir.name,
+        x[: 4 * n].clone(),
+        x[4 * n : 4 * n + EVALUATION_TOKENS].clone(),
+        sites=2 * len(layers),
     )
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Peak bytes of the tensors, but ``given``, that operators returned and somebody still held, autograd included.
+    """Peak bytes of the tensors, but ``given``, that operators returned and somebody still held,
+    autograd included.
 
-    Deterministic, unlike the resident size, which allocators keep after the first run. Workspaces inside LAPACK do not
-    count; they are the same for both sides.
+    Deterministic, unlike the resident size, which allocators keep after the first run. Workspaces
+    inside LAPACK do not count; they are the same for both sides.
     """
 
     def __init__(self, given: Tensor) -> None:
@@ -143,7 +161,9 @@ def whip(x: Tensor, q: Tensor) -> float:
 
 def reference_stepper(start: Tensor) -> QrStepper:
     """The published algorithm at its start."""
-    return QrStepper(start, Problem(make_objective("whip")), lr=1.5e-3, momentum=0.9, update="sgd", accumulate=1)
+    return QrStepper(
+        start, Problem(make_objective("whip")), lr=1.5e-3, momentum=0.9, update="sgd", accumulate=1
+    )
 
 
 def monotone_stepper(start: Tensor) -> Stepper:
@@ -152,7 +172,9 @@ def monotone_stepper(start: Tensor) -> Stepper:
 
 
 def peak_of_two_steps(stepper: Stepper, data: Activations) -> int:
-    """Live bytes beyond the samples: the second step runs with all the optimiser's state in place."""
+    """Live bytes beyond the samples: the second step runs with all the optimiser's state in
+    place.
+    """
     with LiveBytes(data.train) as memory:
         for _ in range(2):
             stepper.step(data.train, None)
@@ -163,7 +185,8 @@ def peak_of_two_steps(stepper: Stepper, data: Activations) -> int:
 def run_reference(data: Activations, start: Tensor, steps: int) -> tuple[Tensor, float]:
     """Rotation after ``steps``, and seconds a step."""
     stepper = reference_stepper(start)
-    stepper.step(data.train, None)  # warm-up counts as a step but is not timed: the first one pays for allocations
+    # warm-up counts as a step but is not timed: the first one pays for allocations
+    stepper.step(data.train, None)
     began = time.perf_counter()
     for _ in range(steps - 1):
         stepper.step(data.train, None)
@@ -173,7 +196,9 @@ def run_reference(data: Activations, start: Tensor, steps: int) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class Ours:
-    """A run of the monotone step; seconds are of the steps and one float64 projection, from cold."""
+    """A run of the monotone step; seconds are of the steps and one float64 projection, from
+    cold.
+    """
 
     stop_steps: int
     """Steps until the evaluation loss reached the target, or all of them."""
@@ -185,7 +210,8 @@ class Ours:
 
 
 def run_ours(data: Activations, start: Tensor, target: float, full_steps: int) -> Ours:
-    """``full_steps`` steps, or more until the projected rotation reaches ``target`` on the evaluation set.
+    """``full_steps`` steps, or more until the projected rotation reaches ``target`` on the
+    evaluation set.
 
     The clock does not cover the evaluations that decide when to stop.
     """
@@ -207,7 +233,9 @@ def run_ours(data: Activations, start: Tensor, target: float, full_steps: int) -
 
 
 def held_out_errors(data: Activations, rotations: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Relative error of each quantizer on the evaluation set, and the ratio of ours to the reference's."""
+    """Relative error of each quantizer on the evaluation set, and the ratio of ours to the
+    reference's.
+    """
     errors = {}
     for name, scheme in SCHEMES.items():
         at = {key: float(scheme_error(data.evaluation @ q, scheme)) for key, q in rotations.items()}
@@ -219,11 +247,15 @@ def compare(data: Activations, reference_steps: int, full_steps: int) -> dict[st
     """One row of the report."""
     n = data.train.shape[-1]
     start = hadamard_matrix(n, seed=0, dtype=torch.float32)
-    memory = peak_of_two_steps(monotone_stepper(start), data), peak_of_two_steps(reference_stepper(start), data)
+    memory = (
+        peak_of_two_steps(monotone_stepper(start), data),
+        peak_of_two_steps(reference_stepper(start), data),
+    )
     reference, step_seconds = run_reference(data, start, reference_steps)
     target = whip(data.evaluation, reference)
     ours = run_ours(data, start, target, full_steps)
-    # The reference stores every token of every site; here a reservoir of 4 n tokens and a covariance stay.
+    # The reference stores every token of every site; here a reservoir of 4 n tokens and a
+    # covariance stay.
     disk = 4 * n * (4 * n + n), 4 * n * data.sites * PUBLISHED_TOKENS
     row: dict[str, object] = {
         "activations": data.source,
@@ -232,7 +264,10 @@ def compare(data: Activations, reference_steps: int, full_steps: int) -> dict[st
         "threads": torch.get_num_threads(),
         "reference steps run": reference_steps,
         "time ratio": ours.stop_seconds / (step_seconds * reference_steps),
-        "seconds to the same loss (ours, reference)": [ours.stop_seconds, step_seconds * reference_steps],
+        "seconds to the same loss (ours, reference)": [
+            ours.stop_seconds,
+            step_seconds * reference_steps,
+        ],
         "ours steps to that loss": ours.stop_steps,
         "whip on the evaluation set": {
             "hadamard": whip(data.evaluation, start),
@@ -250,7 +285,10 @@ def compare(data: Activations, reference_steps: int, full_steps: int) -> dict[st
     }
     if reference_steps < PUBLISHED_STEPS:
         row["extrapolated"] = {
-            "note": f"the reference's loss and errors are those after {reference_steps} of {PUBLISHED_STEPS} steps",
+            "note": (
+                f"the reference's loss and errors are those after {reference_steps} of"
+                f" {PUBLISHED_STEPS} steps"
+            ),
             f"reference seconds for {PUBLISHED_STEPS} steps": step_seconds * PUBLISHED_STEPS,
             f"ours seconds for {full_steps} steps": ours.seconds,
             "time ratio": ours.seconds / (step_seconds * PUBLISHED_STEPS),
@@ -260,14 +298,25 @@ def compare(data: Activations, reference_steps: int, full_steps: int) -> dict[st
 
 def main() -> None:
     """Parse the arguments and print one JSON object per order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="Llama-like checkpoint folder; default: synthetic activations")
-    parser.add_argument("--text", type=Path, help="text to run through the model")
-    parser.add_argument("--orders", type=int, nargs="+", default=[256, 1024, 2048], help="orders of synthetic runs")
-    parser.add_argument(
-        "--reference-steps", type=int, default=PUBLISHED_STEPS, help="fewer extrapolate the reference's time"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--full-steps", type=int, default=10, help="monotone steps before the errors are compared")
+    parser.add_argument(
+        "--model", type=Path, help="Llama-like checkpoint folder; default: synthetic activations"
+    )
+    parser.add_argument("--text", type=Path, help="text to run through the model")
+    parser.add_argument(
+        "--orders", type=int, nargs="+", default=[256, 1024, 2048], help="orders of synthetic runs"
+    )
+    parser.add_argument(
+        "--reference-steps",
+        type=int,
+        default=PUBLISHED_STEPS,
+        help="fewer extrapolate the reference's time",
+    )
+    parser.add_argument(
+        "--full-steps", type=int, default=10, help="monotone steps before the errors are compared"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if (args.model is None) != (args.text is None):
@@ -277,7 +326,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for order in [None] if args.model else args.orders:
         data = captured(args.model, args.text) if order is None else synthetic(order)
-        print(json.dumps(compare(data, args.reference_steps, args.full_steps), indent=2), flush=True)
+        print(
+            json.dumps(compare(data, args.reference_steps, args.full_steps), indent=2), flush=True
+        )
 
 
 if __name__ == "__main__":

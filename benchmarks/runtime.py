@@ -1,20 +1,25 @@
-"""Speed and memory of exported graphs in ONNX Runtime on the CPU, as ratios to the float export, in one run.
+"""Speed and memory of exported graphs in ONNX Runtime on the CPU, as ratios to the float export, in
+one run.
 
-rotq's int8 and int4, ONNX Runtime's own ``quantize_dynamic`` and ``quantize_static`` (QDQ) of rotq's float graph, and
-the int4 graph of onnxruntime-genai's model builder are made from one checkpoint and measured with the same prompt and
-the same number of threads. Every candidate runs in a process of its own; those of a group take turns, the float export
-among them, and figures are medians. Where its memory happens to lie makes a process faster or slower by up to 3 %, so
-that each group is started several times, in another order.
+rotq's int8 and int4, ONNX Runtime's own ``quantize_dynamic`` and ``quantize_static`` (QDQ) of
+rotq's float graph, and the int4 graph of onnxruntime-genai's model builder are made from one
+checkpoint and measured with the same prompt and the same number of threads. Every candidate runs in
+a process of its own; those of a group take turns, the float export among them, and figures are
+medians. Where its memory happens to lie makes a process faster or slower by up to 3 %, so that each
+group is started several times, in another order.
 
-Graphs compute the logits of the last token only. Heads are in float unless the name says otherwise; the builder
-quantizes its head as all the rest. Graphs make a longer cache at every step, but for those that keep past and present
-in one buffer, which onnxruntime-genai has the builder's do. That one runs either way.
+Graphs compute the logits of the last token only. Heads are in float unless the name says otherwise;
+the builder quantizes its head as all the rest. Graphs make a longer cache at every step, but for
+those that keep past and present in one buffer, which onnxruntime-genai has the builder's do. That
+one runs either way.
 
-Two models: the embedded one, for the record, and random weights in the shape of TinyLlama-1.1B, whose figures are
-checked below its table. Made without rotations and with weights rounded to nearest, neither of which changes the speed.
+Two models: the embedded one, for the record, and random weights in the shape of TinyLlama-1.1B,
+whose figures are checked below its table. Made without rotations and with weights rounded to
+nearest, neither of which changes the speed.
 
-    python -m benchmarks.runtime --work DIR [--model embedded | --model FOLDER | --model tinyllama-1b ...] [--layers 22]
-        [--prompt 256] [--steps 32] [--rounds 3] [--starts 3] [--threads N] [--block-size 32] [--keep]
+    python -m benchmarks.runtime --work DIR [--model embedded | --model FOLDER | --model
+        tinyllama-1b ...] [--layers 22] [--prompt 256] [--steps 32] [--rounds 3] [--starts 3]
+        [--threads N] [--block-size 32] [--keep]
 
 Linux only: memory is read from /proc. The full shape takes about 18 GB in ``--work``.
 """
@@ -109,18 +114,31 @@ Groups = Sequence[Mapping[Candidate, Measured]]
 
 def main() -> None:
     """Print a table for each model, and below that of the 1B shape which figures hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and graphs")
-    parser.add_argument("--model", action="append", help=f"{EMBEDDED}, {SHAPE} or a folder (default: these two)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for checkpoints and graphs"
+    )
+    parser.add_argument(
+        "--model", action="append", help=f"{EMBEDDED}, {SHAPE} or a folder (default: these two)"
+    )
     parser.add_argument("--layers", type=int, default=22, help=f"of {SHAPE}")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded after it")
     parser.add_argument("--rounds", type=int, default=3, help="of a group, each time it is started")
     parser.add_argument("--starts", type=int, default=3, help="fresh processes for each group")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--block-size", type=int, default=32, help="of int4 weights; 32 is the model builder's default")
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=32,
+        help="of int4 weights; 32 is the model builder's default",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", action="store_true", help="leave the graphs and the checkpoint in the work folder")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the graphs and the checkpoint in the work folder"
+    )
     arguments = parser.parse_args()
     for model in arguments.model or [EMBEDDED, SHAPE]:
         folder = arguments.work / f"graphs-{os.getpid()}"
@@ -167,16 +185,26 @@ def measure(folder: Path, load: Load, rounds: int, starts: int) -> Groups:
         for group in found:
             first = start % len(group)
             order = [*group][first:] + [*group][:first]
-            measure_group({candidate: group[candidate] for candidate in order}, folder, load, rounds)
+            measure_group(
+                {candidate: group[candidate] for candidate in order}, folder, load, rounds
+            )
     return found
 
 
-def measure_group(found: Mapping[Candidate, Measured], folder: Path, load: Load, rounds: int) -> None:
-    """Candidates that take turns, in fresh processes; the first round warms up. Adds to what is ``found``."""
+def measure_group(
+    found: Mapping[Candidate, Measured], folder: Path, load: Load, rounds: int
+) -> None:
+    """Candidates that take turns, in fresh processes; the first round warms up. Adds to what is
+    ``found``.
+    """
     with ExitStack() as stack:
         sessions = {
             candidate: stack.enter_context(
-                Session(folder / candidate.folder / MODEL, load, shared_cache=candidate.kv_buffer == "shared")
+                Session(
+                    folder / candidate.folder / MODEL,
+                    load,
+                    shared_cache=candidate.kv_buffer == "shared",
+                )
             )
             for candidate in found
         }
@@ -203,21 +231,26 @@ def ratio(groups: Groups, kind: Kind, candidate: Candidate, other: Candidate = F
 def report(groups: Groups, folder: Path, arguments: argparse.Namespace) -> None:
     """Print the table."""
     print(
-        f"{arguments.threads} threads, prompt of {arguments.prompt} tokens, {arguments.steps} steps, int4 in blocks of "
-        f"{arguments.block_size}; tokens/s and ratio to float, medians of "
-        f"{arguments.starts} x {arguments.rounds}; memory in GB"
+        f"{arguments.threads} threads, prompt of {arguments.prompt} tokens, {arguments.steps}"
+        f" steps, int4 in blocks of {arguments.block_size}; tokens/s and ratio to float, medians of"
+        f" {arguments.starts} x {arguments.rounds}; memory in GB"
     )
-    heads = f"{'prefill':>9} {'x':>6} {'decode':>9} {'x':>6} {'resident':>9} {'x':>6} {'anonymous':>10} {'disk':>6}"
+    heads = (
+        f"{'prefill':>9} {'x':>6} {'decode':>9} {'x':>6} {'resident':>9} {'x':>6} {'anonymous':>10}"
+        f" {'disk':>6}"
+    )
     print(f"{'':<42} {heads}")
     base = groups[0][FLOAT].memory
     for candidate in CANDIDATES:
         one = next(group[candidate] for group in groups if candidate in group)
         disk = sum(path.stat().st_size for path in (folder / candidate.folder).glob(f"{MODEL}*"))
         print(
-            f"{candidate.name:<42} {arguments.prompt / median(one.prefill):>9.1f} "
-            f"{ratio(groups, 'prefill', candidate).value:>6.2f} {arguments.steps / median(one.decode):>9.2f} "
-            f"{ratio(groups, 'decode', candidate).value:>6.2f} {one.memory.resident / 1e9:>9.2f} "
-            f"{one.memory.resident / base.resident:>6.2f} {one.memory.anonymous / 1e9:>10.2f} {disk / 1e9:>6.2f}"
+            f"{candidate.name:<42} {arguments.prompt / median(one.prefill):>9.1f}"
+            f" {ratio(groups, 'prefill', candidate).value:>6.2f}"
+            f" {arguments.steps / median(one.decode):>9.2f}"
+            f" {ratio(groups, 'decode', candidate).value:>6.2f} {one.memory.resident / 1e9:>9.2f}"
+            f" {one.memory.resident / base.resident:>6.2f} {one.memory.anonymous / 1e9:>10.2f}"
+            f" {disk / 1e9:>6.2f}"
         )
 
 
@@ -227,13 +260,22 @@ def share_of_kernels(fusions: Mapping[Candidate, Fusion]) -> Iterator[str]:
         fusion = fusions[candidate]
         fused = fusion.quantized - len(fusion.unfused)
         share = f"{fused} of {fusion.quantized} ({100 * fused / fusion.quantized:.0f} %)"
-        yield _line(f"decoder MatMuls of {candidate.name} in integer kernels: {share}", not fusion.unfused)
+        yield _line(
+            f"decoder MatMuls of {candidate.name} in integer kernels: {share}", not fusion.unfused
+        )
 
 
 def acceptance(groups: Groups) -> Iterator[str]:
-    """Which figures hold. Slower than ONNX Runtime's quantizers is what is slower by more than rounds differ."""
-    reach: list[tuple[Kind, Candidate, Candidate, float]] = [("prefill", INT8, FLOAT, PREFILL_BOUND)]
-    reach += [("decode", candidate, FLOAT, DECODE_BOUND) for candidate in (INT4, INT4_HEAD_INT8, INT4_HEAD_INT4)]
+    """Which figures hold. Slower than ONNX Runtime's quantizers is what is slower by more than
+    rounds differ.
+    """
+    reach: list[tuple[Kind, Candidate, Candidate, float]] = [
+        ("prefill", INT8, FLOAT, PREFILL_BOUND)
+    ]
+    reach += [
+        ("decode", candidate, FLOAT, DECODE_BOUND)
+        for candidate in (INT4, INT4_HEAD_INT8, INT4_HEAD_INT4)
+    ]
     if HAS_BUILDER:
         reach.append(("decode", INT4_SHARED, BUILDER, EQUAL))
         reach.append(("decode", INT4_HEAD_INT4, BUILDER_GROWN, EQUAL))
@@ -241,7 +283,10 @@ def acceptance(groups: Groups) -> Iterator[str]:
         yield f"not measured: {BUILDER.name}, as onnxruntime-genai is not installed"
     for kind, candidate, other, bound in reach:
         found = ratio(groups, kind, candidate, other)
-        yield _line(f"{candidate.name}: {kind} {found} x {other.name}, to reach {bound:.1f}", found.value >= bound)
+        yield _line(
+            f"{candidate.name}: {kind} {found} x {other.name}, to reach {bound:.1f}",
+            found.value >= bound,
+        )
     kinds: tuple[Kind, ...] = ("prefill", "decode")
     for kind in kinds:
         for other in (DYNAMIC, STATIC):

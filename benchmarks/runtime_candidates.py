@@ -36,7 +36,8 @@ class Candidate:
 
     Attributes:
         name: for tables and folders.
-        maker: rotq, one of ONNX Runtime's two quantizers (of rotq's float graph), or onnxruntime-genai's model builder.
+        maker: rotq, one of ONNX Runtime's two quantizers (of rotq's float graph), or
+            onnxruntime-genai's model builder.
         scheme: of the decoder's linears, for rotq.
         head: scheme of the output head, for rotq; the others have what the name says.
         kv_buffer: whether past and present are one buffer, or every run makes a longer cache.
@@ -64,7 +65,9 @@ INT4_HEAD_INT4 = Candidate("int4, int4 head", "rotq", "int4-weight-only", "int4-
 DYNAMIC = Candidate("quantize_dynamic", "dynamic")
 STATIC = Candidate("quantize_static", "static")
 INT4_HEAD_INT8 = Candidate("int4, int8 head", "rotq", "int4-weight-only", "int8-weight-only")
-INT4_SHARED = Candidate("int4, int4 head, one buffer", "rotq", "int4-weight-only", "int4-weight-only", "shared")
+INT4_SHARED = Candidate(
+    "int4, int4 head, one buffer", "rotq", "int4-weight-only", "int4-weight-only", "shared"
+)
 BUILDER = Candidate("genai builder int4, int4 head, one buffer", "builder", kv_buffer="shared")
 BUILDER_GROWN = Candidate("genai builder int4, int4 head", "builder", graph=BUILDER.name)
 HAS_BUILDER = find_spec("onnxruntime_genai") is not None
@@ -83,7 +86,8 @@ class Settings:
     """How candidates are made.
 
     Attributes:
-        block_size: input features that share a scale of int4 weights, in rotq's graphs and in the builder's.
+        block_size: input features that share a scale of int4 weights, in rotq's graphs and in the
+            builder's.
         rows: rows of random tokens that activations are calibrated with.
         tokens: in a row.
         seed: chooses them, and the weights of random checkpoints.
@@ -96,7 +100,8 @@ class Settings:
 
 
 def make_all(checkpoint: Path, folder: Path, settings: Settings) -> Mapping[Candidate, Fusion]:
-    """Make every candidate in ``folder``, those of one maker in a fresh process, so that no memory piles up.
+    """Make every candidate in ``folder``, those of one maker in a fresh process, so that no memory
+    piles up.
 
     Returns:
         How ONNX Runtime executes the linears of rotq's quantized graphs.
@@ -136,7 +141,9 @@ def _write_all(
 
     config = load_config(checkpoint)
     architecture = architecture_for(config)
-    fused = fuse(open_checkpoint(checkpoint), config, architecture, RotationSet(), dtype=torch.float32)
+    fused = fuse(
+        open_checkpoint(checkpoint), config, architecture, RotationSet(), dtype=torch.float32
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     rows = torch.randint(config.vocab_size, (settings.rows, settings.tokens), generator=generator)
     loop = forward_loop_over(length_batches(list(rows), 1))
@@ -156,9 +163,13 @@ def _write_all(
     return fusions
 
 
-def _quantization(candidate: Candidate, architecture: Architecture, config: Any, settings: Settings) -> Quantization:
+def _quantization(
+    candidate: Candidate, architecture: Architecture, config: Any, settings: Settings
+) -> Quantization:
     def scheme(name: str) -> Scheme:
-        return customised(scheme_named(name), block_size=settings.block_size if "int4" in name else None)
+        return customised(
+            scheme_named(name), block_size=settings.block_size if "int4" in name else None
+        )
 
     quantization = resolve(scheme(candidate.scheme), architecture, config)
     head = None if candidate.head is None else scheme(candidate.head).linear
@@ -168,10 +179,12 @@ def _quantization(candidate: Candidate, architecture: Architecture, config: Any,
 
 
 def _quantize(maker: Maker, source: Path, folder: Path, settings: Settings) -> None:
-    """ONNX Runtime's quantizers, on the decoder's MatMuls of rotq's float graph; the head stays in float.
+    """ONNX Runtime's quantizers, on the decoder's MatMuls of rotq's float graph; the head stays in
+    float.
 
-    The static one in its fastest form. By its defaults (int8 activations, outputs quantized as well) it writes a graph
-    of opset 21 that ONNX Runtime refuses to load; and int8 activations that several linears share are not fused.
+    The static one in its fastest form. By its defaults (int8 activations, outputs quantized as
+    well) it writes a graph of opset 21 that ONNX Runtime refuses to load; and int8 activations that
+    several linears share are not fused.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -210,11 +223,18 @@ def _reader(model: Path, settings: Settings) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
     graph = onnx.load(model, load_external_data=False).graph
-    vocabulary = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape.dim[-1]
+    vocabulary = next(
+        output for output in graph.output if output.name == "logits"
+    ).type.tensor_type.shape.dim[-1]
     generator = np.random.default_rng(settings.seed)
     caches = {
         entry.name: np.zeros(
-            (1, entry.type.tensor_type.shape.dim[1].dim_value, 0, entry.type.tensor_type.shape.dim[3].dim_value),
+            (
+                1,
+                entry.type.tensor_type.shape.dim[1].dim_value,
+                0,
+                entry.type.tensor_type.shape.dim[3].dim_value,
+            ),
             np.float32,
         )
         for entry in graph.input
@@ -245,14 +265,28 @@ def _run_builder(checkpoint: Path, folder: Path, settings: Settings) -> None:
     Raises:
         RuntimeError: it failed.
     """
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(checkpoint),
+        "-o",
+        str(folder),
+    ]
     command += ["-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options"]
     command += [f"block_size={settings.block_size}", "prune_lm_head=true"]
     ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     if ran.returncode:
-        raise RuntimeError(f"onnxruntime-genai's model builder failed: {ran.stderr.strip()[-2000:]}")
+        raise RuntimeError(
+            f"onnxruntime-genai's model builder failed: {ran.stderr.strip()[-2000:]}"
+        )
 
 
 def make_checkpoint(folder: Path, layers: int, tokenizer: Path, seed: int) -> None:
@@ -284,7 +318,9 @@ def make_checkpoint(folder: Path, layers: int, tokenizer: Path, seed: int) -> No
     )
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: random_tensor(shape, generator) for name, shape in expected_tensors(config).items()}
+    tensors = {
+        name: random_tensor(shape, generator) for name, shape in expected_tensors(config).items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for path in tokenizer.glob("tokenizer*"):
         shutil.copy(path, folder)

@@ -1,4 +1,6 @@
-"""One exported folder in ONNX Runtime, in a process of its own that runs what it is told to: for benchmarks.runtime."""
+"""One exported folder in ONNX Runtime, in a process of its own that runs what it is told to: for
+benchmarks.runtime.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,14 @@ class Memory:
 class Session:
     """A model that runs in another process; a context manager.
 
-    The process imports nothing but ONNX Runtime, so that its memory is that of the model. It reads words from its
-    standard input and answers each by a line of JSON.
+    The process imports nothing but ONNX Runtime, so that its memory is that of the model. It reads
+    words from its standard input and answers each by a line of JSON.
 
     Args:
         model: the ``.onnx`` file.
         load: what to run.
-        shared_cache: past and present are one buffer, which the graph's attention writes into. Graphs with
-            GroupQueryAttention can do so, and onnxruntime-genai has them do so.
+        shared_cache: past and present are one buffer, which the graph's attention writes into.
+            Graphs with GroupQueryAttention can do so, and onnxruntime-genai has them do so.
     """
 
     def __init__(self, model: Path, load: Load, *, shared_cache: bool) -> None:
@@ -63,11 +65,18 @@ class Session:
 
     def __enter__(self) -> Session:
         """Start the process, and wait until the model is loaded."""
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._receive()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         """End the process."""
         self._process.kill()
         self._process.communicate()
@@ -93,7 +102,9 @@ class Session:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a session's process ended by itself, with code {self._process.wait()}")
+            raise RuntimeError(
+                f"a session's process ended by itself, with code {self._process.wait()}"
+            )
         return json.loads(line)
 
 
@@ -102,7 +113,11 @@ def main() -> None:
     told = json.loads(sys.argv[1])
     make = _Shared if told["shared_cache"] else _Chained
     runner = make(told["model"], Load(**told["load"]))
-    answers: dict[str, Callable[[], object]] = {"prefill": runner.prefill, "decode": runner.decode, "memory": _memory}
+    answers: dict[str, Callable[[], object]] = {
+        "prefill": runner.prefill,
+        "decode": runner.decode,
+        "memory": _memory,
+    }
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(answers[line.strip()]()), flush=True)
@@ -120,7 +135,9 @@ class _Runner:
         self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.load = load
         inputs = [entry.name for entry in self.session.get_inputs()]
-        self.present = {name: _LAYER.sub(r"present.\1.\2", name) for name in inputs if _LAYER.fullmatch(name)}
+        self.present = {
+            name: _LAYER.sub(r"present.\1.\2", name) for name in inputs if _LAYER.fullmatch(name)
+        }
         self.plain = [name for name in inputs if name not in self.present]
 
     def prefill(self) -> float:
@@ -155,7 +172,10 @@ class _Runner:
             "attention_mask": [[1] * (before + len(ids))],
             "position_ids": [list(range(before, before + len(ids)))],
         }
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.array(made[name], np.int64)) for name in self.plain}
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.array(made[name], np.int64))
+            for name in self.plain
+        }
 
     def caches(self, tokens: int) -> dict[str, Any]:
         """Keys and values of every layer, zeros for ``tokens`` tokens."""
@@ -163,7 +183,10 @@ class _Runner:
         import onnxruntime as ort
 
         shape = (1, self.load.kv_heads, tokens, self.load.head_dim)
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in self.present}
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            for name in self.present
+        }
 
 
 class _Chained(_Runner):
@@ -176,7 +199,9 @@ class _Chained(_Runner):
     def run(self, ids: list[int], before: int) -> None:
         """See :class:`_Runner`."""
         outputs = ["logits", *self.present.values()]
-        _, *present = self.session.run_with_ort_values(outputs, self.values(ids, before) | self._cache)
+        _, *present = self.session.run_with_ort_values(
+            outputs, self.values(ids, before) | self._cache
+        )
         self._cache = dict(zip(self.present, present, strict=True))
 
 
@@ -199,7 +224,9 @@ class _Shared(_Runner):
 
 
 def _memory() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    lines = (
+        line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    )
     fields = {"VmRSS:": "resident", "RssAnon:": "anonymous"}
     return {fields[line[0]]: int(line[1]) * 1024 for line in lines if line[0] in fields}
 

@@ -14,7 +14,9 @@ RUNS = 5
 
 
 def main() -> None:
-    """Print the best of :data:`RUNS` for each command: the smallest, because other processes may share the machine."""
+    """Print the best of :data:`RUNS` for each command: the smallest, because other processes may
+    share the machine.
+    """
     python = seconds([sys.executable, "-c", "pass"])
     print(f"{'python alone':<30} {python:.3f} s")
     for arguments in COMMANDS:

@@ -1,8 +1,11 @@
-"""Memory and time of making an ONNX graph: tracing a large model, and writing one from a memory-mapped artifact.
+"""Memory and time of making an ONNX graph: tracing a large model, and writing one from a
+memory-mapped artifact.
 
-* Tracing sees no weights: a graph of the shape of Llama-2-7B, peak resident memory (ru_maxrss) below 4 GB.
-* Writing streams: peak growth of anonymous memory (RssAnon) while two artifacts are written that differ in nothing but
-  their size, at most 2 GB and the same for both. They are random Llamas of the dimensions of a 1B model, traced before.
+* Tracing sees no weights: a graph of the shape of Llama-2-7B, peak resident memory (ru_maxrss)
+  below 4 GB.
+* Writing streams: peak growth of anonymous memory (RssAnon) while two artifacts are written that
+  differ in nothing but their size, at most 2 GB and the same for both. They are random Llamas of
+  the dimensions of a 1B model, traced before.
 
 Each figure is taken in a process of its own. Linux only.
 
@@ -39,15 +42,18 @@ def main() -> None:
     """Print a line for each figure."""
     arguments = _arguments()
     seconds, peak = _apart(trace, arguments.layers)
-    print(f"trace, 7B shape, {arguments.layers} layers: {seconds:.0f} s, peak {peak:.2f} GB resident (< {TRACE_BOUND})")
+    print(
+        f"trace, 7B shape, {arguments.layers} layers: {seconds:.0f} s, peak {peak:.2f} GB resident"
+        f" (< {TRACE_BOUND})"
+    )
     for layers in arguments.write_layers:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
             artifact = Path(root) / "artifact"
             _apart(save_artifact, artifact, "int8-weight-only", layers)
             seconds, size, growth = _apart(write, artifact, Path(root))
         print(
-            f"write, {layers} layers: {size:.2f} GB in {seconds:.1f} s, anonymous memory grows by {growth:.2f} GB "
-            f"(<= {WRITE_BOUND})"
+            f"write, {layers} layers: {size:.2f} GB in {seconds:.1f} s, anonymous memory grows by"
+            f" {growth:.2f} GB (<= {WRITE_BOUND})"
         )
 
 
@@ -57,14 +63,21 @@ def trace(layers: int) -> tuple[float, float]:
 
     from backends.onnx import trace as tracing
 
-    config = LlamaConfig(num_hidden_layers=layers, hidden_size=4096, intermediate_size=11008, vocab_size=32000)
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=4096, intermediate_size=11008, vocab_size=32000
+    )
     start = time.perf_counter()
     tracing.trace(tracing.TraceRequest(portable_config(config), torch.float32, 21))
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB
+    return (
+        time.perf_counter() - start,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB,
+    )
 
 
 def write(artifact: Path, folder: Path) -> tuple[float, float, float]:
-    """Seconds, bytes and growth of anonymous memory in GB, of a second write: the first one leaves the trace behind."""
+    """Seconds, bytes and growth of anonymous memory in GB, of a second write: the first one leaves
+    the trace behind.
+    """
     os.environ["ROTQ_CACHE"] = str(folder / "traces")
     model = QuantizedModel.load(artifact).to(torch.float32)
     memory = PeakMemory()
@@ -85,10 +98,19 @@ def _apart(function: Callable[..., _Result], *arguments: object) -> _Result:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Memory and time of tracing and writing ONNX graphs.")
+    parser = argparse.ArgumentParser(
+        description="Memory and time of tracing and writing ONNX graphs."
+    )
     parser.add_argument("--layers", type=int, default=32, help="of the traced model")
-    parser.add_argument("--write-layers", type=int, nargs="+", default=[8, 32], help="44 million weights each")
-    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where to write; it needs five times a graph")
+    parser.add_argument(
+        "--write-layers", type=int, nargs="+", default=[8, 32], help="44 million weights each"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path.cwd(),
+        help="where to write; it needs five times a graph",
+    )
     return parser.parse_args()
 
 

@@ -1,15 +1,16 @@
 """Perplexity at W4A4 by rotation, with and without R4, in one run on one text.
 
-Activations are fake-quantized per token to int4, symmetric and asymmetric; weights per output channel to symmetric
-int4 by rounding to nearest. Nothing is trained but rotations. Rows: no rotation, random Hadamard, DartQuant's reference
-(Whip, QR latent, SGD; 100 steps over 4 n tokens) and what the pipeline makes of the scheme ``w4a4``; that one again
-with weight scales that clip for the least squared error, still rounded to nearest.
+Activations are fake-quantized per token to int4, symmetric and asymmetric; weights per output
+channel to symmetric int4 by rounding to nearest. Nothing is trained but rotations. Rows: no
+rotation, random Hadamard, DartQuant's reference (Whip, QR latent, SGD; 100 steps over 4 n tokens)
+and what the pipeline makes of the scheme ``w4a4``; that one again with weight scales that clip for
+the least squared error, still rounded to nearest.
 
-Figures: perplexity, how far its logarithm is above the float model's, and KL(float || quantized) in nats per token,
-which varies far less from one text or seed to the next.
+Figures: perplexity, how far its logarithm is above the float model's, and KL(float || quantized) in
+nats per token, which varies far less from one text or seed to the next.
 
-The first ``--windows`` windows of the text are evaluated and windows further on calibrate. ``--windows 0`` splits the
-text by documents instead, one a row, as the pipeline does.
+The first ``--windows`` windows of the text are evaluated and windows further on calibrate.
+``--windows 0`` splits the text by documents instead, one a row, as the pipeline does.
 
     python -m benchmarks.w4a4 --text FILE.txt [--model DIR] [--windows 24] [--seeds 0 1 2]
 """
@@ -54,10 +55,16 @@ SCHEMES = {"sym": W4A4, "asym": replace(W4A4, activation=replace(W4A4.activation
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="checkpoint folder (default: the embedded model)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="embedded", help="checkpoint folder (default: the embedded model)"
+    )
     parser.add_argument("--text", default="embedded", help="text (default: the embedded one)")
-    parser.add_argument("--windows", type=int, default=24, help="evaluation windows; 0: rows are documents")
+    parser.add_argument(
+        "--windows", type=int, default=24, help="evaluation windows; 0: rows are documents"
+    )
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
@@ -86,7 +93,10 @@ def measure(arguments: argparse.Namespace, seed: int) -> None:
     original = [scores.log_softmax(-1) for scores in _logits(run.source.original("cpu"), rows)]
     plain = _nll(original, rows)
     tokens = sum(row.numel() - 1 for row in rows)
-    print(f"seed {seed}: {run.source.name}, {len(rows)} rows, {tokens} tokens, float perplexity {math.exp(plain):.3f}")
+    print(
+        f"seed {seed}: {run.source.name}, {len(rows)} rows, {tokens} tokens, float perplexity"
+        f" {math.exp(plain):.3f}"
+    )
     print(f"{'rotations':<24} {'R4':<4}", *(f"{kind:>8} {'gap':>7} {'KL':>7}" for kind in SCHEMES))
     makers: dict[str, Callable[[Run, Capture, Scheme, int], list[Rotation]]] = {
         "none": lambda run, capture, scheme, seed: [],
@@ -101,10 +111,14 @@ def measure(arguments: argparse.Namespace, seed: int) -> None:
             for r4 in (False, True):
                 figures = []
                 for kind, scheme in SCHEMES.items():
-                    found = _logits(_quantized(_fused(run, made[kind], r4), run, scheme, algorithm), rows)
+                    found = _logits(
+                        _quantized(_fused(run, made[kind], r4), run, scheme, algorithm), rows
+                    )
                     scores = [part.log_softmax(-1) for part in found]
                     nll = _nll(scores, rows)
-                    figures.append(f"{math.exp(nll):>8.3f} {nll - plain:>7.4f} {_kl(original, scores):>7.4f}")
+                    figures.append(
+                        f"{math.exp(nll):>8.3f} {nll - plain:>7.4f} {_kl(original, scores):>7.4f}"
+                    )
                 label = name if algorithm == "rtn" else f"{name}, clipped weights"
                 print(f"{label:<24} {'yes' if r4 else 'no':<4}", *figures, flush=True)
 
@@ -124,7 +138,9 @@ def _consecutive(run: Run, arguments: argparse.Namespace) -> Rows:
 
 def _hadamard(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
     source = run.source
-    return list(hadamard_rotations(source.config, source.architecture, ["r1", "r2"], seed=seed).values())
+    return list(
+        hadamard_rotations(source.config, source.architecture, ["r1", "r2"], seed=seed).values()
+    )
 
 
 def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
@@ -140,10 +156,17 @@ def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Ro
         fix_ones=run.source.architecture.norm_kind == "layer",
     )
     samples = capture.r1.samples.values.float()
-    some = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[: 4 * samples.shape[1]]]
+    some = samples[
+        torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[
+            : 4 * samples.shape[1]
+        ]
+    ]
     r1 = train_rotation(some, settings)
     r2 = train_rotation(capture.r2_samples().float(), replace(settings, lr=1e-3, fix_ones=False))
-    heads = [fused_rotation("r2", matrix, layer=layer) for layer, matrix in zip(capture.r2, r2.matrix, strict=True)]
+    heads = [
+        fused_rotation("r2", matrix, layer=layer)
+        for layer, matrix in zip(capture.r2, r2.matrix, strict=True)
+    ]
     return [fused_rotation("r1", r1.matrix), *heads]
 
 
@@ -183,9 +206,15 @@ def _quantized(fused: FusedModel, run: Run, scheme: Scheme, algorithm: str) -> n
 
     for name in run.source.architecture.linear_names(run.source.config):
         linear = model.get_submodule(name)
-        weight = linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T.contiguous()
+        weight = (
+            linear.weight.data
+            if isinstance(linear, nn.Linear)
+            else linear.weight.data.T.contiguous()
+        )
         assert scheme.weight is not None  # both schemes here quantize
-        rounded = algorithm_named(algorithm).round(weight, None, scheme.weight).values(scheme.weight)
+        rounded = (
+            algorithm_named(algorithm).round(weight, None, scheme.weight).values(scheme.weight)
+        )
         # transformers' Conv1D stores the transpose of a linear
         linear.weight.data = rounded if isinstance(linear, nn.Linear) else rounded.T.contiguous()
         linear.register_forward_pre_hook(hook)
@@ -200,7 +229,9 @@ def _logits(model: Any, rows: list[Tensor]) -> list[Tensor]:
 
 def _nll(scores: list[Tensor], rows: list[Tensor]) -> float:
     """Mean negative log-likelihood of a token given those before it in its row."""
-    lost = [-part[:-1].gather(-1, row[1:, None]).sum() for part, row in zip(scores, rows, strict=True)]
+    lost = [
+        -part[:-1].gather(-1, row[1:, None]).sum() for part, row in zip(scores, rows, strict=True)
+    ]
     return float(torch.stack(lost).sum()) / sum(row.numel() - 1 for row in rows)
 
 

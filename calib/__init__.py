@@ -1,7 +1,8 @@
-"""Everything that makes numbers: rotations, statistics, calibration, scales, and the artifact that holds them.
+"""Everything that makes numbers: rotations, statistics, calibration, scales, and the artifact that
+holds them.
 
-The functions that users of ModelOpt's and of QAT toolchains know by name are here directly; each loads what it needs on
-first use, so that ``import calib`` stays light.
+The functions that users of ModelOpt's and of QAT toolchains know by name are here directly; each
+loads what it needs on first use, so that ``import calib`` stays light.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
     from calib.modules import get_submodule
     from calib.scales import compute_scale, convert_to_scale
 
-__all__ = ["compute_scale", "convert_to_scale", "create_forward_loop", "get_submodule", "modelopt_quantize"]
+__all__ = [
+    "compute_scale",
+    "convert_to_scale",
+    "create_forward_loop",
+    "get_submodule",
+    "modelopt_quantize",
+]
 
 _HOMES = {
     "compute_scale": "calib.scales",

@@ -1,8 +1,10 @@
-"""The :class:`QuantizedModel`: everything a backend needs, with no module, no packing and no runtime's key names.
+"""The :class:`QuantizedModel`: everything a backend needs, with no module, no packing and no
+runtime's key names.
 
-Saved as a folder: safetensors shards (unpacked integers, float scales, float remainder), one JSON manifest with a
-``format_version``, the rotations, and the files of the checkpoint that travel along (config, generation config,
-tokenizer). Loading is by memory map: a tensor is read when it is asked for.
+Saved as a folder: safetensors shards (unpacked integers, float scales, float remainder), one JSON
+manifest with a ``format_version``, the rotations, and the files of the checkpoint that travel along
+(config, generation config, tokenizer). Loading is by memory map: a tensor is read when it is asked
+for.
 """
 
 from __future__ import annotations
@@ -64,22 +66,28 @@ class QuantizedLinear:
 
     Attributes:
         name: dotted module path in the source model.
-        weight: stored values ``[out, in]``, unpacked: int8 storage for integer formats, float8 for float8, E2M1
-            codes in uint8 for float4.
-        weight_scale: shape by ``weight_scheme.granularity`` (:mod:`calib.schemes`), in the compute dtype; float32
-            holding E4M3 numbers or powers of two where the scheme stores scales so.
+        weight: stored values ``[out, in]``, unpacked: int8 storage for integer formats, float8 for
+            float8, E2M1 codes in uint8 for float4.
+        weight_scale: shape by ``weight_scheme.granularity`` (:mod:`calib.schemes`), in the compute
+            dtype; float32 holding E4M3 numbers or powers of two where the scheme stores scales so.
         weight_scheme: format and granularity of the weight.
         bias: ``[out]`` in the compute dtype, or ``None``.
-        input_scheme: format and granularity of the input, or ``None`` where the input stays in float.
-        input_scale: what was calibrated of the input: shape ``[]``, or ``[in]`` per cluster, in the compute dtype; for
-            NVFP4 the second-level scale, float32 ``[]``; ``None`` where nothing was.
-        online_rotation: name in :attr:`QuantizedModel.rotations` of the rotation that acts on the input before it is
-            quantized, or ``None``.
-        weight_zero_point: integers in the dtype and shape of ``weight_scale``; ``None`` when symmetric.
-        weight_second_scale: float32 ``[]``, the factor of every ``weight_scale`` (NVFP4), else ``None``.
-        weight_order: int64 ``[in]`` where scales follow another order of the input features (GPTQ's act-order with
-            groups of its own): column ``p`` of ``weight`` is input feature ``weight_order[p]``. Else ``None``.
-        input_zero_point: integer in the dtype and shape of ``input_scale``; ``None`` when symmetric or dynamic.
+        input_scheme: format and granularity of the input, or ``None`` where the input stays in
+            float.
+        input_scale: what was calibrated of the input: shape ``[]``, or ``[in]`` per cluster, in the
+            compute dtype; for NVFP4 the second-level scale, float32 ``[]``; ``None`` where nothing
+            was.
+        online_rotation: name in :attr:`QuantizedModel.rotations` of the rotation that acts on the
+            input before it is quantized, or ``None``.
+        weight_zero_point: integers in the dtype and shape of ``weight_scale``; ``None`` when
+            symmetric.
+        weight_second_scale: float32 ``[]``, the factor of every ``weight_scale`` (NVFP4), else
+            ``None``.
+        weight_order: int64 ``[in]`` where scales follow another order of the input features (GPTQ's
+            act-order with groups of its own): column ``p`` of ``weight`` is input feature
+            ``weight_order[p]``. Else ``None``.
+        input_zero_point: integer in the dtype and shape of ``input_scale``; ``None`` when symmetric
+            or dynamic.
     """
 
     name: str
@@ -101,7 +109,9 @@ class QuantizedLinear:
         return Grid(self.weight_scale, self.weight_zero_point, self.weight_second_scale)
 
     def values(self) -> Tensor:
-        """The float32 weight ``[out, in]`` that is stored, its columns in the order of the input features."""
+        """The float32 weight ``[out, in]`` that is stored, its columns in the order of the input
+        features.
+        """
         values = dequantize(self.weight, self.grid, self.weight_scheme)
         return values if self.weight_order is None else values[:, self.weight_order.argsort()]
 
@@ -109,19 +119,26 @@ class QuantizedLinear:
         """All that is no tensor, as JSON values."""
         return {
             "weight": tensor_scheme_to_dict(self.weight_scheme),
-            "input": None if self.input_scheme is None else tensor_scheme_to_dict(self.input_scheme),
+            "input": None
+            if self.input_scheme is None
+            else tensor_scheme_to_dict(self.input_scheme),
             "online_rotation": self.online_rotation,
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is of :data:`LINEAR_PARTS`, by the keys under which it is stored."""
         parts = ((part, getattr(self, part)) for part in LINEAR_PARTS)
-        return {f"{self.name}.{part}": tensor.contiguous() for part, tensor in parts if tensor is not None}
+        return {
+            f"{self.name}.{part}": tensor.contiguous()
+            for part, tensor in parts
+            if tensor is not None
+        }
 
 
 @dataclass(frozen=True)
 class QuantizedCache:
-    """How cached keys (after RoPE and R3) and values are quantized: one static scale each for a layer.
+    """How cached keys (after RoPE and R3) and values are quantized: one static scale each for a
+    layer.
 
     Attributes:
         scheme: format of both.
@@ -153,27 +170,34 @@ class Provenance:
     """SHA-256 over the calibration token ids."""
     versions: dict[str, str]
     gate: tuple[dict[str, Any], ...] = ()
-    """The candidates that the rotations were chosen from, where there was a choice; rows of the report's gate table."""
+    """The candidates that the rotations were chosen from, where there was a choice; rows of the
+    report's gate table.
+    """
     rotation_gate: tuple[dict[str, Any], ...] = ()
     """The candidates that each rotation was chosen from, with their errors."""
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A rotated, calibrated, quantized model, independent of any runtime. Frozen; the tensors may be memory-mapped.
+    """A rotated, calibrated, quantized model, independent of any runtime. Frozen; the tensors may
+    be memory-mapped.
 
     Attributes:
         config: the Hugging Face config as a dictionary, with ``tie_word_embeddings`` false.
-        scheme: the preset that the linears were quantized with, but for the overrides of single ones.
+        scheme: the preset that the linears were quantized with, but for the overrides of single
+            ones.
         dtype: what the target computes in; dtype of every float tensor and scale here.
-        linears: by module name, in topological order; an embedding that was asked for is one of them.
-        floats: every other tensor of the model by its checkpoint key: embeddings, norms, float linears.
+        linears: by module name, in topological order; an embedding that was asked for is one of
+            them.
+        floats: every other tensor of the model by its checkpoint key: embeddings, norms, float
+            linears.
         kept: linears left in float, with the reason.
         rotations: all rotations, folded and online.
         provenance: where it came from.
         files: files of the source checkpoint that travel along, by name.
         cache: the KV cache, where it is quantized.
-        smoothing: scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their group.
+        smoothing: scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their
+            group.
     """
 
     config: dict[str, Any]
@@ -190,10 +214,15 @@ class QuantizedModel:
 
     def schemes(self) -> dict[str, LinearScheme]:
         """How each quantized linear is quantized, by name."""
-        return {name: LinearScheme(part.weight_scheme, part.input_scheme) for name, part in self.linears.items()}
+        return {
+            name: LinearScheme(part.weight_scheme, part.input_scheme)
+            for name, part in self.linears.items()
+        }
 
     def to(self, dtype: torch.dtype) -> QuantizedModel:
-        """The same model for a target that computes in ``dtype``; see :func:`calib.casting.cast_model`."""
+        """The same model for a target that computes in ``dtype``; see
+        :func:`calib.casting.cast_model`.
+        """
         from calib.casting import cast_model  # which needs this module
 
         return cast_model(self, dtype)
@@ -203,7 +232,9 @@ class QuantizedModel:
         from huggingface_hub import save_torch_state_dict
 
         tensors = dict(self._tensors())
-        save_torch_state_dict(tensors, folder, filename_pattern="quantized_model{suffix}.safetensors")
+        save_torch_state_dict(
+            tensors, folder, filename_pattern="quantized_model{suffix}.safetensors"
+        )
         self.save_description(folder)
 
     def save_description(self, folder: Path) -> None:
@@ -216,7 +247,10 @@ class QuantizedModel:
             "linears": {name: linear.description() for name, linear in self.linears.items()},
             "cache": None
             if self.cache is None
-            else {"scheme": tensor_scheme_to_dict(self.cache.scheme), "layers": list(self.cache.key_scale)},
+            else {
+                "scheme": tensor_scheme_to_dict(self.cache.scheme),
+                "layers": list(self.cache.key_scale),
+            },
             "smoothing": list(self.smoothing),
             "kept": dict(self.kept),
             "provenance": vars(self.provenance),
@@ -257,12 +291,18 @@ class QuantizedModel:
             ) from error
 
     @classmethod
-    def _from_manifest(cls, manifest: Mapping[str, Any], tensors: ShardedTensors, folder: Path) -> QuantizedModel:
-        linears = {name: _read_linear(name, entry, tensors) for name, entry in manifest["linears"].items()}
+    def _from_manifest(
+        cls, manifest: Mapping[str, Any], tensors: ShardedTensors, folder: Path
+    ) -> QuantizedModel:
+        linears = {
+            name: _read_linear(name, entry, tensors) for name, entry in manifest["linears"].items()
+        }
         cache = _read_cache(manifest["cache"], tensors)
         parts = {f"{name}.{part}" for name in linears for part in LINEAR_PARTS}
         if cache is not None:
-            parts |= {cache_key(layer, part) for layer in cache.key_scale for part in ("key", "value")}
+            parts |= {
+                cache_key(layer, part) for layer in cache.key_scale for part in ("key", "value")
+            }
         smoothing = {group: tensors[smoothing_key(group)] for group in manifest["smoothing"]}
         parts |= {smoothing_key(group) for group in smoothing}
         return cls(
@@ -280,7 +320,9 @@ class QuantizedModel:
         )
 
 
-def _read_linear(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+def _read_linear(
+    name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> QuantizedLinear:
     optional = {part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]}
     return QuantizedLinear(
         name=name,
@@ -293,10 +335,15 @@ def _read_linear(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tens
     )
 
 
-def _read_cache(entry: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> QuantizedCache | None:
+def _read_cache(
+    entry: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> QuantizedCache | None:
     if entry is None:
         return None
-    key, value = ({layer: tensors[cache_key(layer, part)] for layer in entry["layers"]} for part in ("key", "value"))
+    key, value = (
+        {layer: tensors[cache_key(layer, part)] for layer in entry["layers"]}
+        for part in ("key", "value")
+    )
     return QuantizedCache(tensor_scheme_from_dict(entry["scheme"]), key, value)
 
 
@@ -330,13 +377,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"'{folder}' is not a quantized model: it holds no {MANIFEST}", hint="`rotq calibrate -o DIR` writes one"
+            f"'{folder}' is not a quantized model: it holds no {MANIFEST}",
+            hint="`rotq calibrate -o DIR` writes one",
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again") from error
+        raise CheckpointError(
+            f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
@@ -360,13 +410,16 @@ class ShardedTensors(Mapping[str, Tensor]):
         paths = sorted(folder.glob("quantized_model*.safetensors"))
         if not paths:
             raise CheckpointError(
-                f"'{folder}' holds no weights (quantized_model*.safetensors)", hint="run `rotq calibrate` again"
+                f"'{folder}' holds no weights (quantized_model*.safetensors)",
+                hint="run `rotq calibrate` again",
             )
         for path in paths:
             try:
                 shard: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again") from error
+                raise CheckpointError(
+                    f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
+                ) from error
             self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118 - a handle is no mapping
 
     def __getitem__(self, key: str) -> Tensor:
@@ -374,7 +427,9 @@ class ShardedTensors(Mapping[str, Tensor]):
         return tensor
 
     def check_complete(self, promised: Iterable[str]) -> None:
-        """Every tensor that the manifest promises must be there: an optional one would be missed by nobody."""
+        """Every tensor that the manifest promises must be there: an optional one would be missed by
+        nobody.
+        """
         missing = [key for key in promised if key not in self._shards]
         if missing:
             raise CheckpointError(

@@ -1,8 +1,8 @@
 """Which attention a model computes here, and attention in plain torch.
 
-transformers' scaled dot product leaves out, without a word, what its arguments do not name. Gemma-2 caps its scores,
-``c tanh(s / c)``: a model that does gets a function of its own, so that what is calibrated and what an export is
-compared with is the model that its makers published.
+transformers' scaled dot product leaves out, without a word, what its arguments do not name. Gemma-2
+caps its scores, ``c tanh(s / c)``: a model that does gets a function of its own, so that what is
+calibrated and what an export is compared with is the model that its makers published.
 """
 
 from __future__ import annotations
@@ -17,29 +17,36 @@ _CAPPED = "rotq_capped"
 
 
 def attention_implementation(config: Any) -> str:
-    """The name, in transformers' registry, of the attention function that computes all that ``config`` asks for."""
+    """The name, in transformers' registry, of the attention function that computes all that
+    ``config`` asks for.
+    """
     if getattr(config, "attn_logit_softcapping", None) is None:
         return "sdpa"
     return registered(_CAPPED, _capped)
 
 
-def registered(name: str, function: Callable[..., Any], masks: str | Callable[..., Any] = "sdpa") -> str:
+def registered(
+    name: str, function: Callable[..., Any], masks: str | Callable[..., Any] = "sdpa"
+) -> str:
     """Put an attention function into transformers' registry.
 
     Args:
         name: what it shall be called.
         function: called as transformers' own are.
-        masks: what makes its masks, called as transformers' own are; or the implementation whose masks it takes, such
-            as ``sdpa``, which has boolean ones.
+        masks: what makes its masks, called as transformers' own are; or the implementation whose
+            masks it takes, such as ``sdpa``, which has boolean ones.
 
     Returns:
         ``name``.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface  # here, because they take seconds to import
+    # here, because they take seconds to import
+    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks] if isinstance(masks, str) else masks)
+    AttentionMaskInterface.register(
+        name, ALL_MASK_ATTENTION_FUNCTIONS[masks] if isinstance(masks, str) else masks
+    )
     return name
 
 
@@ -59,7 +66,8 @@ def attend(
         query: ``[B, heads, S, d]``.
         key: ``[B, kv_heads, T, d]``.
         value: like ``key``.
-        mask: bool ``[B, 1, S, T]``, true where a key is seen; ``None``: every key up to the query's own.
+        mask: bool ``[B, 1, S, T]``, true where a key is seen; ``None``: every key up to the query's
+            own.
         scaling: factor of the scores; ``None``: ``1 / sqrt(d)``.
         softcap: bound of the scores, if they are capped.
 
@@ -73,8 +81,11 @@ def attend(
         scores = (scores / softcap).tanh() * softcap
     if mask is None:
         lengths = scores.shape[-2:]
-        mask = torch.ones(lengths, dtype=torch.bool, device=scores.device).tril(lengths[1] - lengths[0])
-    # The smallest number, not -inf: a padded query sees no key at all, and NaN would spread from it.
+        mask = torch.ones(lengths, dtype=torch.bool, device=scores.device).tril(
+            lengths[1] - lengths[0]
+        )
+    # The smallest number, not -inf: a padded query sees no key at all, and NaN would spread from
+    # it.
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return matmul(weights, value).transpose(1, 2).contiguous()
 

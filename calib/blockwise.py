@@ -1,8 +1,8 @@
 """Layer-wise mode: the calibrator of :mod:`calib.quantize`, one decoder block at a time.
 
-A block is smoothed when it is first met, then observed and rounded as the whole model would be. Scales are the same, to
-the bit: the same batches run through the same block. Nothing is trained here, and nothing compared: both would need the
-whole model.
+A block is smoothed when it is first met, then observed and rounded as the whole model would be.
+Scales are the same, to the bit: the same batches run through the same block. Nothing is trained
+here, and nothing compared: both would need the whole model.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ from calib.smoothing.smooth import smooth_groups
 
 
 class BlockCalibrator:
-    """Quantizes the linears of one block after the other; see :class:`calib.layerwise.protocol.Calibrator`."""
+    """Quantizes the linears of one block after the other; see
+    :class:`calib.layerwise.protocol.Calibrator`.
+    """
 
-    def __init__(self, fused: FusedModel, quantization: Quantization, smoothing: Smoothing | None) -> None:
+    def __init__(
+        self, fused: FusedModel, quantization: Quantization, smoothing: Smoothing | None
+    ) -> None:
         """
         Args:
             fused: the model, its tensors computed on access.
@@ -53,8 +57,8 @@ class BlockCalibrator:
             smoothing: what moves outliers from inputs into weights, if anything.
 
         Raises:
-            QuantizationError: a width is no multiple of the block that its format fixes, or the output head or an
-                embedding is to be quantized, which lie outside of the blocks.
+            QuantizationError: a width is no multiple of the block that its format fixes, or the
+                output head or an embedding is to be quantized, which lie outside of the blocks.
         """
         self._calibrator = Calibrator(fused, quantization)
         self._calibrator.check_blocks()
@@ -64,15 +68,22 @@ class BlockCalibrator:
         if outside:
             raise QuantizationError(
                 f"layer-wise mode quantizes decoder blocks only, not {', '.join(outside)}",
-                hint="leave that override out, or quantize the whole model at once (without --layerwise)",
+                hint=(
+                    "leave that override out, or quantize the whole model at once (without"
+                    " --layerwise)"
+                ),
             )
 
     @property
     def needs_data(self) -> bool:
         """Whether any block has to be run."""
-        return self._smoothing is not None or bool(self._calibrator.wanted(list(self._calibrator.quantization.linears)))
+        return self._smoothing is not None or bool(
+            self._calibrator.wanted(list(self._calibrator.quantization.linears))
+        )
 
-    def calibrate(self, block: Block, names: Sequence[str], run: Run) -> Mapping[str, QuantizedLinear]:
+    def calibrate(
+        self, block: Block, names: Sequence[str], run: Run
+    ) -> Mapping[str, QuantizedLinear]:
         """Quantize those of ``names`` that are to be quantized."""
         if block.index not in self._extra:
             self._extra[block.index] = {}
@@ -96,21 +107,38 @@ class BlockCalibrator:
 
     def tensors(self, quantized: QuantizedLinear) -> Mapping[str, Tensor]:
         """What is stored of a linear, by the name of the part."""
-        return {key.removeprefix(f"{quantized.name}."): tensor for key, tensor in quantized.tensors().items()}
+        return {
+            key.removeprefix(f"{quantized.name}."): tensor
+            for key, tensor in quantized.tensors().items()
+        }
 
     def extra(self, block: Block) -> Mapping[str, Tensor]:
-        """What is stored of a block beside its linears: scales of the cache, and those folded by smoothing."""
+        """What is stored of a block beside its linears: scales of the cache, and those folded by
+        smoothing.
+        """
         return self._extra[block.index]
 
     def replacement(
         self, quantized: QuantizedLinear, linear: nn.Module, w_quant: bool, a_quant: bool
     ) -> Callable[[Tensor], Tensor]:
         """The linear as the quantized model computes it, in the dtype of the block."""
-        weight = linear.weight if self._calibrator.specs[quantized.name].layout != "conv1d" else linear.weight.T
+        weight = (
+            linear.weight
+            if self._calibrator.specs[quantized.name].layout != "conv1d"
+            else linear.weight.T
+        )
         assert isinstance(weight, Tensor)
         used = quantized.values().to(weight) if w_quant else weight
-        scale = None if quantized.input_scale is None else quantized.input_scale.float().to(weight.device)
-        zero = None if quantized.input_zero_point is None else quantized.input_zero_point.float().to(weight.device)
+        scale = (
+            None
+            if quantized.input_scale is None
+            else quantized.input_scale.float().to(weight.device)
+        )
+        zero = (
+            None
+            if quantized.input_zero_point is None
+            else quantized.input_zero_point.float().to(weight.device)
+        )
 
         def compute(x: Tensor) -> Tensor:
             if a_quant and quantized.input_scheme is not None:
@@ -125,13 +153,21 @@ class BlockCalibrator:
 
     def _smooth(self, block: Block, run: Run, method: Smoothing) -> None:
         fused = self._calibrator.fused
-        schemes = with_parameters(self._calibrator.quantization.linears, fused.architecture, fused.config)
+        schemes = with_parameters(
+            self._calibrator.quantization.linears, fused.architecture, fused.config
+        )
         groups = groups_of(fused.architecture, fused.config, fused.rotations, schemes, block.index)
-        statistics = observe_channels(block.module, groups, run, moments=method.needs_moment, prefix=f"{block.name}.")
+        statistics = observe_channels(
+            block.module, groups, run, moments=method.needs_moment, prefix=f"{block.name}."
+        )
         state = _state(block)
         rows = smooth_groups(state, groups, method, statistics, schemes, fused.architecture)
-        block.module.load_state_dict({block.local(key): tensor for key, tensor in state.items()}, assign=True)
-        self._extra[block.index] |= {smoothing_key(row.name): row.scales for row in rows if row.scales is not None}
+        block.module.load_state_dict(
+            {block.local(key): tensor for key, tensor in state.items()}, assign=True
+        )
+        self._extra[block.index] |= {
+            smoothing_key(row.name): row.scales for row in rows if row.scales is not None
+        }
 
     def _observe_cache(self, block: Block, run: Run) -> None:
         scheme = self._calibrator.quantization.cache
@@ -141,7 +177,9 @@ class BlockCalibrator:
         wanted = Wanted({}, "min_max", caches={block.index: attention})
         keys, values = observe(block.module, wanted, run).caches[block.index]
         for part, amax in (("key", keys), ("value", values)):
-            scale = convert_to_scale(amax, scheme.format.maxbound, dtype=self._calibrator.fused.dtype)
+            scale = convert_to_scale(
+                amax, scheme.format.maxbound, dtype=self._calibrator.fused.dtype
+            )
             self._extra[block.index][cache_key(block.index, part)] = scale
 
 
@@ -236,13 +274,20 @@ def _assembled(
     cache = None
     if quantization.cache is not None:
         keys, values = (
-            {layer: tensors[cache_key(layer, part)] for layer in calibrator.attentions()} for part in ("key", "value")
+            {layer: tensors[cache_key(layer, part)] for layer in calibrator.attentions()}
+            for part in ("key", "value")
         )
         cache = QuantizedCache(quantization.cache, keys, values)
     start = smoothing_key("")
     scales = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
-    parts = {key for linear in linears.values() for key in linear.tensors()} | {smoothing_key(name) for name in scales}
-    parts |= set() if cache is None else {cache_key(layer, p) for layer in cache.key_scale for p in ("key", "value")}
+    parts = {key for linear in linears.values() for key in linear.tensors()} | {
+        smoothing_key(name) for name in scales
+    }
+    parts |= (
+        set()
+        if cache is None
+        else {cache_key(layer, p) for layer in cache.key_scale for p in ("key", "value")}
+    )
     floats = {key: tensors[key] for key in tensors if key not in parts}
     return calibrator.model(linears, floats, cache, provenance, files, smoothing=scales)
 

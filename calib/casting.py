@@ -1,8 +1,10 @@
-"""The same quantized model for a target that computes in another dtype: floats and scales rounded once, lazily.
+"""The same quantized model for a target that computes in another dtype: floats and scales rounded
+once, lazily.
 
-Stored integers stay as they are, so a dequantized weight moves by the rounding of its scale alone, at most half a unit
-in the last place where the scale is a normal number. Calibrating in the target's own dtype rounds weights under the
-rounded scales and is that much closer; one calibration for several targets is what this is for.
+Stored integers stay as they are, so a dequantized weight moves by the rounding of its scale alone,
+at most half a unit in the last place where the scale is a normal number. Calibrating in the
+target's own dtype rounds weights under the rounded scales and is that much closer; one calibration
+for several targets is what this is for.
 """
 
 from __future__ import annotations
@@ -21,23 +23,24 @@ from calib.schemes import TensorScheme
 Part = TypeVar("Part")
 
 _ROUNDING = 2.0**-8
-"""Relative error that a scale may get: that of one rounding to bfloat16, and no more than int8 values carry themselves.
-Subnormal numbers of float16 exceed it below 8e-6."""
+"""Relative error that a scale may get: that of one rounding to bfloat16, and no more than int8
+values carry themselves. Subnormal numbers of float16 exceed it below 8e-6."""
 
 
 def cast_model(model: QuantizedModel, dtype: torch.dtype) -> QuantizedModel:
     """``model`` for a target that computes in ``dtype``.
 
-    Linears and float tensors are cast when they are asked for, and not kept, so a memory-mapped model stays one. The
-    second-level scales of NVFP4, and scales that hold E4M3 numbers or powers of two, keep their float32.
+    Linears and float tensors are cast when they are asked for, and not kept, so a memory-mapped
+    model stays one. The second-level scales of NVFP4, and scales that hold E4M3 numbers or powers
+    of two, keep their float32.
 
     Args:
         model: the model; it is left as it is.
         dtype: float32, float16 or bfloat16.
 
     Raises:
-        QuantizationError: when a tensor is asked for, and at once for the KV cache: a value overflows ``dtype``, or the
-            scale of a channel that is not all zero underflows it.
+        QuantizationError: when a tensor is asked for, and at once for the KV cache: a value
+            overflows ``dtype``, or the scale of a channel that is not all zero underflows it.
     """
     if dtype == model.dtype:
         return model
@@ -72,7 +75,12 @@ def cast_linear(linear: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:
         seen_zero = None if seen_zero is None else seen_zero.to(dtype)
     bias = None if linear.bias is None else _cast_value(linear.bias, dtype, f"{linear.name}.bias")
     return replace(
-        linear, weight_scale=scale, weight_zero_point=zero, bias=bias, input_scale=seen, input_zero_point=seen_zero
+        linear,
+        weight_scale=scale,
+        weight_zero_point=zero,
+        bias=bias,
+        input_scale=seen,
+        input_zero_point=seen_zero,
     )
 
 
@@ -85,14 +93,17 @@ def _occupied(linear: QuantizedLinear) -> Callable[[Tensor], bool]:
     return lambda marked: bool((replace(linear, weight_scale=marked.float()).values() != 0).any())
 
 
-def _cast_scale(scale: Tensor, occupied: Callable[[Tensor], bool] | None, dtype: torch.dtype, where: str) -> Tensor:
+def _cast_scale(
+    scale: Tensor, occupied: Callable[[Tensor], bool] | None, dtype: torch.dtype, where: str
+) -> Tensor:
     """``scale`` in ``dtype``, every one of them > 0.
 
     Args:
-        scale: finite and > 0. That of a dead channel is the smallest normal number of the dtype it was calibrated in;
-            where it underflows, the smallest of ``dtype`` stands in. So may the scale of one that is nearly dead be
-            in float16, which is no reason to change it.
-        occupied: of a weight, whether marked scales have values other than zero under them: they matter then.
+        scale: finite and > 0. That of a dead channel is the smallest normal number of the dtype it
+            was calibrated in; where it underflows, the smallest of ``dtype`` stands in. So may the
+            scale of one that is nearly dead be in float16, which is no reason to change it.
+        occupied: of a weight, whether marked scales have values other than zero under them: they
+            matter then.
         dtype: what to cast to.
         where: names it in the error.
     """
@@ -102,7 +113,10 @@ def _cast_scale(scale: Tensor, occupied: Callable[[Tensor], bool] | None, dtype:
     if occupied(lost) if occupied is not None else bool((lost & alive).any()):
         raise QuantizationError(
             f"a scale of {where} underflows {_name(dtype)}: it is {float(scale.min()):.3g}",
-            hint=f"calibrate for that target: rotq calibrate --dtype {_name(dtype)}; or export with --dtype float32",
+            hint=(
+                f"calibrate for that target: rotq calibrate --dtype {_name(dtype)}; or export with"
+                " --dtype float32"
+            ),
         )
     return torch.where(lost, torch.full_like(cast, torch.finfo(dtype).tiny), cast)
 
@@ -113,7 +127,8 @@ def _cast_value(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     cast = tensor.to(dtype)
     if not bool(torch.isfinite(cast).all()):
         raise QuantizationError(
-            f"'{name}' overflows {_name(dtype)}: its largest magnitude is {float(tensor.abs().max()):.4g}",
+            f"'{name}' overflows {_name(dtype)}: its largest magnitude is"
+            f" {float(tensor.abs().max()):.4g}",
             hint="give --dtype bfloat16 or float32",
         )
     return cast

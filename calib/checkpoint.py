@@ -1,6 +1,8 @@
-"""Reading a Hugging Face checkpoint: its config, and its tensors as a lazy mapping over memory-mapped safetensors.
+"""Reading a Hugging Face checkpoint: its config, and its tensors as a lazy mapping over
+memory-mapped safetensors.
 
-Only safetensors files are read. A pickle (``pytorch_model.bin``) can run code when it is loaded, so it is refused.
+Only safetensors files are read. A pickle (``pytorch_model.bin``) can run code when it is loaded, so
+it is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from calib.errors import CheckpointError, UnsupportedModelError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What a snapshot needs: weights, configs and tokenizer files. Code is fetched by transformers, if it is trusted.
+# What a snapshot needs: weights, configs and tokenizer files. Code is fetched by transformers, if
+# it is trusted.
 _PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # Second copies of the weights that some repositories hold: subfolders, and Mistral's own layout.
 _IGNORED = ["*/*", "consolidated*"]
@@ -63,7 +66,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def load_config(
-    path_or_id: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
+    path_or_id: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Any:
     """The transformers config of a model folder or hub id.
 
@@ -73,7 +79,8 @@ def load_config(
         revision: branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: the folder or its config.json is missing or unreadable, or the hub cannot be reached.
+        CheckpointError: the folder or its config.json is missing or unreadable, or the hub cannot
+            be reached.
         UnsupportedModelError: transformers does not know the ``model_type``.
     """
     from transformers import AutoConfig  # here, because it takes seconds to import
@@ -86,19 +93,24 @@ def load_config(
             str(folder or path_or_id), trust_remote_code=trust_remote_code, revision=revision
         )
     except Exception as error:
-        # transformers raises OSError for anything from a missing file to no network, ValueError for an unknown model.
+        # transformers raises OSError for anything from a missing file to no network, ValueError for
+        # an unknown model.
         raise _config_error(str(path_or_id), error) from error
 
 
-def open_checkpoint(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
-    """Open the safetensors weights of a model folder or hub id; a hub id is downloaded to the Hugging Face cache first.
+def open_checkpoint(
+    path_or_id: str | os.PathLike[str], *, revision: str | None = None
+) -> Checkpoint:
+    """Open the safetensors weights of a model folder or hub id; a hub id is downloaded to the
+    Hugging Face cache first.
 
-    Nothing is read but the headers. Shards are listed by ``model.safetensors.index.json``, or there is a single
-    ``model.safetensors``.
+    Nothing is read but the headers. Shards are listed by ``model.safetensors.index.json``, or there
+    is a single ``model.safetensors``.
 
     Raises:
-        CheckpointError: the folder is missing or empty, has no config.json, holds only pickles, or a shard is missing,
-            truncated or lacks a tensor that the index promises; or the hub cannot be reached.
+        CheckpointError: the folder is missing or empty, has no config.json, holds only pickles, or
+            a shard is missing, truncated or lacks a tensor that the index promises; or the hub
+            cannot be reached.
     """
     folder = _local_folder(path_or_id) or _download(str(path_or_id), revision)
     _check_config_json(folder)
@@ -120,26 +132,37 @@ def _local_folder(path_or_id: str | os.PathLike[str]) -> Path | None:
     folder = Path(text).expanduser()
     if folder.is_dir():
         if not any(folder.iterdir()):
-            raise CheckpointError(f"model folder {text} is empty", hint="pass the folder of a saved model")
+            raise CheckpointError(
+                f"model folder {text} is empty", hint="pass the folder of a saved model"
+            )
         return folder
     if folder.exists():
-        raise CheckpointError(f"{text} is a file, not a model folder", hint="pass the folder that holds it")
-    looks_like_path = text.startswith((".", "~")) or folder.is_absolute() or text.count("/") > 1 or "\\" in text
+        raise CheckpointError(
+            f"{text} is a file, not a model folder", hint="pass the folder that holds it"
+        )
+    looks_like_path = (
+        text.startswith((".", "~")) or folder.is_absolute() or text.count("/") > 1 or "\\" in text
+    )
     if isinstance(path_or_id, os.PathLike) or looks_like_path:
-        raise CheckpointError(f"there is no model folder {text}", hint="check the path, or pass a hub id: owner/name")
+        raise CheckpointError(
+            f"there is no model folder {text}", hint="check the path, or pass a hub id: owner/name"
+        )
     return None
 
 
 def _check_config_json(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"model folder {folder} has no config.json", hint="pass the folder that the model was saved to"
+            f"model folder {folder} has no config.json",
+            hint="pass the folder that the model was saved to",
         )
 
 
 def _config_error(source: str, error: Exception) -> CheckpointError | UnsupportedModelError:
     reason = str(error).strip().split("\n")[0]
-    if isinstance(error, ValueError) and ("model type" in str(error) or "trust_remote_code" in str(error)):
+    if isinstance(error, ValueError) and (
+        "model type" in str(error) or "trust_remote_code" in str(error)
+    ):
         return UnsupportedModelError(
             f"transformers has no model of its own for {source}: {reason}",
             hint=f"supported model types are: {', '.join(supported_model_types())}",
@@ -154,8 +177,13 @@ def _download(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED))
-    except Exception as error:  # the hub client raises a dozen kinds: HTTP, offline, validation, not found, disk
+        return Path(
+            snapshot_download(
+                model_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
+            )
+        )
+    # the hub client raises a dozen kinds: HTTP, offline, validation, not found, disk
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{model_id} is no folder here and cannot be downloaded from the hub: {reason}",
@@ -166,9 +194,13 @@ def _download(model_id: str, revision: str | None) -> Path:
 def _no_weights(folder: Path) -> CheckpointError:
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         return CheckpointError(
-            f"model folder {folder} holds its weights as pickles only, which can run code when they are loaded",
-            hint='if you trust them, convert once: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+            f"model folder {folder} holds its weights as pickles only, which can run code when they"
+            " are loaded",
+            hint=(
+                'if you trust them, convert once: python -c "from transformers import'
+                " AutoModelForCausalLM as M; "
+                f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+            ),
         )
     return CheckpointError(
         f"model folder {folder} has neither {_SINGLE} nor {_INDEX}",
@@ -181,7 +213,8 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path.name} in {path.parent} is damaged or truncated: {error}", hint="download or copy it again"
+            f"{path.name} in {path.parent} is damaged or truncated: {error}",
+            hint="download or copy it again",
         ) from error
 
 
@@ -192,7 +225,8 @@ def _open_sharded(folder: Path) -> dict[str, Any]:
         # A name with folders in it would reach outside the checkpoint.
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(
-                f"shard {name} is missing from {folder}, but {_INDEX} lists it", hint="download or copy it again"
+                f"shard {name} is missing from {folder}, but {_INDEX} lists it",
+                hint="download or copy it again",
             )
         shards[name] = _open(folder / name)
     held = {name: set(shard.keys()) for name, shard in shards.items()}
@@ -200,7 +234,10 @@ def _open_sharded(folder: Path) -> dict[str, Any]:
         if tensor not in held[shard]:
             raise CheckpointError(
                 f"tensor {tensor} is not in {shard} of {folder}, where {_INDEX} places it",
-                hint="the shards and the index belong to different saves; download or copy them again",
+                hint=(
+                    "the shards and the index belong to different saves; download or copy them"
+                    " again"
+                ),
             )
     return {tensor: shards[shard] for tensor, shard in weight_map.items()}
 
@@ -213,5 +250,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard is not given by its name")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{_INDEX} in {folder} is damaged: {error}", hint="download or copy it again") from error
+        raise CheckpointError(
+            f"{_INDEX} in {folder} is damaged: {error}", hint="download or copy it again"
+        ) from error
     return dict(weight_map)

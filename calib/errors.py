@@ -1,7 +1,8 @@
 """Errors that a user can act on.
 
-Every failure rotq foresees is a :class:`RotqError`: one line that says what is wrong and why, and a hint that says what
-to do about it. The command line prints exactly these two and exits with code 1; anything else keeps its traceback.
+Every failure rotq foresees is a :class:`RotqError`: one line that says what is wrong and why, and a
+hint that says what to do about it. The command line prints exactly these two and exits with code 1;
+anything else keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class RotqError(Exception):
 
 
 class CheckpointError(RotqError):
-    """A model folder or artifact that cannot be read: missing, incomplete, corrupt, or holding NaN or Inf."""
+    """A model folder or artifact that cannot be read: missing, incomplete, corrupt, or holding NaN
+    or Inf.
+    """
 
 
 class UnsupportedModelError(RotqError):

@@ -1,7 +1,9 @@
-"""Forward loops: what ModelOpt's calibration, and any other observer inside a model, runs the model with.
+"""Forward loops: what ModelOpt's calibration, and any other observer inside a model, runs the model
+with.
 
-A loop runs real token rows, never padding (see :mod:`calib.data.batches`), refuses to run nothing, and stops where the
-model produces NaN or Inf, naming the module that produced it first: one such value would otherwise end up in a scale.
+A loop runs real token rows, never padding (see :mod:`calib.data.batches`), refuses to run nothing,
+and stops where the model produces NaN or Inf, naming the module that produced it first: one such
+value would otherwise end up in a scale.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class ForwardLoop:
-    """Runs a model over fixed batches; to be given to ``modelopt.torch.quantization.quantize(model, cfg, loop)``.
+    """Runs a model over fixed batches; to be given to ``modelopt.torch.quantization.quantize(model,
+    cfg, loop)``.
 
     Attributes:
         tokens: tokens in the batches, without padding.
@@ -47,10 +50,12 @@ class ForwardLoop:
         self.rows = sum(len(batch.row_ids) for batch in batches)
 
     def __call__(self, model: nn.Module) -> None:
-        """Run every batch once, without gradients and in evaluation mode, on the device of ``model``.
+        """Run every batch once, without gradients and in evaluation mode, on the device of
+        ``model``.
 
         Raises:
-            QuantizationError: the logits of a token hold NaN or Inf; the message names the first module that made one.
+            QuantizationError: the logits of a token hold NaN or Inf; the message names the first
+                module that made one.
         """
         device = next(model.parameters()).device
         with evaluating(model), torch.no_grad():
@@ -67,7 +72,10 @@ def forward_loop_over(batches: Sequence[Batch], *, progress: Progress = silent) 
         DataError: there are no batches; calibrating on nothing would leave every scale undefined.
     """
     if not batches:
-        raise DataError("the forward loop has no calibration batches", hint="Give a longer text with --calib-dataset.")
+        raise DataError(
+            "the forward loop has no calibration batches",
+            hint="Give a longer text with --calib-dataset.",
+        )
     return ForwardLoop(batches, progress)
 
 
@@ -87,7 +95,8 @@ def create_forward_loop(
 
     Args:
         model: a Hugging Face causal LM; moved to ``device``.
-        dataset_name: a data set name or a local file; see :func:`calib.data.sources.resolve_source`.
+        dataset_name: a data set name or a local file; see
+            :func:`calib.data.sources.resolve_source`.
         tokenizer: the tokenizer of ``model``.
         device: where the model runs.
         batch_size: the most rows in a batch.
@@ -111,23 +120,32 @@ def create_forward_loop(
 
 
 def _finite(x: Tensor, batch: Batch) -> bool:
-    """Whether ``x`` [rows, length, ...] is finite at every token; what stands at a pad position means nothing."""
+    """Whether ``x`` [rows, length, ...] is finite at every token; what stands at a pad position
+    means nothing.
+    """
     if batch.attention_mask is not None:
         x = x[batch.keep.to(x.device)]
     return bool(torch.isfinite(x).all())
 
 
 def _not_finite(model: nn.Module, batch: Batch) -> QuantizationError:
-    """Run ``batch`` again with hooks on every module, and name the first that takes or gives what is not finite.
+    """Run ``batch`` again with hooks on every module, and name the first that takes or gives what
+    is not finite.
 
-    Modules report their outputs in the order in which they finish, so the innermost one comes before those that contain
-    it. Inputs are watched as well: what overflows may be a product between modules, as in a gated MLP.
+    Modules report their outputs in the order in which they finish, so the innermost one comes
+    before those that contain it. Inputs are watched as well: what overflows may be a product
+    between modules, as in a gated MLP.
     """
     culprits: list[tuple[str, str]] = []
 
     def look(what: str, name: str, values: Any) -> None:
         x = values[0] if isinstance(values, tuple) and values else values
-        if not culprits and isinstance(x, Tensor) and x.shape[:2] == batch.input_ids.shape and not _finite(x, batch):
+        if (
+            not culprits
+            and isinstance(x, Tensor)
+            and x.shape[:2] == batch.input_ids.shape
+            and not _finite(x, batch)
+        ):
             culprits.append((what, name))
 
     def watch(name: str, module: nn.Module) -> list[RemovableHandle]:
@@ -136,14 +154,18 @@ def _not_finite(model: nn.Module, batch: Batch) -> QuantizationError:
             module.register_forward_hook(lambda _, args, output: look("output", name, output)),
         ]
 
-    handles = [handle for name, module in model.named_modules() if name for handle in watch(name, module)]
+    handles = [
+        handle for name, module in model.named_modules() if name for handle in watch(name, module)
+    ]
     try:
         model(**batch.model_inputs(next(model.parameters()).device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     what, name = culprits[0] if culprits else ("output", "the model")
-    damaged = culprits and not all(bool(torch.isfinite(p).all()) for p in model.get_submodule(name).parameters())
+    damaged = culprits and not all(
+        bool(torch.isfinite(p).all()) for p in model.get_submodule(name).parameters()
+    )
     return QuantizationError(
         f"the {what} of '{name}' holds NaN or Inf during calibration",
         hint="Its weights hold NaN or Inf: the checkpoint is damaged."

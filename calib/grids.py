@@ -1,7 +1,7 @@
 """The grid of a weight: which float values its stored numbers stand for.
 
-    value = (code - z) s            symmetric: z = 0
-    s = s1 s2                       NVFP4: E4M3 block scales s1 relative to one float32 scale s2 of the tensor
+    value = (code - z) s            symmetric: z = 0 s = s1 s2                       NVFP4: E4M3
+    block scales s1 relative to one float32 scale s2 of the tensor
 
     symmetric:   s = max(|low|, |high|) / maxbound
     asymmetric:  s = (high - low) / (qmax - qmin),   z = round(qmin - low / s),   low <= 0 <= high
@@ -31,8 +31,9 @@ class Grid:
     """Scales and zero points of a tensor.
 
     Attributes:
-        scale: shape ``[]`` (per tensor), ``[out]`` (per channel) or ``[out, ceil(in / size)]`` (per block); finite and
-            positive. Float32 holding E4M3 or power-of-two values where the scheme stores scales in these formats.
+        scale: shape ``[]`` (per tensor), ``[out]`` (per channel) or ``[out, ceil(in / size)]`` (per
+            block); finite and positive. Float32 holding E4M3 or power-of-two values where the
+            scheme stores scales in these formats.
         zero_point: integers in the dtype and shape of ``scale``; ``None`` when symmetric.
         second_level: float32 ``[]``, the factor of every scale (NVFP4), else ``None``.
     """
@@ -46,8 +47,8 @@ def weight_limits(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Ten
     """Least and greatest element of every group of a weight ``[out, in]`` that shares a scale.
 
     Returns:
-        Two tensors of shape ``[]`` (per tensor), ``[out]`` (per channel, axis 0) or ``[out, ceil(in / size)]`` (per
-        block; the last block of a row may be short), in the dtype of the weight.
+        Two tensors of shape ``[]`` (per tensor), ``[out]`` (per channel, axis 0) or ``[out, ceil(in
+        / size)]`` (per block; the last block of a row may be short), in the dtype of the weight.
     """
     weight = weight.detach()
     match granularity:
@@ -58,7 +59,9 @@ def weight_limits(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Ten
         case PerBlock(size):
             low, high = _block_limits(weight, size)
         case _:
-            raise QuantizationError(f"a weight has no scale {granularity}", hint="use per tensor, channel or block")
+            raise QuantizationError(
+                f"a weight has no scale {granularity}", hint="use per tensor, channel or block"
+            )
     return low, high
 
 
@@ -67,7 +70,9 @@ def weight_grid(weight: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch
     return grid_of(*weight_limits(weight, scheme.granularity), scheme, dtype)
 
 
-def grid_of(low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32) -> Grid:
+def grid_of(
+    low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32
+) -> Grid:
     """The grid between ``low`` and ``high``.
 
     Args:
@@ -92,7 +97,9 @@ def grid_of(low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dtype 
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     levels = scheme.format.qmax - scheme.format.qmin
     scale = convert_to_scale(high - low, levels, dtype=dtype).reshape(low.shape)
-    zero = torch.round(scheme.format.qmin - low / scale.double()).clamp(scheme.format.qmin, scheme.format.qmax)
+    zero = torch.round(scheme.format.qmin - low / scale.double()).clamp(
+        scheme.format.qmin, scheme.format.qmax
+    )
     return Grid(scale, zero.to(dtype))
 
 
@@ -108,14 +115,21 @@ def two_level_grid(block_amax: Tensor, amax: Tensor, fmt: NumberFormat) -> Grid:
 
 
 def grid_under(block_amax: Tensor, second: Tensor, fmt: NumberFormat) -> Grid:
-    """:func:`two_level_grid` under a second-level scale ``[]`` that is known, as that of calibrated activations is."""
+    """:func:`two_level_grid` under a second-level scale ``[]`` that is known, as that of calibrated
+    activations is.
+    """
     _check_finite(block_amax)
-    # One division, as ModelOpt has it: where amax / 6 / s2 is rounded twice, a scale halfway may end up elsewhere.
+    # One division, as ModelOpt has it: where amax / 6 / s2 is rounded twice, a scale halfway may
+    # end up elsewhere.
     return Grid(round_e4m3_scale(block_amax.float() / (fmt.maxbound * second)), second_level=second)
 
 
-def expand_grid(grid: Grid, shape: torch.Size, granularity: Granularity) -> tuple[Tensor, Tensor | None]:
-    """Effective scale and zero point, float32, in shapes that broadcast against a weight of ``shape`` ``[out, in]``."""
+def expand_grid(
+    grid: Grid, shape: torch.Size, granularity: Granularity
+) -> tuple[Tensor, Tensor | None]:
+    """Effective scale and zero point, float32, in shapes that broadcast against a weight of
+    ``shape`` ``[out, in]``.
+    """
     scale = grid.scale.float()
     if grid.second_level is not None:
         scale = scale * grid.second_level
@@ -124,7 +138,9 @@ def expand_grid(grid: Grid, shape: torch.Size, granularity: Granularity) -> tupl
 
 
 def expand(values: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
-    """One value for each group, in a shape that broadcasts against a tensor of ``shape`` ``[..., in]``."""
+    """One value for each group, in a shape that broadcasts against a tensor of ``shape`` ``[...,
+    in]``.
+    """
     match granularity:
         case PerChannel(axis):
             return values.unsqueeze(1 - axis)
@@ -137,8 +153,8 @@ def expand(values: Tensor, shape: torch.Size, granularity: Granularity) -> Tenso
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: NumberFormat) -> Tensor:
     """Quantize and dequantize: ``(clamp(round(x / s) + z) - z) s``, ties to even.
 
-    For integers this is ONNX's QuantizeLinear and DequantizeLinear to the bit. ModelOpt multiplies by ``127 / amax``
-    instead, which rounds differently in about one of 10^5 values.
+    For integers this is ONNX's QuantizeLinear and DequantizeLinear to the bit. ModelOpt multiplies
+    by ``127 / amax`` instead, which rounds differently in about one of 10^5 values.
 
     Args:
         x: float values, any shape.
@@ -156,7 +172,8 @@ def quantize(weight: Tensor, grid: Grid, scheme: TensorScheme) -> Tensor:
     """Round a float weight ``[out, in]`` to the stored values of its format.
 
     Returns:
-        Same shape: int8 storage for integer formats (int4 unpacked), ``float8_e4m3fn``, or E2M1 codes in uint8.
+        Same shape: int8 storage for integer formats (int4 unpacked), ``float8_e4m3fn``, or E2M1
+        codes in uint8.
     """
     scale, zero = expand_grid(grid, weight.shape, scheme.granularity)
     ratio = weight.float() / scale
@@ -183,4 +200,6 @@ def _block_limits(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _check_finite(amax: Tensor) -> None:
     if not bool(torch.isfinite(amax).all()):
-        raise QuantizationError("amax must be finite to become a scale; the statistics hold NaN or Inf")
+        raise QuantizationError(
+            "amax must be finite to become a scale; the statistics hold NaN or Inf"
+        )

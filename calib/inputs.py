@@ -1,11 +1,12 @@
 """What a quantized linear does to its input: fake quantization of activations ``[..., in]``.
 
-    static, per tensor:    one calibrated scale (and zero point) for everything
-    static, per cluster:   one calibrated scale for each set of channels, expanded to ``[in]``
-    dynamic, per token:    limits of each row, while running
-    dynamic, per block:    limits of each block of a row, while running; NVFP4 under a calibrated second-level scale
+    static, per tensor:    one calibrated scale (and zero point) for everything static, per cluster:
+    one calibrated scale for each set of channels, expanded to ``[in]`` dynamic, per token:
+    limits of each row, while running dynamic, per block:    limits of each block of a row, while
+    running; NVFP4 under a calibrated second-level scale
 
-The arithmetic is that of weights: :func:`calib.grids.grid_of` and :func:`calib.grids.round_to_grid`, in float32.
+The arithmetic is that of weights: :func:`calib.grids.grid_of` and
+:func:`calib.grids.round_to_grid`, in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 
 from calib.errors import QuantizationError
-from calib.grids import Grid, expand_grid, grid_of, grid_under, round_to_grid, two_level_grid, weight_limits
+from calib.grids import (
+    Grid,
+    expand_grid,
+    grid_of,
+    grid_under,
+    round_to_grid,
+    two_level_grid,
+    weight_limits,
+)
 from calib.schemes import Granularity, PerBlock, PerCluster, PerTensor, PerToken, TensorScheme
 
 
@@ -26,14 +35,16 @@ def fake_quantize_input(
     Args:
         x: float32 ``[..., in]``.
         scheme: how.
-        scale: static schemes: the scale, ``[]`` or (per cluster) ``[in]``. NVFP4: the second-level scale ``[]``.
+        scale: static schemes: the scale, ``[]`` or (per cluster) ``[in]``. NVFP4: the second-level
+            scale ``[]``.
         zero_point: static asymmetric schemes: like ``scale``.
 
     Returns:
         A tensor like ``x``.
 
     Raises:
-        QuantizationError: a calibrated scale is needed and missing, or the granularity is not one of activations.
+        QuantizationError: a calibrated scale is needed and missing, or the granularity is not one
+            of activations.
     """
     return round_to_grid(x, *input_steps(x, scheme, scale, zero_point), scheme.format)
 
@@ -46,7 +57,9 @@ def input_steps(
     Arguments and errors as for :func:`fake_quantize_input`.
     """
     if scheme.needs_calibration and scale is None:
-        raise QuantizationError("this input needs a calibrated scale and has none", hint="calibrate the model first")
+        raise QuantizationError(
+            "this input needs a calibrated scale and has none", hint="calibrate the model first"
+        )
     if not scheme.dynamic:
         assert scale is not None
         if not isinstance(scheme.granularity, PerTensor | PerCluster):
@@ -55,10 +68,14 @@ def input_steps(
     match scheme.granularity:
         case PerToken():
             grid = grid_of(*torch.aminmax(x, dim=-1, keepdim=True), scheme)
-            return _rowwise(grid.scale, x), None if grid.zero_point is None else _rowwise(grid.zero_point, x)
+            return _rowwise(grid.scale, x), None if grid.zero_point is None else _rowwise(
+                grid.zero_point, x
+            )
         case PerBlock():
             rows = x.reshape(-1, x.shape[-1])
-            steps, zero = expand_grid(_block_grid(rows, scheme, scale), rows.shape, scheme.granularity)
+            steps, zero = expand_grid(
+                _block_grid(rows, scheme, scale), rows.shape, scheme.granularity
+            )
             return steps.reshape(x.shape), None if zero is None else zero.reshape(x.shape)
         case _:
             raise _no_such(scheme.granularity)
@@ -98,5 +115,6 @@ def _block_grid(rows: Tensor, scheme: TensorScheme, second: Tensor | None) -> Gr
 
 def _no_such(granularity: Granularity) -> QuantizationError:
     return QuantizationError(
-        f"activations cannot be quantized by {granularity}", hint="use per tensor, token, block or cluster"
+        f"activations cannot be quantized by {granularity}",
+        hint="use per tensor, token, block or cluster",
     )

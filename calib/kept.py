@@ -17,5 +17,9 @@ def kept_reasons(fused: FusedModel, quantized: Collection[str]) -> dict[str, str
     """
     head = fused.architecture.head.name
     specs = fused.architecture.all_linears(fused.config)
-    kept = (spec.name for spec in specs if spec.name not in quantized and f"{spec.name}.0" not in quantized)
+    kept = (
+        spec.name
+        for spec in specs
+        if spec.name not in quantized and f"{spec.name}.0" not in quantized
+    )
     return {name: KEPT_HEAD if name == head else KEPT_ROUTER for name in kept}

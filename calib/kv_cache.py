@@ -1,10 +1,13 @@
-"""The quantized KV cache: looking at keys and values where attention takes them from the cache, and rounding them.
+"""The quantized KV cache: looking at keys and values where attention takes them from the cache, and
+rounding them.
 
-Keys are seen after RoPE and R3, values after R2: what a runtime stores. One static scale each for a layer is applied
-element by element, so rounding what attention reads is the same as rounding what is written.
+Keys are seen after RoPE and R3, values after R2: what a runtime stores. One static scale each for a
+layer is applied element by element, so rounding what attention reads is the same as rounding what
+is written.
 
-transformers calls attention through a registry of functions. An attention module with quantizers is switched to a
-function that passes keys and values through them and then on to the scaled dot product.
+transformers calls attention through a registry of functions. An attention module with quantizers is
+switched to a function that passes keys and values through them and then on to the scaled dot
+product.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ def observe_caches(
         Two float32 tensors ``[]`` on the CPU, by layer.
 
     Raises:
-        QuantizationError: an attention module that was never reached, or keys or values with NaN or Inf.
+        QuantizationError: an attention module that was never reached, or keys or values with NaN or
+            Inf.
     """
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -68,7 +72,8 @@ def observe_caches(
     for layer, amax in seen.items():
         if not all(bool(torch.isfinite(part)) for part in amax):
             raise QuantizationError(
-                f"keys or values of layer {layer} hold NaN or Inf", hint="try --dtype bfloat16 or float32"
+                f"keys or values of layer {layer} hold NaN or Inf",
+                hint="try --dtype bfloat16 or float32",
             )
     return seen
 
@@ -104,17 +109,26 @@ class CacheRounding:
 def watched_caches(
     model: nn.Module, look: Callable[[nn.Module, CacheRounding, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """While this lasts, ``look`` gets copies of keys and values before they are rounded, and may change them.
+    """While this lasts, ``look`` gets copies of keys and values before they are rounded, and may
+    change them.
 
     Args:
-        model: a model that :func:`attach_cache` was called on, or any other, which has nothing to look at.
-        look: called with the attention module, what it rounds with, keys and values ``[B, kv_heads, T, head_dim]``.
+        model: a model that :func:`attach_cache` was called on, or any other, which has nothing to
+            look at.
+        look: called with the attention module, what it rounds with, keys and values ``[B, kv_heads,
+            T, head_dim]``.
     """
-    before = {module: found for module in model.modules() if isinstance(found := _transform(module), CacheRounding)}
+    before = {
+        module: found
+        for module in model.modules()
+        if isinstance(found := _transform(module), CacheRounding)
+    }
 
     def watched(module: nn.Module, rounding: CacheRounding) -> Transform:
         def transform(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            key, value = (part.clone(memory_format=torch.contiguous_format) for part in (key, value))
+            key, value = (
+                part.clone(memory_format=torch.contiguous_format) for part in (key, value)
+            )
             look(module, rounding, key, value)
             return rounding(key, value)
 
@@ -147,7 +161,9 @@ def _attached(transforms: Mapping[Any, Transform]) -> Iterator[None]:
 
 
 def _attach(transforms: Mapping[Any, Transform]) -> None:
-    """Attention modules share their config with the model, whose masks must suit the function: so it is registered."""
+    """Attention modules share their config with the model, whose masks must suit the function: so
+    it is registered.
+    """
     for module, transform in transforms.items():
         setattr(module, _ATTRIBUTE, transform)
         inner = module.config._attn_implementation

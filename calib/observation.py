@@ -1,8 +1,10 @@
-"""One pass over the calibration data for everything that has to be seen: limits of inputs, second moments, the cache.
+"""One pass over the calibration data for everything that has to be seen: limits of inputs, second
+moments, the cache.
 
-The observers are nested forward loops: each attaches what it looks with, lets the next one run, and takes it off again.
-ModelOpt comes first, because it runs a copy of the module tree. Tokens of experts are counted last, so that an expert
-that none reached is reported as such before an observer misses it.
+The observers are nested forward loops: each attaches what it looks with, lets the next one run, and
+takes it off again. ModelOpt comes first, because it runs a copy of the module tree. Tokens of
+experts are counted last, so that an expert that none reached is reported as such before an observer
+misses it.
 """
 
 from __future__ import annotations
@@ -41,13 +43,17 @@ class Observed:
     """What was seen."""
 
     limits: dict[str, Limits] = field(default_factory=dict)
-    """Least and greatest value of each input ``[]``; per cluster, those of each channel's cluster ``[in]``."""
+    """Least and greatest value of each input ``[]``; per cluster, those of each channel's cluster
+    ``[in]``.
+    """
     moments: dict[str, Tensor] = field(default_factory=dict)
     """``E[x^T x]`` ``[in, in]`` of each input."""
     caches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Largest magnitude ``[]`` of keys and of values."""
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Tokens that each expert saw, by the module that holds the experts, where any of them were to be looked at."""
+    """Tokens that each expert saw, by the module that holds the experts, where any of them were to
+    be looked at.
+    """
 
 
 def observe(module: nn.Module, wanted: Wanted, run: Run) -> Observed:
@@ -62,12 +68,18 @@ def observe(module: nn.Module, wanted: Wanted, run: Run) -> Observed:
     from calib.experts.observe import experts_as_modules
 
     with experts_as_modules(module, {*wanted.inputs, *wanted.moments}) as experts:
-        _observe(module, wanted, _with_tokens(run, wanted, tuple(experts), found), tuple(experts), found)
+        _observe(
+            module, wanted, _with_tokens(run, wanted, tuple(experts), found), tuple(experts), found
+        )
     return found
 
 
-def _observe(module: nn.Module, wanted: Wanted, run: Run, experts: tuple[str, ...], found: Observed) -> None:
-    """The nested observers around ``run``; ``experts`` are the modules whose linears ModelOpt is not to observe."""
+def _observe(
+    module: nn.Module, wanted: Wanted, run: Run, experts: tuple[str, ...], found: Observed
+) -> None:
+    """The nested observers around ``run``; ``experts`` are the modules whose linears ModelOpt is
+    not to observe.
+    """
     from calib.modelopt.config import modelopt_calibrates
 
     plain = wanted.observer == "min_max"
@@ -79,7 +91,9 @@ def _observe(module: nn.Module, wanted: Wanted, run: Run, experts: tuple[str, ..
     }
     rest = {name: what for name, what in wanted.inputs.items() if name not in by_modelopt}
     inner = _with_caches(
-        _with_moments(_with_observers(run, rest, wanted.observer, found), wanted, found), wanted, found
+        _with_moments(_with_observers(run, rest, wanted.observer, found), wanted, found),
+        wanted,
+        found,
     )
     if not by_modelopt:
         inner(module)
@@ -102,7 +116,9 @@ def _with_tokens(run: Run, wanted: Wanted, experts: tuple[str, ...], found: Obse
     return counting
 
 
-def _with_observers(run: Run, inputs: Mapping[str, TensorScheme], observer: str, found: Observed) -> Run:
+def _with_observers(
+    run: Run, inputs: Mapping[str, TensorScheme], observer: str, found: Observed
+) -> Run:
     if not inputs:
         return run
     from calib.observers import input_limits
@@ -120,7 +136,8 @@ def _with_moments(run: Run, wanted: Wanted, found: Observed) -> Run:
 
     def observing(module: nn.Module) -> None:
         moments = observe_moments(module, wanted.moments, run)
-        matrices = {id(moment): moment.result() for moment in moments.values()}  # shared by what reads one tensor
+        # shared by what reads one tensor
+        matrices = {id(moment): moment.result() for moment in moments.values()}
         found.moments.update({name: matrices[id(moment)] for name, moment in moments.items()})
 
     return observing

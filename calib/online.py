@@ -1,16 +1,19 @@
-"""Attaching the online rotations R3 and R4 to a transformers model, leaving every module and its name in place.
+"""Attaching the online rotations R3 and R4 to a transformers model, leaving every module and its
+name in place.
 
-R4 multiplies the input of a down projection, whose weight holds the inverse: ``(x R4) (W R4)^T = x W^T``. It is a
-forward pre-hook on the module; experts that transformers keeps as 3-D parameters have no such module, so their loop is
-replaced through transformers' own registry of expert implementations.
+R4 multiplies the input of a down projection, whose weight holds the inverse: ``(x R4) (W R4)^T = x
+W^T``. It is a forward pre-hook on the module; experts that transformers keeps as 3-D parameters
+have no such module, so their loop is replaced through transformers' own registry of expert
+implementations.
 
-R3 multiplies queries and keys per head, after RoPE and *before* the KV cache, so that cached keys and whatever
-quantizes them are rotated: ``(q R3) (k R3)^T = q k^T``. transformers has no hook at that point, so the function
-``apply_rotary_pos_emb`` of the modeling module is wrapped once, and hooks on an attention module switch the wrapper on
-for the duration of its forward. Layers without RoPE are rotated at the output of the query and key projections.
+R3 multiplies queries and keys per head, after RoPE and *before* the KV cache, so that cached keys
+and whatever quantizes them are rotated: ``(q R3) (k R3)^T = q k^T``. transformers has no hook at
+that point, so the function ``apply_rotary_pos_emb`` of the modeling module is wrapped once, and
+hooks on an attention module switch the wrapper on for the duration of its forward. Layers without
+RoPE are rotated at the output of the query and key projections.
 
-Hooks survive ``copy.deepcopy``, ``torch.export`` and ModelOpt's replacement of modules, whose quantizers see the
-rotated activations.
+Hooks survive ``copy.deepcopy``, ``torch.export`` and ModelOpt's replacement of modules, whose
+quantizers see the rotated activations.
 """
 
 from __future__ import annotations
@@ -35,8 +38,11 @@ _EXPERTS_FUNCTION = "rotq"
 _active = threading.local()
 
 
-def attach_online(model: nn.Module, architecture: Architecture, config: Any, rotations: RotationSet) -> None:
-    """Attach the R3 and R4 of ``rotations`` to ``model``, whose weights must come from :func:`calib.fusing.fuse`.
+def attach_online(
+    model: nn.Module, architecture: Architecture, config: Any, rotations: RotationSet
+) -> None:
+    """Attach the R3 and R4 of ``rotations`` to ``model``, whose weights must come from
+    :func:`calib.fusing.fuse`.
 
     Raises:
         RotationError: online rotations are attached to this model already, or do not fit it.
@@ -48,7 +54,8 @@ def attach_online(model: nn.Module, architecture: Architecture, config: Any, rot
     online.validate(config, architecture)
     if getattr(model, "_rotq_online", False):
         raise RotationError(
-            "online rotations are attached to this model already", hint="materialize the fused model again"
+            "online rotations are attached to this model already",
+            hint="materialize the fused model again",
         )
     model._rotq_online = True  # type: ignore[assignment]
     sizes = architecture.dimensions(config)
@@ -64,7 +71,9 @@ def attach_online(model: nn.Module, architecture: Architecture, config: Any, rot
             attention = model.get_submodule(architecture.attention.replace("{i}", str(layer)))
             _attach_r3_after_rope(attention, rotation)
         else:
-            _attach_r3_to_projections(model, architecture.layer_linears(config, layer), rotation, sizes)
+            _attach_r3_to_projections(
+                model, architecture.layer_linears(config, layer), rotation, sizes
+            )
 
 
 @dataclass(frozen=True)
@@ -81,19 +90,23 @@ def _attach_r4(model: nn.Module, spec: LinearSpec, rotation: Rotation) -> None:
     if spec.layout != "experts":
         model.get_submodule(spec.name).register_forward_pre_hook(_RotateInput(rotation))
         return
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # here, because it takes seconds to import
+    # here, because it takes seconds to import
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_FUNCTION, _rotated_experts)
     experts: Any = model.get_submodule(spec.name.rpartition(".")[0])
     experts._rotq_r4 = rotation
-    # A config of its own: ModelOpt, and set_experts_implementation, set the model's config back to another loop, which
-    # would drop R4 without a word.
+    # A config of its own: ModelOpt, and set_experts_implementation, set the model's config back to
+    # another loop, which would drop R4 without a word.
     experts.config = deepcopy(experts.config)
     experts.config._experts_implementation = _EXPERTS_FUNCTION
 
 
-def _rotated_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The eager loop over experts (transformers ``MixtralExperts.forward``) with R4 before the down projection.
+def _rotated_experts(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The eager loop over experts (transformers ``MixtralExperts.forward``) with R4 before the down
+    projection.
 
     Args:
         experts: module with ``gate_up_proj [E, 2 f, h]``, ``down_proj [E, h, f]`` and ``act_fn``.
@@ -136,17 +149,23 @@ def _attach_r3_after_rope(attention: nn.Module, rotation: Rotation) -> None:
     rope = getattr(modeling, _ROPE_FUNCTION, None)
     if rope is None:
         raise UnsupportedModelError(
-            f"R3 cannot be attached: {modeling.__name__} has no {_ROPE_FUNCTION}", hint="leave r3 out of --rotate"
+            f"R3 cannot be attached: {modeling.__name__} has no {_ROPE_FUNCTION}",
+            hint="leave r3 out of --rotate",
         )
     if not hasattr(rope, "_rotq_wraps"):
         setattr(modeling, _ROPE_FUNCTION, _followed_by_r3(rope))
     attention.register_forward_pre_hook(_Activate(rotation))
-    # always_call: an exception inside the attention must not leave the rotation switched on for another model.
+    # always_call: an exception inside the attention must not leave the rotation switched on for
+    # another model.
     attention.register_forward_hook(_deactivate, always_call=True)
 
 
-def _followed_by_r3(rope: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``apply_rotary_pos_emb`` that rotates its results while an attention module with R3 is running."""
+def _followed_by_r3(
+    rope: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``apply_rotary_pos_emb`` that rotates its results while an attention module with R3 is
+    running.
+    """
 
     @functools.wraps(rope)
     def wrapper(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -160,7 +179,9 @@ def _followed_by_r3(rope: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
 
 @dataclass(frozen=True)
 class _RotateHeads:
-    """Forward hook of a projection: rotate the heads that lie in ``slices`` of its output features."""
+    """Forward hook of a projection: rotate the heads that lie in ``slices`` of its output
+    features.
+    """
 
     rotation: Rotation
     slices: tuple[slice, ...]

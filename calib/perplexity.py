@@ -1,10 +1,12 @@
-"""Perplexity and divergence, of anything that turns token ids into logits: a torch model, an ONNX session, a server.
+"""Perplexity and divergence, of anything that turns token ids into logits: a torch model, an ONNX
+session, a server.
 
-**Windows.** A row of L tokens has L − 1 predictions: tokens 1 … L−1, each from the tokens before it. The model is run
-on windows of at most ``window`` tokens; the first scores all it can, each further one ends ``stride`` tokens later and
-scores only the ``stride`` tokens that are new. So every token is scored exactly once, with all tokens before it as
-context where these fit in the window, and with at least ``window − stride + 1`` of them otherwise. Rows are never
-joined: no token is predicted from another document.
+**Windows.** A row of L tokens has L − 1 predictions: tokens 1 … L−1, each from the tokens before
+it. The model is run on windows of at most ``window`` tokens; the first scores all it can, each
+further one ends ``stride`` tokens later and scores only the ``stride`` tokens that are new. So
+every token is scored exactly once, with all tokens before it as context where these fit in the
+window, and with at least ``window − stride + 1`` of them otherwise. Rows are never joined: no token
+is predicted from another document.
 
 The convention of GPTQ (and of most published figures) is rows of exactly ``window`` tokens from
 :func:`calib.data.tokens.tokenize` with layout ``"windows"``.
@@ -25,7 +27,9 @@ LogitsFunction = Callable[[Tensor], Tensor]
 """From token ids [1, T] int64 to logits [1, T, V] of any floating dtype."""
 
 _SCORED_AT_ONCE = 256
-"""Positions converted to float64 at once: all 2048 of a window would be 2 GB at a vocabulary of 128 000."""
+"""Positions converted to float64 at once: all 2048 of a window would be 2 GB at a vocabulary of 128
+000.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,18 @@ class _Window:
     first: int
 
 
-def perplexity(logits: LogitsFunction, rows: Iterable[Tensor], *, window: int, stride: int) -> Perplexity:
+def perplexity(
+    logits: LogitsFunction, rows: Iterable[Tensor], *, window: int, stride: int
+) -> Perplexity:
     """The perplexity of ``rows``, weighted by token; see the module's docstring.
 
     Args:
         logits: what is measured.
-        rows: token rows [tokens] int64, one per document; those of one token predict nothing and are passed over.
+        rows: token rows [tokens] int64, one per document; those of one token predict nothing and
+            are passed over.
         window: the most tokens that ``logits`` is run on.
-        stride: tokens scored by each window after the first, 1 ≤ ``stride`` ≤ ``window``. Smaller gives more context
-            and takes longer.
+        stride: tokens scored by each window after the first, 1 ≤ ``stride`` ≤ ``window``. Smaller
+            gives more context and takes longer.
 
     Raises:
         DataError: ``window`` or ``stride`` is out of range, or no row has two tokens.
@@ -95,7 +102,12 @@ def perplexity(logits: LogitsFunction, rows: Iterable[Tensor], *, window: int, s
 
 
 def compare_logits(
-    reference: LogitsFunction, candidate: LogitsFunction, rows: Iterable[Tensor], *, window: int, stride: int
+    reference: LogitsFunction,
+    candidate: LogitsFunction,
+    rows: Iterable[Tensor],
+    *,
+    window: int,
+    stride: int,
 ) -> Comparison:
     """Compare two sets of predictions in one pass; arguments and errors as for :func:`perplexity`.
 
@@ -109,14 +121,16 @@ def compare_logits(
         q = _run(candidate, inputs, "candidate").to(p.device)
         if p.shape != q.shape:
             raise DataError(
-                f"the reference has a vocabulary of {p.shape[-1]}, the candidate one of {q.shape[-1]}",
+                f"the reference has a vocabulary of {p.shape[-1]}, the candidate one of"
+                f" {q.shape[-1]}",
                 hint="Compare a model with an export of the same model.",
             )
         pairs = zip(_scored(p, targets, first), _scored(q, targets, first), strict=True)
         for (log_p, wanted), (log_q, _) in pairs:
             nll_reference -= _picked(log_p, wanted)
             nll_candidate -= _picked(log_q, wanted)
-            # A sum over the vocabulary of p log(p/q): the rounding of a zero divergence can be below zero.
+            # A sum over the vocabulary of p log(p/q): the rounding of a zero divergence can be
+            # below zero.
             divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).sum())
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             tokens += wanted.numel()
@@ -149,8 +163,12 @@ def window_spans(length: int, window: int, stride: int) -> Iterator[_Window]:
         scored, end = end, min(end + stride, length - 1)
 
 
-def _windows(rows: Iterable[Tensor], window: int, stride: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """For each window: its tokens [1, T], the targets [S], and the position whose logits score the first of them."""
+def _windows(
+    rows: Iterable[Tensor], window: int, stride: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """For each window: its tokens [1, T], the targets [S], and the position whose logits score the
+    first of them.
+    """
     if not 1 <= stride <= window:
         raise DataError(
             f"cannot score windows of {window} tokens with a stride of {stride}",
@@ -158,25 +176,37 @@ def _windows(rows: Iterable[Tensor], window: int, stride: int) -> Iterator[tuple
         )
     for row in rows:
         for span in window_spans(row.numel(), window, stride):
-            yield row[span.start : span.end].unsqueeze(0), row[span.first : span.end + 1], span.first - 1 - span.start
+            yield (
+                row[span.start : span.end].unsqueeze(0),
+                row[span.first : span.end + 1],
+                span.first - 1 - span.start,
+            )
 
 
 def _run(logits: LogitsFunction, inputs: Tensor, name: str) -> Tensor:
     """The logits [T, V] of ``inputs`` [1, T]."""
     output = logits(inputs)
     if output.dim() != 3 or output.shape[:2] != inputs.shape:
-        raise DataError(f"the {name} gives logits {list(output.shape)} for tokens {list(inputs.shape)}")
+        raise DataError(
+            f"the {name} gives logits {list(output.shape)} for tokens {list(inputs.shape)}"
+        )
     return output[0]
 
 
 def _scored(logits: Tensor, targets: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities [S, V] float64, and targets [S], for the positions from ``first`` on, a few at a time."""
+    """Log-probabilities [S, V] float64, and targets [S], for the positions from ``first`` on, a few
+    at a time.
+    """
     if logits.device.type == "mps":  # has no float64
         logits = logits.cpu()
     logits = logits[first:]
     if not bool(torch.isfinite(logits).all()):
-        raise QuantizationError("the logits hold NaN or Inf", hint="The model overflows in its dtype, or is damaged.")
-    for some, wanted in zip(torch.split(logits, _SCORED_AT_ONCE), torch.split(targets, _SCORED_AT_ONCE), strict=True):
+        raise QuantizationError(
+            "the logits hold NaN or Inf", hint="The model overflows in its dtype, or is damaged."
+        )
+    for some, wanted in zip(
+        torch.split(logits, _SCORED_AT_ONCE), torch.split(targets, _SCORED_AT_ONCE), strict=True
+    ):
         yield torch.log_softmax(some.double(), dim=-1), wanted.to(some.device)
 
 
@@ -186,5 +216,8 @@ def _picked(scores: Tensor, targets: Tensor) -> float:
 
 def _some(tokens: int) -> int:
     if not tokens:
-        raise DataError("there is no token to score", hint="Give evaluation text with two tokens or more in a row.")
+        raise DataError(
+            "there is no token to score",
+            hint="Give evaluation text with two tokens or more in a row.",
+        )
     return tokens

@@ -1,4 +1,6 @@
-"""How library code reports progress without printing: it calls a :class:`Progress`; the front door draws the bar."""
+"""How library code reports progress without printing: it calls a :class:`Progress`; the front door
+draws the bar.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ class Progress(Protocol):
     """Called once for every finished unit of work."""
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """Report that ``done`` of ``total`` units (``None``: unknown) of the step named ``stage`` are finished."""
+        """Report that ``done`` of ``total`` units (``None``: unknown) of the step named ``stage``
+        are finished.
+        """
 
 
 def silent(stage: str, done: int, total: int | None) -> None:

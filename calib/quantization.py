@@ -1,4 +1,6 @@
-"""What is to be done to each linear: a scheme with its finer controls and overrides, resolved for one model."""
+"""What is to be done to each linear: a scheme with its finer controls and overrides, resolved for
+one model.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,15 @@ class Quantization:
     """How a model is quantized, linear by linear.
 
     Attributes:
-        scheme: the preset, with the finer controls applied; the rule for linears that no override names.
-        linears: what is done to each linear (or embedding, or head) that is quantized, by module name, in topological
-            order.
+        scheme: the preset, with the finer controls applied; the rule for linears that no override
+            names.
+        linears: what is done to each linear (or embedding, or head) that is quantized, by module
+            name, in topological order.
         observer: what turns activations into limits; see :mod:`calib.observers`.
         weights: what rounds weights; see :mod:`calib.weights`.
         cache: how the KV cache is quantized, if it is.
-        kept: linears of the decoder that an override or the scheme leaves in float, with that reason.
+        kept: linears of the decoder that an override or the scheme leaves in float, with that
+            reason.
     """
 
     scheme: Scheme
@@ -75,12 +79,16 @@ def customised(
         if any(control is not None for control in controls):
             raise QuantizationError(
                 f"'{scheme.name}' quantizes nothing, so there is nothing to control",
-                hint="choose a scheme that quantizes, such as int8; overrides take no finer controls",
+                hint=(
+                    "choose a scheme that quantizes, such as int8; overrides take no finer controls"
+                ),
             )
         return scheme
     if block_size is not None:
         if block_size < 1:
-            raise QuantizationError(f"a block of {block_size} input features", hint="use 1 or more, such as 32 or 128")
+            raise QuantizationError(
+                f"a block of {block_size} input features", hint="use 1 or more, such as 32 or 128"
+            )
         if weight.scale_format != "compute":
             raise QuantizationError(
                 f"the format of '{scheme.name}' fixes its blocks",
@@ -92,16 +100,20 @@ def customised(
     if activation is None:
         if activation_symmetric is not None or activation_granularity is not None:
             raise QuantizationError(
-                f"'{scheme.name}' leaves activations in float", hint="choose a scheme that quantizes them, such as int8"
+                f"'{scheme.name}' leaves activations in float",
+                hint="choose a scheme that quantizes them, such as int8",
             )
         return replace(scheme, weight=weight)
     if activation_granularity is not None:
         if activation.scale_format != "compute":
             raise QuantizationError(
-                f"the format of '{scheme.name}' fixes the blocks of activations", hint="choose int8 or w4a4 instead"
+                f"the format of '{scheme.name}' fixes the blocks of activations",
+                hint="choose int8 or w4a4 instead",
             )
         granularity = _activation_granularity(activation_granularity)
-        activation = replace(activation, granularity=granularity, dynamic=isinstance(granularity, PerToken))
+        activation = replace(
+            activation, granularity=granularity, dynamic=isinstance(granularity, PerToken)
+        )
     if activation_symmetric is not None:
         activation = replace(activation, symmetric=activation_symmetric)
     return replace(scheme, weight=weight, activation=activation)
@@ -119,9 +131,10 @@ def resolve(
 ) -> Quantization:
     """What is done to every linear of one model.
 
-    A pattern (``fnmatch``: ``*``, ``?``, ``[…]``) is matched against the names of the decoder's linears; of several
-    that match the last one counts. The output head and embeddings are quantized only where a pattern *is* their name.
-    An expert of a 3-D parameter is called ``{parameter}.{e}``; a pattern that matches the parameter matches them all.
+    A pattern (``fnmatch``: ``*``, ``?``, ``[…]``) is matched against the names of the decoder's
+    linears; of several that match the last one counts. The output head and embeddings are quantized
+    only where a pattern *is* their name. An expert of a 3-D parameter is called
+    ``{parameter}.{e}``; a pattern that matches the parameter matches them all.
 
     Args:
         scheme: the rule.
@@ -133,8 +146,9 @@ def resolve(
         kv: how the KV cache is quantized; a key of :data:`calib.schemes.KV_SCHEMES`.
 
     Raises:
-        QuantizationError: a pattern that matches nothing, an unknown scheme, an embedding with a scheme that quantizes
-            its input, or some experts of a 3-D parameter left in float and others not.
+        QuantizationError: a pattern that matches nothing, an unknown scheme, an embedding with a
+            scheme that quantizes its input, or some experts of a 3-D parameter left in float and
+            others not.
     """
     specs = quantizable_linears(architecture, config)
     decoder = list(specs)
@@ -144,7 +158,9 @@ def resolve(
     overridden: set[str] = set()
     for pattern, name in (overrides or {}).items():
         matched = (
-            [pattern] if pattern in outside else [linear for linear in decoder if _matches(pattern, linear, specs)]
+            [pattern]
+            if pattern in outside
+            else [linear for linear in decoder if _matches(pattern, linear, specs)]
         )
         if not matched:
             raise _nothing_matches(pattern, decoder, outside)
@@ -155,10 +171,13 @@ def resolve(
         found = chosen.get(table)
         if found is not None and found.input is not None:
             raise QuantizationError(
-                f"the embedding '{table}' has no input to quantize", hint="give it a weight-only scheme"
+                f"the embedding '{table}' has no input to quantize",
+                hint="give it a weight-only scheme",
             )
     if kv is not None and kv not in KV_SCHEMES:
-        raise QuantizationError(f"unknown KV cache format '{kv}'", hint=f"use one of: {', '.join(KV_SCHEMES)}")
+        raise QuantizationError(
+            f"unknown KV cache format '{kv}'", hint=f"use one of: {', '.join(KV_SCHEMES)}"
+        )
     order = [*embeddings, *decoder, architecture.head.name]
     linears = {name: what for name in order if (what := chosen.get(name)) is not None}
     return Quantization(
@@ -179,7 +198,9 @@ def _matches(pattern: str, name: str, specs: Mapping[str, LinearSpec]) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(specs[name].name, pattern)
 
 
-def _check_experts(chosen: Mapping[str, LinearScheme | None], specs: Mapping[str, LinearSpec]) -> None:
+def _check_experts(
+    chosen: Mapping[str, LinearScheme | None], specs: Mapping[str, LinearSpec]
+) -> None:
     """A 3-D parameter is either in the artifact's float tensors or not."""
     quantized: dict[str, set[bool]] = {}
     for name, spec in specs.items():
@@ -200,11 +221,18 @@ def _activation_granularity(text: str) -> Granularity:
         return PerTensor()
     if text == "token":
         return PerToken()
-    raise QuantizationError(f"unknown granularity '{text}' of activations", hint="use tensor, token or cluster:K")
+    raise QuantizationError(
+        f"unknown granularity '{text}' of activations", hint="use tensor, token or cluster:K"
+    )
 
 
-def _nothing_matches(pattern: str, decoder: Sequence[str], outside: Sequence[str]) -> QuantizationError:
+def _nothing_matches(
+    pattern: str, decoder: Sequence[str], outside: Sequence[str]
+) -> QuantizationError:
     return QuantizationError(
         f"the override '{pattern}' matches no linear of this model",
-        hint=f"linears are called like {decoder[0]} and {decoder[-1]}; by their full name also {', '.join(outside)}",
+        hint=(
+            f"linears are called like {decoder[0]} and {decoder[-1]}; by their full name also"
+            f" {', '.join(outside)}"
+        ),
     )

@@ -1,4 +1,6 @@
-"""From a fused float model to the :class:`~calib.artifact.QuantizedModel`: observe, turn limits into scales, round."""
+"""From a fused float model to the :class:`~calib.artifact.QuantizedModel`: observe, turn limits
+into scales, round.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def quantize_model(
     Args:
         fused: the folded, rotated and smoothed model in the compute dtype.
         quantization: what to quantize, and how.
-        forward_loop: feeds calibration batches to the model it is given; ``None`` where no data is needed.
+        forward_loop: feeds calibration batches to the model it is given; ``None`` where no data is
+            needed.
         provenance: recorded in the result.
         files: side files of the checkpoint, recorded in the result.
         device: where calibration runs.
@@ -51,8 +54,8 @@ def quantize_model(
 
     Raises:
         DataError: data is needed and there is no forward loop.
-        QuantizationError: a linear was never reached, its statistics yield no finite scale, or its width is no multiple
-            of the block that its format fixes.
+        QuantizationError: a linear was never reached, its statistics yield no finite scale, or its
+            width is no multiple of the block that its format fixes.
     """
     calibrator = Calibrator(fused, quantization)
     calibrator.check_blocks()
@@ -90,7 +93,9 @@ class Calibrator:
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
-        """Table entries by module name; of a 3-D expert parameter, by the name of every expert as well."""
+        """Table entries by module name; of a 3-D expert parameter, by the name of every expert as
+        well.
+        """
         return _specs(self.fused.architecture, self.fused.config)
 
     def check_blocks(self) -> None:
@@ -98,11 +103,15 @@ class Calibrator:
         check_blocks(self.quantization, self.fused.architecture, self.fused.config)
 
     def wanted(self, names: Sequence[str], *, caches: bool = True) -> Wanted:
-        """What has to be observed to quantize the linears ``names``, and the cache of every layer with ``caches``."""
+        """What has to be observed to quantize the linears ``names``, and the cache of every layer
+        with ``caches``.
+        """
         linears = self.quantization.linears
         algorithm = algorithm_named(self.quantization.weights)
         inputs = {
-            name: scheme for name in names if (scheme := linears[name].input) is not None and scheme.needs_calibration
+            name: scheme
+            for name in names
+            if (scheme := linears[name].input) is not None and scheme.needs_calibration
         }
         return Wanted(
             inputs=inputs,
@@ -111,8 +120,11 @@ class Calibrator:
             caches=self.attentions() if caches and self.quantization.cache is not None else {},
         )
 
-    def quantized(self, name: str, state: Mapping[str, Tensor], observed: Observed) -> QuantizedLinear:
-        """The quantized linear (or embedding) ``name``, from the tensors of ``state`` and what was observed.
+    def quantized(
+        self, name: str, state: Mapping[str, Tensor], observed: Observed
+    ) -> QuantizedLinear:
+        """The quantized linear (or embedding) ``name``, from the tensors of ``state`` and what was
+        observed.
 
         Raises:
             QuantizationError: its weight or its input yields no finite scale.
@@ -129,7 +141,9 @@ class Calibrator:
             rounded = algorithm.round(weight, moment, scheme.weight, self.fused.dtype, amax=amax)
             seen = self._input_grid(scheme.input, observed.limits.get(name))
         except QuantizationError as error:
-            raise QuantizationError(f"no valid scale for '{name}': {error.message}", hint=error.hint) from error
+            raise QuantizationError(
+                f"no valid scale for '{name}': {error.message}", hint=error.hint
+            ) from error
         return QuantizedLinear(
             name=name,
             weight=rounded.stored,
@@ -190,7 +204,9 @@ class Calibrator:
         )
 
     def _weight(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        """The weight ``[out, in]``; transformers' Conv1D stores the transpose, and an expert may be a slice."""
+        """The weight ``[out, in]``; transformers' Conv1D stores the transpose, and an expert may be
+        a slice.
+        """
         spec = self.specs.get(name)
         if spec is not None and spec.weight in state and spec.layout == "experts":
             return state[spec.weight][expert_index(name)]
@@ -198,25 +214,36 @@ class Calibrator:
         return stored.T if spec is not None and spec.layout == "conv1d" else stored
 
     def _shared_amax(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        """Largest magnitude in the weights of ``name`` and of those that runtimes merge with it, float32 ``[]``.
+        """Largest magnitude in the weights of ``name`` and of those that runtimes merge with it,
+        float32 ``[]``.
 
-        Query, key and value, and gate and up, become one matrix in vLLM and TensorRT-LLM, which has one second level
-        of scales. ModelOpt's export gives them one as well (``preprocess_linear_fusion``).
+        Query, key and value, and gate and up, become one matrix in vLLM and TensorRT-LLM, which has
+        one second level of scales. ModelOpt's export gives them one as well
+        (``preprocess_linear_fusion``).
         """
         merged = [other for other in self.quantization.linears if self._are_merged(name, other)]
-        return torch.stack([self._weight(other, state).detach().abs().amax().float() for other in merged]).amax()
+        return torch.stack(
+            [self._weight(other, state).detach().abs().amax().float() for other in merged]
+        ).amax()
 
     def _are_merged(self, name: str, other: str) -> bool:
-        """Whether runtimes make one matrix of two linears: both read the residual stream within one module."""
+        """Whether runtimes make one matrix of two linears: both read the residual stream within one
+        module.
+        """
         if name == other:
             return True
         if name.rpartition(".")[0] != other.rpartition(".")[0]:
             return False
         specs, linears = [self.specs.get(each) for each in (name, other)], self.quantization.linears
-        beside = all(spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL for spec in specs)
+        beside = all(
+            spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL
+            for spec in specs
+        )
         return beside and linears[name].weight == linears[other].weight
 
-    def _input_grid(self, scheme: TensorScheme | None, limits: tuple[Tensor, Tensor] | None) -> Grid | None:
+    def _input_grid(
+        self, scheme: TensorScheme | None, limits: tuple[Tensor, Tensor] | None
+    ) -> Grid | None:
         if scheme is None or limits is None:
             return None
         return input_grid(*limits, scheme, self.fused.dtype)
@@ -257,16 +284,22 @@ def check_blocks(quantization: Quantization, architecture: Architecture, config:
         name, (width, size) = next(iter(bad.items()))
         raise QuantizationError(
             f"blocks of {size} do not divide the {width} input features of {', '.join(bad)}",
-            hint=f"leave them in float with --override '{name}=float', or choose a scheme without fixed blocks",
+            hint=(
+                f"leave them in float with --override '{name}=float', or choose a scheme without"
+                " fixed blocks"
+            ),
         )
 
 
 def _specs(architecture: Architecture, config: Any) -> dict[str, LinearSpec]:
-    return {spec.name: spec for spec in architecture.all_linears(config)} | quantizable_linears(architecture, config)
+    return {spec.name: spec for spec in architecture.all_linears(config)} | quantizable_linears(
+        architecture, config
+    )
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
         raise QuantizationError(
-            f"the weights of '{name}' hold NaN or Inf", hint="the checkpoint is damaged; download or export it again"
+            f"the weights of '{name}' hold NaN or Inf",
+            hint="the checkpoint is damaged; download or export it again",
         )

@@ -1,17 +1,20 @@
-"""The torch model that an exported artifact must reproduce: fake quantization computed from the artifact alone.
+"""The torch model that an exported artifact must reproduce: fake quantization computed from the
+artifact alone.
 
 Every quantized linear becomes
 
-    y = Q(x R) W_dq^T + b,   Q(x) = (clamp(round(x / s_x) + z_x) - z_x) s_x,   W_dq = (W_q - z_w) s_w
+    y = Q(x R) W_dq^T + b,   Q(x) = (clamp(round(x / s_x) + z_x) - z_x) s_x,   W_dq = (W_q - z_w)
+    s_w
 
-with the artifact's numbers and scales, in float32; Q as :mod:`calib.inputs` says. Nothing of ModelOpt is left in it: it
-defines the numbers that a runtime has to give.
+with the artifact's numbers and scales, in float32; Q as :mod:`calib.inputs` says. Nothing of
+ModelOpt is left in it: it defines the numbers that a runtime has to give.
 
-In float16 or bfloat16 the same model is the naive path of a graph in that dtype: every value that a layer passes on is
-rounded to it. What that loses against float32 is what a runtime may lose.
+In float16 or bfloat16 the same model is the naive path of a graph in that dtype: every value that a
+layer passes on is rounded to it. What that loses against float32 is what a runtime may lose.
 
-The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears, attention, head), is just
-as right: addition of floats fixes no order. :mod:`calib.floor` measures what the two differ by.
+The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears,
+attention, head), is just as right: addition of floats fixes no order. :mod:`calib.floor` measures
+what the two differ by.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ _SPLIT_ATTENTION = "rotq_split_sum"
 
 
 class ReferenceLinear(nn.Module):
-    """Fake-quantized linear of a :class:`QuantizedLinear`; input ``[..., in]``, output ``[..., out]`` in ``dtype``."""
+    """Fake-quantized linear of a :class:`QuantizedLinear`; input ``[..., in]``, output ``[...,
+    out]`` in ``dtype``.
+    """
 
     def __init__(
         self,
@@ -53,7 +58,9 @@ class ReferenceLinear(nn.Module):
         self.rotation = rotation
         self.split_sum = split_sum
         self.register_buffer("weight", linear.values().to(dtype), persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.to(dtype), persistent=False)
+        self.register_buffer(
+            "bias", None if linear.bias is None else linear.bias.to(dtype), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate (where an online rotation acts), quantize, multiply."""
@@ -83,11 +90,15 @@ class _SplitLinear(nn.Linear):
         return _split_linear(x, self.weight, self.bias)
 
 
-def build_reference(model: QuantizedModel, *, split_sum: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The Hugging Face model of ``model.config`` in eval mode on the CPU, its quantized linears fake-quantized.
+def build_reference(
+    model: QuantizedModel, *, split_sum: bool = False, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The Hugging Face model of ``model.config`` in eval mode on the CPU, its quantized linears
+    fake-quantized.
 
     Args:
-        model: the artifact. Any rotation may be in it; :mod:`calib.online` attaches those outside the linears.
+        model: the artifact. Any rotation may be in it; :mod:`calib.online` attaches those outside
+            the linears.
         split_sum: sum every matmul in two halves (see the module's docstring).
         dtype: what it computes in; anything but float32 is the naive path of such a graph.
     """
@@ -95,7 +106,10 @@ def build_reference(model: QuantizedModel, *, split_sum: bool = False, dtype: to
     architecture = architecture_for(config)
     tables = {table.name for table in architecture.embeddings}
     floats = {name: tensor.to(dtype) for name, tensor in model.floats.items()}
-    floats |= {f"{name}.weight": model.linears[name].values().to(dtype) for name in tables & model.linears.keys()}
+    floats |= {
+        f"{name}.weight": model.linears[name].values().to(dtype)
+        for name in tables & model.linears.keys()
+    }
     modules: dict[str, nn.Module] = {}
     for name, linear in model.linears.items():
         if name not in tables:
@@ -105,10 +119,14 @@ def build_reference(model: QuantizedModel, *, split_sum: bool = False, dtype: to
     network = build_skeleton(model.config, floats, skip=set(modules))
     for name, module in modules.items():
         set_submodule(network, name, module)
-    within = (module for module in network.modules() if isinstance(module, ReferenceLinear | Experts))
+    within = (
+        module for module in network.modules() if isinstance(module, ReferenceLinear | Experts)
+    )
     inside = {module.rotation.name for module in within if module.rotation is not None}
     # the rest: R3, and the R4 of float linears and experts
-    outside = RotationSet(rotation for name, rotation in model.rotations.items() if name not in inside)
+    outside = RotationSet(
+        rotation for name, rotation in model.rotations.items() if name not in inside
+    )
     attach_online(network, architecture, network.config, outside)
     if split_sum:
         for module in network.modules():
@@ -128,7 +146,9 @@ def _config(model: QuantizedModel) -> Any:
 
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     half = weight.shape[1] // 2
-    total = functional.linear(x[..., :half], weight[:, :half]) + functional.linear(x[..., half:], weight[:, half:])
+    total = functional.linear(x[..., :half], weight[:, :half]) + functional.linear(
+        x[..., half:], weight[:, half:]
+    )
     return total if bias is None else total + bias
 
 

@@ -1,14 +1,16 @@
 """Rounding to the values of a number format, and to the formats that scales are stored in.
 
-E2M1 (OCP MX specification 1.0, section 5.3.3): one sign, two exponent and one mantissa bit, no infinities,
+E2M1 (OCP MX specification 1.0, section 5.3.3): one sign, two exponent and one mantissa bit, no
+infinities,
 
     code & 7:   0    1    2    3    4    5    6    7
     magnitude:  0   0.5   1   1.5   2    3    4    6
 
-Ties go to the even code: 0.25 to 0, 0.75 to 1, 1.25 to 1, 1.75 to 2, 2.5 to 2, 3.5 to 4, 5 to 4. Larger magnitudes
-saturate at 6.
+Ties go to the even code: 0.25 to 0, 0.75 to 1, 1.25 to 1, 1.75 to 2, 2.5 to 2, 3.5 to 4, 5 to 4.
+Larger magnitudes saturate at 6.
 
-E4M3 is ``torch.float8_e4m3fn``: ties to even, saturated at 448 here. E8M0 is a power of two, 2^-127 to 2^127.
+E4M3 is ``torch.float8_e4m3fn``: ties to even, saturated at 448 here. E8M0 is a power of two, 2^-127
+to 2^127.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _SIGN = 8
 
 
 def round_to_format(ratio: Tensor, fmt: NumberFormat) -> Tensor:
-    """The representable values nearest to ``ratio``, saturated, in its dtype (float32 or wider); ties to even."""
+    """The representable values nearest to ``ratio``, saturated, in its dtype (float32 or wider);
+    ties to even.
+    """
     clamped = ratio.clamp(fmt.qmin, fmt.qmax)
     if fmt.kind == "integer":
         return clamped.round()
@@ -38,7 +42,9 @@ def round_to_format(ratio: Tensor, fmt: NumberFormat) -> Tensor:
 
 
 def neighbours(values: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
-    """The representable numbers next below and next above representable ``values``; at the ends, the values again."""
+    """The representable numbers next below and next above representable ``values``; at the ends,
+    the values again.
+    """
     table = _representable(fmt).to(values)
     index = torch.searchsorted(table, values.contiguous())
     return table[(index - 1).clamp(min=0)], table[(index + 1).clamp(max=table.numel() - 1)]
@@ -54,7 +60,9 @@ def _representable(fmt: NumberFormat) -> Tensor:
 
 
 def encode(values: Tensor, fmt: NumberFormat) -> Tensor:
-    """Representable ``values`` as they are stored: int8 for integers, float8_e4m3fn, or E2M1 codes in uint8."""
+    """Representable ``values`` as they are stored: int8 for integers, float8_e4m3fn, or E2M1 codes
+    in uint8.
+    """
     if fmt.kind == "integer":
         return values.to(torch.int8)
     if fmt.bits == 8:
@@ -79,8 +87,8 @@ def round_e4m3_scale(scale: Tensor) -> Tensor:
 def e8m0_exponent(amax: Tensor, fmt: NumberFormat, *, floor: bool) -> Tensor:
     """Exponent ``k`` of the power-of-two scale of a block, int32 in -127 … 127.
 
-        ceil rule (ModelOpt):  k = ceil(log2(amax / maxbound)),    the least scale that clips nothing
-        floor rule (OCP MX):   k = floor(log2(amax)) - floor(log2(maxbound))
+        ceil rule (ModelOpt):  k = ceil(log2(amax / maxbound)),    the least scale that clips
+        nothing floor rule (OCP MX):   k = floor(log2(amax)) - floor(log2(maxbound))
 
     By ``frexp``, ``amax = m 2^e`` with ``m`` in [1/2, 1), so that powers of two are exact.
     """
@@ -94,7 +102,9 @@ def e8m0_exponent(amax: Tensor, fmt: NumberFormat, *, floor: bool) -> Tensor:
 
 
 def _round_e2m1(x: Tensor) -> Tensor:
-    """By the step of each binade: 1/2 up to 2, 1 up to 4, 2 up to 6; dividing by a power of two is exact."""
+    """By the step of each binade: 1/2 up to 2, 1 up to 4, 2 up to 6; dividing by a power of two is
+    exact.
+    """
     magnitude = x.abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     return ((magnitude / step).round() * step).copysign(x)

@@ -1,8 +1,9 @@
 """The quantization schemes, as data: number formats, granularities, and what a preset name means.
 
-A *format* says which values a stored number can take, a *granularity* says which elements share one scale, and a
-:class:`Scheme` puts both together for weights and activations. Backends read these tables and refuse what their target
-cannot express; nothing here knows a runtime, a library or a model.
+A *format* says which values a stored number can take, a *granularity* says which elements share one
+scale, and a :class:`Scheme` puts both together for weights and activations. Backends read these
+tables and refuse what their target cannot express; nothing here knows a runtime, a library or a
+model.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from calib.errors import QuantizationError
 class NumberFormat:
     """A storage format of quantized values.
 
-    Integers clamp to ``qmin … qmax`` while scales are ``amax / maxbound`` with the symmetric ``maxbound`` (127 for
-    int8): ModelOpt's convention, under which -128 is reachable only by rounding past the largest negative value.
+    Integers clamp to ``qmin … qmax`` while scales are ``amax / maxbound`` with the symmetric
+    ``maxbound`` (127 for int8): ModelOpt's convention, under which -128 is reachable only by
+    rounding past the largest negative value.
     """
 
     name: str
@@ -44,14 +46,18 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each index of ``axis``. Weight ``[out, in]`` with axis 0: scale shape ``[out]``."""
+    """One scale for each index of ``axis``. Weight ``[out, in]`` with axis 0: scale shape
+    ``[out]``.
+    """
 
     axis: int = 0
 
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for ``size`` consecutive input features. Weight ``[out, in]``: scale ``[out, ceil(in / size)]``."""
+    """One scale for ``size`` consecutive input features. Weight ``[out, in]``: scale ``[out,
+    ceil(in / size)]``.
+    """
 
     size: int
 
@@ -63,7 +69,9 @@ class PerToken:
 
 @dataclass(frozen=True)
 class PerCluster:
-    """One static scale for each of ``clusters`` sets of input channels; see :mod:`calib.clusters`. Scale ``[in]``."""
+    """One static scale for each of ``clusters`` sets of input channels; see :mod:`calib.clusters`.
+    Scale ``[in]``.
+    """
 
     clusters: int
 
@@ -76,7 +84,8 @@ ScaleFormat = Literal["compute", "e4m3", "e8m0", "e8m0-floor"]
 * ``compute``: the dtype the target computes in.
 * ``e4m3``: FP8, relative to one second-level scale for the tensor in float32 (NVFP4).
 * ``e8m0``: a power of two, rounded up so that nothing is clipped (ModelOpt's rule for MX formats).
-* ``e8m0-floor``: a power of two by the rule of the OCP MX specification 1.0, which clips the top of some blocks.
+* ``e8m0-floor``: a power of two by the rule of the OCP MX specification 1.0, which clips the top of
+  some blocks.
 """
 
 
@@ -95,12 +104,15 @@ class TensorScheme:
     def __post_init__(self) -> None:
         if not self.symmetric and self.format.kind != "integer":
             raise QuantizationError(
-                f"{self.format.name} has no zero point", hint="asymmetric quantization needs an integer format"
+                f"{self.format.name} has no zero point",
+                hint="asymmetric quantization needs an integer format",
             )
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether something of it has to be observed: a static scale, or the second level of a dynamic one."""
+        """Whether something of it has to be observed: a static scale, or the second level of a
+        dynamic one.
+        """
         return not self.dynamic or self.scale_format == "e4m3"
 
 
@@ -249,7 +261,9 @@ SCHEMES = {
     )
 }
 
-LINEAR_SCHEMES = {name: linear for name, scheme in SCHEMES.items() if (linear := scheme.linear) is not None}
+LINEAR_SCHEMES = {
+    name: linear for name, scheme in SCHEMES.items() if (linear := scheme.linear) is not None
+}
 """What each preset makes of a linear; ``float`` makes nothing of it and is not among them."""
 
 KV_SCHEMES = {
@@ -257,7 +271,9 @@ KV_SCHEMES = {
     "int4": TensorScheme(INT4, PerTensor()),
     "float8": TensorScheme(FLOAT8, PerTensor()),
 }
-"""How ``--kv`` quantizes cached keys (after RoPE and R3) and values: one static scale each for a layer."""
+"""How ``--kv`` quantizes cached keys (after RoPE and R3) and values: one static scale each for a
+layer.
+"""
 
 
 def scheme_named(name: str) -> Scheme:
@@ -267,12 +283,16 @@ def scheme_named(name: str) -> Scheme:
         QuantizationError: no scheme has this name; the hint lists all that exist.
     """
     if name not in SCHEMES:
-        raise QuantizationError(f"unknown scheme '{name}'", hint=f"the schemes are: {', '.join(SCHEMES)}")
+        raise QuantizationError(
+            f"unknown scheme '{name}'", hint=f"the schemes are: {', '.join(SCHEMES)}"
+        )
     return SCHEMES[name]
 
 
 def linear_words(scheme: LinearScheme) -> str:
-    """``scheme`` in a few words, for tables: ``int4 weights in blocks of 128, int8 inputs per tensor``."""
+    """``scheme`` in a few words, for tables: ``int4 weights in blocks of 128, int8 inputs per
+    tensor``.
+    """
     weights = f"{_words(scheme.weight)}".replace(" ", " weights ", 1)
     if scheme.input is None:
         return f"{weights}, float inputs"
@@ -305,7 +325,11 @@ _GRANULARITIES: dict[str, type[Any]] = {
 
 def tensor_scheme_to_dict(scheme: TensorScheme) -> dict[str, Any]:
     """``scheme`` as JSON values that :func:`tensor_scheme_from_dict` reads back."""
-    kind = next(name for name, granularity in _GRANULARITIES.items() if isinstance(scheme.granularity, granularity))
+    kind = next(
+        name
+        for name, granularity in _GRANULARITIES.items()
+        if isinstance(scheme.granularity, granularity)
+    )
     return {
         "format": scheme.format.name,
         "granularity": kind,

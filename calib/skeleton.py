@@ -1,4 +1,6 @@
-"""Hugging Face models built from a config without allocating any weight, and given some or all of their weights."""
+"""Hugging Face models built from a config without allocating any weight, and given some or all of
+their weights.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = torch.float32) -> Any
     from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
 
     with torch.device("meta"):
-        # A copy, because from_config writes dtype and attention implementation into the config it is given.
+        # A copy, because from_config writes dtype and attention implementation into the config it
+        # is given.
         return AutoModelForCausalLM.from_config(
             deepcopy(config), dtype=dtype, attn_implementation=attention_implementation(config)
         )
@@ -41,15 +44,19 @@ def build_on_meta(config: Any, dtype: torch.dtype | None = torch.float32) -> Any
 
 @torch.no_grad()
 def fill_buffers(model: Any) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their values, on the CPU.
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their
+    values, on the CPU.
 
-    They cannot be computed on the meta device. transformers recomputes them after loading in ``_init_weights``, which
-    leaves tensors alone that are marked as initialised; this does the same.
+    They cannot be computed on the meta device. transformers recomputes them after loading in
+    ``_init_weights``, which leaves tensors alone that are marked as initialised; this does the
+    same.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():
-        names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
+        names = [
+            name for name in module._non_persistent_buffers_set if module._buffers[name] is not None
+        ]
         for name in names:
             setattr(module, name, torch.empty_like(module._buffers[name], device="cpu"))
         if names:
@@ -70,8 +77,11 @@ def accept_biases(model: nn.Module, names: Iterable[str]) -> None:
             linear.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
 
 
-def build_skeleton(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, skip: Collection[str]) -> nn.Module:
-    """The causal LM of ``config`` in eval mode, holding ``tensors``, ``Identity`` where ``skip`` names a module.
+def build_skeleton(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, skip: Collection[str]
+) -> nn.Module:
+    """The causal LM of ``config`` in eval mode, holding ``tensors``, ``Identity`` where ``skip``
+    names a module.
 
     Args:
         config: a Hugging Face config as a dictionary, with ``model_type``.
@@ -79,8 +89,8 @@ def build_skeleton(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, 
         skip: dotted names of modules that the caller puts something else in place of.
 
     Raises:
-        CheckpointError: a parameter outside ``skip`` is missing or has another shape, or ``tensors`` holds one that the
-            model has not.
+        CheckpointError: a parameter outside ``skip`` is missing or has another shape, or
+            ``tensors`` holds one that the model has not.
     """
     from transformers import AutoConfig  # here, because it takes seconds to import
 
@@ -94,7 +104,9 @@ def build_skeleton(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, 
         result = model.load_state_dict(dict(tensors), strict=False, assign=True)
     except RuntimeError as error:  # a tensor of another shape
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"the weights do not fit the config: {reason}", hint=_MIXED) from error
+        raise CheckpointError(
+            f"the weights do not fit the config: {reason}", hint=_MIXED
+        ) from error
     if result.missing_keys or result.unexpected_keys:
         raise CheckpointError(
             f"the weights do not fit the config: missing {result.missing_keys[:4]}, "

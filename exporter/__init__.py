@@ -29,9 +29,10 @@ def export(
     """Rotate, calibrate, quantize and write a causal LM for a runtime, and check parity there.
 
     Args:
-        model: a checkpoint folder, a hub id, a Hugging Face model object, or ``None`` for the recipe's (by default the
-            embedded example model).
-        recipe: a :class:`~exporter.recipe.Recipe`, a YAML file, a preset's name, or ``None`` for the defaults.
+        model: a checkpoint folder, a hub id, a Hugging Face model object, or ``None`` for the
+            recipe's (by default the embedded example model).
+        recipe: a :class:`~exporter.recipe.Recipe`, a YAML file, a preset's name, or ``None`` for
+            the defaults.
         output: the folder to create.
         tokenizer: needed with a model object that was not loaded from a folder.
         overwrite: replace an existing output folder that rotq wrote.
@@ -39,8 +40,8 @@ def export(
         progress: called after every unit of work.
 
     Returns:
-        The output folder, the resolved recipe and a report for each target. ``result.report.status`` is ``passed``,
-        ``failed`` (the folder is kept) or ``unverified``.
+        The output folder, the resolved recipe and a report for each target.
+        ``result.report.status`` is ``passed``, ``failed`` (the folder is kept) or ``unverified``.
 
     Raises:
         calib.errors.RotqError: a known failure, with a hint; nothing was written.
@@ -59,11 +60,21 @@ def export(
             update={"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
         )
     options = RunOptions(output=Path(output), overwrite=overwrite, verify=verify)
-    return run(resolved, options, model=None if named else model, tokenizer=tokenizer, progress=progress or silent)
+    return run(
+        resolved,
+        options,
+        model=None if named else model,
+        tokenizer=tokenizer,
+        progress=progress or silent,
+    )
 
 
-def load_recipe(source: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe from a YAML file, a preset's name or the defaults; see :func:`exporter.recipe.load_recipe`."""
+def load_recipe(
+    source: str | Path | None = None, overrides: dict[str, Any] | None = None
+) -> Recipe:
+    """A recipe from a YAML file, a preset's name or the defaults; see
+    :func:`exporter.recipe.load_recipe`.
+    """
     from exporter.recipe import load_recipe as load
 
     return load(source, overrides)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def load_artifact(run: Run, folder: Path, *, write: bool) -> QuantizedModel:
     """The artifact in ``folder``, of ``run``'s ``--from-artifact`` or of its work folder.
 
-    With ``--from-artifact`` the recipe of ``run`` becomes the one that the artifact was made by, but for what is still
-    to be done: a recipe that says otherwise would describe another model.
+    With ``--from-artifact`` the recipe of ``run`` becomes the one that the artifact was made by,
+    but for what is still to be done: a recipe that says otherwise would describe another model.
 
     Args:
         run: the run.
@@ -28,7 +28,8 @@ def load_artifact(run: Run, folder: Path, *, write: bool) -> QuantizedModel:
         write: whether a backend will write it, and so must be able to express it.
 
     Raises:
-        CheckpointError: the artifact is damaged, or made from another model than the one it is to be compared with.
+        CheckpointError: the artifact is damaged, or made from another model than the one it is to
+            be compared with.
         BackendError: the target cannot express it.
     """
     found, options = QuantizedModel.load(folder), run.options
@@ -58,7 +59,11 @@ def _check_original(run: Run, artifact: QuantizedModel, folder: Path) -> None:
         raise
     if fingerprint != artifact.provenance.fingerprint:
         raise CheckpointError(
-            f"'{run.source.name}' is not the model that '{folder}' was made from: the fingerprint of its weights "
-            "differs",
-            hint="name the original with -m/--model, or give --no-verify" if travelled else "use another --work-dir",
+            f"'{run.source.name}' is not the model that '{folder}' was made from: the fingerprint"
+            " of its weights differs",
+            hint=(
+                "name the original with -m/--model, or give --no-verify"
+                if travelled
+                else "use another --work-dir"
+            ),
         )

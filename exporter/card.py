@@ -1,7 +1,7 @@
 """The model card: what a stranger who finds the folder must know before running it.
 
-Metadata goes through huggingface_hub, whose fields the hub reads; the tables are those of the console
-(:mod:`exporter.summary`).
+Metadata goes through huggingface_hub, whose fields the hub reads; the tables are those of the
+console (:mod:`exporter.summary`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 _BANNERS = {
-    "passed": "> **Parity passed**: the exported model was run in its runtime and held every bound below.",
-    "failed": "> **PARITY FAILED. Do not deploy this model.** These figures missed their bounds: {failures}.",
-    "unverified": "> **Not verified**: the exported model was not run in its runtime. Run `rotq verify` where it can.",
+    "passed": (
+        "> **Parity passed**: the exported model was run in its runtime and held every bound below."
+    ),
+    "failed": (
+        "> **PARITY FAILED. Do not deploy this model.** These figures missed their bounds:"
+        " {failures}."
+    ),
+    "unverified": (
+        "> **Not verified**: the exported model was not run in its runtime. Run `rotq verify` where"
+        " it can."
+    ),
 }
 
 _ONNX_USAGE = Template("""\
@@ -53,16 +61,22 @@ $further
 _KV_BUFFERS = {
     "grown": {
         "room": "0",
-        "further": "To generate further tokens, feed the `present.*` outputs back as `past_key_values.*`.",
+        "further": (
+            "To generate further tokens, feed the `present.*` outputs back as `past_key_values.*`."
+        ),
     },
     "shared": {
         "room": "ids.shape[1]",
-        "further": "`past_key_values.*` are buffers, here with room for the prompt alone. To generate further tokens, "
-        "make room for them too, and bind each `present.*` output to the memory of its input, as onnxruntime-genai "
-        "does.",
+        "further": (
+            "`past_key_values.*` are buffers, here with room for the prompt alone. To generate"
+            " further tokens, make room for them too, and bind each `present.*` output to the"
+            " memory of its input, as onnxruntime-genai does."
+        ),
     },
 }
-"""How much the usage has in its caches before the first run, and what it says of the next, by ``--kv-buffer``."""
+"""How much the usage has in its caches before the first run, and what it says of the next, by
+``--kv-buffer``.
+"""
 
 _OTHER_USAGE = "Load the folder in the runtime it was written for: `{target}`.\n"
 
@@ -73,9 +87,12 @@ def write_card(folder: Path, recipe: Recipe, report: Report) -> None:
     Args:
         folder: the exported folder.
         recipe: the resolved recipe of the run.
-        report: what the run found. Its status decides the banner, so write the card after the parity check.
+        report: what the run found. Its status decides the banner, so write the card after the
+            parity check.
     """
-    (folder / CARD_FILE).write_text(render_card(recipe, report, source_license(recipe)), encoding="utf-8")
+    (folder / CARD_FILE).write_text(
+        render_card(recipe, report, source_license(recipe)), encoding="utf-8"
+    )
 
 
 def render_card(recipe: Recipe, report: Report, license_name: str | None = None) -> str:
@@ -92,7 +109,9 @@ def render_card(recipe: Recipe, report: Report, license_name: str | None = None)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(recipe, report)}"))
 
 
-def render_rotated_card(recipe: Recipe, report: RotateReport, license_name: str | None = None) -> str:
+def render_rotated_card(
+    recipe: Recipe, report: RotateReport, license_name: str | None = None
+) -> str:
     """The card of a rotated float checkpoint."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -105,10 +124,13 @@ def render_rotated_card(recipe: Recipe, report: RotateReport, license_name: str 
     )
     parts = [
         f"# {_title(report.model.source)}, rotated",
-        f"A {report.model.model_type} model of {report.model.parameters:,} parameters whose norms and rotations "
-        f"(`{report.rotate}`) rotq folded into the weights, stored as {report.dtype}. It computes what the original "
-        "does and loads like it: `AutoModelForCausalLM.from_pretrained(FOLDER)`. Nothing is quantized; the rotations "
-        f"were chosen for `{report.scheme}`.",
+        (
+            f"A {report.model.model_type} model of {report.model.parameters:,} parameters whose"
+            f" norms and rotations (`{report.rotate}`) rotq folded into the weights, stored as"
+            f" {report.dtype}. It computes what the original does and loads like it:"
+            " `AutoModelForCausalLM.from_pretrained(FOLDER)`. Nothing is quantized; the rotations"
+            f" were chosen for `{report.scheme}`."
+        ),
         "## Rotations",
         _markdown(summary.rotation_table(report)) or "None: the norms alone are folded.",
         _rotation_gate(report),
@@ -116,16 +138,21 @@ def render_rotated_card(recipe: Recipe, report: RotateReport, license_name: str 
         "Logits of the reloaded folder against the original model in float32.",
         _markdown(summary.parity_table(report)) or "Not measured.",
         "## Recipe",
-        f"`rotq rotate --recipe rotq.yaml` repeats this run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```",
+        (
+            "`rotq rotate --recipe rotq.yaml` repeats this"
+            f" run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```"
+        ),
     ]
     text = "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
 def source_license(recipe: Recipe) -> str | None:
-    """License that the source checkpoint's own card states, or ``None`` where it has none or cannot be read.
+    """License that the source checkpoint's own card states, or ``None`` where it has none or cannot
+    be read.
 
-    A missing license is no reason to fail an export that took hours, so every trouble of the hub means ``None``.
+    A missing license is no reason to fail an export that took hours, so every trouble of the hub
+    means ``None``.
     """
     if recipe.model == EMBEDDED:
         return "apache-2.0"
@@ -143,14 +170,17 @@ def source_license(recipe: Recipe) -> str | None:
 
 
 def _base_model(source: str) -> str | None:
-    # The hub rejects a card whose base model is not a hub id; a local path would mean nothing to a reader either.
+    # The hub rejects a card whose base model is not a hub id; a local path would mean nothing to a
+    # reader either.
     if source == EMBEDDED or Path(source).exists() or not _HUB_ID.fullmatch(source):
         return None
     return source
 
 
 def _title(source: str) -> str:
-    return "Embedded example model" if source == EMBEDDED else _base_model(source) or Path(source).name
+    return (
+        "Embedded example model" if source == EMBEDDED else _base_model(source) or Path(source).name
+    )
 
 
 def _body(recipe: Recipe, report: Report) -> str:
@@ -158,8 +188,11 @@ def _body(recipe: Recipe, report: Report) -> str:
     parts = [
         f"# {_title(report.model.source)}, {report.scheme} for {report.backend}/{report.target}",
         _BANNERS[report.status].format(failures="; ".join(summary.failed_rows(report))),
-        f"A {report.model.model_type} model of {report.model.parameters:,} parameters, rotated (`{report.rotate}`), "
-        f"calibrated and quantized (`{report.scheme}`) by rotq. Weights: {size}.",
+        (
+            f"A {report.model.model_type} model of {report.model.parameters:,} parameters, rotated"
+            f" (`{report.rotate}`), calibrated and quantized (`{report.scheme}`) by rotq. Weights:"
+            f" {size}."
+        ),
         "## How to run",
         _usage(recipe, report),
         "## Layers",
@@ -179,17 +212,24 @@ def _body(recipe: Recipe, report: Report) -> str:
     calibration = report.calibration
     parts += [
         "## Parity",
-        "Rung 1: original against rotated float model. Rung 2: simulated against exported model, in the runtime. "
-        "Rung 3: original against exported model.",
+        (
+            "Rung 1: original against rotated float model. Rung 2: simulated against exported"
+            " model, in the runtime. Rung 3: original against exported model."
+        ),
         _markdown(summary.parity_table(report)) or "Not measured.",
         "\n".join(f"* {line}" for line in summary.runtime_lines(report)),
         "## Calibration",
-        f"{calibration.rows} rows, {calibration.tokens:,} tokens of `{calibration.dataset}` "
-        f"(SHA-256 of the token ids `{calibration.sha256}`). Source weights: `{report.model.fingerprint}`. "
-        f"Limits of activations: `{calibration.observer}`; rounding of weights: `{calibration.weights}`; smoothing: "
-        f"`{calibration.smoothing}`.",
+        (
+            f"{calibration.rows} rows, {calibration.tokens:,} tokens of `{calibration.dataset}`"
+            f" (SHA-256 of the token ids `{calibration.sha256}`). Source weights:"
+            f" `{report.model.fingerprint}`. Limits of activations: `{calibration.observer}`;"
+            f" rounding of weights: `{calibration.weights}`; smoothing: `{calibration.smoothing}`."
+        ),
         "## Recipe",
-        f"`rotq export --recipe rotq.yaml` repeats this run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```",
+        (
+            "`rotq export --recipe rotq.yaml` repeats this"
+            f" run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```"
+        ),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
@@ -202,11 +242,15 @@ def _usage(recipe: Recipe, report: Report) -> str:
 
 def _rotation_words(report: Report) -> str:
     if not report.rotations:
-        return "None: the weights are those of the original model, apart from folded norms and quantization."
+        return (
+            "None: the weights are those of the original model, apart from folded norms and"
+            " quantization."
+        )
     if any(rotation.online for rotation in report.rotations):
         return (
-            "Folded rotations cost nothing at run time. Online ones are part of the computation, before the layers "
-            "they act on: whoever loads the weights elsewhere must apply them too."
+            "Folded rotations cost nothing at run time. Online ones are part of the computation,"
+            " before the layers they act on: whoever loads the weights elsewhere must apply them"
+            " too."
         )
     return "All rotations are folded into the weights: a runtime needs to know nothing about them."
 
@@ -232,5 +276,7 @@ def _markdown(table: Table) -> str:
     rows = [table.header, tuple(lines)]
     for index, row in enumerate(table.rows):
         cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
-        rows.append(tuple(f"**{cell}**" if index in table.marked and cell else cell for cell in cells))
+        rows.append(
+            tuple(f"**{cell}**" if index in table.marked and cell else cell for cell in cells)
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

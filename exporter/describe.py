@@ -101,14 +101,19 @@ def describe(
 
 
 def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) -> None:
-    """Everything that travels with the weights: config, tokenizer, generation config, recipe and rotations.
+    """Everything that travels with the weights: config, tokenizer, generation config, recipe and
+    rotations.
 
     What the backend has written itself is kept: a runtime may want a config of its own.
     """
     files = {name: path for name, path in quantized.files.items() if name != CONFIG_FILE}
-    copy_side_files({name: path for name, path in files.items() if not (folder / name).exists()}, folder)
+    copy_side_files(
+        {name: path for name, path in files.items() if not (folder / name).exists()}, folder
+    )
     if not (folder / CONFIG_FILE).exists():
-        (folder / CONFIG_FILE).write_text(json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(
+            json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8"
+        )
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     quantized.rotations.save(folder)
     if quantized.smoothing:
@@ -116,7 +121,9 @@ def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) ->
 
 
 def load_smoothing(folder: Path) -> dict[str, Tensor]:
-    """The scales that smoothing folded into the weights of an exported folder, by group; empty if it did not."""
+    """The scales that smoothing folded into the weights of an exported folder, by group; empty if
+    it did not.
+    """
     path = folder / SMOOTHING_FILE
     return load_file(path) if path.is_file() else {}
 

@@ -27,7 +27,9 @@ def dtype_of(recipe: Recipe, backend: Backend, target: str, own: Callable[[], st
     return name if name in COMPUTED else "float32"
 
 
-def common_dtype(recipe: Recipe, backend: Backend, targets: Sequence[str], own: Callable[[], str]) -> str:
+def common_dtype(
+    recipe: Recipe, backend: Backend, targets: Sequence[str], own: Callable[[], str]
+) -> str:
     """What all ``targets`` compute in; arguments as for :func:`dtype_of`.
 
     Raises:
@@ -38,6 +40,9 @@ def common_dtype(recipe: Recipe, backend: Backend, targets: Sequence[str], own: 
         words = ", ".join(f"{target} in {name}" for target, name in found.items())
         raise BackendError(
             f"the targets compute in different dtypes: {words}",
-            hint="give --dtype, or run 'rotq calibrate' once and 'rotq export --from-artifact' for all of them",
+            hint=(
+                "give --dtype, or run 'rotq calibrate' once and 'rotq export --from-artifact' for"
+                " all of them"
+            ),
         )
     return found[targets[0]]

@@ -1,4 +1,6 @@
-"""What a bug report needs to know about this machine, gathered without importing any of the libraries it names."""
+"""What a bug report needs to know about this machine, gathered without importing any of the
+libraries it names.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,17 @@ PACKAGES = (
     "typer",
     "rich",
 )
-VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NO_COLOR")
-"""Settings of other tools that change what rotq does. Tokens are left out on purpose: reports are pasted in public."""
+VARIABLES = (
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "NO_COLOR",
+)
+"""Settings of other tools that change what rotq does. Tokens are left out on purpose: reports are
+pasted in public.
+"""
 
 _NVIDIA_SMI_SECONDS = 10
 
@@ -81,7 +92,9 @@ def installed_version(distribution: str) -> str | None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which in a container or under taskset are fewer than the machine has."""
+    """Cores that this process may run on, which in a container or under taskset are fewer than the
+    machine has.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -96,13 +109,17 @@ def memory_bytes() -> int | None:
 
 
 def cuda_devices() -> list[str]:
-    """Name and memory of each CUDA device, as nvidia-smi reports them; empty where there is no (working) driver."""
+    """Name and memory of each CUDA device, as nvidia-smi reports them; empty where there is no
+    (working) driver.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -1,5 +1,5 @@
-"""``rotq eval``: perplexity by the same windows of an exported folder in its runtime, and in torch of a checkpoint
-or of what ``rotq calibrate`` wrote.
+"""``rotq eval``: perplexity by the same windows of an exported folder in its runtime, and in torch
+of a checkpoint or of what ``rotq calibrate`` wrote.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ def evaluate(
     """Score every token of a text once, with as much context as the window gives.
 
     Args:
-        source: an exported folder, one of ``rotq calibrate``, a checkpoint folder, a hub id, or ``embedded``.
-        text: local .txt (one document a line), .jsonl or .parquet file, or hub data set; ``None``: the embedded
-            evaluation text.
-        window: the most tokens the model sees at once; by default 2048 or the model's positions, if fewer.
+        source: an exported folder, one of ``rotq calibrate``, a checkpoint folder, a hub id, or
+            ``embedded``.
+        text: local .txt (one document a line), .jsonl or .parquet file, or hub data set; ``None``:
+            the embedded evaluation text.
+        window: the most tokens the model sees at once; by default 2048 or the model's positions, if
+            fewer.
         stride: tokens by which windows move on; by default the window (no overlap).
         nsamples: score only this many documents.
         device: where a checkpoint runs.
@@ -84,7 +86,9 @@ def evaluate(
         found = perplexity(logits, [row], window=window, stride=stride or window)
         nll, tokens = nll + found.nll * found.tokens, tokens + found.tokens
     if not tokens:
-        raise CheckpointError("the evaluation text holds no token to predict", hint="give a longer text with --text")
+        raise CheckpointError(
+            "the evaluation text holds no token to predict", hint="give a longer text with --text"
+        )
     mean = Perplexity(nll / tokens, tokens)
     return EvalResult(mean.value, mean.nll, tokens, where[0])
 
@@ -100,12 +104,20 @@ def _artifact(folder: Path, device: str) -> tuple[LogitsFunction, Any, tuple[str
     return model_logits(model), model.config, ("torch, fake-quantized", folder)
 
 
-def _checkpoint(source: str, folder: Path, device: str) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
+def _checkpoint(
+    source: str, folder: Path, device: str
+) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
     from transformers import AutoModelForCausalLM
 
     path = folder if source == EMBEDDED else source
     config = load_config(path)
     checkpoint = open_checkpoint(path)
     assert checkpoint.folder is not None  # it was opened from files
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=torch.float32)
-    return model_logits(model.to(resolve_device(device)).eval()), config, ("torch", checkpoint.folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, config=config, dtype=torch.float32
+    )
+    return (
+        model_logits(model.to(resolve_device(device)).eval()),
+        config,
+        ("torch", checkpoint.folder),
+    )

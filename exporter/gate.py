@@ -1,8 +1,10 @@
-"""``--rotate auto``: quantize with each candidate set of rotations and keep the one that is closest to the float model.
+"""``--rotate auto``: quantize with each candidate set of rotations and keep the one that is closest
+to the float model.
 
-Rotating can hurt: R1 and R2 alone may worsen static INT8, and on some models nothing helps. So no set is assumed. Every
-candidate goes through the same calibration, and the mean KL(float ‖ quantized) of the whole model on held-out tokens,
-which neither trained a rotation nor set a scale, decides.
+Rotating can hurt: R1 and R2 alone may worsen static INT8, and on some models nothing helps. So no
+set is assumed. Every candidate goes through the same calibration, and the mean KL(float ‖
+quantized) of the whole model on held-out tokens, which neither trained a rotation nor set a scale,
+decides.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def choose(
     rows: Sequence[Tensor],
     progress: Progress,
 ) -> tuple[Candidate, list[GateRow]]:
-    """The candidate with the lowest KL, and a row for each. Of equals the first wins, so list the simplest first.
+    """The candidate with the lowest KL, and a row for each. Of equals the first wins, so list the
+    simplest first.
 
     Args:
         rotates: candidate sets as ``--rotate`` takes them.
@@ -54,7 +57,9 @@ def choose(
         candidate = make(rotate)
         reference = model_logits(build_reference(candidate.quantized))
         result = compare_logits(original, reference, rows, window=window, stride=window)
-        row = GateRow(rotate=rotate, kl=result.kl, top1=result.top1, perplexity=result.candidate.value)
+        row = GateRow(
+            rotate=rotate, kl=result.kl, top1=result.top1, perplexity=result.candidate.value
+        )
         if best is None or row.kl < min(other.kl for other in found):
             best = candidate
         found.append(row)

@@ -1,7 +1,9 @@
-"""What a checkpoint says about itself without its weights being read: ``config.json`` and the safetensors headers.
+"""What a checkpoint says about itself without its weights being read: ``config.json`` and the
+safetensors headers.
 
-A safetensors file begins with the length of its header (8 bytes, little-endian) and the header (JSON: dtype, shape and
-byte range of every tensor), so a 70B checkpoint is described by a few hundred kilobytes.
+A safetensors file begins with the length of its header (8 bytes, little-endian) and the header
+(JSON: dtype, shape and byte range of every tensor), so a 70B checkpoint is described by a few
+hundred kilobytes.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class CheckpointHeaders:
     def dtype(self) -> str:
         """What the weights are stored in: the dtype of the largest tensor that is not quantized."""
         floats = [tensor for tensor in self.tensors if tensor.dtype in _FLOATS]
-        return _FLOATS[max(floats, key=lambda tensor: tensor.elements).dtype] if floats else "float32"
+        return (
+            _FLOATS[max(floats, key=lambda tensor: tensor.elements).dtype] if floats else "float32"
+        )
 
 
 def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
@@ -71,9 +75,13 @@ def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
     if Path(model).is_dir():
         return read_folder(Path(model), model)
     if Path(model).exists():
-        raise CheckpointError(f"the model '{model}' is a file", hint="give the folder that holds config.json")
+        raise CheckpointError(
+            f"the model '{model}' is a file", hint="give the folder that holds config.json"
+        )
     if model.count("/") > 1 or model.startswith((".", "/", "~", "\\")):
-        raise CheckpointError(f"the model folder '{model}' does not exist", hint="check the path given to -m/--model")
+        raise CheckpointError(
+            f"the model folder '{model}' does not exist", hint="check the path given to -m/--model"
+        )
     return _read_hub(model, revision)
 
 
@@ -88,14 +96,17 @@ def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"'{index}' has no weight_map", hint="download the checkpoint again")
+            raise CheckpointError(
+                f"'{index}' has no weight_map", hint="download the checkpoint again"
+            )
         shards = sorted(set(map(str, weight_map.values())))
     else:
         shards = [f"{stem}.safetensors"]
     for shard in shards:
         if not (folder / shard).is_file():
             raise CheckpointError(
-                f"'{folder}' lacks the weight file '{shard}'", hint="download the checkpoint again, as safetensors"
+                f"'{folder}' lacks the weight file '{shard}'",
+                hint="download the checkpoint again, as safetensors",
             )
     return tuple(tensor for shard in shards for tensor in _read_header(folder / shard))
 
@@ -120,7 +131,9 @@ def read_artifact(folder: Path) -> ArtifactHeaders:
         CheckpointError: it is incomplete or damaged.
     """
     path = folder / "quantized_model.json"
-    manifest, rotations = (_read_json(each, _NO_ARTIFACT, _AGAIN) for each in (path, folder / "rotations.json"))
+    manifest, rotations = (
+        _read_json(each, _NO_ARTIFACT, _AGAIN) for each in (path, folder / "rotations.json")
+    )
     try:
         linears = {
             name: LinearScheme(
@@ -140,7 +153,9 @@ def read_artifact(folder: Path) -> ArtifactHeaders:
         raise CheckpointError(f"'{path}' is damaged: {error}", hint=_AGAIN) from error
 
 
-def _read_json(path: Path, absent: str = _NO_MODEL, damaged: str = "download the checkpoint again") -> dict[str, Any]:
+def _read_json(
+    path: Path, absent: str = _NO_MODEL, damaged: str = "download the checkpoint again"
+) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -153,7 +168,9 @@ def _read_json(path: Path, absent: str = _NO_MODEL, damaged: str = "download the
 
 
 def _read_header(path: Path) -> Iterator[TensorHeader]:
-    corrupt = CheckpointError(f"'{path}' is not a complete safetensors file", hint="download the checkpoint again")
+    corrupt = CheckpointError(
+        f"'{path}' is not a complete safetensors file", hint="download the checkpoint again"
+    )
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -176,9 +193,15 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
 
 
 def _read_hub(repo: str, revision: str | None) -> CheckpointHeaders:
-    # Importing huggingface_hub's client costs a quarter of a second that local folders need not pay.
+    # Importing huggingface_hub's client costs a quarter of a second that local folders need not
+    # pay.
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     hint = "check the spelling; a folder needs a path that exists; a private model needs HF_TOKEN"
     try:
@@ -212,10 +235,13 @@ def _hub_tensors(repo: str, revision: str | None) -> tuple[TensorHeader, ...]:
         files = get_safetensors_metadata(repo, revision=revision).files_metadata.values()
     except NotASafetensorsRepoError as error:
         raise CheckpointError(
-            f"'{repo}' has no safetensors weights", hint="choose a revision that has them, or convert the checkpoint"
+            f"'{repo}' has no safetensors weights",
+            hint="choose a revision that has them, or convert the checkpoint",
         ) from error
     return tuple(
-        TensorHeader(name, tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
+        TensorHeader(
+            name, tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0]
+        )
         for file in files
         for name, tensor in file.tensors.items()
     )

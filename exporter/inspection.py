@@ -1,7 +1,9 @@
-"""``rotq inspect``: what a folder holds, read from the folder itself and not from what the run said of it.
+"""``rotq inspect``: what a folder holds, read from the folder itself and not from what the run said
+of it.
 
-How each linear is quantized and what is stored are read back by the backend; how the runtime executes them it is asked.
-Only where the model came from, and the size of its float checkpoint, stand in the report alone.
+How each linear is quantized and what is stored are read back by the backend; how the runtime
+executes them it is asked. Only where the model came from, and the size of its float checkpoint,
+stand in the report alone.
 """
 
 from __future__ import annotations
@@ -109,8 +111,8 @@ def inspect_folder(folder: Path) -> Inspection:
     """Look into what ``rotq export`` or ``rotq calibrate`` wrote.
 
     Raises:
-        CheckpointError, BackendError: the folder is incomplete or damaged; where its files are not those that were
-            exported, that is a finding instead.
+        CheckpointError, BackendError: the folder is incomplete or damaged; where its files are not
+            those that were exported, that is a finding instead.
     """
     if (folder / REPORT_FILE).is_file():
         return _exported(folder)
@@ -186,7 +188,9 @@ def _fusion(backend: Backend, report: Report, folder: Path) -> tuple[Fusion | No
     return found, "the runtime does not tell how it executes them" if found is None else ""
 
 
-def _entries(linears: Mapping[str, QuantizedLinear], fusion: Fusion | None) -> tuple[LinearEntry, ...]:
+def _entries(
+    linears: Mapping[str, QuantizedLinear], fusion: Fusion | None
+) -> tuple[LinearEntry, ...]:
     slow = set() if fusion is None else set(fusion.unfused)
     return tuple(
         LinearEntry(
@@ -204,7 +208,9 @@ def stored_bytes(tensors: Iterable[StoredTensor]) -> tuple[StoredBytes, ...]:
     found: dict[tuple[str, str], list[int]] = {}
     for tensor in tensors:
         found.setdefault((tensor.kind, tensor.dtype), []).append(tensor.nbytes)
-    rows = [StoredBytes(kind, dtype, len(sizes), sum(sizes)) for (kind, dtype), sizes in found.items()]
+    rows = [
+        StoredBytes(kind, dtype, len(sizes), sum(sizes)) for (kind, dtype), sizes in found.items()
+    ]
     return tuple(sorted(rows, key=lambda row: -row.nbytes))
 
 

@@ -1,7 +1,8 @@
-"""Layer-wise runs: what a recipe's ``layerwise`` section means, and the walk that produces the artifact.
+"""Layer-wise runs: what a recipe's ``layerwise`` section means, and the walk that produces the
+artifact.
 
-Nothing that needs the whole model is done: rotations are Hadamard matrices or come from files, and no sets of them are
-compared.
+Nothing that needs the whole model is done: rotations are Hadamard matrices or come from files, and
+no sets of them are compared.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ def check_layerwise(recipe: Recipe) -> None:
     settings = recipe.layerwise
     if not settings.enabled:
         if settings.asym:
-            raise RecipeError("recipe key 'layerwise.asym' has no effect", hint="add --layerwise, or leave --asym out")
+            raise RecipeError(
+                "recipe key 'layerwise.asym' has no effect",
+                hint="add --layerwise, or leave --asym out",
+            )
         return
     if recipe.rotate == "auto":
         raise RecipeError(
             "layer-wise mode cannot compare sets of rotations, which takes the whole model",
-            hint="name them: --rotate none, or --rotate r1,r2,r4 for Hadamard matrices or those of --rotations",
+            hint=(
+                "name them: --rotate none, or --rotate r1,r2,r4 for Hadamard matrices or those of"
+                " --rotations"
+            ),
         )
 
 

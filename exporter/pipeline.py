@@ -1,8 +1,10 @@
 """The run, from a float checkpoint to a folder that a runtime loads:
 
-fold norms, capture, train R1 and R2, fuse, ModelOpt calibration, scales, QuantizedModel, backend, parity.
+fold norms, capture, train R1 and R2, fuse, ModelOpt calibration, scales, QuantizedModel, backend,
+parity.
 
-Each step is a function elsewhere; this module only puts them in order, times them, and keeps what can be resumed.
+Each step is a function elsewhere; this module only puts them in order, times them, and keeps what
+can be resumed.
 """
 
 from __future__ import annotations
@@ -56,7 +58,14 @@ from exporter.quantizing import customised_scheme, quantization_of, warn_of_slow
 from exporter.recipe import RECIPE_FILE, ROTATIONS, Recipe, asked_for
 from exporter.report import GateRow
 from exporter.results import ExportResult
-from exporter.rotations import candidate_sets, gate_sets, given_rotations, kinds_of, rotations_of, trainable
+from exporter.rotations import (
+    candidate_sets,
+    gate_sets,
+    given_rotations,
+    kinds_of,
+    rotations_of,
+    trainable,
+)
 from exporter.run_options import RunOptions
 from exporter.source import Rows, Source, load_tokenizer, open_source, read_rows
 from exporter.workdir import ARTIFACT, CAPTURE, WALK, WorkDir
@@ -75,7 +84,12 @@ class CalibrateResult:
 
 
 def export(
-    recipe: Recipe, options: RunOptions, *, model: Any = None, tokenizer: Any = None, progress: Progress = silent
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Run everything and write the folder of a backend, or of several targets one folder each.
 
@@ -87,7 +101,8 @@ def export(
         progress: called after every unit of work.
 
     Returns:
-        The result; a report's status is ``failed`` where a parity figure missed its bound; the folder is kept.
+        The result; a report's status is ``failed`` where a parity figure missed its bound; the
+        folder is kept.
 
     Raises:
         RotqError: a known failure; nothing was written then.
@@ -101,22 +116,39 @@ def export(
 
 
 def calibrate(
-    recipe: Recipe, options: RunOptions, *, model: Any = None, tokenizer: Any = None, progress: Progress = silent
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: Progress = silent,
 ) -> CalibrateResult:
-    """Stop at the saved :class:`~calib.artifact.QuantizedModel`; arguments and errors as for :func:`export`."""
+    """Stop at the saved :class:`~calib.artifact.QuantizedModel`; arguments and errors as for
+    :func:`export`.
+    """
     check_output(options.output, options.overwrite)
     with closing(Run(recipe, options, model, tokenizer, progress)) as run:
         quantized = run.quantize(write=False)
-        with atomic_folder(options.output, overwrite=options.overwrite) as folder, run.stage("save"):
+        with (
+            atomic_folder(options.output, overwrite=options.overwrite) as folder,
+            run.stage("save"),
+        ):
             quantized.save(folder)
             (folder / RECIPE_FILE).write_text(run.recipe.to_yaml(), encoding="utf-8")
     return CalibrateResult(options.output, run.recipe, quantized)
 
 
 def run_capture(
-    recipe: Recipe, options: RunOptions, *, model: Any = None, tokenizer: Any = None, progress: Progress = silent
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: Progress = silent,
 ) -> Path:
-    """Only capture the statistics that rotations are trained on; arguments and errors as for :func:`export`."""
+    """Only capture the statistics that rotations are trained on; arguments and errors as for
+    :func:`export`.
+    """
     check_output(options.output, options.overwrite)
     run = Run(recipe, options, model, tokenizer, progress)
     statistics = run.captured()
@@ -202,7 +234,9 @@ class Run:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
-    def fuse(self, rotations: RotationSet, *, lazy: bool = False, dtype: torch.dtype | None = None) -> FusedModel:
+    def fuse(
+        self, rotations: RotationSet, *, lazy: bool = False, dtype: torch.dtype | None = None
+    ) -> FusedModel:
         """The source with ``rotations`` folded in, in ``dtype`` or that of the run.
 
         Its tensors are computed now or (``lazy``) when they are asked for.
@@ -239,7 +273,10 @@ class Run:
                 num_kv_heads=sizes.kv_heads,
                 head_dim=sizes.head_dim,
                 config=CaptureConfig(
-                    settings.r1_tokens, settings.r2_tokens, settings.massive_fraction, seed=self.recipe.seed
+                    settings.r1_tokens,
+                    settings.r2_tokens,
+                    settings.massive_fraction,
+                    seed=self.recipe.seed,
                 ),
                 progress=self.progress,
             )
@@ -247,7 +284,9 @@ class Run:
         return found
 
     def rotations(self, kinds: list[str]) -> TrainedRotations:
-        """Rotations of these kinds: from files, trained where they are trainable, each behind its gate."""
+        """Rotations of these kinds: from files, trained where they are trainable, each behind its
+        gate.
+        """
         given = self.given
         statistics = folded = None
         if trainable(kinds, given, self.recipe.scheme):
@@ -255,7 +294,14 @@ class Run:
             folded = self.fuse(RotationSet(), lazy=True)
         with self.stage("train"):
             return rotations_of(
-                kinds, self.recipe, self.source, given, statistics, folded, device=self.device, progress=self.progress
+                kinds,
+                self.recipe,
+                self.source,
+                given,
+                statistics,
+                folded,
+                device=self.device,
+                progress=self.progress,
             )
 
     @cached_property
@@ -277,11 +323,17 @@ class Run:
         check_blocks(wanted, self.source.architecture, self.source.config)
         if write:
             kinds = sorted({*asked_for(self.recipe.rotate), *self.given.kinds()})
-            check_writable(self, portable_config(self.source.config), wanted.linears, wanted.cache, kinds)
+            check_writable(
+                self, portable_config(self.source.config), wanted.linears, wanted.cache, kinds
+            )
         if self.recipe.layerwise.enabled:
             return self._layerwise()
-        candidates = candidate_sets(self.recipe, self.source, self.given, self._refused_kinds() if write else ())
-        trained = self.rotations(sorted({kind for rotate in candidates for kind in kinds_of(rotate)}))
+        candidates = candidate_sets(
+            self.recipe, self.source, self.given, self._refused_kinds() if write else ()
+        )
+        trained = self.rotations(
+            sorted({kind for rotate in candidates for kind in kinds_of(rotate)})
+        )
         sets = gate_sets(candidates, self.recipe, self.source, self.given, trained.rotations)
         rows: list[GateRow] = []
         if len(sets) == 1:
@@ -292,7 +344,9 @@ class Run:
             original = model_logits(self.source.original(self.device))
             candidate, rows = choose(list(sets), make, original, self.rows.gate, self.progress)
             if quick != self.quantization:  # the weight algorithm is run for the chosen set alone
-                candidate = replace(candidate, quantized=self._quantized(candidate.fused, self.quantization))
+                candidate = replace(
+                    candidate, quantized=self._quantized(candidate.fused, self.quantization)
+                )
         provenance = replace(
             candidate.quantized.provenance,
             gate=tuple(row.model_dump() for row in rows),
@@ -304,21 +358,29 @@ class Run:
         return quantized
 
     def _refused_kinds(self) -> set[str]:
-        """Rotations that a target cannot express; says so of those that ``--rotate auto`` would have compared."""
+        """Rotations that a target cannot express; says so of those that ``--rotate auto`` would
+        have compared.
+        """
         found: dict[str, str] = {}
         for target in self.targets:
             for kind in ROTATIONS:
                 reason = self.backend.rotation_refusal(kind, target)
                 if reason is not None:
                     found.setdefault(kind, f"target '{target}' cannot express it: {reason}")
-        compared = kinds_of(CANDIDATES[-1]) if self.recipe.rotate == "auto" and self.recipe.scheme != FLOAT else []
+        compared = (
+            kinds_of(CANDIDATES[-1])
+            if self.recipe.rotate == "auto" and self.recipe.scheme != FLOAT
+            else []
+        )
         for kind in compared:
             if kind in found:
                 logger.warning("--rotate auto leaves %s out: %s", kind.upper(), found[kind])
         return set(found)
 
     def _layerwise(self) -> QuantizedModel:
-        """The quantized model, memory-mapped: from the work folder, or from a temporary one beside the output."""
+        """The quantized model, memory-mapped: from the work folder, or from a temporary one beside
+        the output.
+        """
         check_offered(kinds_of(self.recipe.rotate), self.source.config, self.source.architecture)
         if self.options.work_dir is not None:
             work = self.work.step(WALK)
@@ -334,7 +396,9 @@ class Run:
         folder.mkdir()
         return quantize_layerwise(self, work, folder)
 
-    def _candidate(self, rotate: str, quantization: Quantization, sets: Mapping[str, RotationSet]) -> Candidate:
+    def _candidate(
+        self, rotate: str, quantization: Quantization, sets: Mapping[str, RotationSet]
+    ) -> Candidate:
         fused = self._smoothed(self.fuse(sets[rotate]))
         return Candidate(rotate, fused, self._quantized(fused, quantization))
 
@@ -346,9 +410,14 @@ class Run:
         with self.stage("smooth"):
             groups = groups_of(fused.architecture, fused.config, fused.rotations, schemes)
             statistics = observe_channels(
-                materialize(fused, device=self.device), groups, self._forward_loop(), moments=method.needs_moment
+                materialize(fused, device=self.device),
+                groups,
+                self._forward_loop(),
+                moments=method.needs_moment,
             )
-            return smooth(fused, method, statistics, schemes, device=self.device, progress=self.progress)[0]
+            return smooth(
+                fused, method, statistics, schemes, device=self.device, progress=self.progress
+            )[0]
 
     def _forward_loop(self) -> ForwardLoop:
         batches = length_batches(self.rows.train, self.recipe.calibration.batch_size)

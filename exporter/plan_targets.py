@@ -1,4 +1,6 @@
-"""What a plan can say of the targets from headers alone: their dtypes, and what they refuse or run slowly."""
+"""What a plan can say of the targets from headers alone: their dtypes, and what they refuse or run
+slowly.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 from backends.base import Backend
-from backends.registry import check_expressible, check_model, check_rotations, get_backend, target_of, warnings_of
+from backends.registry import (
+    check_expressible,
+    check_model,
+    check_rotations,
+    get_backend,
+    target_of,
+    warnings_of,
+)
 from calib.schemes import KV_SCHEMES, LinearScheme, scheme_named
 from exporter.dtypes import common_dtype, dtype_of
 from exporter.headers import ArtifactHeaders, CheckpointHeaders
@@ -14,7 +23,9 @@ from exporter.quantizing import customised_scheme
 from exporter.recipe import Recipe, asked_for
 
 
-def planned_dtypes(recipe: Recipe, checkpoint: CheckpointHeaders, *, calibrated: bool) -> dict[str, str]:
+def planned_dtypes(
+    recipe: Recipe, checkpoint: CheckpointHeaders, *, calibrated: bool
+) -> dict[str, str]:
     """What each target computes in, by its name.
 
     Args:
@@ -28,7 +39,9 @@ def planned_dtypes(recipe: Recipe, checkpoint: CheckpointHeaders, *, calibrated:
     backend, targets = _resolved(recipe)
     if not calibrated:
         common_dtype(recipe, backend, targets, lambda: checkpoint.dtype)
-    return {target: dtype_of(recipe, backend, target, lambda: checkpoint.dtype) for target in targets}
+    return {
+        target: dtype_of(recipe, backend, target, lambda: checkpoint.dtype) for target in targets
+    }
 
 
 def planned_warnings(recipe: Recipe, artifact: ArtifactHeaders) -> list[str]:
@@ -47,25 +60,36 @@ def planned_warnings(recipe: Recipe, artifact: ArtifactHeaders) -> list[str]:
         check_expressible(backend, target, artifact.linears, artifact.cache)
         check_model(backend, target, artifact.checkpoint.config, artifact.linears)
         check_rotations(backend, target, artifact.rotations)
-        found += [f"target '{target}': {warning}" for warning in warnings_of(backend, target, artifact.linears)]
+        found += [
+            f"target '{target}': {warning}"
+            for warning in warnings_of(backend, target, artifact.linears)
+        ]
     return found
 
 
-def planned_artifact(recipe: Recipe, checkpoint: CheckpointHeaders, linears: Collection[str]) -> ArtifactHeaders:
+def planned_artifact(
+    recipe: Recipe, checkpoint: CheckpointHeaders, linears: Collection[str]
+) -> ArtifactHeaders:
     """What calibrating would make of a model; of rotations, those that are certain.
 
-    Linears are found by the rules of :func:`calib.quantization.resolve`, over the names in the file: parsing the config
-    takes libraries that a plan does without.
+    Linears are found by the rules of :func:`calib.quantization.resolve`, over the names in the
+    file: parsing the config takes libraries that a plan does without.
 
     Args:
         recipe: scheme, overrides, cache and rotations.
         checkpoint: the model.
         linears: names of the decoder's linears.
     """
-    chosen: dict[str, LinearScheme | None] = dict.fromkeys(linears, customised_scheme(recipe).linear)
+    chosen: dict[str, LinearScheme | None] = dict.fromkeys(
+        linears, customised_scheme(recipe).linear
+    )
     tensors = {tensor.name.removesuffix(".weight") for tensor in checkpoint.tensors}
     for pattern, name in recipe.overrides.items():
-        matched = [pattern] if pattern in tensors else [linear for linear in linears if fnmatchcase(linear, pattern)]
+        matched = (
+            [pattern]
+            if pattern in tensors
+            else [linear for linear in linears if fnmatchcase(linear, pattern)]
+        )
         chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
     return ArtifactHeaders(
         checkpoint,

@@ -64,7 +64,9 @@ def check_names(recipe: Recipe) -> None:
     _checked("weights.algorithm", lambda: algorithm_named(recipe.weights.algorithm))
     _checked("smoothing", lambda: smoothing_named(recipe.smoothing))
     if recipe.smoothing != "none" and recipe.scheme == FLOAT and not recipe.overrides:
-        raise RecipeError("recipe key 'smoothing' has no effect: the scheme 'float' quantizes nothing")
+        raise RecipeError(
+            "recipe key 'smoothing' has no effect: the scheme 'float' quantizes nothing"
+        )
     if recipe.activations.observer != "min_max":
         from calib.observers.registry import observer_named  # needs torch
 

@@ -1,6 +1,8 @@
-"""The recipe: everything a run needs, in one validated, frozen object that is saved with the output as ``rotq.yaml``.
+"""The recipe: everything a run needs, in one validated, frozen object that is saved with the output
+as ``rotq.yaml``.
 
-Precedence: command-line flag > recipe file > preset > the defaults below. An unknown key is an error, never ignored.
+Precedence: command-line flag > recipe file > preset > the defaults below. An unknown key is an
+error, never ignored.
 """
 
 from __future__ import annotations
@@ -43,18 +45,24 @@ class Calibration(_Section):
     """Which text the statistics see."""
 
     dataset: str = EMBEDDED
-    """Hub data-set name, local .txt/.jsonl/.parquet file, or ``embedded``: the example text that ships with rotq."""
+    """Hub data-set name, local .txt/.jsonl/.parquet file, or ``embedded``: the example text that
+    ships with rotq.
+    """
     nsamples: int = Field(128, ge=1)
     """Rows for capture and amax."""
     seqlen: int = Field(512, ge=2)
     """Tokens a row is cut at; never beyond what the model's positions allow."""
     batch_size: int = Field(8, ge=1)
     layout: Literal["auto", "documents", "windows"] = "auto"
-    """``documents``: a row is one document; ``windows``: text is joined and cut into rows of exactly ``seqlen``."""
+    """``documents``: a row is one document; ``windows``: text is joined and cut into rows of
+    exactly ``seqlen``.
+    """
 
 
 class Gate(_Section):
-    """Held-out rows, disjoint from calibration, on which ``--rotate auto`` compares its candidates."""
+    """Held-out rows, disjoint from calibration, on which ``--rotate auto`` compares its
+    candidates.
+    """
 
     nsamples: int = Field(32, ge=1)
 
@@ -63,12 +71,15 @@ class Evaluation(_Section):
     """Rows, disjoint from the other two splits, on which parity and quality are measured."""
 
     dataset: str | None = None
-    """As ``calibration.dataset``; ``None`` keeps rows of the calibration text apart (the embedded text has its own)."""
+    """As ``calibration.dataset``; ``None`` keeps rows of the calibration text apart (the embedded
+    text has its own).
+    """
     nsamples: int = Field(32, ge=1)
 
 
 class Training(_Section):
-    """How one kind of rotation is trained; the fields of :class:`calib.rotations.train.TrainConfig` that a user sets.
+    """How one kind of rotation is trained; the fields of :class:`calib.rotations.train.TrainConfig`
+    that a user sets.
 
     The preset ``int8-reference`` holds DartQuant's published values (NeurIPS 2025).
     """
@@ -76,7 +87,9 @@ class Training(_Section):
     objective: Literal["auto", "whip", "lp", "kurtosis", "range", "scheme"] = "auto"
     """What to minimise; ``auto`` picks by the scheme that is exported."""
     optimizer: Literal["qr", "riemannian-ns", "riemannian-cayley", "monotone"] = "monotone"
-    """``qr``: the reference's QR-orthogonalised latent; ``monotone``: the learning-rate-free polar step."""
+    """``qr``: the reference's QR-orthogonalised latent; ``monotone``: the learning-rate-free polar
+    step.
+    """
     start: Literal["auto", "identity", "random", "hadamard", "pca-hadamard", "pca-ones"] = "auto"
     """``auto``: ``pca-ones`` where every token gets a zero point of its own, else ``hadamard``."""
     epochs: int = Field(40, ge=0)
@@ -108,18 +121,20 @@ class Rotation(_Section):
     held_out: float = Field(0.2, gt=0, lt=1)
     """Share of the reservoirs on which trained rotations are judged, never trained."""
     select: bool = True
-    """Compare each trained rotation with identity, Hadamard and PCA-Hadamard, and keep the one with the lowest error;
-    false keeps the trained one, whatever it is worth."""
+    """Compare each trained rotation with identity, Hadamard and PCA-Hadamard, and keep the one with
+    the lowest error; false keeps the trained one, whatever it is worth."""
     files: list[str] = []
-    """Rotations made elsewhere, used instead of training: a folder or rotations.safetensors of rotq, DartQuant's r1.pt
-    and r2.pt, SpinQuant's R.bin."""
+    """Rotations made elsewhere, used instead of training: a folder or rotations.safetensors of
+    rotq, DartQuant's r1.pt and r2.pt, SpinQuant's R.bin."""
 
 
 class Weights(_Section):
     """How weights are rounded, beyond what the scheme says."""
 
     algorithm: str = "rtn"
-    """``rtn``, ``mse``, ``gptq`` or ``adaround``, with settings after a colon: ``gptq:act_order=false,damping=0.1``."""
+    """``rtn``, ``mse``, ``gptq`` or ``adaround``, with settings after a colon:
+    ``gptq:act_order=false,damping=0.1``.
+    """
     block_size: int | None = Field(None, ge=1)
     """Input features that share a scale; null: the scheme's."""
     symmetric: bool | None = None
@@ -130,12 +145,15 @@ class Activations(_Section):
     """How activations are quantized, beyond what the scheme says."""
 
     observer: str = "min_max"
-    """What turns calibration activations into limits: ``min_max``, ``percentile:99.99``, ``entropy``, ``mse``,
-    ``clip_std:3``, ``moving_average:0.9``, ``clip:6``, ``fixed_scale:0.05``."""
+    """What turns calibration activations into limits: ``min_max``, ``percentile:99.99``,
+    ``entropy``, ``mse``, ``clip_std:3``, ``moving_average:0.9``, ``clip:6``, ``fixed_scale:0.05``.
+    """
     symmetric: bool | None = None
     """False: with a zero point; null: the scheme's."""
     granularity: str | None = None
-    """``tensor`` (static), ``token`` (dynamic) or ``cluster:K`` (static, K sets of channels); null: the scheme's."""
+    """``tensor`` (static), ``token`` (dynamic) or ``cluster:K`` (static, K sets of channels); null:
+    the scheme's.
+    """
 
 
 class Layerwise(_Section):
@@ -143,7 +161,9 @@ class Layerwise(_Section):
 
     enabled: bool = False
     asym: bool = False
-    """Calibrate each linear on the outputs of the already quantized ones instead of the float model's."""
+    """Calibrate each linear on the outputs of the already quantized ones instead of the float
+    model's.
+    """
     quantize_weights: bool = True
     """With ``asym``: the linears before are run with rounded weights."""
     quantize_activations: bool = True
@@ -171,14 +191,16 @@ class Recipe(_Section):
     logits: Literal["all", "last"] = "all"
     """Logits of every token, or of the last one alone, which is all that generating text needs."""
     kv_buffer: Literal["grown", "shared"] = "grown"
-    """Keys and values are ``grown`` by the new tokens on each run, or written into one ``shared`` buffer with room for
-    all of them."""
+    """Keys and values are ``grown`` by the new tokens on each run, or written into one ``shared``
+    buffer with room for all of them."""
     max_shard_size: str | None = None
-    """Files of weights are split beyond this size (``2GB``, ``500MiB``); ``None``: the backend's own limit."""
+    """Files of weights are split beyond this size (``2GB``, ``500MiB``); ``None``: the backend's
+    own limit.
+    """
     scheme: str = "int8"
     overrides: dict[str, str] = {}
-    """Other schemes, or ``float``, for linears whose name matches a pattern; the last match counts. The output head and
-    embeddings are named in full."""
+    """Other schemes, or ``float``, for linears whose name matches a pattern; the last match counts.
+    The output head and embeddings are named in full."""
     kv: Literal["int8", "int4", "float8"] | None = None
     """Quantize the KV cache, with one static scale each for keys and values of a layer."""
     weights: Weights = Weights()
@@ -190,8 +212,8 @@ class Recipe(_Section):
     """``auto``, ``none`` or a comma-separated subset of r1, r2, r3, r4."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Dtype the target computes in; folded weights are rounded to it, once. ``auto``: the target's, or where it has
-    none that of the checkpoint."""
+    """Dtype the target computes in; folded weights are rounded to it, once. ``auto``: the target's,
+    or where it has none that of the checkpoint."""
     seed: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
@@ -207,7 +229,10 @@ class Recipe(_Section):
         kinds = value.split(",")
         unknown = [kind for kind in kinds if kind not in ROTATIONS]
         if unknown or len(set(kinds)) != len(kinds):
-            raise ValueError(f"expected 'auto', 'none' or distinct names out of {', '.join(ROTATIONS)}; got '{value}'")
+            raise ValueError(
+                f"expected 'auto', 'none' or distinct names out of {', '.join(ROTATIONS)}; got"
+                f" '{value}'"
+            )
         return ",".join(sorted(kinds))
 
     @field_validator("target")
@@ -256,26 +281,34 @@ def parse_size(text: str) -> int:
 
 
 def asked_for(rotate: str) -> list[str]:
-    """The kinds of rotations that ``--rotate`` names; none with ``auto``, which leaves them to the run."""
+    """The kinds of rotations that ``--rotate`` names; none with ``auto``, which leaves them to the
+    run.
+    """
     return [] if rotate in ("auto", "none") else rotate.split(",")
 
 
 def presets() -> list[str]:
     """Names of the presets that ship with rotq."""
     folder = resources.files("exporter") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Build the recipe of a run.
 
     Args:
-        source: a YAML file, the name of a preset, or ``None`` for the defaults. A preset's name wins over a file's.
-        overrides: values by dotted key (``{"calibration.nsamples": 64}``) that win over ``source``; ``None`` values
-            are skipped.
+        source: a YAML file, the name of a preset, or ``None`` for the defaults. A preset's name
+            wins over a file's.
+        overrides: values by dotted key (``{"calibration.nsamples": 64}``) that win over ``source``;
+            ``None`` values are skipped.
 
     Raises:
-        RecipeError: the source does not exist, is not YAML, or holds an unknown key or a value out of range.
+        RecipeError: the source does not exist, is not YAML, or holds an unknown key or a value out
+            of range.
     """
     values = _read(source) if source is not None else {}
     for key, value in (overrides or {}).items():
@@ -290,7 +323,8 @@ def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
 
 
 def recipe_of_artifact(values: Mapping[str, Any], given: Recipe, folder: Path) -> Recipe:
-    """The recipe of writing an artifact again: what it was made by, with those parts of ``given`` that still matter.
+    """The recipe of writing an artifact again: what it was made by, with those parts of ``given``
+    that still matter.
 
     Args:
         values: the recipe in the artifact's provenance.
@@ -304,7 +338,8 @@ def recipe_of_artifact(values: Mapping[str, Any], given: Recipe, folder: Path) -
         made = Recipe.model_validate(dict(values))
     except ValidationError as error:
         raise CheckpointError(
-            f"the recipe in '{folder}' cannot be read: {_explain(error)}", hint="run `rotq calibrate` again"
+            f"the recipe in '{folder}' cannot be read: {_explain(error)}",
+            hint="run `rotq calibrate` again",
         ) from error
     return made.model_copy(update={key: getattr(given, key) for key in _AFTER_ARTIFACT})
 
@@ -327,7 +362,9 @@ class _Loader(yaml.SafeLoader):
 
 def _read(source: str | Path) -> dict[str, Any]:
     if str(source) in presets():
-        text = (resources.files("exporter") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("exporter") / "presets" / f"{source}.yaml").read_text(
+            encoding="utf-8"
+        )
     else:
         try:
             text = Path(source).read_text(encoding="utf-8")
@@ -339,11 +376,16 @@ def _read(source: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe '{source}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(
+            f"the recipe '{source}' is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise RecipeError(f"the recipe '{source}' must be a mapping of keys to values, not a {type(values).__name__}")
+        raise RecipeError(
+            f"the recipe '{source}' must be a mapping of keys to values, not a"
+            f" {type(values).__name__}"
+        )
     return values
 
 
@@ -353,7 +395,8 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
         inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
             raise RecipeError(f"recipe key '{parent}' must be a mapping, not '{inner}'")
-        # A copy, because two YAML aliases of one mapping are one object, and only this key was asked for.
+        # A copy, because two YAML aliases of one mapping are one object, and only this key was
+        # asked for.
         values[parent] = dict(inner)
         values = values[parent]
     values[leaf] = value
@@ -366,5 +409,8 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown recipe key '{key}'")
         else:
-            problems.append(f"recipe key '{key}': {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+            problems.append(
+                f"recipe key '{key}': {item['msg'].removeprefix('Value error, ')} (got"
+                f" {item['input']!r})"
+            )
     return "; ".join(problems)

@@ -1,6 +1,8 @@
-"""What a run found, as data: the content of ``report.json`` and of the summary that the console prints.
+"""What a run found, as data: the content of ``report.json`` and of the summary that the console
+prints.
 
-Pure data and arithmetic-free: the pipeline fills it, :mod:`exporter.console` and :mod:`exporter.card` show it.
+Pure data and arithmetic-free: the pipeline fills it, :mod:`exporter.console` and
+:mod:`exporter.card` show it.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ class _Frozen(BaseModel):
 
 
 class GateRow(_Frozen):
-    """One candidate of ``--rotate auto``: quality of the quantized model on held-out tokens against the float model."""
+    """One candidate of ``--rotate auto``: quality of the quantized model on held-out tokens against
+    the float model.
+    """
 
     rotate: str
-    """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``, ``r1,r2,r4``); with
-    ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
+    """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``,
+    ``r1,r2,r4``); with ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
     kl: float
     """Mean KL(float || quantized) per token, in nats."""
     top1: float
@@ -39,7 +43,9 @@ class GateRow(_Frozen):
 
 
 class RotationGateRow(_Frozen):
-    """One candidate of one rotation: the error that the exported quantizer makes on what it rotates."""
+    """One candidate of one rotation: the error that the exported quantizer makes on what it
+    rotates.
+    """
 
     rotation: str
     """``R1``, or ``R2`` for those of all layers."""
@@ -69,7 +75,9 @@ class ParityRow(_Frozen):
     passed: bool | None
     note: str = ""
     runtime: str = ""
-    """What ran the export, as its backend calls it; empty where torch alone ran, and where nothing did."""
+    """What ran the export, as its backend calls it; empty where torch alone ran, and where nothing
+    did.
+    """
 
 
 class KeptLayer(_Frozen):
@@ -122,7 +130,9 @@ class CalibrationSummary(_Frozen):
 
 
 class RotationSummary(_Frozen):
-    """One rotation of the result: what it acts on, whether a user meets it at run time, and how it was chosen."""
+    """One rotation of the result: what it acts on, whether a user meets it at run time, and how it
+    was chosen.
+    """
 
     name: str
     space: str
@@ -167,13 +177,16 @@ class Report(_Frozen):
         """Read ``report.json`` from ``folder``.
 
         Raises:
-            OSError, pydantic.ValidationError: left to the caller, who knows what the folder should be.
+            OSError, pydantic.ValidationError: left to the caller, who knows what the folder should
+                be.
         """
         return cls.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
 
 
 class RotateReport(_Frozen):
-    """What ``rotq rotate`` found: how the rotations were chosen, and that the folder computes what the source does."""
+    """What ``rotq rotate`` found: how the rotations were chosen, and that the folder computes what
+    the source does.
+    """
 
     format_version: int = REPORT_FORMAT_VERSION
     model: ModelSummary
@@ -189,16 +202,21 @@ class RotateReport(_Frozen):
     versions: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        """Write ``rotation_report.json`` into ``folder``: its model is a checkpoint, not an export."""
+        """Write ``rotation_report.json`` into ``folder``: its model is a checkpoint, not an
+        export.
+        """
         text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
         (folder / ROTATE_REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def parity_status(rows: list[ParityRow]) -> Status:
-    """``failed`` if a judged row failed; ``passed`` if, beside, the runtime's own logits were judged; else
-    ``unverified``: that torch agrees with torch says nothing of a runtime that was not run.
+    """``failed`` if a judged row failed; ``passed`` if, beside, the runtime's own logits were
+    judged; else ``unverified``: that torch agrees with torch says nothing of a runtime that was not
+    run.
     """
     if any(row.passed is False for row in rows):
         return "failed"
-    ran = any(row.passed is not None and row.rung == 2 and row.metric == "relative L2" for row in rows)
+    ran = any(
+        row.passed is not None and row.rung == 2 and row.metric == "relative L2" for row in rows
+    )
     return "passed" if ran else "unverified"

@@ -1,4 +1,6 @@
-"""What an export gives back. Apart from the pipeline, so that whoever prints it need not import torch."""
+"""What an export gives back. Apart from the pipeline, so that whoever prints it need not import
+torch.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,8 @@ class ExportResult:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Where each target's files are: ``output`` itself, or of several targets a folder of each one's name in it."""
+        """Where each target's files are: ``output`` itself, or of several targets a folder of each
+        one's name in it.
+        """
         alone = len(self.reports) == 1
         return {target: self.output if alone else self.output / target for target in self.reports}

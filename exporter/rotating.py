@@ -1,7 +1,7 @@
 """``rotq rotate``: the rotated float checkpoint, as a stock Hugging Face folder.
 
-The folder is checked before it is put in place: it is loaded as any user would, and its logits are compared with those
-of the original.
+The folder is checked before it is put in place: it is loaded as any user would, and its logits are
+compared with those of the original.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from exporter.source import Source
 FLOAT32_BOUND = 1e-5
 """Relative L2 of logits: the fold is exact, and rounding to float32 alone costs about 3e-7."""
 ROUNDING_FACTOR = 2.0
-"""In a shorter dtype: how much farther from the float32 original the folder may be than the original in that dtype. The
-rotated weights are rounded, where the original's are stored exactly: one more error of the size of those that rounding
-activations makes anyway."""
+"""In a shorter dtype: how much farther from the float32 original the folder may be than the
+original in that dtype. The rotated weights are rounded, where the original's are stored exactly:
+one more error of the size of those that rounding activations makes anyway."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def rotate(
     """Write the rotated float checkpoint.
 
     Args:
-        recipe: what to do. ``rotate`` may be ``auto`` (R1 and R2, as far as the architecture offers them), ``none``, or
-            some of r1 and r2; ``dtype`` ``auto`` is the source's own.
+        recipe: what to do. ``rotate`` may be ``auto`` (R1 and R2, as far as the architecture offers
+            them), ``none``, or some of r1 and r2; ``dtype`` ``auto`` is the source's own.
         options: where, and what to reuse.
         write_dartquant: also write the rotations as DartQuant's ``r1.pt`` and ``r2.pt``.
         model: a Hugging Face causal LM to use instead of ``recipe.model``.
@@ -72,8 +72,8 @@ def rotate(
         progress: called after every unit of work.
 
     Raises:
-        RotqError: a known failure, among them a folder that does not compute what the original does; nothing was
-            written then.
+        RotqError: a known failure, among them a folder that does not compute what the original
+            does; nothing was written then.
     """
     _refuse_online(recipe)
     check_output(options.output, options.overwrite)
@@ -104,7 +104,9 @@ def rotate(
             if write_dartquant:
                 export_dartquant(found.rotations, folder)
         with run.stage("compare"):
-            parity = compare_folder(folder, source, run.rows.evaluation[:COMPARED_ROWS], dtype, run.device, progress)
+            parity = compare_folder(
+                folder, source, run.rows.evaluation[:COMPARED_ROWS], dtype, run.device, progress
+            )
         report = RotateReport(
             model=ModelSummary(
                 source=source.name,
@@ -148,7 +150,10 @@ def compare_folder(
     Raises:
         RotationError: a figure misses its bound, or the folder lacks or has too many tensors.
     """
-    original, rotated = source.original(device), _reload(folder, attention_implementation(source.config), dtype, device)
+    original, rotated = (
+        source.original(device),
+        _reload(folder, attention_implementation(source.config), dtype, device),
+    )
     short = dtype is not torch.float32
     rounded = _parameters_in(deepcopy(original), dtype) if short else None
     lost = {"rotated": 0.0, "original": 0.0}
@@ -158,9 +163,13 @@ def compare_folder(
             ids = row.unsqueeze(0).to(device)
             wanted = original(input_ids=ids).logits.double()
             power += float(wanted.square().sum())
-            lost["rotated"] += float((rotated(input_ids=ids).logits.double() - wanted).square().sum())
+            lost["rotated"] += float(
+                (rotated(input_ids=ids).logits.double() - wanted).square().sum()
+            )
             if rounded is not None:
-                lost["original"] += float((rounded(input_ids=ids).logits.double() - wanted).square().sum())
+                lost["original"] += float(
+                    (rounded(input_ids=ids).logits.double() - wanted).square().sum()
+                )
     errors = {name: (value / power) ** 0.5 for name, value in lost.items()}
     name = str(dtype).removeprefix("torch.")
     bound = ROUNDING_FACTOR * errors["original"] if short else FLOAT32_BOUND
@@ -169,7 +178,7 @@ def compare_folder(
         figures.append(_row(f"original in {name}, original in float32", errors["original"], None))
     if not errors["rotated"] <= bound:
         raise RotationError(
-            f"the rotated folder does not compute what the original does: relative L2 of logits "
+            "the rotated folder does not compute what the original does: relative L2 of logits "
             f"{errors['rotated']:.3g}, bound {bound:.3g}",
             hint="this should not happen: please report it, with the model and the recipe",
         )
@@ -178,7 +187,9 @@ def compare_folder(
 
 def _row(name: str, measured: float, bound: float | None) -> ParityRow:
     passed = None if bound is None else measured <= bound
-    return ParityRow(rung=1, name=name, metric="relative L2", measured=measured, bound=bound, passed=passed)
+    return ParityRow(
+        rung=1, name=name, metric="relative L2", measured=measured, bound=bound, passed=passed
+    )
 
 
 def _refuse_online(recipe: Recipe) -> None:
@@ -186,21 +197,30 @@ def _refuse_online(recipe: Recipe) -> None:
     if online:
         rest = ",".join(kind for kind in recipe.rotate.split(",") if kind not in online) or "r1,r2"
         raise RotationError(
-            f"a stock folder cannot carry {' and '.join(kind.upper() for kind in online)}: online rotations are "
-            "computed at run time, and the model code that loads the folder does not know of them",
-            hint=f"give --rotate {rest}, or write a graph that holds them with `rotq export --backend onnx`",
+            f"a stock folder cannot carry {' and '.join(kind.upper() for kind in online)}: online"
+            " rotations are computed at run time, and the model code that loads the folder does"
+            " not know of them",
+            hint=(
+                f"give --rotate {rest}, or write a graph that holds them with `rotq export"
+                " --backend onnx`"
+            ),
         )
 
 
 def _kinds(recipe: Recipe, source: Source, given: RotationSet) -> list[str]:
     if recipe.rotate == "auto":
-        kinds = [kind for kind in ("r1", "r2") if source.architecture.refusal(kind, source.config) is None]
+        kinds = [
+            kind
+            for kind in ("r1", "r2")
+            if source.architecture.refusal(kind, source.config) is None
+        ]
     else:
         kinds = kinds_of(recipe.rotate)
     unused = set(given.kinds()) - set(kinds)
     if unused:
         raise RotationError(
-            f"the given files hold {', '.join(kind.upper() for kind in sorted(unused))}, which this run leaves out",
+            f"the given files hold {', '.join(kind.upper() for kind in sorted(unused))}, which this"
+            " run leaves out",
             hint="a stock folder carries R1 and R2; name those that the files hold with --rotate",
         )
     return kinds
@@ -214,8 +234,8 @@ def _stored_dtype(recipe: Recipe, source: Source) -> torch.dtype:
 
 
 def _write(fused: FusedModel, source: Source, recipe: Recipe, folder: Path) -> None:
-    # transformers writes the tensors under the names of published checkpoints, which runtimes other than it read, and
-    # shards them with huggingface_hub.
+    # transformers writes the tensors under the names of published checkpoints, which runtimes other
+    # than it read, and shards them with huggingface_hub.
     network: Any = materialize(fused)
     network.save_pretrained(folder)
     copy_side_files(source.files, folder)
@@ -232,7 +252,8 @@ def _reload(folder: Path, attention: str, dtype: torch.dtype, device: torch.devi
     wrong = sorted({str(key) for names in info.values() for key in names})
     if wrong:
         raise CheckpointError(
-            f"transformers does not load the rotated folder as it was written: {', '.join(wrong[:4])}",
+            "transformers does not load the rotated folder as it was written:"
+            f" {', '.join(wrong[:4])}",
             hint="this should not happen: please report it, with the model and the recipe",
         )
     network: nn.Module = model.to(device).eval()
@@ -240,7 +261,9 @@ def _reload(folder: Path, attention: str, dtype: torch.dtype, device: torch.devi
 
 
 def _parameters_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` in ``dtype`` as from_pretrained gives it: buffers such as rotary frequencies stay in float32."""
+    """``model`` in ``dtype`` as from_pretrained gives it: buffers such as rotary frequencies stay
+    in float32.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

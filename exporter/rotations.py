@@ -1,4 +1,6 @@
-"""Which rotations a recipe asks for, and where they come from: files, training, or a Hadamard matrix."""
+"""Which rotations a recipe asks for, and where they come from: files, training, or a Hadamard
+matrix.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,13 @@ def kinds_of(rotate: str) -> list[str]:
     return [] if rotate == "none" else rotate.split(",")
 
 
-def candidate_sets(recipe: Recipe, source: Source, given: RotationSet, refused: Collection[str] = ()) -> list[str]:
+def candidate_sets(
+    recipe: Recipe, source: Source, given: RotationSet, refused: Collection[str] = ()
+) -> list[str]:
     """What ``--rotate auto`` compares on this architecture; else the one set that was asked for.
 
-    Where nothing is quantized there is nothing to compare: rotations leave what a float model computes as it is.
+    Where nothing is quantized there is nothing to compare: rotations leave what a float model
+    computes as it is.
 
     Args:
         recipe: names the set, or ``auto``.
@@ -67,20 +72,26 @@ def candidate_sets(recipe: Recipe, source: Source, given: RotationSet, refused: 
     if unused:
         kinds = ordered_kinds({*unused, *given.kinds()})
         raise RotationError(
-            f"the given files hold {', '.join(kind.upper() for kind in sorted(unused))}, which --rotate "
-            f"{recipe.rotate} leaves out",
+            f"the given files hold {', '.join(kind.upper() for kind in sorted(unused))}, which"
+            f" --rotate {recipe.rotate} leaves out",
             hint=f"give --rotate {kinds}, or other files to --rotations",
         )
     return sets
 
 
 def gate_sets(
-    candidates: Sequence[str], recipe: Recipe, source: Source, given: RotationSet, trained: RotationSet
+    candidates: Sequence[str],
+    recipe: Recipe,
+    source: Source,
+    given: RotationSet,
+    trained: RotationSet,
 ) -> dict[str, RotationSet]:
-    """The sets that the whole model decides between, the simplest first, by what the report calls them.
+    """The sets that the whole model decides between, the simplest first, by what the report calls
+    them.
 
-    Beside those of :func:`candidate_sets` there is the largest one with random Hadamard matrices in place of what was
-    trained: the error that training lowers is that of one linear, and what the network makes of it may differ.
+    Beside those of :func:`candidate_sets` there is the largest one with random Hadamard matrices in
+    place of what was trained: the error that training lowers is that of one linear, and what the
+    network makes of it may differ.
 
     Args:
         candidates: of :func:`candidate_sets`.
@@ -103,7 +114,8 @@ def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
     """The rotations in the recipe's files, checked against the model.
 
     Raises:
-        RotationError: a file cannot be read, or holds what does not fit the model or is not orthogonal.
+        RotationError: a file cannot be read, or holds what does not fit the model or is not
+            orthogonal.
     """
     if not recipe.rotation.files:
         return RotationSet()
@@ -111,7 +123,9 @@ def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
 
 
 def trainable(kinds: Collection[str], given: RotationSet, scheme: str) -> list[str]:
-    """Those of ``kinds`` that have to be trained for ``scheme``; for ``float`` none, as nothing says what is better."""
+    """Those of ``kinds`` that have to be trained for ``scheme``; for ``float`` none, as nothing
+    says what is better.
+    """
     return [] if scheme == FLOAT else _not_given(kinds, given)
 
 
@@ -130,7 +144,8 @@ def rotations_of(
     device: torch.device,
     progress: Progress,
 ) -> TrainedRotations:
-    """Rotations of the wanted ``kinds``: those of ``given``, trained ones, and Hadamard matrices for R3 and R4.
+    """Rotations of the wanted ``kinds``: those of ``given``, trained ones, and Hadamard matrices
+    for R3 and R4.
 
     For the scheme ``float`` R1 and R2 are Hadamard matrices too.
 
@@ -140,7 +155,8 @@ def rotations_of(
         source: the float model.
         given: rotations from files.
         statistics: what to train on; needed where something is :func:`trainable`.
-        folded: the norm-folded model, whose weights the gate looks at too; needed for weight-only schemes.
+        folded: the norm-folded model, whose weights the gate looks at too; needed for weight-only
+            schemes.
         device: where training runs.
         progress: called after every step.
 
@@ -149,9 +165,13 @@ def rotations_of(
     """
     check_offered(kinds, source.config, source.architecture)
     wanted = set(kinds) - set(given.kinds())
-    made = TrainedRotations(RotationSet(online_rotations(source.config, source.architecture, wanted)))
+    made = TrainedRotations(
+        RotationSet(online_rotations(source.config, source.architecture, wanted))
+    )
     if recipe.scheme == FLOAT:
-        plain = hadamard_rotations(source.config, source.architecture, _not_given(kinds, given), seed=recipe.seed)  # type: ignore[arg-type]
+        plain = hadamard_rotations(
+            source.config, source.architecture, _not_given(kinds, given), seed=recipe.seed
+        )  # type: ignore[arg-type]
         made = TrainedRotations(made.rotations.merged(plain.values()))
     if statistics is not None:
         settings, scheme = recipe.rotation, customised_scheme(recipe)
@@ -173,7 +193,9 @@ def rotations_of(
 
 
 def activation_scheme(scheme: Scheme) -> ActivationScheme | None:
-    """What the rotation trainer should know of how activations are quantized; ``None`` where they are not integers."""
+    """What the rotation trainer should know of how activations are quantized; ``None`` where they
+    are not integers.
+    """
     return None if scheme.activation is None else integer_quantizer(scheme.activation)
 
 
@@ -201,7 +223,11 @@ def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:
     return [
         RotationSummary(
             name=rotation.name,
-            space=str(rotation.space) if rotation.layer is None else f"{rotation.space}[{rotation.layer}]",
+            space=(
+                str(rotation.space)
+                if rotation.layer is None
+                else f"{rotation.space}[{rotation.layer}]"
+            ),
             order=rotation.order or rotation.dense().shape[-1],
             online=rotation.online,
             origin=rotation.origin,

@@ -1,5 +1,5 @@
-"""What a run is told besides its recipe. Apart from the pipeline, so that the command line can build and check it
-without importing torch.
+"""What a run is told besides its recipe. Apart from the pipeline, so that the command line can
+build and check it without importing torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes, and what it may reuse. None of it changes the numbers, so none of it is in the recipe."""
+    """Where a run writes, and what it may reuse. None of it changes the numbers, so none of it is
+    in the recipe.
+    """
 
     output: Path
     overwrite: bool = False

@@ -1,4 +1,6 @@
-"""What a run starts from: the float checkpoint, its tokenizer, and the three splits of token rows."""
+"""What a run starts from: the float checkpoint, its tokenizer, and the three splits of token
+rows.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,17 @@ class Source:
     checkpoint: Checkpoint
     tokenizer: Any
     files: dict[str, Path]
-    """Files that every output carries along (tokenizer, generation config); not ``config.json``, which changes."""
+    """Files that every output carries along (tokenizer, generation config); not ``config.json``,
+    which changes.
+    """
     model: nn.Module | None = None
     """The model object, where one was given instead of a folder."""
     trust_remote_code: bool = False
 
     def original(self, device: torch.device | str) -> nn.Module:
-        """The unchanged model in float32 and eval mode, whatever dtype it is stored in: parity's yardstick."""
+        """The unchanged model in float32 and eval mode, whatever dtype it is stored in: parity's
+        yardstick.
+        """
         from copy import deepcopy
 
         from transformers import AutoModelForCausalLM
@@ -71,7 +77,9 @@ class Source:
         return str(stored.dtype).removeprefix("torch.")
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, dtypes and bytes of all tensors, in the order of their names."""
+        """SHA-256 over names, shapes, dtypes and bytes of all tensors, in the order of their
+        names.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.checkpoint):
             tensor = self.checkpoint[name].detach().cpu().contiguous()
@@ -144,8 +152,8 @@ def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
     data = recipe.calibration
     if data.dataset == EMBEDDED and recipe.model != EMBEDDED:
         logger.warning(
-            "calibrating '%s' on the example text that ships with rotq; text like the model's own use gives better "
-            "scales: --calib-dataset FILE",
+            "calibrating '%s' on the example text that ships with rotq; text like the model's own"
+            " use gives better scales: --calib-dataset FILE",
             recipe.model,
         )
     text = str(embedded_folder() / "calibration.txt") if data.dataset == EMBEDDED else data.dataset
@@ -154,7 +162,9 @@ def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
         wanted = EMBEDDED
     own = str(embedded_folder() / "evaluation.txt") if wanted == EMBEDDED else wanted
     documents = read_documents(text)
-    splits = split_documents(documents, seed=recipe.seed, evaluation=read_documents(own) if own is not None else 0.15)
+    splits = split_documents(
+        documents, seed=recipe.seed, evaluation=read_documents(own) if own is not None else 0.15
+    )
 
     def rows(texts: list[str], nsamples: int, dataset: str) -> list[Tensor]:
         resolved = resolve_source(dataset)
@@ -178,12 +188,15 @@ def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
 def _wrap(model: Any, tokenizer: Any) -> Source:
     config = getattr(model, "config", None)
     if config is None:
-        raise CheckpointError(f"a {type(model).__name__} is no Hugging Face model: it has no config")
+        raise CheckpointError(
+            f"a {type(model).__name__} is no Hugging Face model: it has no config"
+        )
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     if tokenizer is None:
         if not Path(name).is_dir():
             raise DataError(
-                "a model object needs its tokenizer to read calibration text", hint="pass tokenizer=AutoTokenizer..."
+                "a model object needs its tokenizer to read calibration text",
+                hint="pass tokenizer=AutoTokenizer...",
             )
         tokenizer = load_tokenizer(Path(name))
     scratch = Path(tempfile.mkdtemp(prefix="rotq-"))
@@ -213,7 +226,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError or a tokenizers exception of its own
+    # transformers raises OSError, ValueError or a tokenizers exception of its own
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"cannot load the tokenizer in '{folder}': {reason}",

@@ -1,7 +1,9 @@
-"""``rotq stats``: statistics of every decoder linear before and after rotation, and what the scheme does to each.
+"""``rotq stats``: statistics of every decoder linear before and after rotation, and what the scheme
+does to each.
 
-``before`` is the model with its norms folded into the linears and nothing rotated, ``after`` the same with rotations
-folded in and, for R3 and R4, running online. The original itself would mix the norms' gains into what rotations do.
+``before`` is the model with its norms folded into the linears and nothing rotated, ``after`` the
+same with rotations folded in and, for R3 and R4, running online. The original itself would mix the
+norms' gains into what rotations do.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ class TensorFigures(_Frozen):
     outliers: float
     """Share of the values whose magnitude is above 6 standard deviations, 0 to 1."""
     peak: float | None
-    """Largest magnitude of a channel over that of the median channel; none where the median channel is dead."""
+    """Largest magnitude of a channel over that of the median channel; none where the median channel
+    is dead.
+    """
 
 
 class PhaseFigures(_Frozen):
@@ -171,11 +175,11 @@ def stats(
     """Measure every decoder linear before and after rotation, and write what was found.
 
     Args:
-        recipe: what to do. ``rotate`` ``auto`` is R1, R2 and R4, as far as the architecture offers them; ``dtype``
-            ``auto`` is float32.
+        recipe: what to do. ``rotate`` ``auto`` is R1, R2 and R4, as far as the architecture offers
+            them; ``dtype`` ``auto`` is float32.
         options: where, and what to reuse.
-        jointly: with one activation scale for each cluster, cluster the channels of all linears that read the same ones
-            at once.
+        jointly: with one activation scale for each cluster, cluster the channels of all linears
+            that read the same ones at once.
         model: a Hugging Face causal LM to use instead of ``recipe.model``.
         tokenizer: its tokenizer, where the model's folder is not at hand.
         progress: called after every unit of work.
@@ -194,13 +198,19 @@ def stats(
         measured["after"] = _measure(run, run.fuse(trained.rotations), jointly)
     report = _report(run, trained, measured, jointly)
     with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-        save_file(_tensors(measured), folder / TENSORS_FILE, metadata={"format_version": str(STATS_FORMAT_VERSION)})
+        save_file(
+            _tensors(measured),
+            folder / TENSORS_FILE,
+            metadata={"format_version": str(STATS_FORMAT_VERSION)},
+        )
         (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         report.save(folder)
     return StatsResult(options.output, recipe, report)
 
 
-def _report(run: Run, trained: TrainedRotations, measured: Mapping[str, _Measured], jointly: bool) -> StatsReport:
+def _report(
+    run: Run, trained: TrainedRotations, measured: Mapping[str, _Measured], jointly: bool
+) -> StatsReport:
     clusters = _clusters(run)
     return StatsReport(
         model=ModelSummary(
@@ -241,11 +251,17 @@ def _clusters(run: Run) -> int | None:
 
 def _specs(run: Run) -> list[LinearSpec]:
     names = set(run.source.architecture.linear_names(run.source.config))
-    return [spec for spec in run.source.architecture.all_linears(run.source.config) if spec.name in names]
+    return [
+        spec
+        for spec in run.source.architecture.all_linears(run.source.config)
+        if spec.name in names
+    ]
 
 
 def _measure(run: Run, fused: FusedModel, jointly: bool) -> _Measured:
-    """Two passes over the calibration rows: the limits and moments first, then what depends on them."""
+    """Two passes over the calibration rows: the limits and moments first, then what depends on
+    them.
+    """
     network = materialize(fused, device=run.device)
     specs, schemes, k = _specs(run), run.quantization.linears, _clusters(run)
     batches = length_batches(run.rows.train, run.recipe.calibration.batch_size)
@@ -256,12 +272,18 @@ def _measure(run: Run, fused: FusedModel, jointly: bool) -> _Measured:
             inputs = {name: found.input for name, found in moments.items()}
             clustered = [spec for spec in specs if _is_clustered(schemes.get(spec.name))]
             labels = cluster_linears(inputs, clustered, k, jointly=jointly, seed=run.recipe.seed)
-        damage = linear_damage(network, specs, moments, schemes, batches, clusters=labels, progress=run.progress)
+        damage = linear_damage(
+            network, specs, moments, schemes, batches, clusters=labels, progress=run.progress
+        )
     return _Measured(moments, damage, labels)
 
 
 def _is_clustered(scheme: LinearScheme | None) -> bool:
-    return scheme is not None and scheme.input is not None and isinstance(scheme.input.granularity, PerCluster)
+    return (
+        scheme is not None
+        and scheme.input is not None
+        and isinstance(scheme.input.granularity, PerCluster)
+    )
 
 
 def _rows(specs: list[LinearSpec], measured: Mapping[str, _Measured]) -> list[LinearRow]:
@@ -306,15 +328,20 @@ def _tensor_figures(moments: MomentStatistics, outliers: float) -> TensorFigures
 
 
 def _tensors(measured: Mapping[str, _Measured]) -> dict[str, Tensor]:
-    """Everything that is a vector over channels, in float32; the keys are described in ``docs/stats.md``."""
+    """Everything that is a vector over channels, in float32; the keys are described in
+    ``docs/stats.md``.
+    """
     tensors = {}
     for phase, found in measured.items():
         for name, moments in found.moments.items():
             for part in _PARTS:
                 for key, attribute in _CHANNELS.items():
-                    tensors[f"{phase}/{name}/{part}/{key}"] = getattr(getattr(moments, part), attribute).float()
+                    tensors[f"{phase}/{name}/{part}/{key}"] = getattr(
+                        getattr(moments, part), attribute
+                    ).float()
         for name, labels in found.labels.items():
-            tensors[f"{phase}/{name}/clusters"] = labels.clone()  # joint linears share theirs, a file must not
+            # joint linears share theirs, a file must not
+            tensors[f"{phase}/{name}/clusters"] = labels.clone()
     return tensors
 
 

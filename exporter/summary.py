@@ -1,5 +1,5 @@
-"""The tables and sentences that a :class:`Report` amounts to, as plain strings: the console and the model card show
-the same ones, so they cannot disagree.
+"""The tables and sentences that a :class:`Report` amounts to, as plain strings: the console and the
+model card show the same ones, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header. ``marked`` rows stand out: the chosen candidate, a failed figure."""
+    """Rows of text under a header. ``marked`` rows stand out: the chosen candidate, a failed
+    figure.
+    """
 
     title: str
     header: tuple[str, ...]
@@ -59,18 +61,25 @@ def size_words(before: int, after: int) -> str:
     """Bytes before and after, with the ratio."""
     ratio = f" ({before / after:.2f} x smaller)" if 0 < after <= before else ""
     if before and after > before:
-        ratio = f" ({after / before:.2f} x larger: 'rotq inspect' says what is stored in which dtype)"
+        ratio = (
+            f" ({after / before:.2f} x larger: 'rotq inspect' says what is stored in which dtype)"
+        )
     return f"{human_bytes(before)} -> {human_bytes(after)}{ratio}"
 
 
 def layer_lines(report: Report) -> list[str]:
     """How many linears are quantized, and which are kept in float and why."""
     layers = report.layers
-    lines = [f"{layers.quantized} linears quantized ({report.scheme}), {len(layers.kept)} kept in float"]
+    lines = [
+        f"{layers.quantized} linears quantized ({report.scheme}), {len(layers.kept)} kept in float"
+    ]
     if len(layers.schemes) > 1:
         lines += [f"{count} with {words}" for words, count in layers.schemes.items()]
     if layers.cache is not None:
-        lines.append(f"KV cache: {layers.cache}, one static scale each for the keys and the values of a layer")
+        lines.append(
+            f"KV cache: {layers.cache}, one static scale each for the keys and the values of a"
+            " layer"
+        )
     return lines + kept_lines({layer.name: layer.reason for layer in layers.kept})
 
 
@@ -92,7 +101,13 @@ def gate_table(report: Report) -> Table:
         "Rotation gate (held-out tokens, against the float model)",
         ("rotate", "KL", "top-1 agreement", "perplexity", ""),
         tuple(
-            (row.rotate, f"{row.kl:.4g}", f"{row.top1:.2%}", f"{row.perplexity:.3f}", "chosen" if row.chosen else "")
+            (
+                row.rotate,
+                f"{row.kl:.4g}",
+                f"{row.top1:.2%}",
+                f"{row.perplexity:.3f}",
+                "chosen" if row.chosen else "",
+            )
             for row in report.gate
         ),
         right=frozenset({1, 2, 3}),
@@ -108,11 +123,17 @@ def gate_findings(report: Report) -> list[str]:
     findings = []
     for row in report.gate:
         if row is not plain and row.kl >= plain.kl:
-            findings.append(f"{row.rotate} did not help: KL {row.kl:.4g} against {plain.kl:.4g} without rotation")
+            findings.append(
+                f"{row.rotate} did not help: KL {row.kl:.4g} against {plain.kl:.4g} without"
+                " rotation"
+            )
         elif row.chosen and row is not plain:
             findings.append(f"{row.rotate} lowers KL from {plain.kl:.4g} to {row.kl:.4g}")
     if plain.chosen and len(report.gate) > 1:
-        findings.append("no rotation was applied: none of the candidates was better than leaving the model as it is")
+        findings.append(
+            "no rotation was applied: none of the candidates was better than leaving the model as"
+            " it is"
+        )
     return findings
 
 
@@ -147,7 +168,9 @@ def rotation_gate_findings(rows: Sequence[RotationGateRow]) -> list[str]:
             findings.append(f"{name} is left out: no rotation lowers this error")
         elif best.candidate != "trained" and name in trained:
             ratio = trained[name].error / best.error
-            findings.append(f"training {name} gained nothing over {best.candidate}: {ratio:.2f} x its error")
+            findings.append(
+                f"training {name} gained nothing over {best.candidate}: {ratio:.2f} x its error"
+            )
     return findings
 
 
@@ -180,7 +203,15 @@ def parity_table(report: Report | RotateReport) -> Table:
         "Parity",
         ("rung", "compared", "metric", "measured", "bound", "result", "note"),
         tuple(
-            (str(row.rung), row.name, row.metric, _figure(row.measured), _figure(row.bound), verdict(row), row.note)
+            (
+                str(row.rung),
+                row.name,
+                row.metric,
+                _figure(row.measured),
+                _figure(row.bound),
+                verdict(row),
+                row.note,
+            )
             for row in report.parity
         ),
         right=frozenset({0, 3, 4}),
@@ -191,7 +222,9 @@ def parity_table(report: Report | RotateReport) -> Table:
 def runtime_lines(report: Report) -> list[str]:
     """What ran the export, and what could not be run here."""
     ran = dict.fromkeys(row.runtime for row in report.parity if row.runtime)
-    missing = dict.fromkeys(row.note for row in report.parity if row.rung == 2 and row.measured is None)
+    missing = dict.fromkeys(
+        row.note for row in report.parity if row.rung == 2 and row.measured is None
+    )
     return [f"ran in: {name}" for name in ran] + list(missing)
 
 
@@ -221,4 +254,5 @@ def seconds_table(report: Report | RotateReport) -> Table:
 def _figure(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"  # a bound of 1.001 is not one of 1
+    # a bound of 1.001 is not one of 1
+    return f"{value:.4g}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"

@@ -1,6 +1,7 @@
 """The table of supported model families, generated from the architecture table.
 
-``python -m exporter.support_table`` writes it into ``README.md`` between its markers; a test fails while they differ.
+``python -m exporter.support_table`` writes it into ``README.md`` between its markers; a test fails
+while they differ.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ _OFFERED = {"r1": "folded", "r2": "folded", "r3": "online", "r4": "online"}
 
 
 def support_table() -> str:
-    """One Markdown row for each family: its model types, what becomes of each rotation, and what it refuses."""
+    """One Markdown row for each family: its model types, what becomes of each rotation, and what it
+    refuses.
+    """
     header = ("family", "model types", *(kind.upper() for kind in KINDS), "note")
     rows = [header, ("---",) * len(header), *map(_row, ARCHITECTURES)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def with_table(text: str) -> str:
-    """``text`` with the table between the markers; without an end marker, right after the first one.
+    """``text`` with the table between the markers; without an end marker, right after the first
+    one.
 
     Raises:
         OutputError: ``text`` has no marker.
@@ -39,11 +43,18 @@ def with_table(text: str) -> str:
 
 def _row(entry: Architecture) -> tuple[str, ...]:
     kinds = ("no" if kind in entry.rotations_refused else _OFFERED[kind] for kind in KINDS)
-    return (entry.name, ", ".join(f"`{name}`" for name in entry.model_types), *kinds, "; ".join(_notes(entry)))
+    return (
+        entry.name,
+        ", ".join(f"`{name}`" for name in entry.model_types),
+        *kinds,
+        "; ".join(_notes(entry)),
+    )
 
 
 def _notes(entry: Architecture) -> list[str]:
-    notes = [f"{kind.upper()} is refused: {reason}" for kind, reason in entry.rotations_refused.items()]
+    notes = [
+        f"{kind.upper()} is refused: {reason}" for kind, reason in entry.rotations_refused.items()
+    ]
     if entry.norm_kind == "layer":
         notes.append("LayerNorm: R1 fixes the all-ones vector")
     if entry.experts is not None:

@@ -1,7 +1,8 @@
-"""``rotq verify``: the parity check again, on a folder that exists, from what the folder itself holds.
+"""``rotq verify``: the parity check again, on a folder that exists, from what the folder itself
+holds.
 
-The reference is computed from the integers and scales in the exported file, read back by the backend; the checksums in
-``report.json`` say whether these are still the ones that were exported.
+The reference is computed from the integers and scales in the exported file, read back by the
+backend; the checksums in ``report.json`` say whether these are still the ones that were exported.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from exporter.report import REPORT_FILE, Report, parity_status
 from exporter.source import Source, open_source, read_rows
 
 
-def verify(folder: Path, *, model: str | None = None, rows: int | None = None, progress: Progress = silent) -> Report:
+def verify(
+    folder: Path, *, model: str | None = None, rows: int | None = None, progress: Progress = silent
+) -> Report:
     """Check ``folder`` and update its report.
 
     Args:
@@ -42,7 +45,8 @@ def verify(folder: Path, *, model: str | None = None, rows: int | None = None, p
         progress: called after each rung.
 
     Raises:
-        CheckpointError: the folder is incomplete or was edited after the export, or ``model`` is another model.
+        CheckpointError: the folder is incomplete or was edited after the export, or ``model`` is
+            another model.
     """
     report, recipe = read_export(folder)
     check_unchanged(folder, report)
@@ -53,8 +57,8 @@ def verify(folder: Path, *, model: str | None = None, rows: int | None = None, p
     source = open_source(recipe)
     if source.fingerprint() != report.model.fingerprint:
         raise CheckpointError(
-            f"'{source.name}' is not the model that '{folder}' was exported from: the fingerprint of its weights "
-            "differs",
+            f"'{source.name}' is not the model that '{folder}' was exported from: the fingerprint"
+            " of its weights differs",
             hint="name the original with -m/--model",
         )
     start = time.perf_counter()
@@ -88,12 +92,19 @@ def verify(folder: Path, *, model: str | None = None, rows: int | None = None, p
 def read_back(
     folder: Path, report: Report, recipe: Recipe, source: Source, backend: Backend
 ) -> tuple[FusedModel, QuantizedModel]:
-    """The rotated float model and the quantized model, from what ``folder`` holds and the original weights."""
+    """The rotated float model and the quantized model, from what ``folder`` holds and the original
+    weights.
+    """
     rotations = RotationSet.load(folder)
     linears = backend.read_linears(folder, report.target)
-    dtype = getattr(torch, report.dtype or dtype_of(recipe, backend, report.target, lambda: source.dtype))
+    dtype = getattr(
+        torch, report.dtype or dtype_of(recipe, backend, report.target, lambda: source.dtype)
+    )
     smoothing = load_smoothing(folder)
-    fused = fold_all(fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype), smoothing)
+    fused = fold_all(
+        fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype),
+        smoothing,
+    )
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
         config=_read_config(folder),
@@ -121,7 +132,9 @@ def read_back(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The model's config; a runtime's may also say how the weights are stored, which is no business of the model."""
+    """The model's config; a runtime's may also say how the weights are stored, which is no business
+    of the model.
+    """
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     return config
@@ -147,7 +160,11 @@ def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
     """Names of files that are ``missing`` from the folder or ``changed`` since it was exported."""
     found = sha256_tree(folder, exclude=(REPORT_FILE,))
     missing = sorted(report.checksums.keys() - found.keys())
-    changed = sorted(name for name in report.checksums.keys() & found.keys() if report.checksums[name] != found[name])
+    changed = sorted(
+        name
+        for name in report.checksums.keys() & found.keys()
+        if report.checksums[name] != found[name]
+    )
     return {what: names for what, names in (("missing", missing), ("changed", changed)) if names}
 
 
@@ -157,7 +174,9 @@ def check_unchanged(folder: Path, report: Report) -> None:
     Raises:
         CheckpointError: naming the files.
     """
-    problems = [f"{what}: {', '.join(names)}" for what, names in edited_files(folder, report).items()]
+    problems = [
+        f"{what}: {', '.join(names)}" for what, names in edited_files(folder, report).items()
+    ]
     if problems:
         raise CheckpointError(
             f"'{folder}' is not what was exported ({'; '.join(problems)})",

@@ -1,7 +1,7 @@
 """A folder in which a run keeps what it has finished, so that a later run can go on from there.
 
-It holds ``rotq.yaml`` and one folder per finished step. A resume with another setting is refused by name: mixing steps
-of two recipes would give a model that neither describes.
+It holds ``rotq.yaml`` and one folder per finished step. A resume with another setting is refused by
+name: mixing steps of two recipes would give a model that neither describes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from exporter.output import atomic_folder
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 
 CAPTURE, ARTIFACT, WALK = "capture", "artifact", "layerwise"
-_FREE = ("backend", "target", "logits", "kv_buffer", "max_shard_size", "evaluation", "layerwise.max_memory")
+_FREE = (
+    "backend",
+    "target",
+    "logits",
+    "kv_buffer",
+    "max_shard_size",
+    "evaluation",
+    "layerwise.max_memory",
+)
 """Settings, and sections of them, that no kept step depends on."""
 
 
@@ -25,14 +33,17 @@ class WorkDir:
     """The finished steps of a run in ``folder``; with ``folder`` ``None`` nothing is kept.
 
     Raises:
-        OutputError: the folder holds another run and ``resume`` is not given, or a setting differs from that run's.
+        OutputError: the folder holds another run and ``resume`` is not given, or a setting differs
+            from that run's.
     """
 
     def __init__(self, folder: Path | None, recipe: Recipe, *, resume: bool) -> None:
         self.folder = folder
         if folder is None:
             if resume:
-                raise OutputError("--resume needs the folder to resume from", hint="give --work-dir DIR as well")
+                raise OutputError(
+                    "--resume needs the folder to resume from", hint="give --work-dir DIR as well"
+                )
             return
         kept = folder / RECIPE_FILE
         if kept.is_file():
@@ -53,7 +64,9 @@ class WorkDir:
         return self.folder / step
 
     def step(self, name: str) -> Path:
-        """The folder of a step that keeps what it has finished by itself, made if it is not there."""
+        """The folder of a step that keeps what it has finished by itself, made if it is not
+        there.
+        """
         assert self.folder is not None  # asked for only where there is one
         path = self.folder / name
         path.mkdir(exist_ok=True)
@@ -67,15 +80,20 @@ class WorkDir:
 
 
 def _check_same(kept: Recipe, wanted: Recipe, folder: Path) -> None:
-    before, now = dict(_flatten(kept.model_dump(mode="json"))), dict(_flatten(wanted.model_dump(mode="json")))
+    before, now = (
+        dict(_flatten(kept.model_dump(mode="json"))),
+        dict(_flatten(wanted.model_dump(mode="json"))),
+    )
     free = tuple(f"{key}." for key in _FREE)
     changed = [key for key in before if not f"{key}.".startswith(free) and before[key] != now[key]]
     if changed:
         key = changed[0]
-        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        more = (
+            f" (and {len(changed) - 1} more: {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        )
         raise OutputError(
-            f"cannot resume in '{folder}': {key} was {yaml.safe_dump(before[key]).splitlines()[0]} and is now "
-            f"{yaml.safe_dump(now[key]).splitlines()[0]}{more}",
+            f"cannot resume in '{folder}': {key} was {yaml.safe_dump(before[key]).splitlines()[0]}"
+            f" and is now {yaml.safe_dump(now[key]).splitlines()[0]}{more}",
             hint="resume with the settings it was started with, or start in another --work-dir",
         )
 

@@ -43,7 +43,8 @@ def check_writable(
     cache: TensorScheme | None,
     rotations: Collection[str],
 ) -> None:
-    """Refuse what a target of ``run`` cannot express, and warn of what it runs slowly, before the long job.
+    """Refuse what a target of ``run`` cannot express, and warn of what it runs slowly, before the
+    long job.
 
     Args:
         run: names backend and targets.
@@ -66,7 +67,9 @@ def check_writable(
 
 
 def write_targets(run: Run, quantized: QuantizedModel, folder: Path) -> dict[str, Report]:
-    """Write for every target of ``run``: the only one into ``folder``, each of several into a folder of its name."""
+    """Write for every target of ``run``: the only one into ``folder``, each of several into a
+    folder of its name.
+    """
     if len(run.targets) == 1:
         return {run.targets[0]: _write(run, run.recipe, quantized, run.targets[0], folder)}
     (folder / RECIPE_FILE).write_text(run.recipe.to_yaml(), encoding="utf-8")
@@ -80,11 +83,19 @@ def write_targets(run: Run, quantized: QuantizedModel, folder: Path) -> dict[str
     return reports
 
 
-def _write(run: Run, recipe: Recipe, quantized: QuantizedModel, target: str, folder: Path) -> Report:
+def _write(
+    run: Run, recipe: Recipe, quantized: QuantizedModel, target: str, folder: Path
+) -> Report:
     """Write, check and describe one output folder."""
-    name = dtype_of(recipe, run.backend, target, lambda: str(quantized.dtype).removeprefix("torch."))
+    name = dtype_of(
+        recipe, run.backend, target, lambda: str(quantized.dtype).removeprefix("torch.")
+    )
     quantized = quantized.to(getattr(torch, name))
-    recipe = recipe.model_copy(update={"dtype": name}) if run.backend.compute_dtype(target) is None else recipe
+    recipe = (
+        recipe.model_copy(update={"dtype": name})
+        if run.backend.compute_dtype(target) is None
+        else recipe
+    )
     with run.stage("write"):
         options = WriteOptions(
             target,
@@ -119,11 +130,15 @@ def _subject(run: Run, quantized: QuantizedModel, target: str, folder: Path) -> 
 
 
 def _original(run: Run, quantized: QuantizedModel) -> tuple[Source | None, FusedModel | None]:
-    """The float model before and after rotation, where it is at hand: an artifact may have travelled without it."""
+    """The float model before and after rotation, where it is at hand: an artifact may have
+    travelled without it.
+    """
     try:
         fused = run.fused
         if fused is None or fused.dtype != quantized.dtype:
-            fused = fold_all(run.fuse(quantized.rotations, dtype=quantized.dtype), quantized.smoothing)
+            fused = fold_all(
+                run.fuse(quantized.rotations, dtype=quantized.dtype), quantized.smoothing
+            )
         return run.source, fused
     except RotqError:
         if run.options.from_artifact is None:

@@ -28,13 +28,16 @@ TINY: dict[str, Any] = {
 
 
 def write_checkpoint(folder: Path, config: Any = None, *, seed: int = 0, **changes: Any) -> Path:
-    """A random model with the embedded tokenizer; by default a Llama of :data:`TINY` sizes with ``changes``."""
+    """A random model with the embedded tokenizer; by default a Llama of :data:`TINY` sizes with
+    ``changes``.
+    """
     torch.manual_seed(seed)
     chosen = config if config is not None else transformers.LlamaConfig(**{**TINY, **changes})
     model = transformers.AutoModelForCausalLM.from_config(chosen)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))  # gains and biases that are not 1 and 0
+            # gains and biases that are not 1 and 0
+            parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(embedded_folder() / name, folder / name)

@@ -1,4 +1,6 @@
-"""Fixtures of the tests that run the whole tool. One export of the embedded model serves all that only look at it."""
+"""Fixtures of the tests that run the whole tool. One export of the embedded model serves all that
+only look at it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,24 @@ import pytest
 
 from exporter.recipe import Recipe, load_recipe
 
-SMALL = {"calibration.nsamples": 48, "gate.nsamples": 8, "evaluation.nsamples": 16, "rotation.r1_tokens": 4096}
+SMALL = {
+    "calibration.nsamples": 48,
+    "gate.nsamples": 8,
+    "evaluation.nsamples": 16,
+    "rotation.r1_tokens": 4096,
+}
 """Fewer rows than the default, so that the suite stays short; every step is the same."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--regenerate-golden`` writes the golden files anew; read the difference before you commit it."""
-    parser.addoption("--regenerate-golden", action="store_true", help="write the golden files instead of comparing")
+    """``--regenerate-golden`` writes the golden files anew; read the difference before you commit
+    it.
+    """
+    parser.addoption(
+        "--regenerate-golden",
+        action="store_true",
+        help="write the golden files instead of comparing",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +40,9 @@ def regenerate_golden(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of this session's own for traced graphs, instead of the user's; its worker processes share it."""
+    """A folder of this session's own for traced graphs, instead of the user's; its worker processes
+    share it.
+    """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,6 @@
-"""An installed distribution with two backends: one that writes nothing, and one that cannot be imported."""
+"""An installed distribution with two backends: one that writes nothing, and one that cannot be
+imported.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ class Stub:
     targets = ("one", "two", "own")
 
     def refusal(self, scheme, target):
-        return "no float8 kernels" if (scheme.weight.format.name, target) == ("float8_e4m3", "one") else None
+        refused = (scheme.weight.format.name, target) == ("float8_e4m3", "one")
+        return "no float8 kernels" if refused else None
 
     def warning(self, scheme, target):
-        return "int4 weights are unpacked first" if (scheme.weight.format.name, target) == ("int4", "two") else None
+        slow = (scheme.weight.format.name, target) == ("int4", "two")
+        return "int4 weights are unpacked first" if slow else None
 
     def cache_refusal(self, scheme, target):
         return "no float8 cache" if scheme.format.name == "float8_e4m3" else None

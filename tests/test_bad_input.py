@@ -1,4 +1,6 @@
-"""Bad input gets one clear line and leaves nothing behind. Each case runs the real pipeline until it is refused."""
+"""Bad input gets one clear line and leaves nothing behind. Each case runs the real pipeline until
+it is refused.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,17 @@ def model(pristine: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pristine, tmp_path / "model")
 
 
-def _refused(model: Path, tmp_path: Path, expected: type[RotqError], match: str, **changes: Any) -> RotqError:
-    """Export, and check what is raised, that it is short and helpful, and that nothing was written."""
-    overrides = {**FEW, "model": str(model), **{key.replace("__", "."): value for key, value in changes.items()}}
+def _refused(
+    model: Path, tmp_path: Path, expected: type[RotqError], match: str, **changes: Any
+) -> RotqError:
+    """Export, and check what is raised, that it is short and helpful, and that nothing was
+    written.
+    """
+    overrides = {
+        **FEW,
+        "model": str(model),
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
     target = tmp_path / "out" / "model"
     with pytest.raises(expected, match=match) as caught:
         export(load_recipe(None, overrides), RunOptions(target))
@@ -112,7 +122,9 @@ def test_a_tensor_that_is_missing(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(model: Path, tmp_path: Path, value: float) -> None:
-    _edit_tensor(model, "model.layers.1.self_attn.k_proj.weight", lambda tensor: tensor[3, 5].fill_(value))
+    _edit_tensor(
+        model, "model.layers.1.self_attn.k_proj.weight", lambda tensor: tensor[3, 5].fill_(value)
+    )
     _refused(model, tmp_path, CheckpointError, r"model\.layers\.1\.self_attn\.k_proj\.weight")
 
 
@@ -148,7 +160,13 @@ def test_calibration_text_that_is_too_short(model: Path, tmp_path: Path) -> None
 
 
 def test_missing_calibration_text(model: Path, tmp_path: Path) -> None:
-    _refused(model, tmp_path, DataError, r"missing\.txt", calibration__dataset=str(tmp_path / "missing.txt"))
+    _refused(
+        model,
+        tmp_path,
+        DataError,
+        r"missing\.txt",
+        calibration__dataset=str(tmp_path / "missing.txt"),
+    )
 
 
 def test_a_malformed_json_line_is_numbered(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The whole tool on real input: export, run in ONNX Runtime, verify, evaluate, resume and export again."""
+"""The whole tool on real input: export, run in ONNX Runtime, verify, evaluate, resume and export
+again.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,17 @@ FEW = {
 
 
 def _few(**changes: object) -> Recipe:
-    return load_recipe(None, {**FEW, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return load_recipe(
+        None, {**FEW, **{key.replace("__", "."): value for key, value in changes.items()}}
+    )
 
 
 def _row(report: Report, rung: int, name: str, metric: str = "relative L2") -> ParityRow:
-    found = [row for row in report.parity if row.rung == rung and name in row.name and row.metric == metric]
+    found = [
+        row
+        for row in report.parity
+        if row.rung == rung and name in row.name and row.metric == metric
+    ]
     assert len(found) == 1, [row.name for row in report.parity]
     return found[0]
 
@@ -66,18 +74,34 @@ def test_the_embedded_model_passes_every_rung(exported: Path) -> None:
 
 def test_the_gate_finds_the_online_rotation_and_prints_what_it_turned_down(exported: Path) -> None:
     report = Report.load(exported)
-    assert [row.rotate for row in report.gate] == ["none", "r1,r2", "r1,r2,r4", "r1,r2,r4, Hadamard"]
+    assert [row.rotate for row in report.gate] == [
+        "none",
+        "r1,r2",
+        "r1,r2,r4",
+        "r1,r2,r4, Hadamard",
+    ]
     chosen = next(row for row in report.gate if row.chosen)
     assert chosen.kl == min(row.kl for row in report.gate)
     assert report.rotate == "r1,r2,r4"  # this model's down_proj inputs have heavy outliers
     assert chosen.rotate.startswith("r1,r2,r4")
-    assert {rotation.online for rotation in report.rotations if rotation.name.startswith("R4")} == {True}
-    assert {rotation.online for rotation in report.rotations if rotation.name[:2] in ("R1", "R2")} == {False}
+    assert {rotation.online for rotation in report.rotations if rotation.name.startswith("R4")} == {
+        True
+    }
+    assert {
+        rotation.online for rotation in report.rotations if rotation.name[:2] in ("R1", "R2")
+    } == {False}
 
 
 def test_the_folder_is_complete_and_its_checksums_hold(exported: Path) -> None:
     report = Report.load(exported)
-    wanted = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "tokenizer.json", RECIPE_FILE}
+    wanted = {
+        "model.onnx",
+        "model.onnx.data",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        RECIPE_FILE,
+    }
     assert wanted | {"README.md", "rotations.safetensors"} <= report.checksums.keys()
     assert report.checksums == sha256_tree(exported, exclude=(REPORT_FILE,))
     assert json.loads((exported / "config.json").read_text())["tie_word_embeddings"] is False
@@ -98,8 +122,11 @@ def test_verify_repeats_the_verdict_from_the_folder_alone(exported: Path, tmp_pa
     after = verify(folder, rows=6)
     assert after.status == "passed"
     assert "verify" in Report.load(folder).seconds
-    # The same linears on the same rows: the reference was rebuilt from the graph's own integers and scales.
-    assert _measured(after, 2, "each linear") == pytest.approx(_measured(before, 2, "each linear"), rel=1e-6)
+    # The same linears on the same rows: the reference was rebuilt from the graph's own integers and
+    # scales.
+    assert _measured(after, 2, "each linear") == pytest.approx(
+        _measured(before, 2, "each linear"), rel=1e-6
+    )
 
 
 def test_verify_names_the_file_that_was_edited(exported: Path, tmp_path: Path) -> None:
@@ -119,7 +146,9 @@ def test_verify_refuses_another_model(exported: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_scale_fails_the_parity_check(exported: Path, tmp_path: Path) -> None:
-    """What a scale wrong by two does: cosine similarity of the linear stays 1, relative L2 does not."""
+    """What a scale wrong by two does: cosine similarity of the linear stays 1, relative L2 does
+    not.
+    """
     artifact = exported.parent / "work" / "artifact"
     folder = shutil.copytree(artifact, tmp_path / "artifact")
     from safetensors.torch import load_file, save_file
@@ -151,15 +180,20 @@ def test_an_artifact_is_exported_again_without_calibration(exported: Path, tmp_p
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
     assert "calibrate" not in result.report.seconds
     assert result.report.status == "unverified"
-    assert [row.chosen for row in result.report.gate].index(True) in (2, 3)  # with R4, trained or not
+    # with R4, trained or not
+    assert [row.chosen for row in result.report.gate].index(True) in (2, 3)
 
 
-def test_an_artifact_whose_original_is_gone_still_exports_and_says_what_it_cannot_check(tmp_path: Path) -> None:
+def test_an_artifact_whose_original_is_gone_still_exports_and_says_what_it_cannot_check(
+    tmp_path: Path,
+) -> None:
     model = write_checkpoint(tmp_path / "model")
     calibrate(_few(model=str(model), rotate="r1,r2"), RunOptions(tmp_path / "artifact"))
     shutil.rmtree(model)
     recipe = load_recipe(tmp_path / "artifact" / RECIPE_FILE)
-    report = export(recipe, RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact")).report
+    report = export(
+        recipe, RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact")
+    ).report
     assert report.status == "passed"
     skipped = [row for row in report.parity if row.measured is None]
     assert {row.rung for row in skipped} == {1, 3}
@@ -171,7 +205,9 @@ def test_a_run_resumes_from_its_work_folder(exported: Path, tmp_path: Path) -> N
     recipe = load_recipe(None, SMALL)
     result = export(recipe, RunOptions(tmp_path / "out", work_dir=work, resume=True, verify=False))
     assert "capture" not in result.report.seconds
-    assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (exported / "model.onnx.data").read_bytes()
+    assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (
+        exported / "model.onnx.data"
+    ).read_bytes()
 
 
 def test_a_run_that_ended_after_its_capture_resumes_there(exported: Path, tmp_path: Path) -> None:
@@ -181,7 +217,9 @@ def test_a_run_that_ended_after_its_capture_resumes_there(exported: Path, tmp_pa
     result = export(recipe, RunOptions(tmp_path / "out", work_dir=work, resume=True, verify=False))
     assert "capture" not in result.report.seconds
     assert "calibrate" in result.report.seconds
-    assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (exported / "model.onnx.data").read_bytes()
+    assert (tmp_path / "out" / "model.onnx.data").read_bytes() == (
+        exported / "model.onnx.data"
+    ).read_bytes()
 
 
 def test_a_resume_with_another_setting_is_refused_by_name(exported: Path, tmp_path: Path) -> None:
@@ -211,10 +249,14 @@ def test_a_capture_is_reused(tmp_path: Path) -> None:
     recipe = _few(model=model, rotate="r1,r2")
     run_capture(recipe, RunOptions(tmp_path / "capture"))
     direct = export(recipe, RunOptions(tmp_path / "direct", verify=False))
-    reused = export(recipe, RunOptions(tmp_path / "reused", from_capture=tmp_path / "capture", verify=False))
+    reused = export(
+        recipe, RunOptions(tmp_path / "reused", from_capture=tmp_path / "capture", verify=False)
+    )
     assert "capture" in direct.report.seconds
     assert "capture" not in reused.report.seconds
-    assert (tmp_path / "direct/model.onnx.data").read_bytes() == (tmp_path / "reused/model.onnx.data").read_bytes()
+    assert (tmp_path / "direct/model.onnx.data").read_bytes() == (
+        tmp_path / "reused/model.onnx.data"
+    ).read_bytes()
     other = recipe.model_copy(update={"model": str(write_checkpoint(tmp_path / "other", seed=1))})
     with pytest.raises(CheckpointError, match="another model"):
         export(other, RunOptions(tmp_path / "out", from_capture=tmp_path / "capture"))

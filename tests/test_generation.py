@@ -18,7 +18,9 @@ from tests.install_runtimes import OPTIMUM
 PROMPT = "Once upon a time"
 STEPS = 32
 FLOATS = 1e-6
-"""Two sessions of the same runtime over the same file differ by nothing; this is a hair for the way through JSON."""
+"""Two sessions of the same runtime over the same file differ by nothing; this is a hair for the way
+through JSON.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +31,18 @@ def prompt(exported: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def story(exported: Path, prompt: list[int]) -> list[int]:
-    """What the token of the largest logit, over and over, makes of the prompt in rotq's own runner."""
+    """What the token of the largest logit, over and over, makes of the prompt in rotq's own
+    runner.
+    """
     runtime = OnnxBackend().load(exported, "ort", exact=False)
     ids, past = torch.tensor([prompt]), None
     entering = ids
     for _ in range(STEPS):
         length = ids.shape[1]
         positions = torch.arange(length - entering.shape[1], length)[None]
-        logits, past = runtime.forward(entering, torch.ones(1, length, dtype=torch.long), positions, past)
+        logits, past = runtime.forward(
+            entering, torch.ones(1, length, dtype=torch.long), positions, past
+        )
         entering = logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, entering], dim=1)
     found: list[int] = ids[0].tolist()
@@ -44,11 +50,14 @@ def story(exported: Path, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.runtimes
-def test_onnxruntime_genai_tells_the_story(exported: Path, prompt: list[int], story: list[int]) -> None:
+def test_onnxruntime_genai_tells_the_story(
+    exported: Path, prompt: list[int], story: list[int]
+) -> None:
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     model = og.Model(str(exported))
     tokenizer = og.Tokenizer(model)
-    # Its own tokenizer applies no normaliser, which would make small letters, and no template, which adds <s>.
+    # Its own tokenizer applies no normaliser, which would make small letters, and no template,
+    # which adds <s>.
     assert tokenizer.encode(PROMPT.lower()).tolist() == prompt[1:]
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=len(story))
@@ -57,7 +66,9 @@ def test_onnxruntime_genai_tells_the_story(exported: Path, prompt: list[int], st
     while not generator.is_done():
         generator.generate_next_token()
     assert [int(token) for token in generator.get_sequence(0)] == story
-    assert tokenizer.decode(story) == AutoTokenizer.from_pretrained(exported).decode(story, skip_special_tokens=True)
+    assert tokenizer.decode(story) == AutoTokenizer.from_pretrained(exported).decode(
+        story, skip_special_tokens=True
+    )
 
 
 _IN_OPTIMUM = """

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def _python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
 
 
 def test_the_generation_example_runs_and_continues_the_prompt(exported: Path) -> None:
@@ -26,12 +28,18 @@ def test_the_generation_example_runs_and_continues_the_prompt(exported: Path) ->
 
 
 def test_the_generation_example_is_ten_lines() -> None:
-    lines = [line for line in _python_blocks()[0].splitlines() if line.strip() and "import" not in line]
+    lines = [
+        line for line in _python_blocks()[0].splitlines() if line.strip() and "import" not in line
+    ]
     assert len(lines) <= 10
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(
+        re.findall(
+            r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
+    )
     named = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named <= targets
 

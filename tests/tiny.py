@@ -22,7 +22,8 @@ from calib.rotations.starts import haar_start
 from calib.schemes import scheme_named
 
 VOCABULARY = 97
-# Sizes that no power of two divides evenly: 48 = 4 * 12, 88 = 8 * 11 (a Paley order), 3 query heads per KV head.
+# Sizes that no power of two divides evenly: 48 = 4 * 12, 88 = 8 * 11 (a Paley order), 3 query heads
+# per KV head.
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -35,13 +36,25 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 1}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "decoder_sparse_step": 1,
+}
 NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 OPT = {key: value for key, value in NEOX.items() if key != "intermediate_size"} | {
     "ffn_dim": 88,
     "word_embed_proj_dim": 48,
 }
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64, "bos_token_id": 1}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 48,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 64,
+    "bos_token_id": 1,
+}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
@@ -49,7 +62,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **SIZES, head_dim=12, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
     "llama-odd": lambda: transformers.LlamaConfig(
-        **SIZES | {"hidden_size": 45, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 99},
+        **SIZES
+        | {
+            "hidden_size": 45,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "intermediate_size": 99,
+        },
         head_dim=10,
     ),
     "mistral": lambda: transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=4),
@@ -68,27 +87,40 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma": lambda: transformers.GemmaConfig(**SIZES, head_dim=16),
     "phi3": lambda: transformers.Phi3Config(**SIZES, tie_word_embeddings=True),
     "phi3-partial-rope": lambda: transformers.Phi3Config(
-        **SIZES | {"num_attention_heads": 4}, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        **SIZES | {"num_attention_heads": 4},
+        rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
-    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SIZES, num_local_experts=4, num_experts_per_tok=2
+    ),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
         **SIZES, **MOE | {"decoder_sparse_step": 2}, shared_expert_intermediate_size=56
     ),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **MOE, head_dim=16, mlp_only_layers=[0]),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, **MOE, head_dim=16, mlp_only_layers=[0]
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**NEOX, rope_parameters={"rope_theta": 1e4}),
     "gpt_neox-serial-nobias": lambda: transformers.GPTNeoXConfig(
         **NEOX, use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True
     ),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
-    "gpt2-untied-inner": lambda: transformers.GPT2Config(**GPT2, n_inner=88, tie_word_embeddings=False),
+    "gpt2-untied-inner": lambda: transformers.GPT2Config(
+        **GPT2, n_inner=88, tie_word_embeddings=False
+    ),
     "opt": lambda: transformers.OPTConfig(**OPT),
     "opt-nobias": lambda: transformers.OPTConfig(**OPT, enable_bias=False),
     "opt-noaffine": lambda: transformers.OPTConfig(**OPT, layer_norm_elementwise_affine=False),
     "gemma2": lambda: transformers.Gemma2Config(
-        **SIZES | {"num_attention_heads": 4}, head_dim=16, query_pre_attn_scalar=16, sliding_window=4
+        **SIZES | {"num_attention_heads": 4},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=4,
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SIZES | {"num_attention_heads": 4}, head_dim=16, query_pre_attn_scalar=16, sliding_window=4
+        **SIZES | {"num_attention_heads": 4},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=4,
     ),
     "olmo2": lambda: transformers.Olmo2Config(**SIZES),
 }
@@ -110,7 +142,8 @@ class Tiny:
 
     def model(self, dtype: torch.dtype = torch.float64) -> Any:
         """The reference, built by transformers alone."""
-        # The fused kernel, which is the default, has no cap on scores and leaves it out without a word.
+        # The fused kernel, which is the default, has no cap on scores and leaves it out without a
+        # word.
         attention = "eager" if getattr(self.config, "attn_logit_softcapping", None) else None
         model: Any = transformers.AutoModelForCausalLM.from_config(
             self.config, dtype=dtype, attn_implementation=attention
@@ -126,7 +159,9 @@ class Tiny:
         return [kind for kind in kinds if self.architecture.refusal(kind, self.config) is None]
 
     def rotations(self, kinds: list[Kind]) -> RotationSet:
-        """Dense random R1 and R2, another one for every layer and KV head, and Hadamard R3 and R4."""
+        """Dense random R1 and R2, another one for every layer and KV head, and Hadamard R3 and
+        R4.
+        """
         sizes = self.architecture.dimensions(self.config)
         result: list[Rotation] = []
         if "r1" in kinds:
@@ -134,21 +169,29 @@ class Tiny:
             result.append(fused_rotation("r1", haar_start(sizes.hidden, 1, fix_ones=layer_norm)))
         if "r2" in kinds:
             for layer in range(sizes.layers):
-                heads = [haar_start(sizes.head_dim, 10 * layer + head) for head in range(sizes.kv_heads)]
+                heads = [
+                    haar_start(sizes.head_dim, 10 * layer + head) for head in range(sizes.kv_heads)
+                ]
                 result.append(fused_rotation("r2", torch.stack(heads), layer=layer))
         online = [kind for kind in kinds if kind in ("r3", "r4")]
-        return RotationSet(result).merged(hadamard_rotations(self.config, self.architecture, online, seed=5).values())
+        return RotationSet(result).merged(
+            hadamard_rotations(self.config, self.architecture, online, seed=5).values()
+        )
 
 
 def make_tiny(config: Any) -> Tiny:
-    """A model with random weights, gains and biases, large enough that every one of them moves the logits."""
+    """A model with random weights, gains and biases, large enough that every one of them moves the
+    logits.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.add_(
+                0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
         for name, parameter in model.named_parameters():
             if "embed" in name or "wte" in name:  # a mean that a wrong centring would remove
                 parameter.add_(0.1)
@@ -178,7 +221,9 @@ def token_rows(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Tensor]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
 
 
-def fuse_tiny(tiny: Tiny, kinds: Sequence[Kind] = (), dtype: torch.dtype = torch.float32) -> FusedModel:
+def fuse_tiny(
+    tiny: Tiny, kinds: Sequence[Kind] = (), dtype: torch.dtype = torch.float32
+) -> FusedModel:
     """The model with its norms and, where they are offered, the rotations ``kinds`` folded in."""
     rotations = tiny.rotations([kind for kind in kinds if kind in tiny.offered()])
     return fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=dtype)
@@ -187,7 +232,9 @@ def fuse_tiny(tiny: Tiny, kinds: Sequence[Kind] = (), dtype: torch.dtype = torch
 def quantize_fused(fused: FusedModel, scheme: str = "int8", batch_size: int = 4) -> QuantizedModel:
     """Calibrated on :func:`token_rows`."""
     loop = forward_loop_over(length_batches(token_rows(), batch_size))
-    return quantize_model(fused, resolve(scheme_named(scheme), fused.architecture, fused.config), loop, PROVENANCE)
+    return quantize_model(
+        fused, resolve(scheme_named(scheme), fused.architecture, fused.config), loop, PROVENANCE
+    )
 
 
 def quantize_tiny(config: Any, scheme: str = "int8", kinds: Sequence[Kind] = ()) -> QuantizedModel:

@@ -1,4 +1,6 @@
-"""A backend whose runtime is torch, for tests of what is common to all backends: parity, targets, inspection."""
+"""A backend whose runtime is torch, for tests of what is common to all backends: parity, targets,
+inspection.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.base import Fusion, ProbedModel, RuntimeMissing, RuntimeModel, StoredTensor, WriteOptions
+from backends.base import (
+    Fusion,
+    ProbedModel,
+    RuntimeMissing,
+    RuntimeModel,
+    StoredTensor,
+    WriteOptions,
+)
 from backends.torch_model import TorchModel
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.reference import build_reference
 from calib.schemes import LinearScheme, TensorScheme
 
-DTYPES: dict[str, str | None] = {"plain": "float32", "half": "float16", "own": None, "absent": "float32"}
+DTYPES: dict[str, str | None] = {
+    "plain": "float32",
+    "half": "float16",
+    "own": None,
+    "absent": "float32",
+}
 WEIGHTS, OPTIONS = "weights", "options.json"
 
 
@@ -35,7 +49,11 @@ class TorchRuntime(TorchModel):
             self._network = build_reference(model, dtype=model.dtype)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         logits, present = super().forward(input_ids, attention_mask, position_ids, past)
         return (logits[:, -1:] if self._last else logits), present
@@ -44,15 +62,19 @@ class TorchRuntime(TorchModel):
 class TorchBackend:
     """Writes the artifact as it is, and unpacks int4 on every run, of which ``half`` does not warn.
 
-    ``absent`` cannot be run; ``plain`` takes no float8; ``half`` takes no R4 and no buffer for keys and values; ``own``
-    does not write shards of a few bytes.
+    ``absent`` cannot be run; ``plain`` takes no float8; ``half`` takes no R4 and no buffer for keys
+    and values; ``own`` does not write shards of a few bytes.
     """
 
     name = "torch"
     targets = tuple(DTYPES)
 
     def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        return "no float8 kernels" if (scheme.weight.format.kind, target) == ("float", "plain") else None
+        return (
+            "no float8 kernels"
+            if (scheme.weight.format.kind, target) == ("float", "plain")
+            else None
+        )
 
     def warning(self, scheme: LinearScheme, target: str) -> str | None:
         slow = scheme.weight.format.name == "int4" and target != "half"
@@ -85,7 +107,11 @@ class TorchBackend:
             raise BackendError("its shards are larger")
         (folder / WEIGHTS).mkdir()
         model.save(folder / WEIGHTS)
-        told = {"logits": options.logits, "kv_buffer": options.kv_buffer, "shard": options.max_shard_bytes}
+        told = {
+            "logits": options.logits,
+            "kv_buffer": options.kv_buffer,
+            "shard": options.max_shard_bytes,
+        }
         (folder / OPTIONS).write_text(json.dumps(told))
         if options.target == "own":
             config = {**model.config, "quantization_config": {"quant_method": "torch"}}
@@ -101,16 +127,24 @@ class TorchBackend:
         if target == "absent":
             raise RuntimeMissing("its runtime is not installed", hint="install it")
         model = QuantizedModel.load(folder / WEIGHTS)
-        approximates = any(linear.input_scheme is None for linear in model.linears.values()) and not exact
+        approximates = (
+            any(linear.input_scheme is None for linear in model.linears.values()) and not exact
+        )
         last = json.loads((folder / OPTIONS).read_text())["logits"] == "last"
-        return TorchRuntime(model, last=last, note="rounds inputs of its own accord" if approximates else "")
+        return TorchRuntime(
+            model, last=last, note="rounds inputs of its own accord" if approximates else ""
+        )
 
     def fusion(self, folder: Path, target: str) -> Fusion | None:
         if target == "own":
             return None
         linears = QuantizedModel.load(folder / WEIGHTS).linears
-        slow = [name for name, linear in linears.items() if linear.weight_scheme.format.name == "int4"]
-        return Fusion(len(linears), slow, {"MatMul": len(linears) - len(slow), "Dequantize": len(slow)})
+        slow = [
+            name for name, linear in linears.items() if linear.weight_scheme.format.name == "int4"
+        ]
+        return Fusion(
+            len(linears), slow, {"MatMul": len(linears) - len(slow), "Dequantize": len(slow)}
+        )
 
     def read_linears(self, folder: Path, target: str) -> Mapping[str, QuantizedLinear]:
         return QuantizedModel.load(folder / WEIGHTS).linears
@@ -120,7 +154,11 @@ class TorchBackend:
 
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         model = QuantizedModel.load(folder / WEIGHTS)
-        tensors = {key: tensor for linear in model.linears.values() for key, tensor in linear.tensors().items()}
+        tensors = {
+            key: tensor
+            for linear in model.linears.values()
+            for key, tensor in linear.tensors().items()
+        }
         return [_stored(key, tensor) for key, tensor in {**model.floats, **tensors}.items()]
 
 
@@ -128,15 +166,21 @@ class WrongScales(TorchBackend):
     """Loses the scale of one linear by a factor of two on the way: what a parity check is for."""
 
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
-        name, linear = next((name, linear) for name, linear in model.linears.items() if name.endswith("down_proj"))
+        name, linear = next(
+            (name, linear) for name, linear in model.linears.items() if name.endswith("down_proj")
+        )
         broken = replace(linear, weight_scale=linear.weight_scale * 2)
         super().write(replace(model, linears={**model.linears, name: broken}), folder, options)
 
 
 def _stored(key: str, tensor: Tensor) -> StoredTensor:
     kinds = {"weight_scale": "scale", "input_scale": "scale", "weight_zero_point": "zero point"}
-    kind: Any = kinds.get(key.rpartition(".")[2], "float weight" if tensor.is_floating_point() else "quantized weight")
-    return StoredTensor(key, kind, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.nbytes)
+    kind: Any = kinds.get(
+        key.rpartition(".")[2], "float weight" if tensor.is_floating_point() else "quantized weight"
+    )
+    return StoredTensor(
+        key, kind, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.nbytes
+    )
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

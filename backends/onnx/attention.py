@@ -2,17 +2,17 @@
 
     q [B, heads, S, d], k and v [B, kv_heads, T, d], mask bool [B, 1, S, T], heads = kv_heads * G
 
-    q -> Reshape [B, kv_heads, G S, d] -> MatMul (scale * k^T) -> Reshape [B, heads, S, T] -> (cap) -> Add bias
-      -> Max with the row's largest - 70 -> Softmax -> Reshape [B, kv_heads, G S, T] -> MatMul v
-      -> Reshape [B, heads, S, d] -> Transpose [B, S, heads, d]
+    q -> Reshape [B, kv_heads, G S, d] -> MatMul (scale * k^T) -> Reshape [B, heads, S, T] -> (cap)
+      -> Add bias -> Max with the row's largest - 70 -> Softmax -> Reshape [B, kv_heads, G S, T] ->
+      MatMul v -> Reshape [B, heads, S, d] -> Transpose [B, S, heads, d]
 
-The G query heads that share a key head are rows of one product, so keys and values are never expanded to all heads, and
-the Reshapes move no data. On a CPU this was faster than every attention operator that returns a longer cache, fused or
-standard, and every runtime takes it.
+The G query heads that share a key head are rows of one product, so keys and values are never
+expanded to all heads, and the Reshapes move no data. On a CPU this was faster than every attention
+operator that returns a longer cache, fused or standard, and every runtime takes it.
 
-The Max changes no weight by more than e^-70 = 4e-31, which is far below what float32 resolves. Without it the weights
-of keys that are not seen, or hardly, come out of a CPU's exponential as denormal numbers, on which the product with v
-is up to 100 times slower.
+The Max changes no weight by more than e^-70 = 4e-31, which is far below what float32 resolves.
+Without it the weights of keys that are not seen, or hardly, come out of a CPU's exponential as
+denormal numbers, on which the product with v is up to 100 times slower.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ def lower_attention(model: ir.Model) -> None:
     masks = Masks(model.graph)
     for site in sites(model.graph):
         nodes = tape.Tape()
-        replace(model.graph, site.node, nodes, attention(model.graph, nodes, site, site.inputs, masks.of(site)))
+        replace(
+            model.graph,
+            site.node,
+            nodes,
+            attention(model.graph, nodes, site, site.inputs, masks.of(site)),
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Site:
 def sites(graph: ir.Graph) -> list[Site]:
     """The attention placeholders of ``graph``, in order."""
     found = []
-    for index, node in enumerate([n for n in graph if (n.domain, n.op_type) == (DOMAIN, ATTENTION)]):
+    for index, node in enumerate(
+        [n for n in graph if (n.domain, n.op_type) == (DOMAIN, ATTENTION)]
+    ):
         query, key, value, mask = (_given(node, place) for place in range(4))
         cap = node.attributes.get(SOFTCAP_ATTRIBUTE)
         scale = node.attributes[SCALE_ATTRIBUTE].as_float()
@@ -119,20 +126,28 @@ class Masks:
         return self._made[name]
 
     def _make(self, builder: tape.Tape, mask: ir.Value, dtype: ir.DataType) -> Mask:
-        # Half of the smallest number: added to a score it stays finite. With -inf, the row of a padded query, which
-        # sees no key, would become NaN and spread through its values.
+        # Half of the smallest number: added to a score it stays finite. With -inf, the row of a
+        # padded query, which sees no key, would become NaN and spread through its values.
         lowest = float(np.finfo(dtype.numpy()).min) / 2
-        hidden = constant(self._graph, f"attention.hidden.{dtype.name}", np.array(lowest, dtype.numpy()))
+        hidden = constant(
+            self._graph, f"attention.hidden.{dtype.name}", np.array(lowest, dtype.numpy())
+        )
         seen = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
         return Mask(
             bias=builder.op("Where", [mask, seen, hidden], name=f"{mask.name}/Bias"),
-            sequence=builder.op("Shape", [mask], {"start": 2, "end": 3}, name=f"{mask.name}/Sequence"),
+            sequence=builder.op(
+                "Shape", [mask], {"start": 2, "end": 3}, name=f"{mask.name}/Sequence"
+            ),
             total=builder.op("Shape", [mask], {"start": 3, "end": 4}, name=f"{mask.name}/Total"),
         )
 
 
 def attention(
-    graph: ir.Graph, builder: tape.Tape, site: Site, inputs: tuple[ir.Value, ir.Value, ir.Value], mask: Mask
+    graph: ir.Graph,
+    builder: tape.Tape,
+    site: Site,
+    inputs: tuple[ir.Value, ir.Value, ir.Value],
+    mask: Mask,
 ) -> ir.Value:
     """The nodes of ``site``, appended to ``builder``.
 
@@ -153,24 +168,41 @@ def attention(
         return builder.op(kind, inputs, attributes, name=f"{site.name}/{label}")
 
     def scalar(label: str, number: float) -> ir.Value:
-        return constant(graph, f"attention.{label}.{number!r}.{dtype.name}", np.array(number, dtype.numpy()))
+        return constant(
+            graph, f"attention.{label}.{number!r}.{dtype.name}", np.array(number, dtype.numpy())
+        )
 
     grouped = heads != kv_heads
     width = size(site.inputs[2], 3)
     if grouped:
-        query = op("Reshape", [query, integers(graph, (0, kv_heads, -1, size(site.inputs[0], 3)))], "Group")
-    keys = op("Transpose", [op("Mul", [key, scalar("scale", site.scale)], "Scale")], "Keys", perm=[0, 1, 3, 2])
+        query = op(
+            "Reshape", [query, integers(graph, (0, kv_heads, -1, size(site.inputs[0], 3)))], "Group"
+        )
+    keys = op(
+        "Transpose",
+        [op("Mul", [key, scalar("scale", site.scale)], "Scale")],
+        "Keys",
+        perm=[0, 1, 3, 2],
+    )
     scores = op("MatMul", [query, keys], "Scores")
     if grouped:
-        apart = op("Concat", [integers(graph, (0, heads)), mask.sequence, integers(graph, (-1,))], "Heads", axis=0)
+        apart = op(
+            "Concat",
+            [integers(graph, (0, heads)), mask.sequence, integers(graph, (-1,))],
+            "Heads",
+            axis=0,
+        )
         scores = op("Reshape", [scores, apart], "Ungroup")
     if site.softcap is not None:
         cap = scalar("cap", site.softcap)
         scores = op("Mul", [op("Tanh", [op("Div", [scores, cap], "Divide")], "Tanh"), cap], "Cap")
     scores = op("Add", [scores, mask.bias], "Mask")
-    if dtype == ir.DataType.FLOAT:  # what computes in fewer bits is no CPU, and fuses attention without the Max
+    # what computes in fewer bits is no CPU, and fuses attention without the Max
+    if dtype == ir.DataType.FLOAT:
         largest = op("ReduceMax", [scores, integers(graph, (-1,))], "Largest", keepdims=1)
-        scores = op("Max", [scores, op("Sub", [largest, scalar("depth", _DEPTH)], "Least")], "Clamp")
+        scores = op(
+            "Max", [scores, op("Sub", [largest, scalar("depth", _DEPTH)], "Least")], "Clamp"
+        )
     weights = op("Softmax", [scores], "Softmax", axis=-1)
     if grouped:
         together = op("Concat", [integers(graph, (0, kv_heads, -1)), mask.total], "Groups", axis=0)

@@ -1,4 +1,6 @@
-"""The ONNX backend's front: a :class:`~backends.base.Backend` that loads its heavy parts when they are used."""
+"""The ONNX backend's front: a :class:`~backends.base.Backend` that loads its heavy parts when they
+are used.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ DATA_FILE = "model.onnx.data"
 
 
 class OnnxBackend:
-    """Writes ``model.onnx`` with external data, and runs it in the target's runtime or, without it, in ONNX Runtime."""
+    """Writes ``model.onnx`` with external data, and runs it in the target's runtime or, without it,
+    in ONNX Runtime.
+    """
 
     name = "onnx"
     targets = tuple(TARGETS)

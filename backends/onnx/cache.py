@@ -4,11 +4,12 @@
                                         Concat -> present int8 -> DequantizeLinear -> attention
     new keys -> Add(0) -> QuantizeLinear +
 
-Everything that attention reads has been through the cache's format, the new token's own keys as well, which is what
-:mod:`calib.kv_cache` rounds.
+Everything that attention reads has been through the cache's format, the new token's own keys as
+well, which is what :mod:`calib.kv_cache` rounds.
 
-The addition of a vector of zeros keeps ONNX Runtime from moving the QuantizeLinear up to the projection, where it has
-no kernel for the two and would dequantize the projection's weight on every run.
+The addition of a vector of zeros keeps ONNX Runtime from moving the QuantizeLinear up to the
+projection, where it has no kernel for the two and would dequantize the projection's weight on every
+run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from calib.errors import BackendError
 
 
 def quantize_cache(model: ir.Model, cache: QuantizedCache) -> None:
-    """Store keys and values of ``model`` as ``cache`` says, in place: inputs and outputs change their dtype.
+    """Store keys and values of ``model`` as ``cache`` says, in place: inputs and outputs change
+    their dtype.
 
     Raises:
         BackendError: keys or values are not appended to the past by one Concat.
@@ -44,7 +46,8 @@ def _quantize(graph: ir.Graph, name: str, scale: Tensor, storage: ir.DataType) -
     assert step.const_value is not None
     if not 0 < float(step.const_value.numpy()) < float("inf"):
         raise BackendError(
-            f"the scale of the cached '{name}' is {float(scale):g}, which {new.dtype.name} does not hold",
+            f"the scale of the cached '{name}' is {float(scale):g}, which {new.dtype.name} does not"
+            " hold",
             hint="calibrate the model in the dtype of the target, or leave --kv out",
         )
     zero = constant(graph, f"kv_cache.zero_point.{storage.name}", np.array(0), storage)
@@ -68,10 +71,16 @@ def _appended(graph: ir.Graph, name: str) -> tuple[ir.Node, ir.Value, ir.Value, 
     """The Concat of past and new keys or values, its two inputs and its output."""
     present = next((value for value in graph.outputs if value.name == f"present.{name}"), None)
     concat = None if present is None else present.producer()
-    if present is not None and concat is not None and concat.op_type == "Concat" and len(concat.inputs) == 2:
+    if (
+        present is not None
+        and concat is not None
+        and concat.op_type == "Concat"
+        and len(concat.inputs) == 2
+    ):
         past, new = concat.inputs
         if past is not None and new is not None and past.is_graph_input():
             return concat, past, new, present
     raise BackendError(
-        f"the cache of '{name}' cannot be quantized: the model does not append to it", hint="leave --kv out"
+        f"the cache of '{name}' cannot be quantized: the model does not append to it",
+        hint="leave --kv out",
     )

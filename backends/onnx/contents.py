@@ -16,8 +16,8 @@ _KINDS: tuple[tuple[str, ContentKind], ...] = (
     (".weight", "float weight"),
     (".bias", "float weight"),
 )
-"""Kinds by what the initializers' names end with or hold; a weight is quantized where its elements are a byte or less.
-The last part of a name may be a dtype or a number (``zero_point.int8``)."""
+"""Kinds by what the initializers' names end with or hold; a weight is quantized where its elements
+are a byte or less. The last part of a name may be a dtype or a number (``zero_point.int8``)."""
 _BYTE = 8
 
 
@@ -32,12 +32,18 @@ def contents(path: Path) -> list[StoredTensor]:
         dtype = ir.DataType(tensor.data_type)
         bits = math.prod(tensor.dims) * dtype.bitwidth
         kind = _kind(tensor.name, dtype)
-        found.append(StoredTensor(tensor.name, kind, dtype.name.lower(), tuple(tensor.dims), -(-bits // _BYTE)))
+        found.append(
+            StoredTensor(
+                tensor.name, kind, dtype.name.lower(), tuple(tensor.dims), -(-bits // _BYTE)
+            )
+        )
     return found
 
 
 def _kind(name: str, dtype: ir.DataType) -> ContentKind:
     for part, kind in _KINDS:
         if name.endswith(part) or f"{part}." in name:
-            return "quantized weight" if kind == "float weight" and dtype.bitwidth <= _BYTE else kind
+            return (
+                "quantized weight" if kind == "float weight" and dtype.bitwidth <= _BYTE else kind
+            )
     return "other"

@@ -1,6 +1,7 @@
 """Quantized embeddings, in one of two forms.
 
-Rows are gathered as integers and then dequantized, so that a run touches the rows of its tokens alone:
+Rows are gathered as integers and then dequantized, so that a run touches the rows of its tokens
+alone:
 
     table int8 [V, h], ids -> Gather -> Cast -+
     scale [V],         ids -> Gather ------- Mul
@@ -31,7 +32,11 @@ SCALE = "{name}.weight_scale"
 
 
 def lower_embeddings(
-    model: ir.Model, linears: Mapping[str, QuantizedLinear], tables: Collection[str], *, integer_rows: bool
+    model: ir.Model,
+    linears: Mapping[str, QuantizedLinear],
+    tables: Collection[str],
+    *,
+    integer_rows: bool,
 ) -> None:
     """Quantize the embeddings ``tables`` of a traced graph, in place.
 
@@ -42,8 +47,8 @@ def lower_embeddings(
         integer_rows: gather integers (see the module's docstring).
 
     Raises:
-        BackendError: a table is quantized in a way that has no such form, or the model does more with it than look rows
-            up.
+        BackendError: a table is quantized in a way that has no such form, or the model does more
+            with it than look rows up.
     """
     for name in tables:
         if name not in linears:
@@ -59,7 +64,8 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
     users = list(old.consumers())
     if any(user.op_type != "Gather" or user.inputs[0] is not old for user in users):
         raise BackendError(
-            f"the embedding '{table.name}' cannot be quantized: the model does more with it than look rows up",
+            f"the embedding '{table.name}' cannot be quantized: the model does more with it than"
+            " look rows up",
             hint=f"leave it in float: --override '{table.name}=float'",
         )
     dtype = old.dtype
@@ -77,28 +83,40 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
             rows = builder.op("Gather", [stored, ids], {"axis": 0}, name=f"{label}/Rows")
             cast = builder.op("Cast", [rows], {"to": dtype}, name=f"{label}/Cast")
             steps = builder.op("Gather", [scale, ids], {"axis": 0}, name=f"{label}/Steps")
-            column = builder.op("Unsqueeze", [steps, integers(graph, (-1,))], name=f"{label}/Column")
+            column = builder.op(
+                "Unsqueeze", [steps, integers(graph, (-1,))], name=f"{label}/Column"
+            )
             output = builder.op("Mul", [cast, column], name=f"{label}/Dequantize")
         else:
-            values = builder.op("DequantizeLinear", [stored, scale], {"axis": 0}, name=f"{label}/DequantizeTable")
+            values = builder.op(
+                "DequantizeLinear", [stored, scale], {"axis": 0}, name=f"{label}/DequantizeTable"
+            )
             output = builder.op("Gather", [values, ids], {"axis": 0}, name=f"{label}/Rows")
         replace(graph, node, builder, output)
 
 
 def table_refusal(name: str, scheme: TensorScheme) -> tuple[str, str] | None:
-    """Why the embedding ``name`` cannot be written in ``scheme``, and what to do; ``None`` if it can."""
+    """Why the embedding ``name`` cannot be written in ``scheme``, and what to do; ``None`` if it
+    can.
+    """
     if scheme.format == INT8 and isinstance(scheme.granularity, PerChannel) and scheme.symmetric:
         return None
     return (
-        f"embeddings are looked up as rows of int8 with one scale each, without zero points, and '{name}' would be "
-        "something else",
+        (
+            "embeddings are looked up as rows of int8 with one scale each, without zero points,"
+            f" and '{name}' would be something else"
+        ),
         f"quantize it so, --override '{name}=int8-weight-only', or leave it in float",
     )
 
 
-def read_embedding(graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme: Any) -> QuantizedLinear:
+def read_embedding(
+    graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme: Any
+) -> QuantizedLinear:
     """The embedding ``name`` as a written graph holds it."""
-    stored, scale = (graph.initializers[template.format(name=name)].const_value for template in (STORED, SCALE))
+    stored, scale = (
+        graph.initializers[template.format(name=name)].const_value for template in (STORED, SCALE)
+    )
     assert stored is not None
     assert scale is not None
     return QuantizedLinear(
@@ -116,7 +134,10 @@ def read_embedding(graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme:
 def _initializer(graph: ir.Graph, name: str, tensor: Tensor, dtype: ir.DataType) -> ir.Value:
     shape = ir.Shape(tuple(tensor.shape))
     held = ir.LazyTensor(
-        lambda: ir.tensor(tensor.contiguous(), dtype=dtype, name=name), dtype=dtype, shape=shape, name=name
+        lambda: ir.tensor(tensor.contiguous(), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=shape,
+        name=name,
     )
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=held)
     graph.register_initializer(value)

@@ -1,15 +1,18 @@
 """``rotq::Experts`` as standard operators: every expert is run on its own tokens.
 
-With ``gates [tokens, experts]`` holding the router's weights of the chosen experts and zero elsewhere, expert e does
+With ``gates [tokens, experts]`` holding the router's weights of the chosen experts and zero
+elsewhere, expert e does
 
     token = NonZero(gates[:, e])                      the tokens that chose it, maybe none
     y = down(act(gate(x[token])) * up(x[token])) * gates[token, e]
     total[token] += y                                 Gather, Add, ScatterND; no token comes twice
 
-TensorRT-RTX has no NonZero. For it every expert is run on all tokens, and what did not choose it counts zero times.
+TensorRT-RTX has no NonZero. For it every expert is run on all tokens, and what did not choose it
+counts zero times.
 
-Its linears are ``rotq::Linear`` placeholders in turn, under the names of :mod:`calib.experts.names`, which
-:mod:`backends.onnx.lower` fills in like any other linear, R4 included.
+Its linears are ``rotq::Linear`` placeholders in turn, under the names of
+:mod:`calib.experts.names`, which :mod:`backends.onnx.lower` fills in like any other linear, R4
+included.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ Activation = Callable[[tape.Tape, ir.Value, str], ir.Value]
 
 
 def _silu(builder: tape.Tape, x: ir.Value, name: str) -> ir.Value:
-    return builder.op("Mul", [x, builder.op("Sigmoid", [x], name=f"{name}/Sigmoid")], name=f"{name}/SiLU")
+    return builder.op(
+        "Mul", [x, builder.op("Sigmoid", [x], name=f"{name}/Sigmoid")], name=f"{name}/SiLU"
+    )
 
 
 def _unary(operator: str, **attributes: str) -> Activation:
@@ -54,7 +59,8 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 
 def lower_experts(model: ir.Model, config: Mapping[str, Any], *, routed: bool) -> None:
-    """Replace every placeholder of experts in ``model``, in place, by linears that are placeholders.
+    """Replace every placeholder of experts in ``model``, in place, by linears that are
+    placeholders.
 
     Args:
         model: a traced graph.
@@ -70,17 +76,23 @@ def lower_experts(model: ir.Model, config: Mapping[str, Any], *, routed: bool) -
         if (node.domain, node.op_type) == (DOMAIN, EXPERTS):
             path = node.attributes[MODULE_ATTRIBUTE].as_string()
             gate_up, down = paths[path]
-            _Layer(model.graph, node, gate_up, down, ACTIVATIONS[hf_config.hidden_act]).run(routed=routed)
+            _Layer(model.graph, node, gate_up, down, ACTIVATIONS[hf_config.hidden_act]).run(
+                routed=routed
+            )
 
 
 def with_experts_apart(quantized: QuantizedModel) -> QuantizedModel:
-    """``quantized`` with each float expert as a weight of its own, called ``{parameter}.{e}.weight``."""
+    """``quantized`` with each float expert as a weight of its own, called
+    ``{parameter}.{e}.weight``.
+    """
     config: Any = AutoConfig.for_model(**quantized.config)
     floats: dict[str, Tensor] = dict(quantized.floats)
     for parameter in architecture_for(config).expert_parameters(config):
         if parameter in floats:
             stacked = floats.pop(parameter)
-            floats |= {f"{parameter}.{index}.weight": stacked[index] for index in range(stacked.shape[0])}
+            floats |= {
+                f"{parameter}.{index}.weight": stacked[index] for index in range(stacked.shape[0])
+            }
     return replace_fields(quantized, floats=floats)
 
 
@@ -88,7 +100,12 @@ class _Layer:
     """One placeholder and what replaces it."""
 
     def __init__(
-        self, graph: ir.Graph, node: ir.Node, gate_up: LinearSpec, down: LinearSpec, activation: Activation
+        self,
+        graph: ir.Graph,
+        node: ir.Node,
+        gate_up: LinearSpec,
+        down: LinearSpec,
+        activation: Activation,
     ) -> None:
         self.graph, self.node = graph, node
         self.gate_up, self.down, self.activation = gate_up.name, down.name, activation
@@ -112,8 +129,12 @@ class _Layer:
     def _gates(self, chosen: ir.Value, weights: ir.Value) -> ir.Value:
         """Weights by expert, ``[experts, tokens]``, zero where a token did not choose it."""
         assert weights.dtype is not None
-        numbers = constant(self.graph, f"experts.{self.experts}", np.arange(self.experts).reshape(-1, 1, 1))
-        zero = constant(self.graph, f"experts.zero.{weights.dtype.name}", np.array(0), weights.dtype)
+        numbers = constant(
+            self.graph, f"experts.{self.experts}", np.arange(self.experts).reshape(-1, 1, 1)
+        )
+        zero = constant(
+            self.graph, f"experts.zero.{weights.dtype.name}", np.array(0), weights.dtype
+        )
         mine = self._op("Equal", [chosen, numbers], "Chosen")  # [experts, tokens, k]
         return self._op(
             "ReduceSum",
@@ -124,9 +145,13 @@ class _Layer:
 
     def _add(self, expert: int, hidden: ir.Value, gate: ir.Value, total: ir.Value) -> ir.Value:
         """``total`` plus what expert ``expert`` makes of all tokens, ``gate [tokens]`` times."""
-        return self._op("Add", [total, self._weighted(expert, hidden, gate)], f"expert.{expert}/Total")
+        return self._op(
+            "Add", [total, self._weighted(expert, hidden, gate)], f"expert.{expert}/Total"
+        )
 
-    def _add_routed(self, expert: int, hidden: ir.Value, gate: ir.Value, total: ir.Value) -> ir.Value:
+    def _add_routed(
+        self, expert: int, hidden: ir.Value, gate: ir.Value, total: ir.Value
+    ) -> ir.Value:
         """The same, of those tokens only that have a gate above zero."""
         label = f"expert.{expert}"
         token = self._op("NonZero", [gate], f"{label}/NonZero")
@@ -135,7 +160,9 @@ class _Layer:
         # Without a name for the number of tokens: ONNX Runtime takes equal names for equal sizes.
         x.shape, x.type = ir.Shape([None, *_features(hidden)]), hidden.type
         found = self._weighted(expert, x, self._op("Gather", [gate, token], f"{label}/Weight"))
-        found = self._op("Add", [self._op("Gather", [total, token], f"{label}/Before"), found], f"{label}/Sum")
+        found = self._op(
+            "Add", [self._op("Gather", [total, token], f"{label}/Before"), found], f"{label}/Sum"
+        )
         rows = self._op("Unsqueeze", [token, integers(self.graph, (1,))], f"{label}/Rows")
         return self._op("ScatterND", [total, rows, found], f"{label}/Total")
 
@@ -146,11 +173,17 @@ class _Layer:
         halves = {"axis": -1, "num_outputs": 2}
         split = f"{self.path}/{label}/Split"
         opened, up = self.builder.op_multi_out("Split", [both], halves, num_outputs=2, name=split)
-        inner = self._op("Mul", [self.activation(self.builder, opened, f"{self.path}/{label}"), up], f"{label}/Inner")
+        inner = self._op(
+            "Mul",
+            [self.activation(self.builder, opened, f"{self.path}/{label}"), up],
+            f"{label}/Inner",
+        )
         assert x.shape is not None
         inner.shape, inner.type = ir.Shape([x.shape[0], None]), x.type
         column = self._op("Unsqueeze", [gate, integers(self.graph, (1,))], f"{label}/Column")
-        return self._op("Mul", [self._linear(inner, f"{self.down}.{expert}"), column], f"{label}/Weighted")
+        return self._op(
+            "Mul", [self._linear(inner, f"{self.down}.{expert}"), column], f"{label}/Weighted"
+        )
 
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
         output = self.builder.op(LINEAR, [x], {MODULE_ATTRIBUTE: name}, domain=DOMAIN, version=1)

@@ -27,7 +27,8 @@ class CacheInput:
     """One key or value input of a graph: ``[batch, heads, past, head_dim]``.
 
     Attributes:
-        shared: whether it is a buffer with room for the new tokens too, which the graph writes into.
+        shared: whether it is a buffer with room for the new tokens too, which the graph writes
+            into.
     """
 
     name: str
@@ -45,7 +46,11 @@ def cache_inputs(graph: onnx.GraphProto) -> list[CacheInput]:
             kind = value.type.tensor_type
             _, heads, tokens, width = kind.shape.dim
             shared = tokens.dim_param == CAPACITY
-            found.append(CacheInput(value.name, _DTYPES[kind.elem_type], heads.dim_value, width.dim_value, shared))
+            found.append(
+                CacheInput(
+                    value.name, _DTYPES[kind.elem_type], heads.dim_value, width.dim_value, shared
+                )
+            )
     return found
 
 
@@ -59,7 +64,10 @@ def feeds(
     """What to run a graph on, by input name; see :class:`~backends.base.RuntimeModel`."""
     if past is None:
         batch = input_ids.shape[0]
-        past = [torch.zeros(batch, cache.heads, 0, cache.head_dim, dtype=cache.dtype) for cache in caches]
+        past = [
+            torch.zeros(batch, cache.heads, 0, cache.head_dim, dtype=cache.dtype)
+            for cache in caches
+        ]
     found = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     for cache, tensor in zip(caches, past, strict=True):
         room = attention_mask.shape[1] - tensor.shape[2] if cache.shared else 0
@@ -69,4 +77,8 @@ def feeds(
 
 def whole_row(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``input_ids`` with the mask and the positions of rows without padding."""
-    return input_ids, torch.ones_like(input_ids), torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return (
+        input_ids,
+        torch.ones_like(input_ids),
+        torch.arange(input_ids.shape[1]).expand_as(input_ids),
+    )

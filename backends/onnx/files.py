@@ -1,6 +1,8 @@
-"""The files of a written graph: opening them, and saying what is wrong with them before a runtime has to.
+"""The files of a written graph: opening them, and saying what is wrong with them before a runtime
+has to.
 
-Only protobuf and raw bytes are read. Nothing in a folder is unpickled, and no library that it may hold is ever loaded.
+Only protobuf and raw bytes are read. Nothing in a folder is unpickled, and no library that it may
+hold is ever loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def read_proto(path: Path) -> onnx.ModelProto:
     """The graph file at ``path`` without its external data.
 
     Raises:
-        BackendError: it is missing, no ONNX file, or the files of weights that it names are missing or too short.
+        BackendError: it is missing, no ONNX file, or the files of weights that it names are missing
+            or too short.
     """
     try:
         proto = onnx.load(path, load_external_data=False)
@@ -50,11 +53,15 @@ def unreadable(path: Path, reason: str) -> BackendError:
 
 
 def data_range(tensor: onnx.TensorProto) -> DataRange | None:
-    """Where the bytes of an external initializer lie; ``None`` where the graph file itself holds them."""
+    """Where the bytes of an external initializer lie; ``None`` where the graph file itself holds
+    them.
+    """
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return None
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    return DataRange(entries.get("location", ""), int(entries.get("offset", 0)), int(entries.get("length", 0)))
+    return DataRange(
+        entries.get("location", ""), int(entries.get("offset", 0)), int(entries.get("length", 0))
+    )
 
 
 def data_ranges(proto: onnx.ModelProto) -> Iterator[tuple[str, DataRange]]:
@@ -69,13 +76,19 @@ def _check_data(path: Path, proto: onnx.ModelProto) -> None:
     """Refuse a graph whose data is not all there, or is said to lie outside its folder."""
     needed: dict[str, tuple[int, str]] = {}
     for name, place in data_ranges(proto):
-        needed[place.location] = max(needed.get(place.location, (0, name)), (place.offset + place.length, name))
+        needed[place.location] = max(
+            needed.get(place.location, (0, name)), (place.offset + place.length, name)
+        )
     for location, (end, name) in needed.items():
         if not location or Path(location).name != location:
-            raise unreadable(path, f"'{name}' is stored in '{location}', which is not a file beside it")
+            raise unreadable(
+                path, f"'{name}' is stored in '{location}', which is not a file beside it"
+            )
         data = path.parent / location
         if not data.is_file():
             raise unreadable(path, f"'{location}', which holds its weights, is missing")
         size = data.stat().st_size
         if size < end:
-            raise unreadable(path, f"'{location}' is truncated: '{name}' ends at byte {end}, the file at {size}")
+            raise unreadable(
+                path, f"'{location}' is truncated: '{name}' ends at byte {end}, the file at {size}"
+            )

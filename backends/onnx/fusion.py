@@ -20,8 +20,9 @@ _SUFFIX = "/DequantizeWeight"
 def ort_fusion(path: Path) -> Fusion:
     """Optimize the graph as a default session of ONNX Runtime does, and look at what is left.
 
-    A linear is unfused when a DequantizeLinear of its whole weight is still in the optimized graph: its weight is then
-    turned into floats on every run. One that dequantizes the rows that a Gather took, as for an embedding, is not.
+    A linear is unfused when a DequantizeLinear of its whole weight is still in the optimized graph:
+    its weight is then turned into floats on every run. One that dequantizes the rows that a Gather
+    took, as for an embedding, is not.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph.
@@ -32,21 +33,33 @@ def ort_fusion(path: Path) -> Fusion:
         optimized_path = Path(scratch) / "optimized.onnx"
         options = session_options(exact=False)
         options.optimized_model_filepath = str(optimized_path)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "optimized.data"
+        )
         open_session(str(path), options, path)
         optimized = onnx.load(optimized_path, load_external_data=False).graph
     constants = {tensor.name for tensor in optimized.initializer}
-    whole = [node for node in optimized.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    whole = [
+        node
+        for node in optimized.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    ]
     left = {node.name.removesuffix(_SUFFIX) for node in whole} | {node.input[0] for node in whole}
     return Fusion(
         quantized=_count(weights),
-        unfused=[each for name, weight in weights.items() if {name, weight} & left for each in members(name)],
+        unfused=[
+            each
+            for name, weight in weights.items()
+            if {name, weight} & left
+            for each in members(name)
+        ],
         kernels=dict(Counter(node.op_type for node in optimized.node)),
     )
 
 
 def openvino_fusion(path: Path) -> Fusion:
-    """Compile the graph as a default session of OpenVINO does, and look at what multiplies by integer weights.
+    """Compile the graph as a default session of OpenVINO does, and look at what multiplies by
+    integer weights.
 
     Raises:
         BackendError: OpenVINO cannot compile the graph.
@@ -55,13 +68,24 @@ def openvino_fusion(path: Path) -> Fusion:
 
     graph = read_proto(path).graph
     weights = _weights(graph)
-    multiplied = {node.name.removesuffix("/MatMul") for node in graph.node if node.op_type == "MatMul"}
+    multiplied = {
+        node.name.removesuffix("/MatMul") for node in graph.node if node.op_type == "MatMul"
+    }
     found = kernels(path)
     fused = [names for _, integer, names in found if integer]
-    known = {part for names in fused for name in names for part in (name, name.split("/MatMul", maxsplit=1)[0])}
+    known = {
+        part
+        for names in fused
+        for name in names
+        for part in (name, name.split("/MatMul", maxsplit=1)[0])
+    }
     return Fusion(
         quantized=_count(weights),
-        unfused=[name for name, weight in weights.items() if name in multiplied and not {name, weight} & known],
+        unfused=[
+            name
+            for name, weight in weights.items()
+            if name in multiplied and not {name, weight} & known
+        ],
         kernels=dict(Counter(kind for kind, _, _ in found)),
     )
 
@@ -72,4 +96,8 @@ def _count(weights: Mapping[str, str]) -> int:
 
 def _weights(graph: onnx.GraphProto) -> Mapping[str, str]:
     """The value that each quantized linear, pack of linears or table dequantizes, by its name."""
-    return {node.name.removesuffix(_SUFFIX): node.input[0] for node in graph.node if node.name.endswith(_SUFFIX)}
+    return {
+        node.name.removesuffix(_SUFFIX): node.input[0]
+        for node in graph.node
+        if node.name.endswith(_SUFFIX)
+    }

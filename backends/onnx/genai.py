@@ -1,7 +1,7 @@
 """``genai_config.json``, with which onnxruntime-genai generates text from a written folder.
 
-It says how the graph calls its inputs and outputs and which tokens end a text. Everything else that the runtime needs,
-the tokenizer above all, is among the files of the checkpoint.
+It says how the graph calls its inputs and outputs and which tokens end a text. Everything else that
+the runtime needs, the tokenizer above all, is among the files of the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,11 +17,23 @@ from calib.artifact import QuantizedModel
 
 GENAI_FILE = "genai_config.json"
 _KNOWN_TYPES = frozenset(
-    {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
+    {
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
 )
 _PLAIN_DECODER = "llama"
-"""For types that onnxruntime-genai does not know, and for GPT-2, of which it expects keys and values in one tensor.
-What it takes from the type of a decoder is no more than which inputs there are, and these are spelled out."""
+"""For types that onnxruntime-genai does not know, and for GPT-2, of which it expects keys and
+values in one tensor. What it takes from the type of a decoder is no more than which inputs there
+are, and these are spelled out."""
 _INPUTS = {
     "input_ids": "input_ids",
     "attention_mask": "attention_mask",
@@ -29,12 +41,26 @@ _INPUTS = {
     "past_key_names": "past_key_values.%d.key",
     "past_value_names": "past_key_values.%d.value",
 }
-_OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-_SEARCH = ("do_sample", "min_length", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p")
+_OUTPUTS = {
+    "logits": "logits",
+    "present_key_names": "present.%d.key",
+    "present_value_names": "present.%d.value",
+}
+_SEARCH = (
+    "do_sample",
+    "min_length",
+    "num_beams",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 """Settings that a checkpoint's generation config may give, under the same names."""
 
 
-def write_genai_config(model: QuantizedModel, graph: str, folder: Path, *, shared_buffer: bool = False) -> None:
+def write_genai_config(
+    model: QuantizedModel, graph: str, folder: Path, *, shared_buffer: bool = False
+) -> None:
     """Write :data:`GENAI_FILE` for the graph file called ``graph`` into ``folder``."""
     found = genai_config(model.config, _generation(model), graph, shared_buffer=shared_buffer)
     text = json.dumps(found, indent=2)
@@ -42,7 +68,11 @@ def write_genai_config(model: QuantizedModel, graph: str, folder: Path, *, share
 
 
 def genai_config(
-    config: Mapping[str, Any], generation: Mapping[str, Any], graph: str, *, shared_buffer: bool = False
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    graph: str,
+    *,
+    shared_buffer: bool = False,
 ) -> dict[str, Any]:
     """What onnxruntime-genai reads.
 
@@ -50,8 +80,8 @@ def genai_config(
         config: Hugging Face config as a dictionary.
         generation: the checkpoint's ``generation_config.json``, or nothing.
         graph: file name of the graph.
-        shared_buffer: the graph writes into its past (:mod:`backends.onnx.shared_buffer`). One that returns a longer
-            cache cannot do so into the same memory.
+        shared_buffer: the graph writes into its past (:mod:`backends.onnx.shared_buffer`). One that
+            returns a longer cache cannot do so into the same memory.
     """
     network: Any = AutoConfig.for_model(**config)
     heads = network.num_attention_heads
@@ -76,7 +106,12 @@ def genai_config(
                 "outputs": _OUTPUTS,
             },
         },
-        "search": {"do_sample": False, **search, "max_length": context, "past_present_share_buffer": shared_buffer},
+        "search": {
+            "do_sample": False,
+            **search,
+            "max_length": context,
+            "past_present_share_buffer": shared_buffer,
+        },
     }
 
 
@@ -89,7 +124,11 @@ def _special_tokens(network: Any, generation: Mapping[str, Any]) -> dict[str, An
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = generation.get(name)
         value = getattr(network, name, None) if value is None else value
-        ids = [token for token in (value if isinstance(value, list) else [value]) if _is_token(token, network)]
+        ids = [
+            token
+            for token in (value if isinstance(value, list) else [value])
+            if _is_token(token, network)
+        ]
         if ids:
             found[name] = ids if len(ids) > 1 else ids[0]
     if "pad_token_id" not in found and "eos_token_id" in found:

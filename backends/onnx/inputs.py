@@ -1,17 +1,19 @@
 """What a quantized linear does to its input in the graph.
 
-    static:   x -> QuantizeLinear(s, z) -> DequantizeLinear(s, z)
-    NVFP4:    x -> trt::TRT_FP4DynamicQuantize(s2) -> codes, s1;   s = DequantizeLinear(s1, s2) in float32
+    static:   x -> QuantizeLinear(s, z) -> DequantizeLinear(s, z) NVFP4:    x ->
+    trt::TRT_FP4DynamicQuantize(s2) -> codes, s1;   s = DequantizeLinear(s1, s2) in float32
                    DequantizeLinear(codes, s) -> Cast
-    MXFP8:    x -> trt::TRT_MXFP8DynamicQuantize -> codes, exponents -> trt::TRT_MXFP8DequantizeLinear
+    MXFP8:    x -> trt::TRT_MXFP8DynamicQuantize -> codes, exponents ->
+    trt::TRT_MXFP8DequantizeLinear
 
 Static int8 is stored in uint8 where the target gains by it, saturating at the same values:
 
     q' = q + 128,  z' = z + 128:    s (q' - z') = s (q - z),    q in -128..127  <=>  q' in 0..255
 
-The left operand of x86's integer products is unsigned. ONNX Runtime turns a pair of int8 into one of uint8 only where
-it serves a single MatMul, while it merges pairs that are equal, as those of linears that read one value mostly are.
-Merged ones of int8 make no integer kernels. Merged ones of uint8 do, and the value is quantized once for all.
+The left operand of x86's integer products is unsigned. ONNX Runtime turns a pair of int8 into one
+of uint8 only where it serves a single MatMul, while it merges pairs that are equal, as those of
+linears that read one value mostly are. Merged ones of int8 make no integer kernels. Merged ones of
+uint8 do, and the value is quantized once for all.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ UNSIGNED_ZERO = 128
 """What uint8 stores for 0."""
 
 
-def quantized_input(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, *, unsigned: bool = False) -> ir.Value:
+def quantized_input(
+    nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, *, unsigned: bool = False
+) -> ir.Value:
     """``x`` rounded as the linear's ``input_scheme`` says.
 
     Args:
@@ -48,7 +52,11 @@ def quantized_input(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, *,
         return _static(nodes, x, linear, scheme, unsigned=unsigned and scheme.format == INT8)
     if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e4m3":
         return _nvfp4(nodes, _of_known_width(nodes, x, linear), linear, scheme.granularity.size)
-    if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e8m0" and scheme.format.bits == 8:
+    if (
+        isinstance(scheme.granularity, PerBlock)
+        and scheme.scale_format == "e8m0"
+        and scheme.format.bits == 8
+    ):
         return _mxfp8(nodes, _of_known_width(nodes, x, linear), scheme.granularity.size)
     raise BackendError(f"no operator of ONNX quantizes the input of '{linear.name}' while running")
 
@@ -63,7 +71,12 @@ def pad_features(nodes: LinearNodes, x: ir.Value, missing: int) -> ir.Value:
 
 
 def _static(
-    nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, scheme: TensorScheme, *, unsigned: bool
+    nodes: LinearNodes,
+    x: ir.Value,
+    linear: QuantizedLinear,
+    scheme: TensorScheme,
+    *,
+    unsigned: bool,
 ) -> ir.Value:
     assert linear.input_scale is not None
     assert x.shape is not None
@@ -74,13 +87,17 @@ def _static(
     return _like(nodes.op("DequantizeLinear", [stored, scale, zero], "DequantizeInput", **axis), x)
 
 
-def _input_zero_points(nodes: LinearNodes, linear: QuantizedLinear, fmt: NumberFormat, *, unsigned: bool) -> ir.Value:
+def _input_zero_points(
+    nodes: LinearNodes, linear: QuantizedLinear, fmt: NumberFormat, *, unsigned: bool
+) -> ir.Value:
     """Zero points of the shape of the input's scales, which say as what it is stored."""
     points, scale = linear.input_zero_point, linear.input_scale
     assert scale is not None
     storage = ir.DataType.UINT8 if unsigned else STORAGE[fmt.name]
     if points is None:
-        return nodes.filled("zero_point", tuple(scale.shape), storage, UNSIGNED_ZERO if unsigned else 0)
+        return nodes.filled(
+            "zero_point", tuple(scale.shape), storage, UNSIGNED_ZERO if unsigned else 0
+        )
     if not unsigned:
         return zero_points(nodes, "input_zero_point", points, fmt)
     return nodes.lazy(
@@ -92,7 +109,9 @@ def _input_zero_points(nodes: LinearNodes, linear: QuantizedLinear, fmt: NumberF
 
 
 def _of_known_width(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) -> ir.Value:
-    """TensorRT's quantizers want to know the axis of the blocks, which the Reshape after attention leaves open."""
+    """TensorRT's quantizers want to know the axis of the blocks, which the Reshape after attention
+    leaves open.
+    """
     assert x.shape is not None
     dims = [*[0] * (len(x.shape) - 1), linear.weight.shape[1]]
     return _like(nodes.op("Reshape", [x, nodes.integers(dims)], "Width"), x)
@@ -101,7 +120,10 @@ def _of_known_width(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) ->
 def zero_points(nodes: LinearNodes, part: str, points: torch.Tensor, fmt: NumberFormat) -> ir.Value:
     """Zero points as integers of the storage format."""
     return nodes.lazy(
-        f"{nodes.name}.{part}", points.shape, STORAGE[fmt.name], lambda: points.to(torch.int8).contiguous()
+        f"{nodes.name}.{part}",
+        points.shape,
+        STORAGE[fmt.name],
+        lambda: points.to(torch.int8).contiguous(),
     )
 
 
@@ -121,7 +143,9 @@ def _nvfp4(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, size: int) 
     codes.type = ir.TensorType(ir.DataType.FLOAT4E2M1)
     scales.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
     step = nodes.op("DequantizeLinear", [scales, second], "DequantizeInputScale")
-    values = nodes.op("DequantizeLinear", [codes, step], "DequantizeInput", axis=-1, block_size=size)
+    values = nodes.op(
+        "DequantizeLinear", [codes, step], "DequantizeInput", axis=-1, block_size=size
+    )
     return _like(nodes.op("Cast", [values], "CastInput", to=int(nodes.dtype)), x)
 
 
@@ -159,7 +183,9 @@ def mxfp8_values(
 
 
 def _like(value: ir.Value, x: ir.Value) -> ir.Value:
-    """Give ``value`` the rank and type of ``x``; sizes that padding changes are left to shape inference."""
+    """Give ``value`` the rank and type of ``x``; sizes that padding changes are left to shape
+    inference.
+    """
     assert x.shape is not None
     value.shape, value.type = ir.Shape([None] * len(x.shape)), x.type
     return value

@@ -1,4 +1,6 @@
-"""The nodes of one linear while they are put together, and initializers that stay unread until they are written."""
+"""The nodes of one linear while they are put together, and initializers that stay unread until they
+are written.
+"""
 
 from __future__ import annotations
 
@@ -43,25 +45,41 @@ class LinearNodes:
         self.dtype = onnx_dtype(dtype)
         self.tape = tape.Tape()
 
-    def op(self, operator: str, inputs: Sequence[ir.Value], label: str, **attributes: int) -> ir.Value:
+    def op(
+        self, operator: str, inputs: Sequence[ir.Value], label: str, **attributes: int
+    ) -> ir.Value:
         """A node of the standard domain, called ``{linear}/{label}``, and its only output."""
         return self.tape.op(operator, inputs, attributes, name=f"{self.name}/{label}")
 
     def split(self, x: ir.Value, sizes: ir.Value, count: int) -> Sequence[ir.Value]:
         """``x`` in ``count`` parts of its last axis."""
-        return self.tape.op_multi_out("Split", [x, sizes], {"axis": -1}, num_outputs=count, name=f"{self.name}/Split")
+        return self.tape.op_multi_out(
+            "Split", [x, sizes], {"axis": -1}, num_outputs=count, name=f"{self.name}/Split"
+        )
 
     def custom(
-        self, operator: str, inputs: Sequence[ir.Value], label: str, *, domain: str, outputs: int, **attributes: int
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value],
+        label: str,
+        *,
+        domain: str,
+        outputs: int,
+        **attributes: int,
     ) -> Sequence[ir.Value]:
         """A node of another domain, and its outputs."""
         name = f"{self.name}/{label}"
-        return self.tape.op_multi_out(operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        return self.tape.op_multi_out(
+            operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name
+        )
 
     def floats(self, part: str, tensor: Tensor) -> ir.Value:
         """The initializer ``{linear}.{part}`` in the dtype of the graph."""
         return self.lazy(
-            f"{self.name}.{part}", tensor.shape, self.dtype, lambda: tensor.to(self.torch_dtype).contiguous()
+            f"{self.name}.{part}",
+            tensor.shape,
+            self.dtype,
+            lambda: tensor.to(self.torch_dtype).contiguous(),
         )
 
     def scale(self, part: str, tensor: Tensor, dtype: torch.dtype | None = None) -> ir.Value:
@@ -81,11 +99,17 @@ class LinearNodes:
                 hint=f"calibrate with --dtype {name}, which keeps scales within its range",
             )
         return self.lazy(
-            f"{self.name}.{part}", tensor.shape, onnx_dtype(stored), lambda: tensor.to(stored).contiguous()
+            f"{self.name}.{part}",
+            tensor.shape,
+            onnx_dtype(stored),
+            lambda: tensor.to(stored).contiguous(),
         )
 
-    def weight(self, weights: Sequence[Tensor], dtype: ir.DataType | None = None, rows: int | None = None) -> ir.Value:
-        """Weights ``[out, in]``, beside each other, as the initializer ``[rows, sum of out]``; rows past ``in`` are 0.
+    def weight(
+        self, weights: Sequence[Tensor], dtype: ir.DataType | None = None, rows: int | None = None
+    ) -> ir.Value:
+        """Weights ``[out, in]``, beside each other, as the initializer ``[rows, sum of out]``; rows
+        past ``in`` are 0.
 
         Args:
             weights: integers or codes, or floats of any dtype.
@@ -100,22 +124,34 @@ class LinearNodes:
             missing = stop - max(start, width)
             if missing > 0:
                 turned = torch.cat([turned, turned.new_zeros(missing, out)])
-            return _tensor((turned.to(self.torch_dtype) if dtype is None else turned).contiguous(), stored, name)
+            return _tensor(
+                (turned.to(self.torch_dtype) if dtype is None else turned).contiguous(),
+                stored,
+                name,
+            )
 
         shape = ir.Shape((rows or width, out))
-        return self._registered(RowTensor(read, dtype=stored, shape=shape, name=name, sources=weights))
+        return self._registered(
+            RowTensor(read, dtype=stored, shape=shape, name=name, sources=weights)
+        )
 
     def integers(self, dims: Sequence[int]) -> ir.Value:
         """An int64 constant ``[len(dims)]`` that the graph holds once."""
         return integers(self.graph, dims)
 
-    def filled(self, label: str, shape: tuple[int, ...], dtype: ir.DataType, number: int = 0) -> ir.Value:
+    def filled(
+        self, label: str, shape: tuple[int, ...], dtype: ir.DataType, number: int = 0
+    ) -> ir.Value:
         """A constant of one number that the graph holds once, by ``label``, shape and dtype."""
         name = ".".join([label, dtype.name.lower(), *map(str, shape)])
         return constant(self.graph, name, torch.full(shape, float(number)).numpy(), dtype)
 
-    def lazy(self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], Tensor]) -> ir.Value:
-        """The initializer called ``name``, made on first use. Its bytes are read when they are written, not kept."""
+    def lazy(
+        self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], Tensor]
+    ) -> ir.Value:
+        """The initializer called ``name``, made on first use. Its bytes are read when they are
+        written, not kept.
+        """
         sizes = ir.Shape(shape)
         return self._registered(
             ir.LazyTensor(lambda: _tensor(read(), dtype, name), dtype=dtype, shape=sizes, name=name)
@@ -125,13 +161,17 @@ class LinearNodes:
         name = tensor.name
         assert name is not None  # all of ours have one
         if name not in self.graph.initializers:
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
 
 def _tensor(values: Tensor, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
-    """``values`` as they are stored. torch has no 4-bit dtypes, so these go through numpy's, which onnx_ir packs."""
+    """``values`` as they are stored. torch has no 4-bit dtypes, so these go through numpy's, which
+    onnx_ir packs.
+    """
     if dtype == ir.DataType.INT4:
         return ir.tensor(values.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
     if dtype == ir.DataType.FLOAT4E2M1:  # codes already

@@ -1,23 +1,27 @@
-"""Lowering: each ``rotq::Linear`` placeholder of a traced graph becomes standard operators and initializers.
+"""Lowering: each ``rotq::Linear`` placeholder of a traced graph becomes standard operators and
+initializers.
 
-A quantized linear with an online rotation R, an act-order and a short last block, all of them rare together:
+A quantized linear with an online rotation R, an act-order and a short last block, all of them rare
+together:
 
-    x -> [Reshape, MatMul(H_k)]* -> QuantizeLinear -> DequantizeLinear -> Gather(order) -> Pad -> Add(0) -+
-    W_q [K, N] -> DequantizeLinear -------------------------------------------------------------------- MatMul -> Add(b)
+    x -> [Reshape, MatMul(H_k)]* -> QuantizeLinear -> DequantizeLinear -> Gather(order) -> Pad ->
+    Add(0) -+ W_q [K, N] -> DequantizeLinear
+    -------------------------------------------------------------------- MatMul -> Add(b)
 
-:mod:`backends.onnx.rotate`, :mod:`backends.onnx.inputs` and :mod:`backends.onnx.weights` make the parts. What follows
-the DequantizeLinear of the input is there where it has to be:
+:mod:`backends.onnx.rotate`, :mod:`backends.onnx.inputs` and :mod:`backends.onnx.weights` make the
+parts. What follows the DequantizeLinear of the input is there where it has to be:
 
 * a Gather, where the columns of the weight follow an order of their own (GPTQ's act-order);
-* a Pad, where the target takes whole blocks only. TensorRT takes the size of a block to be K over the number of scales,
-  and so would put the scales of a short last block on other rows;
-* an addition of a vector of zeros, the *barrier*, where the target has no kernel for the two formats. Without it ONNX
-  Runtime dequantizes the weight on every run, or makes a kernel that fails, and TensorRT fails to build. Behind it the
-  weight is that of a weight-only linear. ONNX Runtime drops a scalar zero, and so would merge the two again.
+* a Pad, where the target takes whole blocks only. TensorRT takes the size of a block to be K over
+  the number of scales, and so would put the scales of a short last block on other rows;
+* an addition of a vector of zeros, the *barrier*, where the target has no kernel for the two
+  formats. Without it ONNX Runtime dequantizes the weight on every run, or makes a kernel that
+  fails, and TensorRT fails to build. Behind it the weight is that of a weight-only linear. ONNX
+  Runtime drops a scalar zero, and so would merge the two again.
 
-An int8 input is stored as q or as q + 128, whichever the target multiplies (:mod:`backends.onnx.inputs`). Linears that
-read one value become one MatMul where the target gains by it (:mod:`backends.onnx.packing`). A linear in float is
-rotated as well, and multiplied as it is.
+An int8 input is stored as q or as q + 128, whichever the target multiplies
+(:mod:`backends.onnx.inputs`). Linears that read one value become one MatMul where the target gains
+by it (:mod:`backends.onnx.packing`). A linear in float is rotated as well, and multiplied as it is.
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ from calib.schemes import FLOAT4, LinearScheme
 LEAST_OPSET = 21
 """The first with INT4, float8 and blocks in DequantizeLinear."""
 FLOAT4_OPSET = 23
-"""The first with FLOAT4E2M1. What a trace at opset 21 uses means the same there: only types were added."""
+"""The first with FLOAT4E2M1. What a trace at opset 21 uses means the same there: only types were
+added.
+"""
 _FLOAT4_IR_VERSION = 11
 
 
@@ -51,13 +57,14 @@ def lower(model: ir.Model, quantized: QuantizedModel, target: Target) -> None:
     """Replace every linear's placeholder of ``model``, in place, by the linear it stands for.
 
     Raises:
-        BackendError: a placeholder names a linear that the artifact does not hold, a scale vanishes in the dtype of the
-            graph, or the graph's opset is too old for quantized weights.
+        BackendError: a placeholder names a linear that the artifact does not hold, a scale vanishes
+            in the dtype of the graph, or the graph's opset is too old for quantized weights.
     """
     opset = model.graph.opset_imports[""]
     if quantized.linears and opset < LEAST_OPSET:
         raise BackendError(
-            f"opset {opset} cannot express quantized weights", hint=f"use opset {LEAST_OPSET} or a newer one"
+            f"opset {opset} cannot express quantized weights",
+            hint=f"use opset {LEAST_OPSET} or a newer one",
         )
     _Lowering(model.graph, quantized, target).run()
     if any(linear.weight_scheme.format == FLOAT4 for linear in quantized.linears.values()):
@@ -78,8 +85,12 @@ class _Lowering:
         self._before_float = rotations_before_float(quantized)
 
     def run(self) -> None:
-        open_nodes = [node for node in self.graph if (node.domain, node.op_type) == (DOMAIN, LINEAR)]
-        for together in self._packs(open_nodes) if self.target.packs else [[node] for node in open_nodes]:
+        open_nodes = [
+            node for node in self.graph if (node.domain, node.op_type) == (DOMAIN, LINEAR)
+        ]
+        for together in (
+            self._packs(open_nodes) if self.target.packs else [[node] for node in open_nodes]
+        ):
             if len(together) > 1:
                 self._replace_pack(together)
             else:
@@ -93,9 +104,13 @@ class _Lowering:
         found: list[list[ir.Node]] = []
         for together in readers.values():
             by_name = {_module(node): node for node in together}
-            linears = [self.quantized.linears[name] for name in by_name if name in self.quantized.linears]
+            linears = [
+                self.quantized.linears[name] for name in by_name if name in self.quantized.linears
+            ]
             found += [[by_name[linear.name] for linear in pack] for pack in packs(linears)]
-            found += [[node] for name, node in by_name.items() if name not in self.quantized.linears]
+            found += [
+                [node] for name, node in by_name.items() if name not in self.quantized.linears
+            ]
         return found
 
     def _replace_pack(self, together: Sequence[ir.Node]) -> None:
@@ -103,7 +118,9 @@ class _Lowering:
         linears = [self.quantized.linears[_module(node)] for node in together]
         pack = packed(linears)
         nodes = LinearNodes(self.graph, pack.name, self.quantized.dtype)
-        product = self._batched(nodes, _input(together[0]), pack, [linear.weight for linear in linears])
+        product = self._batched(
+            nodes, _input(together[0]), pack, [linear.weight for linear in linears]
+        )
         sizes = nodes.integers([len(linear.weight) for linear in linears])
         parts = nodes.split(product, sizes, len(linears))
         for node, part in zip(together, parts, strict=True):
@@ -119,21 +136,28 @@ class _Lowering:
             output = self._float_linear(nodes, x)
         else:
             raise BackendError(
-                f"the artifact holds no weights for the linear '{name}'", hint="run `rotq calibrate` again"
+                f"the artifact holds no weights for the linear '{name}'",
+                hint="run `rotq calibrate` again",
             )
         replace(self.graph, node, nodes.tape, output)
 
-    def _batched(self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, weights: Sequence[Tensor]) -> ir.Value:
-        """The linear over a value of three dimensions at least; OPT flattens batch and sequence before its MLP.
+    def _batched(
+        self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, weights: Sequence[Tensor]
+    ) -> ir.Value:
+        """The linear over a value of three dimensions at least; OPT flattens batch and sequence
+        before its MLP.
 
-        ONNX Runtime makes a float Gemm of a two-dimensional MatMul and its bias before it looks for integer kernels.
+        ONNX Runtime makes a float Gemm of a two-dimensional MatMul and its bias before it looks for
+        integer kernels.
         """
         if x.shape is None or len(x.shape) != 2:
             return self._quantized_linear(nodes, x, linear, weights)
         first = nodes.integers([0])
         batched = nodes.op("Unsqueeze", [x, first], "Unsqueeze")
         batched.shape, batched.type = ir.Shape([1, *x.shape]), x.type
-        return nodes.op("Squeeze", [self._quantized_linear(nodes, batched, linear, weights), first], "Squeeze")
+        return nodes.op(
+            "Squeeze", [self._quantized_linear(nodes, batched, linear, weights), first], "Squeeze"
+        )
 
     def _quantized_linear(
         self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, weights: Sequence[Tensor]
@@ -164,7 +188,9 @@ class _Lowering:
         return self._rotated[key]
 
     def _ordered(self, nodes: LinearNodes, x: ir.Value, order: Tensor) -> ir.Value:
-        places = nodes.lazy(f"{nodes.name}.weight_order", order.shape, ir.DataType.INT64, order.contiguous)
+        places = nodes.lazy(
+            f"{nodes.name}.weight_order", order.shape, ir.DataType.INT64, order.contiguous
+        )
         ordered = nodes.op("Gather", [x, places], "Order", axis=-1)
         ordered.shape, ordered.type = x.shape, x.type
         return ordered
@@ -189,4 +215,6 @@ def _input(placeholder: ir.Node) -> ir.Value:
 
 def _product(nodes: LinearNodes, x: ir.Value, weight: ir.Value, bias: Tensor | None) -> ir.Value:
     product = nodes.op("MatMul", [x, weight], "MatMul")
-    return product if bias is None else nodes.op("Add", [product, nodes.floats("bias", bias)], "Add")
+    return (
+        product if bias is None else nodes.op("Add", [product, nodes.floats("bias", bias)], "Add")
+    )

@@ -15,7 +15,9 @@ def integers(graph: ir.Graph, dims: Sequence[int]) -> ir.Value:
     return constant(graph, name, np.array(dims, dtype=np.int64))
 
 
-def constant(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+def constant(
+    graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None
+) -> ir.Value:
     """The constant called ``name``, made on first use.
 
     Args:
@@ -26,14 +28,20 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType |
     """
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.tensor(array if dtype is None else array.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    tensor = ir.tensor(
+        array if dtype is None else array.astype(dtype.numpy()), dtype=dtype, name=name
+    )
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
 
 def replace(graph: ir.Graph, node: ir.Node, builder: tape.Tape, output: ir.Value) -> None:
-    """Put the nodes of ``builder`` in the place of ``node``; ``output`` takes over name, type and readers."""
+    """Put the nodes of ``builder`` in the place of ``node``; ``output`` takes over name, type and
+    readers.
+    """
     old = node.outputs[0]
     output.shape, output.type, output.name = old.shape, old.type, old.name
     graph.insert_before(node, list(builder.nodes))

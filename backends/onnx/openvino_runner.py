@@ -15,10 +15,17 @@ from backends.onnx.files import read_proto, unreadable
 from backends.onnx.taps import taps
 
 _DEVICE = "CPU"
-_AS_WRITTEN = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
-"""Float32 where the graph says float32, and inputs of weight-only linears left alone. Linears whose inputs the graph
-itself quantizes run in integers either way, which changes no more than the order of a sum."""
-_APPROXIMATION = "quantizes what enters weight-only linears to int8 in groups (dynamic quantization)"
+_AS_WRITTEN = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "KV_CACHE_PRECISION": "f32",
+}
+"""Float32 where the graph says float32, and inputs of weight-only linears left alone. Linears whose
+inputs the graph itself quantizes run in integers either way, which changes no more than the order
+of a sum."""
+_APPROXIMATION = (
+    "quantizes what enters weight-only linears to int8 in groups (dynamic quantization)"
+)
 _INTEGERS = frozenset({"i8", "u8", "i4", "u4"})
 _KERNELS = frozenset({"FullyConnected", "MatMul"})
 _PREAMBLE = ("Exception from", "Check '", "FrontEnd API", "Model wasn't")
@@ -26,7 +33,8 @@ _PREAMBLE = ("Exception from", "Check '", "FrontEnd API", "Model wasn't")
 
 
 class OpenVinoModel:
-    """An exported folder in OpenVINO; implements :class:`~backends.base.RuntimeModel` and ``ProbedModel``.
+    """An exported folder in OpenVINO; implements :class:`~backends.base.RuntimeModel` and
+    ``ProbedModel``.
 
     Args:
         path: the ``.onnx`` file; its external data lies beside it.
@@ -50,21 +58,37 @@ class OpenVinoModel:
         self._compiled = compile_graph(path, _AS_WRITTEN if exact else {}, [*ends])
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`~backends.base.RuntimeModel`."""
-        logits, *present = self._run(self._outputs, feeds(self._caches, input_ids, attention_mask, position_ids, past))
+        logits, *present = self._run(
+            self._outputs, feeds(self._caches, input_ids, attention_mask, position_ids, past)
+        )
         return logits.float(), present
 
     def probe(self, input_ids: Tensor, names: Sequence[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
         """See :class:`~backends.base.ProbedModel`."""
         ends = {name: (self._taps[name].entering, self._taps[name].leaving) for name in names}
         wanted = list(dict.fromkeys(end for pair in ends.values() for end in pair))
-        found = dict(zip(wanted, self._run(wanted, feeds(self._caches, *whole_row(input_ids), None)), strict=True))
-        return {name: (found[entering], found[leaving]) for name, (entering, leaving) in ends.items()}
+        found = dict(
+            zip(
+                wanted,
+                self._run(wanted, feeds(self._caches, *whole_row(input_ids), None)),
+                strict=True,
+            )
+        )
+        return {
+            name: (found[entering], found[leaving]) for name, (entering, leaving) in ends.items()
+        }
 
     def _run(self, outputs: Sequence[str], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        results = self._compiled({name: tensor.numpy() for name, tensor in inputs.items()}, share_outputs=False)
+        results = self._compiled(
+            {name: tensor.numpy() for name, tensor in inputs.items()}, share_outputs=False
+        )
         return [torch.from_numpy(results[name]) for name in outputs]
 
 
@@ -74,7 +98,8 @@ def version() -> str:
 
 
 def compile_graph(path: Path, properties: Mapping[str, str], outputs: Sequence[str] = ()) -> Any:
-    """The graph at ``path`` compiled for the CPU, with the values ``outputs`` readable besides its own.
+    """The graph at ``path`` compiled for the CPU, with the values ``outputs`` readable besides its
+    own.
 
     Raises:
         BackendError: OpenVINO refuses it.
@@ -92,7 +117,9 @@ def _cause(report: str) -> str:
     """The part of OpenVINO's many-lined report that says what it does not take."""
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     told = [
-        line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API", "Model wasn't"))
+        line
+        for line in lines
+        if not line.startswith(("Exception from", "Check '", "FrontEnd API", "Model wasn't"))
     ]
     return " ".join(told or lines)
 
@@ -101,8 +128,9 @@ def kernels(path: Path) -> list[tuple[str, bool, frozenset[str]]]:
     """The operators that a default session really executes.
 
     Returns:
-        For each, its type and the precision it runs in, as ``FullyConnected i8``; whether it multiplies by integer
-        weights; and the names by which its weights and itself may be known in the graph.
+        For each, its type and the precision it runs in, as ``FullyConnected i8``; whether it
+        multiplies by integer weights; and the names by which its weights and itself may be known in
+        the graph.
     """
     found = []
     for op in compile_graph(path, {}).get_runtime_model().get_ops():
@@ -113,7 +141,9 @@ def kernels(path: Path) -> list[tuple[str, bool, frozenset[str]]]:
             continue
         weight = op.input(1)
         integer = weight.get_element_type().get_type_name() in _INTEGERS
-        found.append((f"{kind} {about['runtimePrecision']}", integer, frozenset(_names_behind(op, weight))))
+        found.append(
+            (f"{kind} {about['runtimePrecision']}", integer, frozenset(_names_behind(op, weight)))
+        )
     return found
 
 

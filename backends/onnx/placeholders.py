@@ -1,4 +1,5 @@
-"""What stands in a traced model for the parts that are filled in afterwards, per scheme and per target.
+"""What stands in a traced model for the parts that are filled in afterwards, per scheme and per
+target.
 
     rotq::Linear(x) module            y = x W^T + b of a linear, a Conv1D or the output head
     rotq::Attention(q, k, v, mask) scale, softcap
@@ -6,8 +7,9 @@
     rotq::Experts(x, chosen, weights) module, experts
                                       sum over the chosen experts of weight * expert(x)
 
-A placeholder carries names and numbers of the config, never a weight. So no large weight is in memory during the trace,
-none is constant-folded or renamed, and the traced graph depends on neither the scheme nor the target.
+A placeholder carries names and numbers of the config, never a weight. So no large weight is in
+memory during the trace, none is constant-folded or renamed, and the traced graph depends on neither
+the scheme nor the target.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ COUNT_ATTRIBUTE = "experts"
 
 _ATTENTION_FUNCTION = "rotq_open"
 _UNTRANSLATED = ("s_aux", "position_bias")
-"""Arguments of transformers' attention functions that change what is computed and that the placeholder cannot hold."""
+"""Arguments of transformers' attention functions that change what is computed and that the
+placeholder cannot hold.
+"""
 
 
 class _OpenLinear(nn.Module):
@@ -62,7 +66,8 @@ class _OpenExperts(nn.Module):
 
 
 def open_up(network: Any, architecture: Architecture, config: Any) -> None:
-    """Put placeholders in the place of every linear, of the experts and of the attention of ``network``.
+    """Put placeholders in the place of every linear, of the experts and of the attention of
+    ``network``.
 
     Routers compute a softmax as well and are no plain linears: they are traced as they are.
     """
@@ -73,16 +78,22 @@ def open_up(network: Any, architecture: Architecture, config: Any) -> None:
             set_submodule(network, name, _OpenLinear(name, module.out_features))
         elif isinstance(module, Conv1D):
             set_submodule(network, name, _OpenLinear(name, module.nf))
-    for name in {parameter.rpartition(".")[0] for parameter in architecture.expert_parameters(config)}:
+    for name in {
+        parameter.rpartition(".")[0] for parameter in architecture.expert_parameters(config)
+    }:
         set_submodule(network, name, _OpenExperts(name, int(config.num_experts)))
     network.set_attn_implementation(registered(_ATTENTION_FUNCTION, _open_attention, _open_mask))
 
 
 def _open_mask(*, batch_size: int, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
-    """transformers' boolean mask; the padding in it broadcast, where transformers looks every key of every row up."""
+    """transformers' boolean mask; the padding in it broadcast, where transformers looks every key
+    of every row up.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    seen: Tensor = sdpa_mask(batch_size=1, attention_mask=None, **others | {"allow_is_causal_skip": False})
+    seen: Tensor = sdpa_mask(
+        batch_size=1, attention_mask=None, **others | {"allow_is_causal_skip": False}
+    )
     return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
 
 
@@ -116,7 +127,11 @@ def _open_attention(
 
 
 def _symbolic(
-    operator: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor, shape: tuple[Any, ...]
+    operator: str,
+    inputs: tuple[Tensor, ...],
+    attributes: dict[str, Any],
+    like: Tensor,
+    shape: tuple[Any, ...],
 ) -> Tensor:
     result: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{operator}", inputs, attributes, dtype=like.dtype, shape=shape, version=1

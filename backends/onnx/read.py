@@ -1,6 +1,8 @@
-"""Reading quantized linears and the cache back from a written graph, in the artifact's own orientation.
+"""Reading quantized linears and the cache back from a written graph, in the artifact's own
+orientation.
 
-Nodes are found by the names that :mod:`backends.onnx.lower` gave them; what is no tensor is in the graph's metadata.
+Nodes are found by the names that :mod:`backends.onnx.lower` gave them; what is no tensor is in the
+graph's metadata.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ def read_cache(path: Path) -> QuantizedCache | None:
             return None
         entry = json.loads(model.metadata_props[CACHE_METADATA_KEY])
         key, value = (
-            {layer: _tensor(model.graph.initializers[cache_key(layer, part)]) for layer in entry["layers"]}
+            {
+                layer: _tensor(model.graph.initializers[cache_key(layer, part)])
+                for layer in entry["layers"]
+            }
             for part in ("key", "value")
         )
         return QuantizedCache(tensor_scheme_from_dict(entry["scheme"]), key, value)
@@ -71,7 +76,8 @@ def _opened(path: Path, read: Callable[[ir.Model], _Read]) -> _Read:
         return read(model)
     except (OSError, ValueError, KeyError) as error:
         raise BackendError(
-            f"'{path}' or its data is damaged, or not a graph of rotq: {error}", hint="export the model again"
+            f"'{path}' or its data is damaged, or not a graph of rotq: {error}",
+            hint="export the model again",
         ) from error
 
 
@@ -79,7 +85,11 @@ def _linears(
     graph: ir.Graph, nodes: Mapping[str, ir.Node], entries: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[QuantizedLinear]:
     """Those that are one MatMul in the graph have the same description."""
-    packs = {name.removesuffix(SPLIT): members(name.removesuffix(SPLIT)) for name in nodes if is_pack(name)}
+    packs = {
+        name.removesuffix(SPLIT): members(name.removesuffix(SPLIT))
+        for name in nodes
+        if is_pack(name)
+    }
     together = {name for names in packs.values() for name in names}
     for name in entries.keys() - together:
         yield _linear(graph, nodes, name, entries[name])
@@ -88,14 +98,20 @@ def _linears(
         yield from unpacked(whole, _Parts(nodes, pack).need("Split", 1).tolist())
 
 
-def _linear(graph: ir.Graph, nodes: Mapping[str, ir.Node], name: str, entry: Mapping[str, Any]) -> QuantizedLinear:
+def _linear(
+    graph: ir.Graph, nodes: Mapping[str, ir.Node], name: str, entry: Mapping[str, Any]
+) -> QuantizedLinear:
     weight = tensor_scheme_from_dict(entry["weight"])
     inputs = None if entry["input"] is None else tensor_scheme_from_dict(entry["input"])
     if f"{name}/MatMul" not in nodes:
         return read_embedding(graph, name, entry, weight)
     parts = _Parts(nodes, name)
     second = parts.get("DequantizeWeightScale", 1)
-    scale = parts.need("DequantizeWeight", 1) if second is None else parts.need("DequantizeWeightScale", 0)
+    scale = (
+        parts.need("DequantizeWeight", 1)
+        if second is None
+        else parts.need("DequantizeWeightScale", 0)
+    )
     points = parts.get("DequantizeWeight", 2)
     input_scale = parts.get("QuantizeInput", 1)
     return QuantizedLinear(
@@ -107,7 +123,9 @@ def _linear(graph: ir.Graph, nodes: Mapping[str, ir.Node], name: str, entry: Map
         input_scheme=inputs,
         input_scale=input_scale,
         online_rotation=entry["online_rotation"],
-        weight_zero_point=None if points is None else turned(points, weight.granularity).to(scale.dtype).contiguous(),
+        weight_zero_point=None
+        if points is None
+        else turned(points, weight.granularity).to(scale.dtype).contiguous(),
         weight_second_scale=second,
         weight_order=parts.get("Order", 1),
         input_zero_point=_input_points(parts, inputs, input_scale),
@@ -151,7 +169,9 @@ def _scale_values(stored: Tensor, scheme: TensorScheme) -> Tensor:
     return stored.contiguous()
 
 
-def _input_points(parts: _Parts, scheme: TensorScheme | None, scale: Tensor | None) -> Tensor | None:
+def _input_points(
+    parts: _Parts, scheme: TensorScheme | None, scale: Tensor | None
+) -> Tensor | None:
     if scheme is None or scheme.symmetric or scale is None:
         return None
     points = parts.need("QuantizeInput", 2)

@@ -13,7 +13,9 @@ from calib.architectures import architecture_for
 from calib.schemes import LinearScheme
 
 
-def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
+def graph_refusal(
+    config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+) -> tuple[str, str] | None:
     """Why the model of ``config`` cannot be written as ONNX, and what to do; ``None`` if it can.
 
     Args:
@@ -24,9 +26,14 @@ def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
     architecture = architecture_for(hf_config)
     if architecture.expert_parameters(hf_config) and hf_config.hidden_act not in ACTIVATIONS:
         return (
-            f"its experts use the activation '{hf_config.hidden_act}', for which the graph has no operators",
-            f"the activations of experts that can be written are {', '.join(ACTIVATIONS)}; "
-            "the safetensors backend writes any",
+            (
+                f"its experts use the activation '{hf_config.hidden_act}', for which the graph has"
+                " no operators"
+            ),
+            (
+                f"the activations of experts that can be written are {', '.join(ACTIVATIONS)}; "
+                "the safetensors backend writes any"
+            ),
         )
     tables = [table.name for table in architecture.embeddings if table.name in linears]
     return next(filter(None, (table_refusal(name, linears[name].weight) for name in tables)), None)

@@ -1,9 +1,10 @@
 """A residual sum and the norm behind it as one operator of ONNX Runtime.
 
-    x = a + b;  y = w x / sqrt(mean(x^2) + eps)   ->   y, x = com.microsoft::SkipSimplifiedLayerNormalization(a, b, w)
+    x = a + b;  y = w x / sqrt(mean(x^2) + eps)   ->   y, x =
+    com.microsoft::SkipSimplifiedLayerNormalization(a, b, w)
 
-ONNX Runtime makes one node of the norm by itself, and leaves the sum alone on a CPU. For graphs that no other runtime
-is to read.
+ONNX Runtime makes one node of the norm by itself, and leaves the sum alone on a CPU. For graphs
+that no other runtime is to read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ MICROSOFT = "com.microsoft"
 
 def fuse_residual_norms(model: ir.Model) -> None:
     """Replace them in ``model``, in place."""
-    pattern.RewriteRuleSet([pattern.RewriteRule(_apart, _fused, _same_shapes)], commute=True).apply_to_model(model)
+    pattern.RewriteRuleSet(
+        [pattern.RewriteRule(_apart, _fused, _same_shapes)], commute=True
+    ).apply_to_model(model)
 
 
 def _apart(op: Any, a: Any, b: Any, weight: Any, epsilon: Any) -> tuple[Any, Any]:
@@ -35,7 +38,9 @@ def _fused(op: Any, a: Any, b: Any, weight: Any, epsilon: ir.Value) -> tuple[Any
     return y, x
 
 
-def _same_shapes(context: Any, a: ir.Value, b: ir.Value, weight: ir.Value, epsilon: ir.Value, **others: Any) -> bool:
+def _same_shapes(
+    context: Any, a: ir.Value, b: ir.Value, weight: ir.Value, epsilon: ir.Value, **others: Any
+) -> bool:
     """The operator broadcasts nothing but the weight."""
     known = a.shape is not None and a.shape == b.shape and weight.shape is not None
     return known and len(weight.shape or ()) == 1 and _number(epsilon) is not None

@@ -1,7 +1,9 @@
-"""Initializers that are made and written some rows at a time, so that no tensor need ever be whole in memory.
+"""Initializers that are made and written some rows at a time, so that no tensor need ever be whole
+in memory.
 
-A weight lies in the artifact as ``[out, in]``, mapped from disk, and in the graph as ``[in, out]``: it cannot be
-written from where it is. The head of a large vocabulary takes gigabytes, and turning it at once as many again.
+A weight lies in the artifact as ``[out, in]``, mapped from disk, and in the graph as ``[in, out]``:
+it cannot be written from where it is. The head of a large vocabulary takes gigabytes, and turning
+it at once as many again.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ class RowTensor(ir.LazyTensor):
 
     Args:
         read: gives rows ``start`` to ``stop``, in ``dtype``.
-        dtype: of the elements; of those below a byte, rows are read an even number at a time, and so packed as a whole.
+        dtype: of the elements; of those below a byte, rows are read an even number at a time, and
+            so packed as a whole.
         shape: two sizes.
         name: of the initializer.
-        sources: what the rows are read from; once they are written these need no longer be in memory.
+        sources: what the rows are read from; once they are written these need no longer be in
+            memory.
     """
 
     def __init__(

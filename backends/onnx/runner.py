@@ -14,54 +14,83 @@ from backends.onnx.feeds import cache_inputs, feeds, whole_row
 from backends.onnx.files import read_proto, unreadable
 from backends.onnx.taps import taps
 
-_APPROXIMATION = "quantizes what enters weight-only linears to int8 in blocks (MatMulNBits at accuracy level 4)"
+_APPROXIMATION = (
+    "quantizes what enters weight-only linears to int8 in blocks (MatMulNBits at accuracy level 4)"
+)
 
 
 class OnnxModel:
-    """An exported folder in ONNX Runtime; implements :class:`~backends.base.RuntimeModel` and ``ProbedModel``.
+    """An exported folder in ONNX Runtime; implements :class:`~backends.base.RuntimeModel` and
+    ``ProbedModel``.
 
     Args:
         path: the ``.onnx`` file; its external data lies beside it.
-        exact: forbid ONNX Runtime's own approximation of weight-only linears (MatMulNBits at accuracy level 4 quantizes
-            activations to int8); ``False``: the session as a user gets it.
+        exact: forbid ONNX Runtime's own approximation of weight-only linears (MatMulNBits at
+            accuracy level 4 quantizes activations to int8); ``False``: the session as a user gets
+            it.
         probed: make inputs and outputs of all linears readable through :meth:`probe`.
-        stands_in: why ONNX Runtime runs what is another runtime's, for :attr:`runtime`; empty where it is its own. It
-            then does not optimize what it would fail to load: its kernels quantize and dequantize float8, and its
-            optimizer makes linears of them for which there are none.
+        stands_in: why ONNX Runtime runs what is another runtime's, for :attr:`runtime`; empty where
+            it is its own. It then does not optimize what it would fail to load: its kernels
+            quantize and dequantize float8, and its optimizer makes linears of them for which there
+            are none.
 
     Raises:
         BackendError: the file or its external data is missing, damaged or refused by ONNX Runtime.
     """
 
-    def __init__(self, path: Path, *, exact: bool, probed: bool = False, stands_in: str = "") -> None:
+    def __init__(
+        self, path: Path, *, exact: bool, probed: bool = False, stands_in: str = ""
+    ) -> None:
         proto = read_proto(path)
         found = taps(proto.graph)
         float8 = bool(stands_in) and uses_float8(proto.graph)
         options = session_options(exact=exact, float8=float8)
         approximated = any(tap.quantized and tap.multiplies_floats for tap in found.values())
-        self.runtime = f"ONNX Runtime {ort.__version__} (CPU)" + (f"; {stands_in}" if stands_in else "")
+        self.runtime = f"ONNX Runtime {ort.__version__} (CPU)" + (
+            f"; {stands_in}" if stands_in else ""
+        )
         self.note = _APPROXIMATION if approximated and not (exact or float8) else ""
         self._taps = found if probed else {}
         self._caches = cache_inputs(proto.graph)
         self._outputs = [output.name for output in proto.graph.output]
         source: str | bytes = str(path)
         if probed:
-            source = _with_outputs(proto, [name for tap in found.values() for name in (tap.entering, tap.leaving)])
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            source = _with_outputs(
+                proto, [name for tap in found.values() for name in (tap.entering, tap.leaving)]
+            )
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.parent)
+            )
         self._session = open_session(source, options, path)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`~backends.base.RuntimeModel`."""
-        logits, *present = self._run(self._outputs, feeds(self._caches, input_ids, attention_mask, position_ids, past))
+        logits, *present = self._run(
+            self._outputs, feeds(self._caches, input_ids, attention_mask, position_ids, past)
+        )
         return logits.float(), present
 
     def probe(self, input_ids: Tensor, names: Sequence[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
         """See :class:`~backends.base.ProbedModel`."""
         wanted = list(dict.fromkeys(end for name in names for end in self._ends(name)))
-        found = dict(zip(wanted, self._run(wanted, feeds(self._caches, *whole_row(input_ids), None)), strict=True))
-        return {name: (found[entering], found[leaving]) for name in names for entering, leaving in [self._ends(name)]}
+        found = dict(
+            zip(
+                wanted,
+                self._run(wanted, feeds(self._caches, *whole_row(input_ids), None)),
+                strict=True,
+            )
+        )
+        return {
+            name: (found[entering], found[leaving])
+            for name in names
+            for entering, leaving in [self._ends(name)]
+        }
 
     def _ends(self, name: str) -> tuple[str, str]:
         tap = self._taps[name]
@@ -70,7 +99,9 @@ class OnnxModel:
     def _run(self, outputs: Sequence[str], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         if not outputs:  # which ONNX Runtime takes to mean all
             return []
-        found = self._session.run(list(outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
+        found = self._session.run(
+            list(outputs), {name: tensor.numpy() for name, tensor in inputs.items()}
+        )
         return [torch.from_numpy(array) for array in found]
 
 
@@ -90,7 +121,9 @@ def session_options(*, exact: bool, float8: bool = False) -> ort.SessionOptions:
     return options
 
 
-def open_session(source: str | bytes, options: ort.SessionOptions, path: Path) -> ort.InferenceSession:
+def open_session(
+    source: str | bytes, options: ort.SessionOptions, path: Path
+) -> ort.InferenceSession:
     """A CPU session over ``source``, a path or a serialized model that was read from ``path``.
 
     Raises:
@@ -108,7 +141,9 @@ def uses_float8(graph: onnx.GraphProto) -> bool:
 
 
 def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> bytes:
-    """The graph with further values as outputs, serialized without its external data. ``proto`` is used up."""
+    """The graph with further values as outputs, serialized without its external data. ``proto`` is
+    used up.
+    """
     known = {output.name for output in proto.graph.output}
     for name in dict.fromkeys(names):
         if name not in known:

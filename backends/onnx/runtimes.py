@@ -1,4 +1,6 @@
-"""What runs a written graph on this machine: the runtime it is for, or the nearest thing to it that is there."""
+"""What runs a written graph on this machine: the runtime it is for, or the nearest thing to it that
+is there.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,14 @@ _STANDS_IN = {OPENVINO: "OpenVINO is not installed", TENSORRT: "TensorRT runs on
 """Why ONNX Runtime stands in."""
 
 
-def load(path: Path, target: str, *, exact: bool, probed: bool = False) -> OnnxModel | OpenVinoModel:
+def load(
+    path: Path, target: str, *, exact: bool, probed: bool = False
+) -> OnnxModel | OpenVinoModel:
     """The graph at ``path`` in what runs it here.
 
-    OpenVINO's folders run in ONNX Runtime where it is not installed. TensorRT's do so as well, as it has no CPU: what
-    they compute is right to the precision of float16, and how fast it is says nothing.
+    OpenVINO's folders run in ONNX Runtime where it is not installed. TensorRT's do so as well, as
+    it has no CPU: what they compute is right to the precision of float16, and how fast it is says
+    nothing.
 
     Raises:
         RuntimeMissing: the graph holds what only TensorRT runs.
@@ -40,7 +45,9 @@ def load(path: Path, target: str, *, exact: bool, probed: bool = False) -> OnnxM
         return OpenVinoModel(path, exact=exact, probed=probed)
     if target == TENSORRT:
         _check_runs_without_tensorrt(path)
-    return OnnxModel(path, exact=exact or target == TENSORRT, probed=probed, stands_in=_STANDS_IN.get(target, ""))
+    return OnnxModel(
+        path, exact=exact or target == TENSORRT, probed=probed, stands_in=_STANDS_IN.get(target, "")
+    )
 
 
 def fusion(path: Path, target: str) -> Fusion | None:
@@ -67,9 +74,13 @@ def _check_runs_without_tensorrt(path: Path) -> None:
     foreign = next((node for node in graph.node if node.domain not in _STANDARD), None)
     if foreign is not None:
         raise _missing(path, f"the operator {foreign.domain}::{foreign.op_type}")
-    if any(onnx.TensorProto.DataType.Name(tensor.data_type) == _FLOAT4 for tensor in graph.initializer):
+    if any(
+        onnx.TensorProto.DataType.Name(tensor.data_type) == _FLOAT4 for tensor in graph.initializer
+    ):
         raise _missing(path, "4-bit floats")
-    if any(entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT8E4M3FN for entry in graph.input):
+    if any(
+        entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT8E4M3FN for entry in graph.input
+    ):
         raise _missing(path, "a cache of float8")  # ONNX Runtime concatenates none
 
 

@@ -10,16 +10,22 @@ import onnx_ir as ir
 from calib.progress import Progress
 
 _INLINE_BYTES = 1024
-"""Initializers up to this size stay in the ``.onnx`` file, where shape inference sees them; others are external."""
+"""Initializers up to this size stay in the ``.onnx`` file, where shape inference sees them; others
+are external.
+"""
 _PAGE = 4096
-"""Offsets of whole pages, as the ONNX specification advises, so that runtimes map weights instead of copying them."""
+"""Offsets of whole pages, as the ONNX specification advises, so that runtimes map weights instead
+of copying them.
+"""
 
 
 def save(graph: ir.Model, path: Path, *, max_shard_bytes: int | None, progress: Progress) -> None:
-    """Write ``graph`` to ``path`` and its weights beside it, and have the ONNX checker look at the result.
+    """Write ``graph`` to ``path`` and its weights beside it, and have the ONNX checker look at the
+    result.
 
-    Weights go to ``model.onnx.data``, or where they exceed ``max_shard_bytes`` to ``model-00001-of-0000n.onnx.data``
-    and so on, of which each is as large as allowed, or holds a single larger tensor.
+    Weights go to ``model.onnx.data``, or where they exceed ``max_shard_bytes`` to
+    ``model-00001-of-0000n.onnx.data`` and so on, of which each is as large as allowed, or holds a
+    single larger tensor.
 
     Args:
         graph: with initializers that are read when they are written, and not kept.
@@ -47,4 +53,8 @@ def save(graph: ir.Model, path: Path, *, max_shard_bytes: int | None, progress: 
 
 
 def _sizes(graph: ir.Model) -> list[int]:
-    return [value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None]
+    return [
+        value.const_value.nbytes
+        for value in graph.graph.initializers.values()
+        if value.const_value is not None
+    ]

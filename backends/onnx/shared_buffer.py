@@ -1,17 +1,19 @@
 """Keys and values in one buffer that every run writes into.
 
-    past_key_values.i  [B, kv_heads, C, d]  a buffer with room for C >= T tokens, T of which the attention mask counts
-    present.i          [B, kv_heads, C, d]  the same with the S new tokens behind the T - S that were there
+    past_key_values.i  [B, kv_heads, C, d]  a buffer with room for C >= T tokens, T of which the
+    attention mask counts present.i          [B, kv_heads, C, d]  the same with the S new tokens
+    behind the T - S that were there
 
-A runtime that binds both to one memory, as onnxruntime-genai does, never copies the cache. The new tokens get there by
-TensorScatter, which then writes in place, and attention reads the first T tokens of it:
+A runtime that binds both to one memory, as onnxruntime-genai does, never copies the cache. The new
+tokens get there by TensorScatter, which then writes in place, and attention reads the first T
+tokens of it:
 
     present = TensorScatter(past, new, T - S);  K = present[:, :, :T]
 
-The slice is a copy. One token at a time it costs more than the rest of attention, and com.microsoft::
-GroupQueryAttention, which appends by itself and reads the buffer where it lies, is faster; with more tokens it is
-slower, and wrong for several rows behind a past. So the cache of a layer whose heads it takes, in float and of a
-multiple of 8, gets both, and the graph chooses:
+The slice is a copy. One token at a time it costs more than the rest of attention, and
+com.microsoft:: GroupQueryAttention, which appends by itself and reads the buffer where it lies, is
+faster; with more tokens it is slower, and wrong for several rows behind a past. So the cache of a
+layer whose heads it takes, in float and of a multiple of 8, gets both, and the graph chooses:
 
     If S == 1:  GroupQueryAttention(q, k, v, past, T, bias)
     else:       TensorScatter, Slice and the attention of :mod:`backends.onnx.attention`
@@ -43,7 +45,8 @@ _TO_HEADS = (0, 2, 1, 3)
 
 
 def share_buffer(model: ir.Model) -> None:
-    """Let ``model`` write into its past, and lower the attention of every layer whose cache is in float, in place.
+    """Let ``model`` write into its past, and lower the attention of every layer whose cache is in
+    float, in place.
 
     The attention of other layers is left to :func:`backends.onnx.attention.lower_attention`.
     """
@@ -103,23 +106,33 @@ def _lengths(graph: ir.Graph) -> _Lengths:
     lengths = _Lengths(
         total=total,
         start=op("Expand", [before, rows], "Start"),
-        last=op("Cast", [op("Expand", [last, rows], "Lasts")], "Lasts32", to=int(ir.DataType.INT32)),
+        last=op(
+            "Cast", [op("Expand", [last, rows], "Lasts")], "Lasts32", to=int(ir.DataType.INT32)
+        ),
         count=op("Squeeze", [op("Cast", [total], "Total32", to=int(ir.DataType.INT32))], "Count"),
         single=op("Squeeze", [op("Equal", [sequence, integers(graph, (1,))], "IsOne")], "Single"),
     )
     first = next(iter(graph))
     for node in list(graph):
         past = node.inputs[0] if node.op_type == "Shape" else None
-        if past is not None and str(past.name).startswith(CACHE) and node.attributes.get_int("start", 0) == _TOKENS:
+        if (
+            past is not None
+            and str(past.name).startswith(CACHE)
+            and node.attributes.get_int("start", 0) == _TOKENS
+        ):
             ir.convenience.replace_all_uses_with(node.outputs[0], before)
     graph.insert_before(first, list(builder.nodes))
     return lengths
 
 
 def _appends(node: ir.Node) -> bool:
-    """Whether ``node`` appends to a cache that comes in, and its output is the cache that goes out."""
+    """Whether ``node`` appends to a cache that comes in, and its output is the cache that goes
+    out.
+    """
     past = node.inputs[0] if node.op_type == "Concat" else None
-    return past is not None and str(past.name).startswith(CACHE) and node.outputs[0].is_graph_output()
+    return (
+        past is not None and str(past.name).startswith(CACHE) and node.outputs[0].is_graph_output()
+    )
 
 
 def _scatter(graph: ir.Graph, concat: ir.Node, lengths: _Lengths) -> None:
@@ -141,7 +154,9 @@ def _written(
     graph: ir.Graph, builder: tape.Tape, past: ir.Value, new: ir.Value, lengths: _Lengths, name: str
 ) -> tuple[ir.Value, ir.Value]:
     """The buffer with ``new`` in it, and the tokens that it then holds."""
-    present = builder.op("TensorScatter", [past, new, lengths.start], {"axis": _TOKENS}, name=f"{name}/Write")
+    present = builder.op(
+        "TensorScatter", [past, new, lengths.start], {"axis": _TOKENS}, name=f"{name}/Write"
+    )
     bounds = [integers(graph, (0,)), lengths.total, integers(graph, (_TOKENS,))]
     return present, builder.op("Slice", [present, *bounds], name=f"{name}/Tokens")
 
@@ -178,11 +193,15 @@ class _Layer:
     lengths: _Lengths
 
 
-def _choose(graph: ir.Graph, site: Site, concats: tuple[ir.Node, ir.Node], mask: Mask, lengths: _Lengths) -> None:
+def _choose(
+    graph: ir.Graph, site: Site, concats: tuple[ir.Node, ir.Node], mask: Mask, lengths: _Lengths
+) -> None:
     """The attention of a layer in both ways, behind an If."""
     builder = tape.Tape()
     news = [concat.inputs[1] for concat in concats]
-    query, key, value = (_flat(graph, builder, each) for each in (site.inputs[0], *news) if each is not None)
+    query, key, value = (
+        _flat(graph, builder, each) for each in (site.inputs[0], *news) if each is not None
+    )
     key_past, value_past = (concat.inputs[0] for concat in concats)
     assert key_past is not None
     assert value_past is not None
@@ -196,7 +215,9 @@ def _choose(graph: ir.Graph, site: Site, concats: tuple[ir.Node, ir.Node], mask:
     )
     shape = integers(graph, (0, 0, site.heads, size(site.inputs[2], 3)))
     readers = [node for node in site.node.outputs[0].consumers() if _joins(node)]
-    replace(graph, site.node, builder, builder.op("Reshape", [mixed, shape], name=f"{site.name}/Apart"))
+    replace(
+        graph, site.node, builder, builder.op("Reshape", [mixed, shape], name=f"{site.name}/Apart")
+    )
     for reader in readers:
         mixed.shape, mixed.type = reader.outputs[0].shape, reader.outputs[0].type
         ir.convenience.replace_all_uses_with(reader.outputs[0], mixed)
@@ -206,7 +227,9 @@ def _choose(graph: ir.Graph, site: Site, concats: tuple[ir.Node, ir.Node], mask:
 
 
 def _flat(graph: ir.Graph, builder: tape.Tape, x: ir.Value) -> ir.Value:
-    """``x [B, heads, S, d]`` as ``[B, S, heads d]``; as it was, where its heads have only just been taken apart."""
+    """``x [B, heads, S, d]`` as ``[B, S, heads d]``; as it was, where its heads have only just been
+    taken apart.
+    """
     node = x.producer()
     if node is not None and node.op_type == ROTARY_EMBEDDING:
         inner = _joined(node.inputs[0])
@@ -217,19 +240,31 @@ def _flat(graph: ir.Graph, builder: tape.Tape, x: ir.Value) -> ir.Value:
     if inner is not None:
         return inner
     turned = builder.op("Transpose", [x], {"perm": list(_TO_HEADS)}, name=f"{x.name}/Turned")
-    return builder.op("Reshape", [turned, integers(graph, (0, 0, size(x, 1) * size(x, 3)))], name=f"{x.name}/Joined")
+    return builder.op(
+        "Reshape",
+        [turned, integers(graph, (0, 0, size(x, 1) * size(x, 3)))],
+        name=f"{x.name}/Joined",
+    )
 
 
 def _joined(x: ir.Value | None) -> ir.Value | None:
     """``y [B, S, heads d]`` where ``x`` is Transpose(Reshape(y)) of it."""
     turned = None if x is None else x.producer()
-    if turned is None or turned.op_type != "Transpose" or tuple(turned.attributes["perm"].as_ints()) != _TO_HEADS:
+    if (
+        turned is None
+        or turned.op_type != "Transpose"
+        or tuple(turned.attributes["perm"].as_ints()) != _TO_HEADS
+    ):
         return None
     apart = None if turned.inputs[0] is None else turned.inputs[0].producer()
     if apart is None or apart.op_type != "Reshape":
         return None
     found = apart.inputs[0]
-    return found if found is not None and found.shape is not None and len(found.shape) == len(_TO_HEADS) - 1 else None
+    return (
+        found
+        if found is not None and found.shape is not None and len(found.shape) == len(_TO_HEADS) - 1
+        else None
+    )
 
 
 def _joins(node: ir.Node) -> bool:
@@ -246,7 +281,16 @@ def _single(layer: _Layer) -> ir.Graph:
         attributes["softcap"] = site.softcap
     outputs = builder.op_multi_out(
         "GroupQueryAttention",
-        [*layer.inputs, *layer.pasts, lengths.last, lengths.count, None, None, None, layer.mask.bias],
+        [
+            *layer.inputs,
+            *layer.pasts,
+            lengths.last,
+            lengths.count,
+            None,
+            None,
+            None,
+            layer.mask.bias,
+        ],
         attributes,
         domain=MICROSOFT,
         num_outputs=3,
@@ -262,7 +306,9 @@ def _several(graph: ir.Graph, layer: _Layer) -> ir.Graph:
     def apart(x: ir.Value, like: ir.Value, label: str) -> ir.Value:
         dims = integers(graph, (0, 0, size(like, 1), size(like, 3)))
         split = builder.op("Reshape", [x, dims], name=f"{site.name}/{label}Apart")
-        return builder.op("Transpose", [split], {"perm": list(_TO_HEADS)}, name=f"{site.name}/{label}Turned")
+        return builder.op(
+            "Transpose", [split], {"perm": list(_TO_HEADS)}, name=f"{site.name}/{label}Turned"
+        )
 
     query, *new = (
         apart(x, like, label)

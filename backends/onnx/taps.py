@@ -1,4 +1,6 @@
-"""Where the linears of a written graph begin and end, by the names that :mod:`backends.onnx.lower` gives its nodes."""
+"""Where the linears of a written graph begin and end, by the names that :mod:`backends.onnx.lower`
+gives its nodes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Tap:
         entering: the value that enters its quantizer, or its MatMul.
         leaving: the value that leaves it, bias included.
         quantized: whether its weight is stored quantized.
-        multiplies_floats: whether its MatMul takes floats as the graph has it. Runtimes may round these to integers.
+        multiplies_floats: whether its MatMul takes floats as the graph has it. Runtimes may round
+            these to integers.
     """
 
     entering: str

@@ -1,6 +1,7 @@
 """TensorRT-RTX: parse a written graph and build an engine of it, ahead of time and without a GPU.
 
-That is an acceptance test of what TensorRT takes, and the way to an engine for one of NVIDIA's RTX GPUs. Nothing runs.
+That is an acceptance test of what TensorRT takes, and the way to an engine for one of NVIDIA's RTX
+GPUs. Nothing runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ AXES: Mapping[str, tuple[int, int, int]] = {
     "past": (0, 16, 1024),
     "total": (1, 32, 1536),
 }
-"""Least, usual and greatest size of each dynamic axis of a graph that :mod:`backends.onnx.trace` made."""
+"""Least, usual and greatest size of each dynamic axis of a graph that :mod:`backends.onnx.trace`
+made.
+"""
 CAPABILITIES = ("8.6", "8.9", "12.0")
 """Compute capabilities of RTX GPUs: Ampere, Ada (from here on float8), Blackwell (float4)."""
 
@@ -54,7 +57,9 @@ def build(path: Path, capability: str, axes: Mapping[str, tuple[int, int, int]] 
         raise BackendError(f"TensorRT-RTX cannot parse '{path}': {reasons}")
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
+    config.set_compute_capability(
+        getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0
+    )
     config.add_optimization_profile(_profile(builder, network, path, axes))
     engine = builder.build_serialized_network(network, config)
     if engine is None:
@@ -80,7 +85,9 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _profile(builder: Any, network: Any, path: Path, axes: Mapping[str, tuple[int, int, int]]) -> Any:
+def _profile(
+    builder: Any, network: Any, path: Path, axes: Mapping[str, tuple[int, int, int]]
+) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         entry = network.get_input(index)
@@ -88,7 +95,9 @@ def _profile(builder: Any, network: Any, path: Path, axes: Mapping[str, tuple[in
         for axis, size in enumerate(entry.shape):
             name = entry.get_dimension_name(axis)
             if size < 0 and name not in axes:
-                raise BackendError(f"axis '{name}' of input '{entry.name}' of '{path}' has no range of sizes")
+                raise BackendError(
+                    f"axis '{name}' of input '{entry.name}' of '{path}' has no range of sizes"
+                )
             sizes.append((size,) * 3 if size >= 0 else axes[name])
         profile.set_shape(entry.name, *([size[step] for size in sizes] for step in range(3)))
     return profile

@@ -1,18 +1,21 @@
-"""Tracing a causal LM whose linears, experts and attention are placeholders, without any weight in memory.
+"""Tracing a causal LM whose linears, experts and attention are placeholders, without any weight in
+memory.
 
-Parameters that are left (embeddings, norms, routers) are traced as tensors of one element that is seen at every index.
-In the graph they are initializers that have a name, a shape and a dtype, and no values: :func:`fill` lets them read the
-artifact when they are written. Buffers such as rotary frequencies are small constants of the graph.
+Parameters that are left (embeddings, norms, routers) are traced as tensors of one element that is
+seen at every index. In the graph they are initializers that have a name, a shape and a dtype, and
+no values: :func:`fill` lets them read the artifact when they are written. Buffers such as rotary
+frequencies are small constants of the graph.
 
-An online R3 sits inside the attention, after RoPE and before the cache, so it is traced with the model: a Reshape and a
-MatMul with a small constant for each Kronecker factor. Cached keys are rotated, in ``past_key_values`` as in
-``present``.
+An online R3 sits inside the attention, after RoPE and before the cache, so it is traced with the
+model: a Reshape and a MatMul with a small constant for each Kronecker factor. Cached keys are
+rotated, in ``past_key_values`` as in ``present``.
 
 Inputs and outputs have the names that onnxruntime-genai and optimum know:
 
     input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence],
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim]
-        -> logits [batch, sequence or 1, vocabulary], present.{i}.key|value [batch, kv_heads, total, head_dim]
+        -> logits [batch, sequence or 1, vocabulary], present.{i}.key|value [batch, kv_heads, total,
+        head_dim]
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ class TraceRequest:
 
 
 class _FlatCache(nn.Module):
-    """The model with its cache as a flat list of tensors, which is what a graph can have as inputs and outputs."""
+    """The model with its cache as a flat list of tensors, which is what a graph can have as inputs
+    and outputs.
+    """
 
     def __init__(self, network: nn.Module, *, last_logits: bool) -> None:
         super().__init__()
@@ -82,7 +87,11 @@ class _FlatCache(nn.Module):
             use_cache=True,
             logits_to_keep=self.logits_to_keep,
         )
-        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        present = [
+            tensor
+            for layer in output.past_key_values.layers
+            for tensor in (layer.keys, layer.values)
+        ]
         return (output.logits, *present)
 
 
@@ -117,7 +126,8 @@ def trace(request: TraceRequest) -> ir.Model:
             value.const_value = _promised(value)
     _divide_by_roots(model.graph)
     for thing in (*model.graph, *model.graph.initializers.values()):
-        thing.metadata_props.clear()  # the exporter's traces of Python source, which name paths of this machine
+        # the exporter's traces of Python source, which name paths of this machine
+        thing.metadata_props.clear()
     _name_output_axes(model)
     return model
 
@@ -141,7 +151,8 @@ def fill(model: ir.Model, floats: Mapping[str, Tensor]) -> None:
         wanted = (tuple(promised.shape.numpy()), promised.dtype)
         if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != wanted:
             raise CheckpointError(
-                f"the weights do not fit the config: '{name}' {found}, not {wanted[0]} {wanted[1].name}",
+                f"the weights do not fit the config: '{name}' {found}, not {wanted[0]}"
+                f" {wanted[1].name}",
                 hint="the folder mixes files of two models, or was edited after it was written",
             )
         value.const_value = _lazy(tensor, promised)
@@ -177,13 +188,19 @@ def _network(request: TraceRequest) -> Any:
     return network.eval()
 
 
-def _export(wrapper: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> torch.onnx.ONNXProgram:
+def _export(
+    wrapper: nn.Module, inputs: tuple[Tensor, ...], **options: Any
+) -> torch.onnx.ONNXProgram:
     with running(wrapper) as modules:
         try:
             # Unoptimized: constant folding would take the stand-ins for the weights.
-            program = torch.onnx.export(wrapper, inputs, dynamo=True, optimize=False, verbose=False, **options)
+            program = torch.onnx.export(
+                wrapper, inputs, dynamo=True, optimize=False, verbose=False, **options
+            )
         except torch.onnx.errors.OnnxExporterError as error:
-            where = modules.culprit() or _untranslated(error, wrapper, inputs, options["dynamic_shapes"])
+            where = modules.culprit() or _untranslated(
+                error, wrapper, inputs, options["dynamic_shapes"]
+            )
             raise _refusal(error, where) from error
     if program is None:  # the exporter's signature allows it; with dynamo=True it does not happen
         raise BackendError("torch.onnx returned no program")
@@ -193,7 +210,9 @@ def _export(wrapper: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> t
 def _untranslated(
     error: BaseException, wrapper: nn.Module, inputs: tuple[Tensor, ...], dynamic: tuple[Any, ...]
 ) -> str | None:
-    """The module of the operator that stopped the translation. The exporter's errors do not tell: trace once more."""
+    """The module of the operator that stopped the translation. The exporter's errors do not tell:
+    trace once more.
+    """
     auto = torch.export.Dim.AUTO
     shapes = [dict.fromkeys(axes, auto) for axes in (*dynamic[:3], *dynamic[3])]
     program = torch.export.export(wrapper, inputs, dynamic_shapes=(*shapes[:3], tuple(shapes[3:])))
@@ -210,12 +229,17 @@ def _refusal(error: BaseException, where: str | None) -> BackendError:
     module = f"'{where.removeprefix(f'{_ROOT}.')}'" if where else "the model"
     return BackendError(
         f"torch.onnx cannot export {module}: {reason}",
-        hint="use the safetensors backend, which does not trace the model; -v shows the exporter's own report",
+        hint=(
+            "use the safetensors backend, which does not trace the model; -v shows the exporter's"
+            " own report"
+        ),
     )
 
 
 def _strip_weights(model: ir.Model, weights: Collection[str]) -> None:
-    """Give weights their checkpoint keys back, which the trace saw below the wrapper, and take the stand-ins away."""
+    """Give weights their checkpoint keys back, which the trace saw below the wrapper, and take the
+    stand-ins away.
+    """
     names = {f"{_ROOT}.{name}": name for name in weights}
     for value in list(model.graph.initializers.values()):
         if value.name in names:
@@ -224,7 +248,9 @@ def _strip_weights(model: ir.Model, weights: Collection[str]) -> None:
 
 
 def _divide_by_roots(graph: ir.Graph) -> None:
-    """``x * (1 / sqrt(v))`` of norms becomes ``x / sqrt(v)``, which ONNX Runtime recognises as a norm and fuses."""
+    """``x * (1 / sqrt(v))`` of norms becomes ``x / sqrt(v)``, which ONNX Runtime recognises as a
+    norm and fuses.
+    """
     for node in list(graph):
         root = node.inputs[0] if node.op_type == "Reciprocal" else None
         producer = None if root is None else root.producer()
@@ -257,8 +283,12 @@ def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
     return ir.tensor(torch.zeros((), dtype=dtype)).dtype
 
 
-def _example(network: nn.Module, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], list[str], tuple[Any, ...]]:
-    """Example inputs, their names and their dynamic axes. Dynamic sizes differ and exceed 1: none is specialised."""
+def _example(
+    network: nn.Module, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], list[str], tuple[Any, ...]]:
+    """Example inputs, their names and their dynamic axes. Dynamic sizes differ and exceed 1: none
+    is specialised.
+    """
     config: Any = network.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -269,7 +299,12 @@ def _example(network: nn.Module, dtype: torch.dtype) -> tuple[tuple[Tensor, ...]
     cache = tuple(torch.zeros(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers))
     tokens, cached = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
     dynamic = (tokens, {0: "batch", 1: "total"}, tokens, (cached,) * len(cache))
-    names = ["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", layers)]
+    names = [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *_cache_names("past_key_values", layers),
+    ]
     return (ids, mask, positions, *cache), names, dynamic
 
 
@@ -278,15 +313,23 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
 
 
 def _name_output_axes(model: ir.Model) -> None:
-    """Call the grown cache axis ``total``, as in the attention mask; the exporter writes ``past + sequence``."""
+    """Call the grown cache axis ``total``, as in the attention mask; the exporter writes ``past +
+    sequence``.
+    """
     for output in model.graph.outputs:
-        if output.name is not None and output.name.startswith("present.") and output.shape is not None:
+        if (
+            output.name is not None
+            and output.name.startswith("present.")
+            and output.shape is not None
+        ):
             output.shape = ir.Shape([output.shape[0], output.shape[1], "total", output.shape[3]])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on packages, axis names and initializers without values, unless debugging."""
+    """Silence the exporter's notes on packages, axis names and initializers without values, unless
+    debugging.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     if not logging.getLogger().isEnabledFor(logging.DEBUG):

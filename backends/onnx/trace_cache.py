@@ -1,7 +1,9 @@
-"""Traced graphs kept between runs: neither the scheme nor the target changes one, and a trace takes its time.
+"""Traced graphs kept between runs: neither the scheme nor the target changes one, and a trace takes
+its time.
 
-An entry is one file: a SHA-256 digest, then the ONNX protobuf it is the digest of, without any weight. Its name is a
-hash of all that the trace depends on. An entry that does not fit its digest is made again.
+An entry is one file: a SHA-256 digest, then the ONNX protobuf it is the digest of, without any
+weight. Its name is a hash of all that the trace depends on. An entry that does not fit its digest
+is made again.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ _KEPT = 256
 _DIGEST = hashlib.sha256().digest_size
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 _SOURCES = (tracing, placeholders, attention, online, skeleton, hadamard, rotation_set)
-"""Modules that decide what a trace looks like: an entry of an older version of them must not be found."""
+"""Modules that decide what a trace looks like: an entry of an older version of them must not be
+found.
+"""
 
 
 def cached_trace(request: TraceRequest, progress: Progress) -> ir.Model:
-    """The graph of ``request``, from the cache or traced now. Changing it changes nothing in the cache.
+    """The graph of ``request``, from the cache or traced now. Changing it changes nothing in the
+    cache.
 
     Raises:
         BackendError: see :func:`backends.onnx.trace.trace`.
@@ -111,5 +116,7 @@ def _write(path: Path, data: bytes) -> None:
         _log.warning("the trace cannot be kept in '%s': %s", path.parent, error)
         return
     with suppress(OSError):  # another process may tidy up as well
-        for old in sorted(path.parent.glob("*.trace"), key=lambda entry: entry.stat().st_mtime)[:-_KEPT]:
+        for old in sorted(path.parent.glob("*.trace"), key=lambda entry: entry.stat().st_mtime)[
+            :-_KEPT
+        ]:
             old.unlink(missing_ok=True)

@@ -21,7 +21,9 @@ class Running:
         self.failed: str | None = None
 
     def enter(self, name: str) -> None:
-        """A module starts. The root starting while others still run means that an attempt before this one failed."""
+        """A module starts. The root starting while others still run means that an attempt before
+        this one failed.
+        """
         if name == "" and self.names:
             self._remember()
         self.names.append(name)
@@ -61,9 +63,12 @@ def module_of(error: BaseException, program: torch.export.ExportedProgram) -> st
 
     Args:
         error: what the exporter raised; some exception of its chain names the operator.
-        program: the traced program. The exporter decomposes its operators, ``aten.special_erf`` to ``prims.erf``.
+        program: the traced program. The exporter decomposes its operators, ``aten.special_erf`` to
+            ``prims.erf``.
     """
-    operators = {name.rpartition(".")[2] for name in _OPERATOR.findall("\n".join(map(str, _chain(error))))}
+    operators = {
+        name.rpartition(".")[2] for name in _OPERATOR.findall("\n".join(map(str, _chain(error))))
+    }
     for node in program.graph.nodes:
         if any(operator in str(node.target) for operator in operators):
             stack = node.meta.get("nn_module_stack") or {}

@@ -1,11 +1,12 @@
 """A quantized weight in the graph: stored ``[in, out]``, dequantized right in front of its MatMul.
 
-    int8, int4, float8:   DequantizeLinear(codes, s, z)          per tensor; per channel: axis 1; in blocks: axis 0
-    NVFP4:                s = DequantizeLinear(s1 in E4M3, s2) in float32;   DequantizeLinear(codes, s) -> Cast
-    MXFP8:                trt::TRT_MXFP8DequantizeLinear(codes, exponents + 127)
+    int8, int4, float8:   DequantizeLinear(codes, s, z)          per tensor; per channel: axis 1; in
+    blocks: axis 0 NVFP4:                s = DequantizeLinear(s1 in E4M3, s2) in float32;
+    DequantizeLinear(codes, s) -> Cast MXFP8:                trt::TRT_MXFP8DequantizeLinear(codes,
+    exponents + 127)
 
-The weight is stored transposed from the artifact's ``[out, in]`` so that its DequantizeLinear feeds MatMul directly:
-the form that runtimes turn into a kernel.
+The weight is stored transposed from the artifact's ``[out, in]`` so that its DequantizeLinear feeds
+MatMul directly: the form that runtimes turn into a kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from calib.schemes import Granularity, PerBlock, PerChannel
 E8M0_BIAS = 127
 
 
-def dequantized_weight(nodes: LinearNodes, linear: QuantizedLinear, weights: Sequence[Tensor], rows: int) -> ir.Value:
+def dequantized_weight(
+    nodes: LinearNodes, linear: QuantizedLinear, weights: Sequence[Tensor], rows: int
+) -> ir.Value:
     """The weight ``[rows, out]`` in the dtype of the graph.
 
     Args:
@@ -44,18 +47,28 @@ def dequantized_weight(nodes: LinearNodes, linear: QuantizedLinear, weights: Seq
     if linear.weight_zero_point is not None:
         points = turned(linear.weight_zero_point, scheme.granularity)
         inputs.append(zero_points(nodes, "weight_zero_point", points, scheme.format))
-    return nodes.op("DequantizeLinear", inputs, "DequantizeWeight", **_attributes(scheme.granularity))
+    return nodes.op(
+        "DequantizeLinear", inputs, "DequantizeWeight", **_attributes(scheme.granularity)
+    )
 
 
 def padded_width(linear: QuantizedLinear, *, whole_blocks: bool) -> int:
-    """Rows of the stored weight: its input features, filled up to whole blocks where these are asked for."""
+    """Rows of the stored weight: its input features, filled up to whole blocks where these are
+    asked for.
+    """
     width = linear.weight.shape[1]
     granularity = linear.weight_scheme.granularity
-    return width + -width % granularity.size if whole_blocks and isinstance(granularity, PerBlock) else width
+    return (
+        width + -width % granularity.size
+        if whole_blocks and isinstance(granularity, PerBlock)
+        else width
+    )
 
 
 def turned(scales: Tensor, granularity: Granularity) -> Tensor:
-    """Scales of ``[out, in]`` for ``[in, out]`` and back: ``[]``, ``[out]`` or, in blocks, ``[blocks, out]``."""
+    """Scales of ``[out, in]`` for ``[in, out]`` and back: ``[]``, ``[out]`` or, in blocks,
+    ``[blocks, out]``.
+    """
     return scales.T if isinstance(granularity, PerBlock) else scales
 
 
@@ -73,10 +86,14 @@ def _nvfp4(nodes: LinearNodes, linear: QuantizedLinear, codes: ir.Value) -> ir.V
     second = linear.weight_second_scale
     assert second is not None
     granularity = linear.weight_scheme.granularity
-    first = nodes.scale("weight_scale", turned(linear.weight_scale, granularity), torch.float8_e4m3fn)
+    first = nodes.scale(
+        "weight_scale", turned(linear.weight_scale, granularity), torch.float8_e4m3fn
+    )
     whole = nodes.scale("weight_second_scale", second, torch.float32)
     step = nodes.op("DequantizeLinear", [first, whole], "DequantizeWeightScale")
-    values = nodes.op("DequantizeLinear", [codes, step], "DequantizeWeight", **_attributes(granularity))
+    values = nodes.op(
+        "DequantizeLinear", [codes, step], "DequantizeWeight", **_attributes(granularity)
+    )
     return nodes.op("Cast", [values], "CastWeight", to=int(nodes.dtype))
 
 

@@ -33,14 +33,17 @@ CACHE_METADATA_KEY = "rotq.cache"
 
 
 def write(model: QuantizedModel, path: Path, options: WriteOptions) -> None:
-    """Write the graph to ``path``, its weights beside it, and what onnxruntime-genai wants to know of both.
+    """Write the graph to ``path``, its weights beside it, and what onnxruntime-genai wants to know
+    of both.
 
     Raises:
         BackendError: the model cannot be traced, or the artifact lacks a linear.
     """
     target, progress = TARGETS[options.target], options.progress
     shared = options.kv_buffer == "shared"
-    graph = build(model, target, last_logits=options.logits == "last", shared_buffer=shared, progress=progress)
+    graph = build(
+        model, target, last_logits=options.logits == "last", shared_buffer=shared, progress=progress
+    )
     save(graph, path, max_shard_bytes=options.max_shard_bytes, progress=progress)
     if target.compute_dtype == "float32":
         write_genai_config(model, path.name, path.parent, shared_buffer=shared)
@@ -63,7 +66,9 @@ def build(
         r3=model.rotations.of({"r3"}),
     )
     graph = cached_trace(request, progress)
-    tables = [table.name for table in architecture_for(AutoConfig.for_model(**model.config)).embeddings]
+    tables = [
+        table.name for table in architecture_for(AutoConfig.for_model(**model.config)).embeddings
+    ]
     lower_experts(graph, model.config, routed=target.routed_experts)
     if target.rotary:
         fuse_rotary(graph)
@@ -80,13 +85,17 @@ def build(
     passes.RemoveUnusedNodesPass()(graph)
     passes.RemoveUnusedOpsetsPass()(graph)
     passes.TopologicalSortPass()(graph)
-    passes.NameFixPass()(graph)  # the experts of a layer share a rotation, and with it the names of its nodes
+    # the experts of a layer share a rotation, and with it the names of its nodes
+    passes.NameFixPass()(graph)
     passes.ClearMetadataAndDocStringPass()(graph)  # which rule rewrote what
     graph.graph.name = str(model.config["model_type"])
     graph.producer_name, graph.producer_version = "rotq", model.provenance.versions.get("rotq", "")
     entries = {name: linear.description() for name, linear in model.linears.items()}
     graph.metadata_props[METADATA_KEY] = json.dumps(entries)
     if model.cache is not None:
-        cache = {"scheme": tensor_scheme_to_dict(model.cache.scheme), "layers": list(model.cache.key_scale)}
+        cache = {
+            "scheme": tensor_scheme_to_dict(model.cache.scheme),
+            "layers": list(model.cache.key_scale),
+        }
         graph.metadata_props[CACHE_METADATA_KEY] = json.dumps(cache)
     return graph

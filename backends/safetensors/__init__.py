@@ -1,1 +1,3 @@
-"""Safetensors bundles: weights and scales under the keys, shapes, dtypes and packing of one target each."""
+"""Safetensors bundles: weights and scales under the keys, shapes, dtypes and packing of one target
+each.
+"""

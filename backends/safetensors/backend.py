@@ -1,4 +1,6 @@
-"""The safetensors backend's front: a :class:`~backends.base.Backend` that loads its heavy parts when they are used."""
+"""The safetensors backend's front: a :class:`~backends.base.Backend` that loads its heavy parts
+when they are used.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class SafetensorsBackend:
         write_bundle(model, TARGETS[options.target].layout(), folder, options)
 
     def load(self, folder: Path, target: str, *, exact: bool) -> RuntimeModel:
-        """See :class:`~backends.base.Backend`. Without a library of the target's own that can run it: in torch."""
+        """See :class:`~backends.base.Backend`. Without a library of the target's own that can run
+        it: in torch.
+        """
         bundle = _open(folder, target, verify=True)
         if TARGETS[target].has_runner:
             with contextlib.suppress(RuntimeMissing):

@@ -1,4 +1,6 @@
-"""Writing a bundle: a plan of shards from what the layout announces, then shard by shard, then the manifest."""
+"""Writing a bundle: a plan of shards from what the layout announces, then shard by shard, then the
+manifest.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,11 @@ _MAX_SHARD_BYTES = 5 * 10**9
 """What the hub's own tools split at."""
 
 
-def write_bundle(model: QuantizedModel, layout: Layout, folder: Path, options: WriteOptions) -> None:
-    """Write ``model`` into the empty, existing ``folder``, as ``layout`` has it; only the tensor at hand is held.
+def write_bundle(
+    model: QuantizedModel, layout: Layout, folder: Path, options: WriteOptions
+) -> None:
+    """Write ``model`` into the empty, existing ``folder``, as ``layout`` has it; only the tensor at
+    hand is held.
 
     Raises:
         ValueError: the layout gives a key twice, or a tensor that is not what it announced.
@@ -57,16 +62,21 @@ def write_bundle(model: QuantizedModel, layout: Layout, folder: Path, options: W
         name: write_tensors(folder / name, [entries[key] for key in keys], written)
         for name, keys in plan.filename_to_tensors.items()
     }
-    # Also for a single shard: vLLM loads every *.safetensors of a folder without an index, rotations included.
+    # Also for a single shard: vLLM loads every *.safetensors of a folder without an index,
+    # rotations included.
     index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     texts = layout.files(model)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    model.rotations.save(folder)  # online ones are part of the model; the folded ones say where it came from
+    # online ones are part of the model; the folded ones say where it came from
+    model.rotations.save(folder)
     names = [*checksums, INDEX_FILE, *texts, *ROTATION_FILES]
     files = {
-        name: FileEntry(sha256=checksums.get(name) or sha256(folder / name), bytes=(folder / name).stat().st_size)
+        name: FileEntry(
+            sha256=checksums.get(name) or sha256(folder / name),
+            bytes=(folder / name).stat().st_size,
+        )
         for name in names
     }
     _manifest(model, layout.target, entries, plan.tensor_to_filename, files).save(folder)
@@ -96,7 +106,9 @@ def _manifest(
 ) -> Manifest:
     cache = None
     if model.cache is not None:
-        cache = CacheEntry(scheme=tensor_scheme_to_dict(model.cache.scheme), layers=list(model.cache.key_scale))
+        cache = CacheEntry(
+            scheme=tensor_scheme_to_dict(model.cache.scheme), layers=list(model.cache.key_scale)
+        )
     return Manifest(
         format_version=FORMAT_VERSION,
         rotq=version("rotq"),
@@ -107,7 +119,12 @@ def _manifest(
         fingerprint=model.provenance.fingerprint,
         config=model.config,
         tensors={
-            key: TensorEntry(kind=entry.kind, dtype=dtype_name(entry.dtype), shape=list(entry.shape), file=places[key])
+            key: TensorEntry(
+                kind=entry.kind,
+                dtype=dtype_name(entry.dtype),
+                shape=list(entry.shape),
+                file=places[key],
+            )
             for key, entry in entries.items()
         },
         linears={name: linear.description() for name, linear in model.linears.items()},

@@ -13,11 +13,14 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def differences(
-    found: Mapping[str, tuple[torch.dtype, Sequence[int]]], expected: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+    found: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    expected: Mapping[str, tuple[torch.dtype, Sequence[int]]],
 ) -> str:
-    """What ``found`` lacks, has too much or has in another dtype, rank or shape than ``expected``; empty if nothing.
+    """What ``found`` lacks, has too much or has in another dtype, rank or shape than ``expected``;
+    empty if nothing.
 
-    Keys that differ in one number alone, as those of equal layers do, are named together: ``h.{0-11}.ln_1.weight``.
+    Keys that differ in one number alone, as those of equal layers do, are named together:
+    ``h.{0-11}.ln_1.weight``.
     """
     problems: dict[str, list[str]] = {}
     for key in expected.keys() - found.keys():
@@ -30,7 +33,10 @@ def differences(
         if dtype != wanted:
             complaints.append(f"dtype {dtype_name(dtype)} instead of {dtype_name(wanted)}")
         if len(shape) != len(wanted_shape):
-            complaints.append(f"rank {len(shape)} {list(shape)} instead of {len(wanted_shape)} {list(wanted_shape)}")
+            complaints.append(
+                f"rank {len(shape)} {list(shape)} instead of {len(wanted_shape)}"
+                f" {list(wanted_shape)}"
+            )
         elif list(shape) != list(wanted_shape):
             complaints.append(f"shape {list(shape)} instead of {list(wanted_shape)}")
         if complaints:
@@ -50,7 +56,12 @@ def grouped(keys: Iterable[str]) -> list[str]:
             single.append(key)
         else:
             members.setdefault((key[: match.start()], key[match.end() :]), []).append(int(match[0]))
-    return sorted([*single, *(f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in members.items())])
+    return sorted(
+        [
+            *single,
+            *(f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in members.items()),
+        ]
+    )
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -27,7 +27,8 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Makes the tensor: ``dtype``, ``shape``, contiguous, on the CPU. It is written and forgotten."""
+    """Makes the tensor: ``dtype``, ``shape``, contiguous, on the CPU. It is written and forgotten.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -36,19 +37,25 @@ class Entry:
 
 
 def in_parts(
-    length: int, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[slice], Tensor], *, axis: int = 0
+    length: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    make: Callable[[slice], Tensor],
+    *,
+    axis: int = 0,
 ) -> Tensor:
     """A tensor that is made in parts: what is computed on the way stays in the processor's cache.
 
-    Packing and dequantizing pass over a weight several times. On a whole one each pass would go through memory, and
-    would need as much of it again.
+    Packing and dequantizing pass over a weight several times. On a whole one each pass would go
+    through memory, and would need as much of it again.
 
     Args:
         length: rows (or columns) of what ``make`` starts from.
         shape: of the result.
         dtype: of the result.
         make: from a slice of those rows to the part of the result that they become.
-        axis: of the result, along which the parts follow each other; its size is a multiple of ``length``.
+        axis: of the result, along which the parts follow each other; its size is a multiple of
+            ``length``.
     """
     result = torch.empty(shape, dtype=dtype)
     each = shape[axis] // length
@@ -64,24 +71,34 @@ class Layout(Protocol):
 
     target: str
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+    ) -> tuple[str, str] | None:
         """See :meth:`backends.base.Backend.model_refusal`."""
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
-        """Every tensor of the bundle, each key once, in an order that does not change; nothing is read yet."""
+        """Every tensor of the bundle, each key once, in an order that does not change; nothing is
+        read yet.
+        """
 
     def files(self, model: QuantizedModel) -> Mapping[str, str]:
-        """Further text files of the bundle by name, such as a ``config.json`` with a ``quantization_config``."""
+        """Further text files of the bundle by name, such as a ``config.json`` with a
+        ``quantization_config``.
+        """
 
     def linears(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, QuantizedLinear]:
-        """The inverse of :meth:`entries` for quantized linears, in the artifact's orientation, unpacked.
+        """The inverse of :meth:`entries` for quantized linears, in the artifact's orientation,
+        unpacked.
 
         Args:
             tensors: what the bundle holds, by key; memory-mapped.
-            described: :meth:`~calib.artifact.QuantizedLinear.description` of every linear, by its name in the source
-                model, from the bundle's manifest.
+            described: :meth:`~calib.artifact.QuantizedLinear.description` of every linear, by its
+                name in the source model, from the bundle's manifest.
             config: Hugging Face config of the source model.
 
         Raises:
@@ -90,7 +107,10 @@ class Layout(Protocol):
         """
 
     def floats(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, Tensor]:
         """The inverse of :meth:`entries` for everything that no quantized linear holds.
 
@@ -108,6 +128,7 @@ class Layout(Protocol):
 
         Args:
             tensors: what the bundle holds, by key; memory-mapped.
-            described: its scheme (``tensor_scheme_to_dict``) under ``scheme`` and its layers under ``layers``.
+            described: its scheme (``tensor_scheme_to_dict``) under ``scheme`` and its layers under
+                ``layers``.
             config: Hugging Face config of the source model.
         """

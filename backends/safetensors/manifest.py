@@ -1,8 +1,8 @@
 """``rotq_bundle.json``: what a bundle holds, for whoever reads it back.
 
-It names every tensor with its dtype and shape, every quantized linear with its scheme, and every file with its
-checksum; the last field is the checksum of all the others. So each byte of a bundle is under some checksum, and what is
-missing or too much is known before anything is loaded.
+It names every tensor with its dtype and shape, every quantized linear with its scheme, and every
+file with its checksum; the last field is the checksum of all the others. So each byte of a bundle
+is under some checksum, and what is missing or too much is known before anything is loaded.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Manifest(_Entry):
     tensors: dict[str, TensorEntry]
     """By key."""
     linears: dict[str, dict[str, Any]]
-    """:meth:`~calib.artifact.QuantizedLinear.description`, by the linear's name in the source model."""
+    """:meth:`~calib.artifact.QuantizedLinear.description`, by the linear's name in the source
+    model.
+    """
     kept: dict[str, str]
     """Linears left in float, with the reason."""
     cache: CacheEntry | None
@@ -94,7 +96,8 @@ class Manifest(_Entry):
 
     def save(self, folder: Path) -> None:
         """Write it into ``folder``."""
-        # twice through JSON: what is sealed must be what a reader parses, where keys that were numbers are strings
+        # twice through JSON: what is sealed must be what a reader parses, where keys that were
+        # numbers are strings
         values = json.loads(json.dumps(self.model_dump(), allow_nan=False))
         values[_CHECKSUM] = _digest(values)
         text = json.dumps(values, indent=1)
@@ -124,11 +127,15 @@ class Manifest(_Entry):
                 hint="use the rotq that wrote it, or a newer one",
             )
         if values.pop(_CHECKSUM, None) != _digest(values):
-            raise BackendError(f"'{path}' is damaged or was edited: its checksum does not fit", hint=_HINT)
+            raise BackendError(
+                f"'{path}' is damaged or was edited: its checksum does not fit", hint=_HINT
+            )
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            reasons = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+            )
             raise BackendError(f"'{path}' is damaged: {reasons}", hint=_HINT) from error
 
 

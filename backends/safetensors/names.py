@@ -1,7 +1,9 @@
-"""What the tensors of a model are called in a checkpoint: experts one by one, and names as they are published.
+"""What the tensors of a model are called in a checkpoint: experts one by one, and names as they are
+published.
 
-transformers 5 keeps the experts of a layer as two 3-D parameters; checkpoints hold a linear for each expert and each of
-gate, up and down, and so does vLLM's loader. transformers merges them again when it loads.
+transformers 5 keeps the experts of a layer as two 3-D parameters; checkpoints hold a linear for
+each expert and each of gate, up and down, and so does vLLM's loader. transformers merges them again
+when it loads.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from calib.artifact import QuantizedLinear
 from calib.experts.names import expert_index, quantizable_linears
 
 _PUBLISHED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
-"""What the module tree of transformers 5 calls otherwise than published checkpoints and vLLM, by family: from, to."""
+"""What the module tree of transformers 5 calls otherwise than published checkpoints and vLLM, by
+family: from, to.
+"""
 _WEIGHT = ".weight"
 
 
@@ -42,15 +46,21 @@ class Names:
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
-        """Table entries of everything in the decoder that may be quantized, by name; of experts one by one."""
+        """Table entries of everything in the decoder that may be quantized, by name; of experts one
+        by one.
+        """
         return quantizable_linears(self.architecture, self.config)
 
     def quantized_table(self, linears: Collection[str]) -> str | None:
         """The first embedding that is among the quantized ``linears``."""
-        return next((table.name for table in self.architecture.embeddings if table.name in linears), None)
+        return next(
+            (table.name for table in self.architecture.embeddings if table.name in linears), None
+        )
 
     def experts_apart(self, linears: Collection[str]) -> str | None:
-        """A 3-D expert parameter that is left in float while another one is among the quantized ``linears``."""
+        """A 3-D expert parameter that is left in float while another one is among the quantized
+        ``linears``.
+        """
         left = [parameter for parameter in self.experts if f"{parameter}.0" not in linears]
         return left[0] if 0 < len(left) < len(self.experts) else None
 
@@ -69,7 +79,9 @@ class Names:
         return _PUBLISHED.get(self.config.model_type, ("", ""))
 
     def modules(self, name: str) -> tuple[str, ...]:
-        """The modules that hold the linear ``name``: itself, or those whose rows follow each other in an expert's."""
+        """The modules that hold the linear ``name``: itself, or those whose rows follow each other
+        in an expert's.
+        """
         spec = self.specs.get(name)
         if spec is None or spec.layout != "experts":
             return (self.published(name),)
@@ -81,22 +93,32 @@ class Names:
         return tuple(self.published(name.removesuffix(_WEIGHT)) for name in names)
 
     def transposed(self, name: str) -> bool:
-        """Whether checkpoints hold the weight of the linear ``name`` as ``[in, out]`` (GPT-2's Conv1D)."""
+        """Whether checkpoints hold the weight of the linear ``name`` as ``[in, out]`` (GPT-2's
+        Conv1D).
+        """
         spec = self.specs.get(name)
         return spec is not None and spec.layout == "conv1d"
 
     @cached_property
     def experts(self) -> dict[str, LinearSpec]:
         """Table entries of the 3-D expert parameters, by name."""
-        return {spec.name: spec for spec in self.architecture.all_linears(self.config) if spec.layout == "experts"}
+        return {
+            spec.name: spec
+            for spec in self.architecture.all_linears(self.config)
+            if spec.layout == "experts"
+        }
 
     def parameter(self, name: str) -> str | None:
-        """The 3-D parameter that holds the expert's linear ``name``; ``None`` for any other linear."""
+        """The 3-D parameter that holds the expert's linear ``name``; ``None`` for any other
+        linear.
+        """
         spec = self.specs.get(name)
         return None if spec is None or spec.layout != "experts" else name.rpartition(".")[0]
 
     def stored(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A float tensor of the source model as checkpoints hold it: under its published name, experts one by one."""
+        """A float tensor of the source model as checkpoints hold it: under its published name,
+        experts one by one.
+        """
         spec = self.experts.get(key)
         if spec is None:
             yield self.published(key), tensor
@@ -107,7 +129,8 @@ class Names:
                 yield f"{module}.weight", rows
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of :meth:`stored` for all float tensors of a checkpoint; experts that are not there are left out.
+        """The inverse of :meth:`stored` for all float tensors of a checkpoint; experts that are not
+        there are left out.
 
         Raises:
             KeyError: some of a layer's experts are missing.
@@ -115,18 +138,32 @@ class Names:
         found: dict[str, Tensor] = {}
         taken: set[str] = set()
         for parameter, spec in self.experts.items():
-            experts = [self.expert_modules(spec, expert) for expert in range(self.config.num_experts)]
+            experts = [
+                self.expert_modules(spec, expert) for expert in range(self.config.num_experts)
+            ]
             keys = {f"{module}.weight" for modules in experts for module in modules}
             if keys & tensors.keys():
                 found[parameter] = torch.stack(
-                    [torch.cat([tensors[f"{module}.weight"] for module in modules]) for modules in experts]
+                    [
+                        torch.cat([tensors[f"{module}.weight"] for module in modules])
+                        for modules in experts
+                    ]
                 )
                 taken |= keys
-        return found | {self.source(key): tensor for key, tensor in tensors.items() if key not in taken}
+        return found | {
+            self.source(key): tensor for key, tensor in tensors.items() if key not in taken
+        }
 
     def rows(self, linear: QuantizedLinear) -> Iterator[tuple[str, QuantizedLinear]]:
         """``linear`` by module: its rows in equal shares."""
         modules = self.modules(linear.name)
         share = linear.weight.shape[0] // len(modules)
         for index, module in enumerate(modules):
-            yield module, linear if len(modules) == 1 else rows_of(linear, slice(index * share, (index + 1) * share))
+            yield (
+                module,
+                (
+                    linear
+                    if len(modules) == 1
+                    else rows_of(linear, slice(index * share, (index + 1) * share))
+                ),
+            )

@@ -1,4 +1,6 @@
-"""Opening a bundle: checked against its manifest before a tensor is touched, memory-mapped after."""
+"""Opening a bundle: checked against its manifest before a tensor is touched, memory-mapped
+after.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +47,21 @@ class Bundle:
             what: the model, as the error calls it.
 
         Raises:
-            BackendError: naming everything that is missing, too much, of another dtype, rank or shape.
+            BackendError: naming everything that is missing, too much, of another dtype, rank or
+                shape.
         """
-        found = {key: (entry.torch_dtype, entry.shape) for key, entry in self.manifest.tensors.items()}
+        found = {
+            key: (entry.torch_dtype, entry.shape) for key, entry in self.manifest.tensors.items()
+        }
         problems = differences(found, expected)
         if problems:
             raise BackendError(
                 f"the bundle '{self.folder}' of a '{self.manifest.model_type}' model for target "
                 f"'{self.manifest.target}' does not fit {what}: {problems}",
-                hint="build the model from the config in the bundle's manifest, in the bundle's dtype, "
-                "or export the model that you have",
+                hint=(
+                    "build the model from the config in the bundle's manifest, in the bundle's"
+                    " dtype, or export the model that you have"
+                ),
             )
 
 
@@ -67,14 +74,16 @@ def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False
         verify: also compare the checksum of every file, which reads all of them.
 
     Raises:
-        BackendError: it is no bundle, written for another target or by another version; or a file of it is missing,
-            truncated, edited or does not hold what the manifest says.
+        BackendError: it is no bundle, written for another target or by another version; or a file
+            of it is missing, truncated, edited or does not hold what the manifest says.
     """
     manifest = Manifest.load(folder)
     if target is not None and manifest.target != target:
         raise BackendError(
             f"the bundle '{folder}' was written for target '{manifest.target}', not for '{target}'",
-            hint=f"export it again with --target {target}; --from-artifact needs no new calibration",
+            hint=(
+                f"export it again with --target {target}; --from-artifact needs no new calibration"
+            ),
         )
     _check_files(folder, manifest, verify=verify)
     tensors = _MappedTensors(folder, manifest)
@@ -82,7 +91,9 @@ def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False
     expected = {key: (entry.torch_dtype, entry.shape) for key, entry in manifest.tensors.items()}
     problems = _undamaged(bundle, lambda: differences(tensors.forms(), expected))
     if problems:
-        raise BackendError(f"the bundle '{folder}' does not hold what its manifest says: {problems}", hint=_HINT)
+        raise BackendError(
+            f"the bundle '{folder}' does not hold what its manifest says: {problems}", hint=_HINT
+        )
     return bundle
 
 
@@ -93,7 +104,9 @@ def read_linears(bundle: Bundle, layout: Layout) -> Mapping[str, QuantizedLinear
         BackendError: they are not what their descriptions say.
     """
     manifest = bundle.manifest
-    found = _undamaged(bundle, lambda: layout.linears(bundle.tensors, manifest.linears, manifest.config))
+    found = _undamaged(
+        bundle, lambda: layout.linears(bundle.tensors, manifest.linears, manifest.config)
+    )
     return _undamaged(bundle, lambda: {name: found[name] for name in manifest.linears})
 
 
@@ -109,11 +122,15 @@ def read_cache(bundle: Bundle, layout: Layout) -> QuantizedCache | None:
 def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
     """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
     manifest = bundle.manifest
-    floats = _undamaged(bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config))
+    floats = _undamaged(
+        bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config)
+    )
     try:
         scheme, rotations = scheme_named(manifest.scheme), RotationSet.load(bundle.folder)
     except RotqError as error:
-        raise BackendError(f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint) from error
+        raise BackendError(
+            f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint
+        ) from error
     return QuantizedModel(
         config=manifest.config,
         scheme=scheme,
@@ -136,7 +153,9 @@ class _MappedTensors(Mapping[str, Tensor]):
             try:
                 file: Any = safe_open(folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise BackendError(f"'{folder / name}' is damaged or truncated: {error}", hint=_HINT) from error
+                raise BackendError(
+                    f"'{folder / name}' is damaged or truncated: {error}", hint=_HINT
+                ) from error
             held.update((key, file) for key in file.keys())  # noqa: SIM118 - a handle is no mapping
         order = [key for key in manifest.tensors if key in held]
         self._files = {key: held[key] for key in [*order, *held]}
@@ -162,18 +181,23 @@ class _MappedTensors(Mapping[str, Tensor]):
 
 
 def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
-    """Every file that the manifest lists is there, of its size, and with ``verify`` of its checksum."""
+    """Every file that the manifest lists is there, of its size, and with ``verify`` of its
+    checksum.
+    """
     problems = []
     for name, entry in manifest.files.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():  # a name with folders in it would reach outside
+        # a name with folders in it would reach outside
+        if Path(name).name != name or not path.is_file():
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}")
         elif verify and sha256(path) != entry.sha256:
             problems.append(f"{name} was changed: its checksum does not fit")
     listed = {entry.file for entry in manifest.tensors.values()}
-    problems += [f"{name} is not listed with a checksum" for name in sorted(listed - manifest.files.keys())]
+    problems += [
+        f"{name} is not listed with a checksum" for name in sorted(listed - manifest.files.keys())
+    ]
     if problems:
         raise BackendError(f"the bundle '{folder}' is damaged: {'; '.join(problems)}", hint=_HINT)
 
@@ -184,7 +208,8 @@ def _undamaged(bundle: Bundle, read: Callable[[], _T]) -> _T:
         return read()
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise BackendError(
-            f"the bundle '{bundle.folder}' does not hold what its manifest says: {error}", hint=_HINT
+            f"the bundle '{bundle.folder}' does not hold what its manifest says: {error}",
+            hint=_HINT,
         ) from error
 
 

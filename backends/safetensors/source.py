@@ -1,14 +1,16 @@
-"""What a bundle's config says of its source model, and the parts that layouts without a place for them must spell out.
+"""What a bundle's config says of its source model, and the parts that layouts without a place for
+them must spell out.
 
-Online rotations are Hadamard matrices given by order and seed. Where a target has no notion of them, a bundle holds
+Online rotations are Hadamard matrices given by order and seed. Where a target has no notion of
+them, a bundle holds
 
     {module}.rotation.signs          [n]       multiplied with the input first
     {module}.rotation.factors.{k}    [m, m]    scaled factors, in the order of use
 
-With channels indexed by a tuple of factor indices, factor ``k`` of order ``m`` acts on ``x`` reshaped to
-``[..., done, m, rest]``: from the left where ``rest > 1``, on ``[..., done, m]`` from the right for the last one. Each
-is stored as it is multiplied. ``done`` starts at ``n`` over the product of the orders, which is 1 unless the matrix is
-block-diagonal.
+With channels indexed by a tuple of factor indices, factor ``k`` of order ``m`` acts on ``x``
+reshaped to ``[..., done, m, rest]``: from the left where ``rest > 1``, on ``[..., done, m]`` from
+the right for the last one. Each is stored as it is multiplied. ``done`` starts at ``n`` over the
+product of the orders, which is 1 unless the matrix is block-diagonal.
 """
 
 from __future__ import annotations
@@ -47,17 +49,22 @@ def source_model(config: Mapping[str, Any]) -> tuple[Any, Architecture]:
 def transposed_weights(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of the weights that transformers stores ``[in, out]`` (Conv1D)."""
     found, architecture = source_model(config)
-    return frozenset(spec.weight for spec in architecture.all_linears(found) if spec.layout == "conv1d")
+    return frozenset(
+        spec.weight for spec in architecture.all_linears(found) if spec.layout == "conv1d"
+    )
 
 
 def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of the gains and biases of the norms."""
     found, architecture = source_model(config)
-    return frozenset(f"{name}.{part}" for name in architecture.norm_names(found) for part in ("weight", "bias"))
+    return frozenset(
+        f"{name}.{part}" for name in architecture.norm_names(found) for part in ("weight", "bias")
+    )
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
-    """How many tokens a layer of a transformers ``config`` sees back, itself included; ``None``: all.
+    """How many tokens a layer of a transformers ``config`` sees back, itself included; ``None``:
+    all.
 
     Mistral's layers all have the window, Qwen2 says which.
     """
@@ -70,9 +77,9 @@ def sliding_window(config: Any, layer: int) -> int | None:
 def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
     """The online rotations that a bundle spells out, by the module that they belong to.
 
-    R4 acts on the input of a linear, quantized or not; that of experts has the name of their 3-D parameter. R3 acts on
-    the queries and keys of an attention, after RoPE. It is there with a quantized cache alone, whose scales are those
-    of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
+    R4 acts on the input of a linear, quantized or not; that of experts has the name of their 3-D
+    parameter. R3 acts on the queries and keys of an attention, after RoPE. It is there with a
+    quantized cache alone, whose scales are those of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
     """
     found, architecture = source_model(model.config)
     rotations = {}
@@ -92,7 +99,13 @@ def rotation_entries(model: QuantizedModel) -> Iterator[Entry]:
     for name, rotation in online_rotations(model).items():
         for key, tensor in _rotation_tensors(rotation).items():
             values = tensor.to(model.dtype)
-            yield Entry(f"{name}.rotation.{key}", "other", model.dtype, tuple(values.shape), values.contiguous)
+            yield Entry(
+                f"{name}.rotation.{key}",
+                "other",
+                model.dtype,
+                tuple(values.shape),
+                values.contiguous,
+            )
 
 
 def is_rotation_key(key: str) -> bool:
@@ -101,7 +114,9 @@ def is_rotation_key(key: str) -> bool:
 
 
 def rotated_modules(keys: Mapping[str, Any]) -> dict[str, int]:
-    """The modules with an online rotation and the number of its factors, from the keys of a bundle."""
+    """The modules with an online rotation and the number of its factors, from the keys of a
+    bundle.
+    """
     counts: dict[str, int] = {}
     for key in keys:
         match = _ROTATION_KEY.fullmatch(key)
@@ -111,11 +126,18 @@ def rotated_modules(keys: Mapping[str, Any]) -> dict[str, int]:
 
 
 def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """Input features of whatever may be quantized, by name: linears, experts one by one, the head, embeddings."""
+    """Input features of whatever may be quantized, by name: linears, experts one by one, the head,
+    embeddings.
+    """
     found, architecture = source_model(config)
     shapes = expected_tensors(found)
-    specs = {spec.name: spec for spec in architecture.all_linears(found)} | quantizable_linears(architecture, found)
-    widths = {name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1] for name, spec in specs.items()}
+    specs = {spec.name: spec for spec in architecture.all_linears(found)} | quantizable_linears(
+        architecture, found
+    )
+    widths = {
+        name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1]
+        for name, spec in specs.items()
+    }
     return widths | {table.name: shapes[table.weight][-1] for table in architecture.embeddings}
 
 
@@ -131,11 +153,20 @@ def block_refusal(
         linears: how what is quantized is, by name.
         reason: the same for one linear, by its name, input features and scheme in blocks.
     """
-    blocked = {name: scheme.weight for name, scheme in linears.items() if block_size(scheme.weight) is not None}
+    blocked = {
+        name: scheme.weight
+        for name, scheme in linears.items()
+        if block_size(scheme.weight) is not None
+    }
     if not blocked:
         return None
     widths = input_widths(config)
-    return next(filter(None, (reason(name, widths[name], blocked[name]) for name in blocked if name in widths)), None)
+    return next(
+        filter(
+            None, (reason(name, widths[name], blocked[name]) for name in blocked if name in widths)
+        ),
+        None,
+    )
 
 
 def block_size(scheme: TensorScheme) -> int | None:
@@ -144,7 +175,9 @@ def block_size(scheme: TensorScheme) -> int | None:
 
 
 def uneven(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
-    """Why the linear ``name`` of ``width`` input features has no :func:`even_block`, and what to do; or ``None``."""
+    """Why the linear ``name`` of ``width`` input features has no :func:`even_block`, and what to
+    do; or ``None``.
+    """
     size = block_size(scheme)
     assert size is not None
     common = math.gcd(width, size)
@@ -155,15 +188,20 @@ def uneven(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | Non
     if scheme.scale_format != "compute":
         return f"{reason}, and this format has blocks of no other size", leave
     return (
-        f"{reason}, and nothing above {common} divides both: a runtime's blocks must divide the input",
+        (
+            f"{reason}, and nothing above {common} divides both: a runtime's blocks must divide the"
+            " input"
+        ),
         f"choose a --block-size of {_SMALLEST_BLOCK} or more that divides {width}, or {leave}",
     )
 
 
 def even_block(name: str, width: int, scheme: TensorScheme) -> int:
-    """The block that a bundle has in place of one of the artifact, whose last may be short, as no runtime's may.
+    """The block that a bundle has in place of one of the artifact, whose last may be short, as no
+    runtime's may.
 
-    It is ``g = gcd(width, size)``, and ``size / g`` of them repeat one scale, so that every weight keeps its own.
+    It is ``g = gcd(width, size)``, and ``size / g`` of them repeat one scale, so that every weight
+    keeps its own.
 
     Args:
         name: the linear, for errors.
@@ -181,7 +219,9 @@ def even_block(name: str, width: int, scheme: TensorScheme) -> int:
 
 
 def even_scales(scale: Tensor, width: int, size: int) -> Tensor:
-    """Scales ``[out, ceil(width / size)]`` as those of the blocks of :func:`even_block`, ``[out, width / g]``."""
+    """Scales ``[out, ceil(width / size)]`` as those of the blocks of :func:`even_block`, ``[out,
+    width / g]``.
+    """
     common = math.gcd(width, size)
     return scale.repeat_interleave(size // common, dim=-1)[:, : width // common]
 

@@ -1,4 +1,6 @@
-"""What each safetensors target expresses, and where its layout is. Torch-free, for ``rotq backends``."""
+"""What each safetensors target expresses, and where its layout is. Torch-free, for ``rotq
+backends``.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Target:
 
 TARGETS: Mapping[str, Target] = {
     "tripy": Target(tripy.RULES, tripy.WARNINGS, tripy.cache_refusal, "tripy", "TripyLayout"),
-    "tensorrt": Target(tensorrt.RULES, tensorrt.WARNINGS, tensorrt.cache_refusal, "tensorrt", "TensorRTLayout"),
+    "tensorrt": Target(
+        tensorrt.RULES, tensorrt.WARNINGS, tensorrt.cache_refusal, "tensorrt", "TensorRTLayout"
+    ),
     "modelopt": Target(
         modelopt.RULES,
         modelopt.WARNINGS,

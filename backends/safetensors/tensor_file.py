@@ -1,8 +1,10 @@
-"""Writing one safetensors file tensor by tensor, so that memory holds one tensor, or two small ones, and not the file.
+"""Writing one safetensors file tensor by tensor, so that memory holds one tensor, or two small
+ones, and not the file.
 
-The format (https://github.com/huggingface/safetensors#format): eight bytes with the length of the header, little
-endian; the header, JSON padded with spaces to a multiple of eight bytes; the tensors, without gaps. Offsets follow from
-dtypes and shapes alone, so the header is written before any tensor has been made.
+The format (https://github.com/huggingface/safetensors#format): eight bytes with the length of the
+header, little endian; the header, JSON padded with spaces to a multiple of eight bytes; the
+tensors, without gaps. Offsets follow from dtypes and shapes alone, so the header is written before
+any tensor has been made.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ _HELD_BYTES = 128 * 10**6
 def write_tensors(path: Path, entries: Sequence[Entry], written: Callable[[], None]) -> str:
     """Write ``entries`` into ``path``.
 
-    A tensor is made while the one before it is being written and hashed, in a thread each. The same entries give the
-    same bytes.
+    A tensor is made while the one before it is being written and hashed, in a thread each. The same
+    entries give the same bytes.
 
     Args:
         path: the file; it is replaced.
@@ -54,7 +56,8 @@ def write_tensors(path: Path, entries: Sequence[Entry], written: Callable[[], No
     Raises:
         ValueError: an entry reads as another dtype or shape than it says.
     """
-    # Readers map the file and view a tensor's bytes as its dtype, which needs them aligned: the widest come first.
+    # Readers map the file and view a tensor's bytes as its dtype, which needs them aligned: the
+    # widest come first.
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header = _header(ordered)
     digest = hashlib.sha256(header)
@@ -63,7 +66,9 @@ def write_tensors(path: Path, entries: Sequence[Entry], written: Callable[[], No
 
         def hand_over(data: memoryview) -> None:
             _finish(pending)
-            pending.extend(threads.submit(_consume, take, [data]) for take in (file.write, digest.update))
+            pending.extend(
+                threads.submit(_consume, take, [data]) for take in (file.write, digest.update)
+            )
 
         pending: list[Future[Any]] = []
         held = 0
@@ -78,7 +83,9 @@ def write_tensors(path: Path, entries: Sequence[Entry], written: Callable[[], No
 
 
 def _consume(take: Callable[[memoryview], object], held: list[memoryview]) -> None:
-    """Give ``take`` what is held and let go of it: a thread keeps its arguments for longer than its job takes."""
+    """Give ``take`` what is held and let go of it: a thread keeps its arguments for longer than its
+    job takes.
+    """
     take(held.pop())
 
 

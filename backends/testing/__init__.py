@@ -1,4 +1,5 @@
-"""What the author of a backend runs against it: the conformance suite, and the tiny models that it uses.
+"""What the author of a backend runs against it: the conformance suite, and the tiny models that it
+uses.
 
 Needs pytest (``pip install "rotq[test]"``). ``docs/writing-a-backend.md`` shows how to use it.
 """

@@ -1,4 +1,6 @@
-"""What a backend is tried with: every scheme that a target accepts, and a few models that differ in more than that."""
+"""What a backend is tried with: every scheme that a target accepts, and a few models that differ in
+more than that.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _ONLINE: tuple[Kind, ...] = ("r1", "r2", "r3", "r4")
 _FOLDED: tuple[Kind, ...] = ("r1", "r2")
 
 VARIANTS: dict[str, Scheme] = {
-    "int8-zero-points": customised(SCHEMES["int8"], weight_symmetric=False, activation_symmetric=False),
+    "int8-zero-points": customised(
+        SCHEMES["int8"], weight_symmetric=False, activation_symmetric=False
+    ),
     "int8-clusters": customised(SCHEMES["int8"], activation_granularity="cluster:4"),
     "int4-blocks-of-32": customised(SCHEMES["int4-weight-only"], block_size=32),
     "int4-zero-points": customised(SCHEMES["int4-weight-only"], weight_symmetric=False),
@@ -44,8 +48,12 @@ class Case:
     @property
     def id(self) -> str:
         """Its name among the tests."""
-        more = [kind for kind in self.rotate if kind not in _FOLDED] + [f"kv-{self.kv}"] * (self.kv is not None)
-        return "-".join([self.target, self.scheme, self.family, *more, *(["mixed"] if self.overrides else [])])
+        more = [kind for kind in self.rotate if kind not in _FOLDED] + [f"kv-{self.kv}"] * (
+            self.kv is not None
+        )
+        return "-".join(
+            [self.target, self.scheme, self.family, *more, *(["mixed"] if self.overrides else [])]
+        )
 
     def model(self, dtype: str | None) -> QuantizedModel:
         """The model, in the dtype that the target computes in."""
@@ -60,19 +68,28 @@ class Case:
 
 
 def cases(
-    backend: Backend, families: tuple[str, ...], *, online: bool, targets: tuple[str, ...] | None = None
+    backend: Backend,
+    families: tuple[str, ...],
+    *,
+    online: bool,
+    targets: tuple[str, ...] | None = None,
 ) -> Iterator[Case]:
     """Every case that ``backend`` says it can express.
 
     Args:
         backend: what is tried.
-        families: those of :data:`~backends.testing.models.FAMILIES` to try; the first one with every scheme.
+        families: those of :data:`~backends.testing.models.FAMILIES` to try; the first one with
+            every scheme.
         online: try rotations that run online as well.
         targets: those to try; ``None`` for all.
     """
     first, *others = families
     for target in backend.targets if targets is None else targets:
-        accepted = [name for name, linear in linear_schemes().items() if backend.refusal(linear, target) is None]
+        accepted = [
+            name
+            for name, linear in linear_schemes().items()
+            if backend.refusal(linear, target) is None
+        ]
         if not accepted:
             continue
         linears = {"some.linear": linear_schemes()[accepted[0]]}
@@ -97,7 +114,9 @@ def cases(
 
 def linear_schemes() -> dict[str, LinearScheme]:
     """Presets and variants, by name."""
-    variants = {name: linear for name, scheme in VARIANTS.items() if (linear := scheme.linear) is not None}
+    variants = {
+        name: linear for name, scheme in VARIANTS.items() if (linear := scheme.linear) is not None
+    }
     return {**LINEAR_SCHEMES, **variants}
 
 
@@ -116,7 +135,10 @@ def write(backend: Backend, case: Case, folder: Path) -> QuantizedModel:
 def tree(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder``, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def state_of(model: QuantizedModel) -> dict[str, str]:
@@ -125,6 +147,8 @@ def state_of(model: QuantizedModel) -> dict[str, str]:
     for linear in model.linears.values():
         tensors |= linear.tensors()
     return {
-        key: hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        key: hashlib.sha256(
+            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        ).hexdigest()
         for key, tensor in tensors.items()
     }

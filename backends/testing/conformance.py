@@ -1,8 +1,8 @@
 """The conformance suite: what every backend must do, whatever it writes.
 
-Subclass :class:`BackendConformance` in a test module and say which backend; pytest then runs each test for each target
-and for each scheme that the backend says it can express. A backend that passes can be exported to, verified and
-inspected by ``rotq`` like the built-in ones.
+Subclass :class:`BackendConformance` in a test module and say which backend; pytest then runs each
+test for each target and for each scheme that the backend says it can express. A backend that passes
+can be exported to, verified and inspected by ``rotq`` like the built-in ones.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Written:
     @property
     def bound(self) -> float:
         """How far logits may be from the reference."""
-        rounds = self.model.cache is not None or any(part.input_scheme for part in self.model.linears.values())
+        rounds = self.model.cache is not None or any(
+            part.input_scheme for part in self.model.linears.values()
+        )
         bound = FLIPS if rounds else WHOLE
         return bound if self.dtype == "float32" else max(bound, NAIVE * self.naive)
 
@@ -119,7 +121,8 @@ class BackendConformance:
     families: ClassVar[tuple[str, ...]] = tuple(FAMILIES)
     """Model families to try; those that the backend refuses are left out."""
     targets: ClassVar[tuple[str, ...] | None] = None
-    """Targets to write for, where some of them need a package that may be missing; ``None``: all."""
+    """Targets to write for, where some of them need a package that may be missing; ``None``: all.
+    """
     online: ClassVar[bool] = True
     """Whether to try rotations that run online, R3 and R4."""
     _made: ClassVar[dict[tuple[type, Case], Written]] = {}
@@ -142,7 +145,9 @@ class BackendConformance:
         return self.create()
 
     @pytest.fixture
-    def written(self, case: Case, backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    def written(
+        self, case: Case, backend: Backend, tmp_path_factory: pytest.TempPathFactory
+    ) -> Written:
         """The case, written once for all tests that only look at it."""
         key = (type(self), case)
         if key not in self._made:
@@ -168,12 +173,26 @@ class BackendConformance:
         for target in backend.targets:
             for name, scheme in linear_schemes().items():
                 for ask in (backend.refusal, backend.warning):
-                    _check_reason(ask(scheme, target), self.create(), ask.__name__, scheme, target, name)
+                    _check_reason(
+                        ask(scheme, target), self.create(), ask.__name__, scheme, target, name
+                    )
             for name, cache in KV_SCHEMES.items():
-                _check_reason(backend.cache_refusal(cache, target), self.create(), "cache_refusal", cache, target, name)
+                _check_reason(
+                    backend.cache_refusal(cache, target),
+                    self.create(),
+                    "cache_refusal",
+                    cache,
+                    target,
+                    name,
+                )
             for kind in SPACE_OF:
                 _check_reason(
-                    backend.rotation_refusal(kind, target), self.create(), "rotation_refusal", kind, target, kind
+                    backend.rotation_refusal(kind, target),
+                    self.create(),
+                    "rotation_refusal",
+                    kind,
+                    target,
+                    kind,
                 )
             linears = {"a": LINEAR_SCHEMES["int8"]}
             for family in self.families:
@@ -184,23 +203,34 @@ class BackendConformance:
         """``rotq backends`` asks every installed backend, and answers at once."""
         kind = type(backend)
         code = (
-            f"import sys; from {kind.__module__} import {kind.__qualname__} as B; b = B();"
-            "from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES;"
-            "[(b.refusal(s, t), b.warning(s, t)) for s in LINEAR_SCHEMES.values() for t in b.targets];"
-            "[b.cache_refusal(s, t) for s in KV_SCHEMES.values() for t in b.targets];"
-            "[b.rotation_refusal(k, t) for k in ('r1', 'r2', 'r3', 'r4') for t in b.targets];"
-            f"sys.exit(', '.join(set({HEAVY}) & set(sys.modules)) or 0)"
+            f"import sys; from {kind.__module__} import {kind.__qualname__} as B; b = B();from"
+            " calib.schemes import KV_SCHEMES, LINEAR_SCHEMES;[(b.refusal(s, t), b.warning(s, t))"
+            " for s in LINEAR_SCHEMES.values() for t in b.targets];[b.cache_refusal(s, t) for s in"
+            " KV_SCHEMES.values() for t in b.targets];[b.rotation_refusal(k, t) for k in ('r1',"
+            f" 'r2', 'r3', 'r4') for t in b.targets];sys.exit(', '.join(set({HEAVY}) &"
+            " set(sys.modules)) or 0)"
         )
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"it imports {done.stderr.strip()}"
 
     def test_it_expresses_something(self, backend: Backend) -> None:
-        """Every target accepts at least one scheme: what accepts none has passed everything else here for nothing."""
+        """Every target accepts at least one scheme: what accepts none has passed everything else
+        here for nothing.
+        """
         for target in backend.targets:
-            assert any(backend.refusal(scheme, target) is None for scheme in linear_schemes().values()), target
+            assert any(
+                backend.refusal(scheme, target) is None for scheme in linear_schemes().values()
+            ), target
 
     def test_writing_touches_nothing_else(
         self, case: Case, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,11 +266,17 @@ class BackendConformance:
 
     def test_the_cache_is_read_back(self, written: Written) -> None:
         """Scales by layer, or ``None`` where the cache is in float."""
-        found, expected = written.backend.read_cache(written.folder, written.case.target), written.model.cache
+        found, expected = (
+            written.backend.read_cache(written.folder, written.case.target),
+            written.model.cache,
+        )
         assert (found is None) == (expected is None)
         if found is not None and expected is not None:
             assert found.scheme == expected.scheme
-            for scales, wanted in ((found.key_scale, expected.key_scale), (found.value_scale, expected.value_scale)):
+            for scales, wanted in (
+                (found.key_scale, expected.key_scale),
+                (found.value_scale, expected.value_scale),
+            ):
                 assert scales.keys() == wanted.keys()
                 for layer, tensor in wanted.items():
                     _check_part(f"cache scale of layer {layer}", scales[layer], tensor)
@@ -255,11 +291,15 @@ class BackendConformance:
         parts = written.model.linears.values()
         bits = sum(part.weight.numel() * part.weight_scheme.format.bits for part in parts)
         assert sum(tensor.nbytes for tensor in quantized) * 8 >= bits
-        floats = sum(_elements(tensor.shape) for tensor in contents if tensor.kind == "float weight")
+        floats = sum(
+            _elements(tensor.shape) for tensor in contents if tensor.kind == "float weight"
+        )
         assert floats >= sum(tensor.numel() for tensor in written.model.floats.values())
 
     def test_fusion_names_linears(self, written: Written) -> None:
-        """Where the runtime tells how it executes them, the count is right and the names are those of the model."""
+        """Where the runtime tells how it executes them, the count is right and the names are those
+        of the model.
+        """
         found = written.backend.fusion(written.folder, written.case.target)
         assert found is None or isinstance(found, Fusion)
         if found is not None:
@@ -304,9 +344,13 @@ class BackendConformance:
             check_close(logits[None], expected, written.bound, f"padded row of {row.numel()}")
 
     @pytest.mark.parametrize("damage", ["empty", "truncated", "missing"])
-    def test_a_damaged_folder_is_refused(self, backend: Backend, tmp_path: Path, damage: str) -> None:
+    def test_a_damaged_folder_is_refused(
+        self, backend: Backend, tmp_path: Path, damage: str
+    ) -> None:
         """With an error that has a hint, by whatever opens the folder first."""
-        for case in _one_per_target(cases(backend, self.families, online=False, targets=self.targets)):
+        for case in _one_per_target(
+            cases(backend, self.families, online=False, targets=self.targets)
+        ):
             folder = tmp_path / case.target
             folder.mkdir()
             write(backend, case, folder)
@@ -319,20 +363,28 @@ class BackendConformance:
                 assert "\n" not in caught.value.message, f"{name} says it in more than one line"
 
 
-def _check_reason(reason: str | None, again: Backend, ask: str, scheme: Any, target: str, name: str) -> None:
+def _check_reason(
+    reason: str | None, again: Backend, ask: str, scheme: Any, target: str, name: str
+) -> None:
     where = f"{ask} of {name} for {target}"
-    assert reason is None or (isinstance(reason, str) and reason.strip() and "\n" not in reason), where
+    assert reason is None or (isinstance(reason, str) and reason.strip() and "\n" not in reason), (
+        where
+    )
     assert getattr(again, ask)(scheme, target) == reason, where
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Float formats compared bit by bit: float8 has no comparison of its own everywhere, and -0 is not 0."""
+    """Float formats compared bit by bit: float8 has no comparison of its own everywhere, and -0 is
+    not 0.
+    """
     return tensor.contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _check_part(name: str, found: Tensor | None, expected: Tensor) -> None:
     assert found is not None, f"{name} is missing"
-    assert found.shape == expected.shape, f"{name}: {list(found.shape)} instead of {list(expected.shape)}"
+    assert found.shape == expected.shape, (
+        f"{name}: {list(found.shape)} instead of {list(expected.shape)}"
+    )
     if not found.dtype.is_floating_point:
         assert torch.equal(found, expected.to(found.dtype)), name
         return
@@ -346,7 +398,9 @@ def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
 
 
 def _check_second_scale(name: str, found: Tensor | None, expected: Tensor) -> None:
-    """A target may hold the inverse, and inverting twice rounds twice: by up to half an eps each."""
+    """A target may hold the inverse, and inverting twice rounds twice: by up to half an eps
+    each.
+    """
     assert found is not None, f"{name} is missing"
     assert found.shape == expected.shape == ()
     eps = torch.finfo(torch.float32).eps
@@ -366,7 +420,9 @@ def _one_per_target(found: Any) -> list[Case]:
 
 
 def _largest(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def _truncate(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Tiny random models, quantized: small enough for hundreds of exports, with everything in them that large ones have."""
+"""Tiny random models, quantized: small enough for hundreds of exports, with everything in them that
+large ones have.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def _gpt2() -> Any:
 
 
 FAMILIES: Mapping[str, Callable[[], Any]] = {"llama": _llama, "qwen2": _qwen2, "gpt2": _gpt2}
-"""Configs by family: grouped-query attention; biases and tied embeddings; LayerNorm, Conv1D and a fused qkv."""
+"""Configs by family: grouped-query attention; biases and tied embeddings; LayerNorm, Conv1D and a
+fused qkv.
+"""
 
 
 def token_rows(*lengths: int, seed: int = 0) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Ways to run a written model, and how far it may be from the torch reference.
 
-Figures are relative L2 over all logits. Activations that are quantized can flip to the next step where sums differ in
-the last bit, which amplifies, so a whole model is held loosely then; each linear on identical inputs is not.
+Figures are relative L2 over all logits. Activations that are quantized can flip to the next step
+where sums differ in the last bit, which amplifies, so a whole model is held loosely then; each
+linear on identical inputs is not.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 from backends.base import RuntimeModel
 
 LINEAR: dict[str, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
-"""One linear on identical inputs: in float32 the order of a sum of a few hundred products; else a few eps of the dtype
-(9.8e-4 and 7.8e-3), for the inputs, the products and the result are rounded to it."""
+"""One linear on identical inputs: in float32 the order of a sum of a few hundred products; else a
+few eps of the dtype (9.8e-4 and 7.8e-3), for the inputs, the products and the result are rounded to
+it."""
 FLIPS = 5e-2
-"""A whole tiny model with quantized activations. One flip was seen to cost 1.2e-2; a model that lost a rotation, a bias
-or a mask is off by 0.3 and more."""
+"""A whole tiny model with quantized activations. One flip was seen to cost 1.2e-2; a model that
+lost a rotation, a bias or a mask is off by 0.3 and more."""
 WHOLE = 1e-5
-"""A whole tiny model whose activations stay in float, in float32: nothing is rounded to integers on the way."""
+"""A whole tiny model whose activations stay in float, in float32: nothing is rounded to integers on
+the way.
+"""
 NAIVE = 2.0
-"""A target that computes in half precision, against how far torch itself is off in that precision: every value is
-rounded, and activations flip all the time. It may do twice as badly, for it rounds in other places."""
+"""A target that computes in half precision, against how far torch itself is off in that precision:
+every value is rounded, and activations flip all the time. It may do twice as badly, for it rounds
+in other places."""
 
 
 def reference_logits(reference: nn.Module, ids: Tensor) -> Tensor:
@@ -51,10 +56,14 @@ def decode(runtime: RuntimeModel, ids: Tensor, prefix: int) -> Tensor:
 
 
 def padded(runtime: RuntimeModel, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of ``rows`` of different lengths, run as one left-padded batch, without those of the padding."""
+    """Logits of ``rows`` of different lengths, run as one left-padded batch, without those of the
+    padding.
+    """
     longest = max(row.numel() for row in rows)
     ids = torch.stack([nn.functional.pad(row, (longest - row.numel(), 0)) for row in rows])
-    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in rows])
+    mask = torch.stack(
+        [nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in rows]
+    )
     logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     return [found[longest - row.numel() :] for row, found in zip(rows, logits, strict=True)]
 
@@ -71,7 +80,9 @@ def check_close(actual: Tensor, reference: Tensor, bound: float, what: str) -> N
         AssertionError: with the figure.
     """
     if actual.shape != reference.shape:
-        raise AssertionError(f"{what}: shape {list(actual.shape)} instead of {list(reference.shape)}")
+        raise AssertionError(
+            f"{what}: shape {list(actual.shape)} instead of {list(reference.shape)}"
+        )
     found = distance(actual, reference)
     if not found <= bound:  # also if it is NaN
         raise AssertionError(f"{what}: relative L2 {found:.1e}, more than {bound:.0e}")

@@ -1,4 +1,6 @@
-"""The :class:`Architecture`: everything rotq knows about a model family, as data, and the questions asked of it."""
+"""The :class:`Architecture`: everything rotq knows about a model family, as data, and the questions
+asked of it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from calib.architectures.spec import KINDS, Dimensions, EmbeddingSpec, LinearSpec, NormSpec, Site, Space
+from calib.architectures.spec import (
+    KINDS,
+    Dimensions,
+    EmbeddingSpec,
+    LinearSpec,
+    NormSpec,
+    Site,
+    Space,
+)
 from calib.errors import RotationError
 
 
@@ -20,7 +30,9 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family. Names are those of the transformers 5 module tree; ``{i}`` stands for the decoder layer."""
+    """One model family. Names are those of the transformers 5 module tree; ``{i}`` stands for the
+    decoder layer.
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -40,7 +52,9 @@ class Architecture:
     gain_offset: float = 0.0
     """What the norm adds to its stored gain: 1 for Gemma."""
     untouched: tuple[str, ...] = ()
-    """Parameters that no rotation reaches: norms of queries and keys, and norms after attention or MLP."""
+    """Parameters that no rotation reaches: norms of queries and keys, and norms after attention or
+    MLP.
+    """
     renames: tuple[tuple[str, str], ...] = ()
     """Regular expressions from names in published checkpoints to names in the module tree."""
     rotations_refused: Mapping[str, str] = field(default_factory=dict)
@@ -54,7 +68,9 @@ class Architecture:
     """Module that holds the 3-D expert parameters."""
 
     def dimensions(self, config: Any) -> Dimensions:
-        """The sizes of the model that ``config`` describes; ``head_dim`` is not always ``hidden / heads``."""
+        """The sizes of the model that ``config`` describes; ``head_dim`` is not always ``hidden /
+        heads``.
+        """
         heads = int(config.num_attention_heads)
         hidden = int(config.hidden_size)
         return Dimensions(
@@ -77,7 +93,9 @@ class Architecture:
         yield self.head
 
     def all_norms(self, config: Any) -> Iterator[NormSpec]:
-        """Every norm whose gain folds into linears, templates filled; the final norm is the last."""
+        """Every norm whose gain folds into linears, templates filled; the final norm is the
+        last.
+        """
         for layer in range(self.dimensions(config).layers):
             yield from (norm.at(layer) for norm in self.norms)
         yield self.final_norm
@@ -85,16 +103,23 @@ class Architecture:
     def linear_names(self, config: Any) -> list[str]:
         """Module names of the decoder linears that may be quantized, in topological order.
 
-        Experts that transformers 5 keeps as 3-D parameters are no modules: see :meth:`expert_parameters`.
+        Experts that transformers 5 keeps as 3-D parameters are no modules: see
+        :meth:`expert_parameters`.
         """
-        return [spec.name for spec in self.all_linears(config) if spec.quantizable and spec.layout != "experts"]
+        return [
+            spec.name
+            for spec in self.all_linears(config)
+            if spec.quantizable and spec.layout != "experts"
+        ]
 
     def expert_parameters(self, config: Any) -> list[str]:
         """Names of the 3-D expert parameters ``[experts, out, in]``; empty for dense models."""
         return [spec.name for spec in self.all_linears(config) if spec.layout == "experts"]
 
     def norm_names(self, config: Any) -> list[str]:
-        """Module names of the norms whose gain :func:`calib.fusing.fuse` folds away, the final norm last."""
+        """Module names of the norms whose gain :func:`calib.fusing.fuse` folds away, the final norm
+        last.
+        """
         return [norm.name for norm in self.all_norms(config)]
 
     def readers(self, norm: str, config: Any) -> list[LinearSpec]:
@@ -102,10 +127,12 @@ class Architecture:
         return [spec for spec in self.all_linears(config) if spec.norm == norm]
 
     def capture_sites(self, config: Any) -> list[Site]:
-        """The activations that R1 and R2 are trained on, in topological order; none for a rotation that is refused.
+        """The activations that R1 and R2 are trained on, in topological order; none for a rotation
+        that is refused.
 
-        R1 acts on the outputs of the norms (the inputs of the query and up projections), R2 on the inputs of the
-        attention output projection. A site's module may flatten batch and sequence into one dimension (OPT).
+        R1 acts on the outputs of the norms (the inputs of the query and up projections), R2 on the
+        inputs of the attention output projection. A site's module may flatten batch and sequence
+        into one dimension (OPT).
         """
         sites: list[Site] = []
         for spec in self.all_linears(config):
@@ -118,13 +145,16 @@ class Architecture:
         return sites
 
     def refusal(self, rotation: str, config: Any) -> str | None:
-        """Why the rotation ``"r1"``, ``"r2"``, ``"r3"`` or ``"r4"`` is not offered for this model; ``None`` if it is.
+        """Why the rotation ``"r1"``, ``"r2"``, ``"r3"`` or ``"r4"`` is not offered for this model;
+        ``None`` if it is.
 
         Raises:
             RotationError: there is no rotation of that name.
         """
         if rotation not in KINDS:
-            raise RotationError(f"there is no rotation {rotation!r}", hint=f"choose from {', '.join(KINDS)}")
+            raise RotationError(
+                f"there is no rotation {rotation!r}", hint=f"choose from {', '.join(KINDS)}"
+            )
         return self.rotations_refused.get(rotation)
 
     def ffn_width(self, spec: LinearSpec, config: Any) -> int:
@@ -133,5 +163,7 @@ class Architecture:
         return int(getattr(config, spec.width) or 4 * self.dimensions(config).hidden)
 
     def ffn_readers(self, config: Any, layer: int) -> list[LinearSpec]:
-        """The down projections of decoder layer ``layer``: one, or one per branch where there are shared experts."""
+        """The down projections of decoder layer ``layer``: one, or one per branch where there are
+        shared experts.
+        """
         return [spec for spec in self.layer_linears(config, layer) if spec.reads is Space.FFN]

@@ -17,31 +17,34 @@ def supported_model_types() -> list[str]:
 
 
 def architecture_for(config: Any) -> Architecture:
-    """The table entry for a transformers config. There is no default entry: a wrong mapping damages a model silently.
+    """The table entry for a transformers config. There is no default entry: a wrong mapping damages
+    a model silently.
 
     Args:
         config: a ``PreTrainedConfig``.
 
     Raises:
-        UnsupportedModelError: the ``model_type`` is not in the table, the model runs its own code, is quantized
-            already, or has a feature that cannot be folded.
+        UnsupportedModelError: the ``model_type`` is not in the table, the model runs its own code,
+            is quantized already, or has a feature that cannot be folded.
     """
     model_type = getattr(config, "model_type", None) or "unknown"
     supported = ", ".join(supported_model_types())
     if model_type not in _BY_MODEL_TYPE:
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not in the architecture table; supported are: {supported}",
+            f"model_type {model_type!r} is not in the architecture table; supported are:"
+            f" {supported}",
             hint="use a model of a supported family; rotq never guesses how a model is wired",
         )
     if not type(config).__module__.startswith("transformers."):
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is loaded with code of its own ({type(config).__module__}), "
-            "which may be wired differently from transformers",
+            f"model_type {model_type!r} is loaded with code of its own ({type(config).__module__}),"
+            " which may be wired differently from transformers",
             hint="load it without --trust-remote-code",
         )
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
-            f"this {model_type} checkpoint is quantized already (its config has a quantization_config)",
+            f"this {model_type} checkpoint is quantized already (its config has a"
+            " quantization_config)",
             hint="start from the floating-point checkpoint that it was made from",
         )
     entry = _BY_MODEL_TYPE[model_type]

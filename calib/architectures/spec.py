@@ -1,4 +1,5 @@
-"""What the architecture table is made of: spaces, and the weights, norms and embeddings that read and write them.
+"""What the architecture table is made of: spaces, and the weights, norms and embeddings that read
+and write them.
 
 A rotation acts on a *space*, a stream of vectors that several weights write into and read from:
 
@@ -33,7 +34,12 @@ class Space(StrEnum):
     FFN = "ffn"
 
 
-SPACE_OF: dict[Kind, Space] = {"r1": Space.RESIDUAL, "r2": Space.VALUE, "r3": Space.QUERY_KEY, "r4": Space.FFN}
+SPACE_OF: dict[Kind, Space] = {
+    "r1": Space.RESIDUAL,
+    "r2": Space.VALUE,
+    "r3": Space.QUERY_KEY,
+    "r4": Space.FFN,
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,15 @@ class LinearSpec:
     """Module name; for ``layout="experts"`` the name of the 3-D parameter itself."""
     reads: Space | None
     writes: Space | None = None
-    """Space of all outputs; ``None`` where they leave the model (logits, router scores) or ``parts`` says more."""
+    """Space of all outputs; ``None`` where they leave the model (logits, router scores) or
+    ``parts`` says more.
+    """
     norm: str | None = None
     """Norm whose output this linear reads."""
     layout: Literal["linear", "conv1d", "experts"] = "linear"
-    """``linear`` stores ``[out, in]``, ``conv1d`` ``[in, out]``, ``experts`` ``[experts, out, in]``."""
+    """``linear`` stores ``[out, in]``, ``conv1d`` ``[in, out]``, ``experts`` ``[experts, out,
+    in]``.
+    """
     parts: tuple[Part, ...] = ()
     """The projections of a fused linear, in the order of its output features."""
     interleaved: bool = False
@@ -87,7 +97,8 @@ class LinearSpec:
     branch: str = ""
     """Names the ``ffn`` space where one layer has several of different width (shared experts)."""
     stacked_from: tuple[str, ...] = ()
-    """Tensors of one expert in the checkpoint, whose rows follow each other in the 3-D parameter."""
+    """Tensors of one expert in the checkpoint, whose rows follow each other in the 3-D parameter.
+    """
     layer: int | None = None
     """The decoder layer, once :meth:`at` has filled the templates."""
 
@@ -109,18 +120,23 @@ class LinearSpec:
 
     @property
     def bias(self) -> str | None:
-        """Name that the bias has in the state dict, if there is one; 3-D expert parameters have none."""
+        """Name that the bias has in the state dict, if there is one; 3-D expert parameters have
+        none.
+        """
         return None if self.layout == "experts" else f"{self.name}.bias"
 
     def part(self, role: str, sizes: Dimensions) -> list[slice]:
-        """Where the outputs of one part lie along the output features; several slices where parts are interleaved.
+        """Where the outputs of one part lie along the output features; several slices where parts
+        are interleaved.
 
         Only attention parts (query, key, value) can be located.
         """
         widths = {"query": sizes.heads, "key": sizes.kv_heads, "value": sizes.kv_heads}
         if self.interleaved:
             position = [part.role for part in self.parts].index(role)  # type: ignore[arg-type]
-            starts = [(len(self.parts) * head + position) * sizes.head_dim for head in range(sizes.heads)]
+            starts = [
+                (len(self.parts) * head + position) * sizes.head_dim for head in range(sizes.heads)
+            ]
             return [slice(start, start + sizes.head_dim) for start in starts]
         start = 0
         for part in self.parts:
@@ -133,7 +149,9 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A normalisation of the residual stream whose gain (and bias) folds into the linears that read it."""
+    """A normalisation of the residual stream whose gain (and bias) folds into the linears that read
+    it.
+    """
 
     name: str
 
@@ -154,7 +172,9 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """A table of row vectors that are written into the residual stream: token or position embeddings."""
+    """A table of row vectors that are written into the residual stream: token or position
+    embeddings.
+    """
 
     name: str
 

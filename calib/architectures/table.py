@@ -1,6 +1,8 @@
-"""The table. An entry is checked by the equivalence tests: logits before and after fusing agree in float64.
+"""The table. An entry is checked by the equivalence tests: logits before and after fusing agree in
+float64.
 
-Names are those of the module tree in transformers 5; each entry names the modeling file that it mirrors.
+Names are those of the module tree in transformers 5; each entry names the modeling file that it
+mirrors.
 """
 
 from __future__ import annotations
@@ -42,9 +44,18 @@ def _gated_mlp(norm: str | None = _PRE_MLP) -> tuple[LinearSpec, ...]:
 
 
 def _experts(stored: str, gate: str, up: str, down: str, width: str) -> tuple[LinearSpec, ...]:
-    """Router and experts of a sparse layer. ``stored`` is the expert's prefix in checkpoints, one tensor per expert."""
+    """Router and experts of a sparse layer. ``stored`` is the expert's prefix in checkpoints, one
+    tensor per expert.
+    """
     return (
-        LinearSpec(f"{_MLP}.gate", Space.RESIDUAL, norm=_PRE_MLP, layers="sparse", quantizable=False, captured_at=_MLP),
+        LinearSpec(
+            f"{_MLP}.gate",
+            Space.RESIDUAL,
+            norm=_PRE_MLP,
+            layers="sparse",
+            quantizable=False,
+            captured_at=_MLP,
+        ),
         LinearSpec(
             f"{_EXPERTS}.gate_up_proj",
             Space.RESIDUAL,
@@ -71,14 +82,19 @@ def _dense_only(specs: tuple[LinearSpec, ...]) -> tuple[LinearSpec, ...]:
 
 
 def _qwen_sparse(config: Any, layer: int) -> bool:
-    """Qwen2MoeDecoderLayer: every ``decoder_sparse_step``-th layer has experts, but for those listed."""
+    """Qwen2MoeDecoderLayer: every ``decoder_sparse_step``-th layer has experts, but for those
+    listed.
+    """
     return (
-        layer not in config.mlp_only_layers and config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
+        layer not in config.mlp_only_layers
+        and config.num_experts > 0
+        and (layer + 1) % config.decoder_sparse_step == 0
     )
 
 
-# models/llama/modeling_llama.py; Mistral, Qwen2 (query, key and value biases) and Granite (scalar multipliers on
-# embeddings, residuals and logits, which commute with rotations) have the same module tree.
+# models/llama/modeling_llama.py; Mistral, Qwen2 (query, key and value biases) and Granite (scalar
+# multipliers on embeddings, residuals and logits, which commute with rotations) have the same
+# module tree.
 LLAMA = Architecture(
     name="Llama",
     model_types=("llama", "mistral", "qwen2", "granite"),
@@ -101,7 +117,8 @@ SMOLLM3 = replace(
     rope=lambda config, layer: bool(config.no_rope_layers[layer]),
 )
 
-# models/gemma/modeling_gemma.py: the norm multiplies by 1 + gain; embeddings are scaled by a scalar.
+# models/gemma/modeling_gemma.py: the norm multiplies by 1 + gain; embeddings are scaled by a
+# scalar.
 GEMMA = replace(LLAMA, name="Gemma", model_types=("gemma",), gain_offset=1.0)
 
 # models/phi3/modeling_phi3.py: query, key and value in one linear, gate and up in another.
@@ -117,9 +134,15 @@ PHI3 = replace(
             parts=_QKV,
             captured_at=f"{_ATTENTION}.qkv_proj",
         ),
-        LinearSpec(f"{_ATTENTION}.o_proj", Space.VALUE, Space.RESIDUAL, captured_at=f"{_ATTENTION}.o_proj"),
         LinearSpec(
-            f"{_MLP}.gate_up_proj", Space.RESIDUAL, norm=_PRE_MLP, parts=_GATE_UP, captured_at=f"{_MLP}.gate_up_proj"
+            f"{_ATTENTION}.o_proj", Space.VALUE, Space.RESIDUAL, captured_at=f"{_ATTENTION}.o_proj"
+        ),
+        LinearSpec(
+            f"{_MLP}.gate_up_proj",
+            Space.RESIDUAL,
+            norm=_PRE_MLP,
+            parts=_GATE_UP,
+            captured_at=f"{_MLP}.gate_up_proj",
         ),
         LinearSpec(f"{_MLP}.down_proj", Space.FFN, Space.RESIDUAL),
     ),
@@ -148,7 +171,8 @@ QWEN3_MOE = replace(
     experts=_EXPERTS,
 )
 
-# models/qwen2_moe/modeling_qwen2_moe.py: as Qwen3-MoE without query and key norms, with a gated shared expert.
+# models/qwen2_moe/modeling_qwen2_moe.py: as Qwen3-MoE without query and key norms, with a gated
+# shared expert.
 _SHARED = f"{_MLP}.shared_expert"
 QWEN2_MOE = replace(
     QWEN3_MOE,
@@ -156,7 +180,9 @@ QWEN2_MOE = replace(
     model_types=("qwen2_moe",),
     linears=(
         *QWEN3_MOE.linears,
-        LinearSpec(f"{_SHARED}.gate_proj", Space.RESIDUAL, Space.FFN, norm=_PRE_MLP, layers="sparse"),
+        LinearSpec(
+            f"{_SHARED}.gate_proj", Space.RESIDUAL, Space.FFN, norm=_PRE_MLP, layers="sparse"
+        ),
         LinearSpec(f"{_SHARED}.up_proj", Space.RESIDUAL, Space.FFN, norm=_PRE_MLP, layers="sparse"),
         LinearSpec(
             f"{_SHARED}.down_proj",
@@ -166,18 +192,28 @@ QWEN2_MOE = replace(
             width="shared_expert_intermediate_size",
             branch="shared",
         ),
-        LinearSpec(f"{_MLP}.shared_expert_gate", Space.RESIDUAL, norm=_PRE_MLP, layers="sparse", quantizable=False),
+        LinearSpec(
+            f"{_MLP}.shared_expert_gate",
+            Space.RESIDUAL,
+            norm=_PRE_MLP,
+            layers="sparse",
+            quantizable=False,
+        ),
     ),
     untouched=(),
 )
 
 _POST_NORM = (
-    "it normalises the outputs of attention and MLP before adding them to the residual stream, and the gain of such a "
-    "norm (one factor per channel) does not commute with a rotation of the channels"
+    "it normalises the outputs of attention and MLP before adding them to the residual stream, and"
+    " the gain of such a norm (one factor per channel) does not commute with a rotation of the"
+    " channels"
 )
 
 # models/gemma2/modeling_gemma2.py: norms before and after both attention and MLP.
-_GEMMA2_POST = (f"{_LAYER}.post_attention_layernorm.weight", f"{_LAYER}.post_feedforward_layernorm.weight")
+_GEMMA2_POST = (
+    f"{_LAYER}.post_attention_layernorm.weight",
+    f"{_LAYER}.post_feedforward_layernorm.weight",
+)
 _GEMMA2_PRE_MLP = f"{_LAYER}.pre_feedforward_layernorm"
 GEMMA2 = replace(
     GEMMA,
@@ -190,9 +226,12 @@ GEMMA2 = replace(
 )
 
 # models/gemma3/modeling_gemma3.py, Gemma3ForCausalLM: as Gemma-2 with norms on queries and keys.
-GEMMA3 = replace(GEMMA2, name="Gemma-3", model_types=("gemma3_text",), untouched=_GEMMA2_POST + _QK_NORMS)
+GEMMA3 = replace(
+    GEMMA2, name="Gemma-3", model_types=("gemma3_text",), untouched=_GEMMA2_POST + _QK_NORMS
+)
 
-# models/olmo2/modeling_olmo2.py: attention and MLP read the residual stream itself, their outputs are normalised.
+# models/olmo2/modeling_olmo2.py: attention and MLP read the residual stream itself, their outputs
+# are normalised.
 OLMO2 = replace(
     LLAMA,
     name="OLMo-2",
@@ -207,8 +246,8 @@ OLMO2 = replace(
     rotations_refused={"r1": _POST_NORM},
 )
 
-# models/gpt_neox/modeling_gpt_neox.py: attention and MLP may read the stream in parallel, each through a norm of its
-# own; query, key and value of one head follow each other.
+# models/gpt_neox/modeling_gpt_neox.py: attention and MLP may read the stream in parallel, each
+# through a norm of its own; query, key and value of one head follow each other.
 _NEOX = "gpt_neox.layers.{i}"
 _NEOX_QKV = f"{_NEOX}.attention.query_key_value"
 GPT_NEOX = Architecture(
@@ -223,7 +262,12 @@ GPT_NEOX = Architecture(
             interleaved=True,
             captured_at=_NEOX_QKV,
         ),
-        LinearSpec(f"{_NEOX}.attention.dense", Space.VALUE, Space.RESIDUAL, captured_at=f"{_NEOX}.attention.dense"),
+        LinearSpec(
+            f"{_NEOX}.attention.dense",
+            Space.VALUE,
+            Space.RESIDUAL,
+            captured_at=f"{_NEOX}.attention.dense",
+        ),
         LinearSpec(
             f"{_NEOX}.mlp.dense_h_to_4h",
             Space.RESIDUAL,
@@ -272,7 +316,9 @@ GPT2 = Architecture(
             layout="conv1d",
             captured_at=f"{_GPT2}.mlp.c_fc",
         ),
-        LinearSpec(f"{_GPT2}.mlp.c_proj", Space.FFN, Space.RESIDUAL, layout="conv1d", width="n_inner"),
+        LinearSpec(
+            f"{_GPT2}.mlp.c_proj", Space.FFN, Space.RESIDUAL, layout="conv1d", width="n_inner"
+        ),
     ),
     norms=(NormSpec(f"{_GPT2}.ln_1"), NormSpec(f"{_GPT2}.ln_2")),
     final_norm=NormSpec("transformer.ln_f"),
@@ -299,9 +345,24 @@ OPT = Architecture(
             norm=f"{_OPT}.self_attn_layer_norm",
             captured_at=f"{_OPT_ATTENTION}.q_proj",
         ),
-        LinearSpec(f"{_OPT_ATTENTION}.k_proj", Space.RESIDUAL, Space.QUERY_KEY, norm=f"{_OPT}.self_attn_layer_norm"),
-        LinearSpec(f"{_OPT_ATTENTION}.v_proj", Space.RESIDUAL, Space.VALUE, norm=f"{_OPT}.self_attn_layer_norm"),
-        LinearSpec(f"{_OPT_ATTENTION}.out_proj", Space.VALUE, Space.RESIDUAL, captured_at=f"{_OPT_ATTENTION}.out_proj"),
+        LinearSpec(
+            f"{_OPT_ATTENTION}.k_proj",
+            Space.RESIDUAL,
+            Space.QUERY_KEY,
+            norm=f"{_OPT}.self_attn_layer_norm",
+        ),
+        LinearSpec(
+            f"{_OPT_ATTENTION}.v_proj",
+            Space.RESIDUAL,
+            Space.VALUE,
+            norm=f"{_OPT}.self_attn_layer_norm",
+        ),
+        LinearSpec(
+            f"{_OPT_ATTENTION}.out_proj",
+            Space.VALUE,
+            Space.RESIDUAL,
+            captured_at=f"{_OPT_ATTENTION}.out_proj",
+        ),
         LinearSpec(
             f"{_OPT}.fc1",
             Space.RESIDUAL,
@@ -313,18 +374,25 @@ OPT = Architecture(
     ),
     norms=(NormSpec(f"{_OPT}.self_attn_layer_norm"), NormSpec(f"{_OPT}.final_layer_norm")),
     final_norm=NormSpec("model.decoder.final_layer_norm"),
-    embeddings=(EmbeddingSpec("model.decoder.embed_tokens"), EmbeddingSpec("model.decoder.embed_positions")),
-    head=LinearSpec("lm_head", Space.RESIDUAL, norm="model.decoder.final_layer_norm", quantizable=False),
+    embeddings=(
+        EmbeddingSpec("model.decoder.embed_tokens"),
+        EmbeddingSpec("model.decoder.embed_positions"),
+    ),
+    head=LinearSpec(
+        "lm_head", Space.RESIDUAL, norm="model.decoder.final_layer_norm", quantizable=False
+    ),
     attention=_OPT_ATTENTION,
     norm_kind="layer",
     refusals=(
         Refusal(
             lambda config: not config.do_layer_norm_before,
-            "it normalises after adding to the residual stream (do_layer_norm_before is false, as in OPT-350m)",
+            "it normalises after adding to the residual stream (do_layer_norm_before is false, as"
+            " in OPT-350m)",
         ),
         Refusal(
             lambda config: config.word_embed_proj_dim != config.hidden_size,
-            "it projects embeddings into and out of the residual stream (project_in and project_out)",
+            "it projects embeddings into and out of the residual stream (project_in and"
+            " project_out)",
         ),
     ),
     rope=lambda config, layer: False,

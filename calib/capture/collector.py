@@ -61,7 +61,8 @@ class _Tokens:
 class Collector:
     """Statistics and samples of every site.
 
-    Call :meth:`begin` before each batch, :meth:`observe` for each activation, and :meth:`finish` once.
+    Call :meth:`begin` before each batch, :meth:`observe` for each activation, and :meth:`finish`
+    once.
 
     Args:
         config: how much is kept.
@@ -70,7 +71,9 @@ class Collector:
         head_dim: width of a head.
     """
 
-    def __init__(self, config: CaptureConfig, sites: Sequence[Site], num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, config: CaptureConfig, sites: Sequence[Site], num_kv_heads: int, head_dim: int
+    ) -> None:
         self._config = config
         self._sites = tuple(sites)
         self._kv = num_kv_heads
@@ -95,16 +98,19 @@ class Collector:
             self._digests[row_id] = row_digest(ids[keep])
 
     def observe(self, site: Site, x: Tensor) -> None:
-        """Add the activation ``x`` [rows, length, n], or [rows · length, n], of ``site`` for the running batch.
+        """Add the activation ``x`` [rows, length, n], or [rows · length, n], of ``site`` for the
+        running batch.
 
         Raises:
-            UnsupportedModelError: ``x`` does not hold one vector for each position, or not the width expected.
+            UnsupportedModelError: ``x`` does not hold one vector for each position, or not the
+                width expected.
             QuantizationError: ``x`` holds NaN or Inf at a token.
         """
         tokens = self._tokens
         if tokens is None or x.shape[:-1].numel() != tokens.positions:
             raise UnsupportedModelError(
-                f"'{site.module}' sees a tensor {list(x.shape)}, which is not one vector for each token of the batch",
+                f"'{site.module}' sees a tensor {list(x.shape)}, which is not one vector for each"
+                " token of the batch",
                 hint="The architecture table must name a module that reads every token.",
             )
         self._reached.add(site.module)
@@ -114,7 +120,11 @@ class Collector:
             part = slice(first, first + CHUNK_TOKENS)
             chunk = x[part] if tokens.kept is None else x[tokens.kept[part].to(x.device)]
             absmax = _finite_absmax(chunk, site, tokens, first)
-            space = self._observe_r1(site, chunk) if site.rotation == "r1" else self._observe_r2(site, chunk)
+            space = (
+                self._observe_r1(site, chunk)
+                if site.rotation == "r1"
+                else self._observe_r2(site, chunk)
+            )
             space.reservoir.offer(chunk, absmax, keys[part])
 
     def _observe_r1(self, site: Site, x: Tensor) -> _Space:
@@ -124,7 +134,8 @@ class Collector:
             self._r1 = self._space(1, width, x, store)
         if width != self._r1.covariance.channels:
             raise UnsupportedModelError(
-                f"'{site.module}' is {width} wide, other R1 sites are {self._r1.covariance.channels}",
+                f"'{site.module}' is {width} wide, other R1 sites are"
+                f" {self._r1.covariance.channels}",
                 hint="All R1 sites must read the same residual.",
             )
         if site.module not in self._r1_channels:
@@ -143,13 +154,16 @@ class Collector:
                 hint="The architecture table does not fit this checkpoint.",
             )
         if not self._r2:
-            # One for all layers, which the capture keeps: what a layer of its own would free could stay on the heap.
+            # One for all layers, which the capture keeps: what a layer of its own would free could
+            # stay on the heap.
             shape = (len(self._r2_layers), self._config.r2_tokens, x.shape[1])
             self._r2_store = torch.empty(shape, dtype=x.dtype)
         if site.layer not in self._r2:
             store = self._r2_store[self._r2_layers.index(site.layer)]
             self._r2[site.layer] = self._space(self._kv, self._head_dim, x, store)
-            self._r2_channels[site.layer] = ChannelAccumulator(self._kv, self._head_dim, accumulator_device(x))
+            self._r2_channels[site.layer] = ChannelAccumulator(
+                self._kv, self._head_dim, accumulator_device(x)
+            )
         space = self._r2[site.layer]
         chunk = self._workspace.chunk(_heads(x, self._kv, self._head_dim))
         self._r2_channels[site.layer].update(chunk)
@@ -170,12 +184,17 @@ class Collector:
         missing = [site.module for site in self._sites if site.module not in self._reached]
         if missing:
             raise UnsupportedModelError(
-                f"the model never calls '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
-                hint="The architecture table does not fit this checkpoint, or its implementation bypasses the module.",
+                f"the model never calls '{missing[0]}'"
+                + (f" and {len(missing) - 1} more" if missing[1:] else ""),
+                hint=(
+                    "The architecture table does not fit this checkpoint, or its implementation"
+                    " bypasses the module."
+                ),
             )
 
     def finish(self, model: str) -> Capture:
-        """Turn what was gathered into a :class:`~calib.capture.storage.Capture`; the collector is spent by it.
+        """Turn what was gathered into a :class:`~calib.capture.storage.Capture`; the collector is
+        spent by it.
 
         Args:
             model: the fingerprint of the model.
@@ -184,7 +203,9 @@ class Collector:
             DataError: no batch was run.
         """
         if not self._seen:
-            raise DataError("no calibration batch was run", hint="Give a longer text with --calib-dataset.")
+            raise DataError(
+                "no calibration batch was run", hint="Give a longer text with --calib-dataset."
+            )
         provenance = Provenance(
             model=model,
             data_sha256=combine_digests(digest for _, digest in sorted(self._digests.items())),
@@ -211,22 +232,25 @@ class Collector:
     def _finish_r2(self) -> tuple[dict[int, SiteStatistics], Samples | None]:
         """The statistics of each layer, whose samples are views of the stacked ones.
 
-        The samples are regrouped by head layer by layer, within the store of all. Where a text is so short that
-        S < capacity, they also move together: layer i to where i · S tokens precede it, which is never beyond where it
-        lay, and so never onto a layer that is still to come.
+        The samples are regrouped by head layer by layer, within the store of all. Where a text is
+        so short that S < capacity, they also move together: layer i to where i · S tokens precede
+        it, which is never beyond where it lay, and so never onto a layer that is still to come.
         """
         stack: Samples | None = None
         layers: dict[int, SiteStatistics] = {}
         for index, layer in enumerate(sorted(self._r2)):
             space = self._r2.pop(layer)
             kept = space.reservoir.result()
-            # Of a copy: with a single key/value head this is a view, and would be moved onto itself.
+            # Of a copy: with a single key/value head this is a view, and would be moved onto
+            # itself.
             values = by_kv_head(kept.rows.clone(), self._kv, self._head_dim)
             group = values.shape[1] // len(kept.rows)
             if stack is None:
                 shape = (len(self._r2_layers), *values.shape)
                 stacked = self._r2_store.flatten()[: math.prod(shape)].view(shape)
-                stack = Samples(stacked, torch.empty((shape[0], values.shape[1])), kept.massive * group, group)
+                stack = Samples(
+                    stacked, torch.empty((shape[0], values.shape[1])), kept.massive * group, group
+                )
             stack.values[index] = values
             stack.weights[index] = kept.weights.repeat_interleave(group)
             channels = self._r2_channels[layer].result()
@@ -235,16 +259,23 @@ class Collector:
 
 
 def _finite_absmax(x: Tensor, site: Site, tokens: _Tokens, first: int) -> NDArray[np.float64]:
-    """The largest absolute value of each token of ``x`` [T, n]: the T tokens of the batch from number ``first`` on."""
+    """The largest absolute value of each token of ``x`` [T, n]: the T tokens of the batch from
+    number ``first`` on.
+    """
     minimum, maximum = torch.aminmax(x, dim=1)
     # Both pass NaN on, so these few numbers also tell whether anything is not finite.
-    absmax: NDArray[np.float64] = torch.maximum(maximum, -minimum).to(wide(x.dtype)).cpu().double().numpy()
+    absmax: NDArray[np.float64] = (
+        torch.maximum(maximum, -minimum).to(wide(x.dtype)).cpu().double().numpy()
+    )
     bad = np.flatnonzero(~np.isfinite(absmax))
     if len(bad):
         row, place = tokens.rows[first + bad[0]], tokens.places[first + bad[0]]
         raise QuantizationError(
             f"the input of '{site.module}' holds NaN or Inf (calibration row {row}, token {place})",
-            hint="The model overflows in this dtype, or its weights are damaged: try --dtype bfloat16 or float32.",
+            hint=(
+                "The model overflows in this dtype, or its weights are damaged: try --dtype"
+                " bfloat16 or float32."
+            ),
         )
     return absmax
 
@@ -252,7 +283,8 @@ def _finite_absmax(x: Tensor, site: Site, tokens: _Tokens, first: int) -> NDArra
 def by_kv_head(x: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
     """Regroup o_proj's input by the key/value head whose values each query head mixes.
 
-    Query heads are stored key/value head by key/value head: head h reads the values of head h // group.
+    Query heads are stored key/value head by key/value head: head h reads the values of head h //
+    group.
 
     Args:
         x: [T, heads · head_dim].

@@ -1,6 +1,7 @@
 """The samples of a saved capture as torch data sets, for training loops that take a ``DataLoader``.
 
-Items are read from the memory-mapped files one at a time, so a data set costs no memory to speak of.
+Items are read from the memory-mapped files one at a time, so a data set costs no memory to speak
+of.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class _SampleFile:
                 self._handle = safe_open(self._path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"cannot read the samples '{self._path}': {error}", hint="Give a folder that `rotq capture` wrote."
+                    f"cannot read the samples '{self._path}': {error}",
+                    hint="Give a folder that `rotq capture` wrote.",
                 ) from error
         return self._handle.get_slice(name)
 
@@ -70,7 +72,8 @@ class R1Dataset(Dataset[tuple[Tensor, Tensor]]):
 class R2Dataset(Dataset[tuple[Tensor, Tensor]]):
     """The R2 samples of one layer of a capture, in an order shuffled by a seed.
 
-    Item i is (values [kv heads, head_dim] float32, weight [] float32): one sample for each key/value head.
+    Item i is (values [kv heads, head_dim] float32, weight [] float32): one sample for each
+    key/value head.
 
     Args:
         folder: what :meth:`calib.capture.storage.Capture.save` has written.
@@ -86,9 +89,13 @@ class R2Dataset(Dataset[tuple[Tensor, Tensor]]):
         self._file = _SampleFile(folder / R2_SAMPLES)
         layers, _, entries, _ = self._file.shape
         if not 0 <= layer < layers:
-            raise DataError(f"the capture has no R2 layer {layer}", hint=f"Layers are 0 to {layers - 1}.")
+            raise DataError(
+                f"the capture has no R2 layer {layer}", hint=f"Layers are 0 to {layers - 1}."
+            )
         self._layer = layer
-        self._order = torch.randperm(entries, generator=torch.Generator().manual_seed(seed)).tolist()
+        self._order = torch.randperm(
+            entries, generator=torch.Generator().manual_seed(seed)
+        ).tolist()
 
     def __len__(self) -> int:
         """The number of samples of each head."""

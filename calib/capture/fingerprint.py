@@ -10,10 +10,12 @@ _SAMPLED = 256
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """The sha256, as hex, of the name, shape, dtype and about 256 evenly spaced elements of every parameter.
+    """The sha256, as hex, of the name, shape, dtype and about 256 evenly spaced elements of every
+    parameter.
 
-    It tells a folded, rotated or fine-tuned model from the original in well under a second, where hashing all weights
-    of a 7B model takes a minute. It is no protection against somebody who changes single weights on purpose.
+    It tells a folded, rotated or fine-tuned model from the original in well under a second, where
+    hashing all weights of a 7B model takes a minute. It is no protection against somebody who
+    changes single weights on purpose.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -1,24 +1,26 @@
-"""A bounded, seeded sample of tokens that keeps the massive ones, with weights that make its sums unbiased.
+"""A bounded, seeded sample of tokens that keeps the massive ones, with weights that make its sums
+unbiased.
 
-**Algorithm.** Every token has a *key*: 64 pseudo-random bits that depend on the seed, the site, the row and the
-position alone. Out of all N tokens the reservoir keeps, with M + K its capacity,
+**Algorithm.** Every token has a *key*: 64 pseudo-random bits that depend on the seed, the site, the
+row and the position alone. Out of all N tokens the reservoir keeps, with M + K its capacity,
 
-* the M tokens of largest absolute value (*massive*; ties are broken by other random bits), each with weight 1, since
-  they are kept with probability one;
-* of the N − M others, the K with the smallest keys: a uniform sample without replacement, each kept with probability
-  K / (N − M) and so with weight (N − M) / K.
+* the M tokens of largest absolute value (*massive*; ties are broken by other random bits), each
+  with weight 1, since they are kept with probability one;
+* of the N − M others, the K with the smallest keys: a uniform sample without replacement, each kept
+  with probability K / (N − M) and so with weight (N − M) / K.
 
-For every function f, Σ weight · f(token) over the reservoir then has the expectation Σ f(token) over all tokens
-(Horvitz and Thompson, 1952): which tokens are massive does not depend on the keys, and given them the rest is a simple
-random sample.
+For every function f, Σ weight · f(token) over the reservoir then has the expectation Σ f(token)
+over all tokens (Horvitz and Thompson, 1952): which tokens are massive does not depend on the keys,
+and given them the rest is a simple random sample.
 
-**In one pass.** A token that leaves the massive part, because M larger ones have come, is offered to the uniform part
-with its key, as if it arrived then. A token that was dropped cannot return: M larger ones, or K smaller keys, were
-there before it and can only become more. So the reservoir is the one that a sort of all tokens would give, whatever
-their order and however they were batched.
+**In one pass.** A token that leaves the massive part, because M larger ones have come, is offered
+to the uniform part with its key, as if it arrived then. A token that was dropped cannot return: M
+larger ones, or K smaller keys, were there before it and can only become more. So the reservoir is
+the one that a sort of all tokens would give, whatever their order and however they were batched.
 
-The random bits that break ties are independent of the keys. Breaking ties by the keys themselves would take the small
-keys out of the uniform part, which is a bias where many tokens are equal: the first token of every row at layer 0 is.
+The random bits that break ties are independent of the keys. Breaking ties by the keys themselves
+would take the small keys out of the uniform part, which is a bias where many tokens are equal: the
+first token of every row at layer 0 is.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from torch import Tensor
 Keys = NDArray[np.uint64]
 Indices = NDArray[np.intp]
 
-# Constants of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+# Constants of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+# 2014).
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -45,17 +48,22 @@ _COLUMNS = 256
 
 
 def _mix(bits: Keys) -> Keys:
-    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits each depend on all input bits."""
+    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits each depend on all
+    input bits.
+    """
     bits = (bits ^ (bits >> np.uint64(30))) * _MIX_1
     bits = (bits ^ (bits >> np.uint64(27))) * _MIX_2
     return bits ^ (bits >> np.uint64(31))
 
 
 def token_keys(seed: int, site: str, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Keys:
-    """The key of each token [T], from the seed, the site's name, the row it stands in and its position there."""
+    """The key of each token [T], from the seed, the site's name, the row it stands in and its
+    position there.
+    """
     name = hashlib.sha256(f"{seed}:{site}".encode()).digest()
     start = np.frombuffer(name[:8], dtype="<u8").astype(np.uint64)
-    # Two rounds, row and then position: one linear mix would relate the keys of (row 0, 1) and (row 1, 0).
+    # Two rounds, row and then position: one linear mix would relate the keys of (row 0, 1) and (row
+    # 1, 0).
     row_bits = _mix(start + (rows.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return _mix(row_bits + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
@@ -65,8 +73,10 @@ class ReservoirResult:
     """What a reservoir has kept.
 
     Attributes:
-        rows: [S, n]: first the massive tokens, then the others, each in the order of their keys, which is random.
-        weights: [S] float32: the inverse inclusion probability of each; their sum is the number of tokens seen.
+        rows: [S, n]: first the massive tokens, then the others, each in the order of their keys,
+            which is random.
+        weights: [S] float32: the inverse inclusion probability of each; their sum is the number of
+            tokens seen.
         massive: how many of the rows are massive tokens.
     """
 
@@ -95,7 +105,9 @@ class TokenReservoir:
         self.seen = 0
 
     def offer(self, rows: Tensor, absmax: NDArray[np.float64], keys: Keys) -> None:
-        """Offer tokens ``rows`` [T, n], on any device, with the largest absolute value [T] and the key [T] of each."""
+        """Offer tokens ``rows`` [T, n], on any device, with the largest absolute value [T] and the
+        key [T] of each.
+        """
         self.seen += len(keys)
         candidates = self._candidates(absmax, keys)
         if len(candidates) == 0:
@@ -119,7 +131,9 @@ class TokenReservoir:
         self._filled = len(kept)
 
     def _candidates(self, absmax: NDArray[np.float64], keys: Keys) -> Indices:
-        """Tokens that can enter at all: once the reservoir is full, a few of the thousands in a batch."""
+        """Tokens that can enter at all: once the reservoir is full, a few of the thousands in a
+        batch.
+        """
         if self._filled < self._capacity:
             return np.arange(len(keys))
         enters = keys < self._keys[~self._is_massive].max()
@@ -128,7 +142,9 @@ class TokenReservoir:
         return np.flatnonzero(enters)
 
     def _select(self, keys: Keys, absmax: NDArray[np.float64]) -> tuple[Indices, Indices]:
-        """Choose among the tokens held, which come first, and the arriving ones. Returns (massive, others)."""
+        """Choose among the tokens held, which come first, and the arriving ones. Returns (massive,
+        others).
+        """
         held_massive = np.flatnonzero(self._is_massive[: self._filled])
         held_others = np.flatnonzero(~self._is_massive[: self._filled])
         arriving = np.arange(self._filled, len(keys))
@@ -145,11 +161,14 @@ class TokenReservoir:
     def result(self) -> ReservoirResult:
         """The sample, in an order that depends on the keys alone; the reservoir is spent by it.
 
-        Its rows are the first of the store, where they are put in order: a copy in order would double the memory.
+        Its rows are the first of the store, where they are put in order: a copy in order would
+        double the memory.
         """
         massive = np.flatnonzero(self._is_massive[: self._filled])
         others = np.flatnonzero(~self._is_massive[: self._filled])
-        order = np.concatenate([massive[np.argsort(self._keys[massive])], others[np.argsort(self._keys[others])]])
+        order = np.concatenate(
+            [massive[np.argsort(self._keys[massive])], others[np.argsort(self._keys[others])]]
+        )
         weights = torch.ones(self._filled)
         if len(others):
             weights[len(massive) :] = (self.seen - len(massive)) / len(others)

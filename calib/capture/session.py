@@ -1,7 +1,7 @@
 """Running the model and streaming its activations into statistics and reservoirs.
 
-The hooks look at an activation while the model runs, add it to the statistics of its site and let it go: nothing
-grows with the number of tokens. Hooks are removed however the run ends.
+The hooks look at an activation while the model runs, add it to the statistics of its site and let
+it go: nothing grows with the number of tokens. Hooks are removed however the run ends.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def capture(
 ) -> Capture:
     """Run ``batches`` through ``model`` and gather the statistics of ``sites``.
 
-    The same seed, model and batches give the same bytes. Another batch size or order changes nothing about which
-    tokens are kept; it changes the statistics by no more than the rounding of the model and of sums does.
+    The same seed, model and batches give the same bytes. Another batch size or order changes
+    nothing about which tokens are kept; it changes the statistics by no more than the rounding of
+    the model and of sums does.
 
     Args:
         model: a Hugging Face causal LM; its head is not run.
-        sites: the activations. R1 sites are pooled in the residual space; R2 sites are kept per layer, and seen per
-            key/value head.
+        sites: the activations. R1 sites are pooled in the residual space; R2 sites are kept per
+            layer, and seen per key/value head.
         batches: batches of token rows; pad positions are left out of everything.
         num_kv_heads: key/value heads of each layer.
         head_dim: width of a head.
@@ -50,14 +51,18 @@ def capture(
 
     Raises:
         DataError: there is no batch.
-        UnsupportedModelError: a site names no module, is never reached, or sees a tensor that does not fit.
+        UnsupportedModelError: a site names no module, is never reached, or sees a tensor that does
+            not fit.
         QuantizationError: an activation holds NaN or Inf; the message names the module.
     """
     wanted = [site for site in sites if site.rotation in ("r1", "r2")]
     if not wanted:
-        raise UnsupportedModelError("no R1 or R2 site to capture", hint="Use --rotate with r1 or r2.")
+        raise UnsupportedModelError(
+            "no R1 or R2 site to capture", hint="Use --rotate with r1 or r2."
+        )
     collector = Collector(config or CaptureConfig(), wanted, num_kv_heads, head_dim)
-    # The head reads nothing that a rotation is trained on, and its logits are the largest tensor of a forward pass.
+    # The head reads nothing that a rotation is trained on, and its logits are the largest tensor of
+    # a forward pass.
     body = getattr(model, "base_model", model)
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None

@@ -1,8 +1,9 @@
 """A capture, in memory and on disk.
 
-A folder holds ``manifest.json`` (what it is and where it comes from) and safetensors files: ``statistics`` with every
-mean and covariance, ``r1`` and ``r2`` with the samples. It is written next to its destination and renamed, so that a
-folder of that name is always complete. Loading maps the files into memory and reads what is used.
+A folder holds ``manifest.json`` (what it is and where it comes from) and safetensors files:
+``statistics`` with every mean and covariance, ``r1`` and ``r2`` with the samples. It is written
+next to its destination and renamed, so that a folder of that name is always complete. Loading maps
+the files into memory and reads what is used.
 """
 
 from __future__ import annotations
@@ -63,17 +64,22 @@ class Capture:
             RotationError: no R1 site was captured.
         """
         if self._r1 is None:
-            raise RotationError("the capture holds no R1 activations", hint="Capture again with --rotate r1.")
+            raise RotationError(
+                "the capture holds no R1 activations", hint="Capture again with --rotate r1."
+            )
         return self._r1
 
     def stacked_r2(self) -> Samples:
-        """The samples of all R2 layers, in the order of ``r2``: values [layers, kv, S, head_dim], weights [layers, S].
+        """The samples of all R2 layers, in the order of ``r2``: values [layers, kv, S, head_dim],
+        weights [layers, S].
 
         Raises:
             RotationError: no R2 site was captured.
         """
         if self._r2_stack is None:
-            raise RotationError("the capture holds no R2 activations", hint="Capture again with --rotate r2.")
+            raise RotationError(
+                "the capture holds no R2 activations", hint="Capture again with --rotate r2."
+            )
         return self._r2_stack
 
     def r2_samples(self) -> Tensor:
@@ -81,7 +87,9 @@ class Capture:
         return self.stacked_r2().values
 
     def held_out(self, rotation: Rotation, fraction: float = 0.2) -> tuple[Samples, Samples]:
-        """The samples of R1, or the stacked ones of R2, as (train, held out); see :meth:`Samples.split`."""
+        """The samples of R1, or the stacked ones of R2, as (train, held out); see
+        :meth:`Samples.split`.
+        """
         samples = self.r1.samples if rotation == "r1" else self.stacked_r2()
         return samples.split(fraction)
 
@@ -94,7 +102,9 @@ class Capture:
             OutputError: the folder exists, or cannot be written.
         """
         if folder.exists():
-            raise OutputError(f"'{folder}' exists already", hint="Give another folder, or remove this one.")
+            raise OutputError(
+                f"'{folder}' exists already", hint="Give another folder, or remove this one."
+            )
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         try:
             partial.mkdir(parents=True)
@@ -102,7 +112,8 @@ class Capture:
             partial.rename(folder)
         except OSError as error:
             raise OutputError(
-                f"cannot write the capture to '{folder}': {error.strerror}", hint="Check space and permissions."
+                f"cannot write the capture to '{folder}': {error.strerror}",
+                hint="Check space and permissions.",
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -113,22 +124,34 @@ class Capture:
 
         Args:
             folder: what :meth:`save` has written.
-            model: the :func:`~calib.capture.fingerprint.model_fingerprint` that it must be of, if that matters.
+            model: the :func:`~calib.capture.fingerprint.model_fingerprint` that it must be of, if
+                that matters.
 
         Raises:
-            CheckpointError: the folder is missing, incomplete, damaged, of another model, or from a newer rotq.
+            CheckpointError: the folder is missing, incomplete, damaged, of another model, or from a
+                newer rotq.
         """
         manifest = _read_manifest(folder)
         try:
-            provenance = Provenance(**{**manifest["provenance"], "config": CaptureConfig(**manifest["config"])})
+            provenance = Provenance(
+                **{**manifest["provenance"], "config": CaptureConfig(**manifest["config"])}
+            )
             if model is not None and provenance.model != model:
                 raise CheckpointError(
-                    f"the capture in '{folder}' is of another model ({provenance.model[:12]}, not {model[:12]})",
-                    hint="Capture again with this model; folding or fine-tuning makes it another one.",
+                    f"the capture in '{folder}' is of another model ({provenance.model[:12]}, not"
+                    f" {model[:12]})",
+                    hint=(
+                        "Capture again with this model; folding or fine-tuning makes it another"
+                        " one."
+                    ),
                 )
-            return cls(**_assemble(manifest, _read_tensors(folder, manifest)), provenance=provenance)
+            return cls(
+                **_assemble(manifest, _read_tensors(folder, manifest)), provenance=provenance
+            )
         except (KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"'{folder / MANIFEST}' is damaged: {error!r}", hint=_AGAIN) from error
+            raise CheckpointError(
+                f"'{folder / MANIFEST}' is damaged: {error!r}", hint=_AGAIN
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Write the files of the capture into ``folder``, which exists and is empty."""
@@ -162,10 +185,15 @@ class Capture:
             "sites": list(self.sites),
             "layers": list(self.r2),
             "counts": counts,
-            "samples": {file: {"massive": kept.massive, "group": kept.group} for file, kept in samples.items()},
+            "samples": {
+                file: {"massive": kept.massive, "group": kept.group}
+                for file, kept in samples.items()
+            },
             "bytes": {file: (folder / file).stat().st_size for file in (STATISTICS, *samples)},
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(
+            json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -192,10 +220,14 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str,
     for file, size in manifest["bytes"].items():
         path = folder / file
         if not path.is_file():
-            raise CheckpointError(f"the capture in '{folder}' is incomplete: {file} is missing", hint=_AGAIN)
+            raise CheckpointError(
+                f"the capture in '{folder}' is incomplete: {file} is missing", hint=_AGAIN
+            )
         if path.stat().st_size != size:
             raise CheckpointError(
-                f"'{path}' is truncated or changed: {path.stat().st_size} bytes, written were {size}", hint=_AGAIN
+                f"'{path}' is truncated or changed: {path.stat().st_size} bytes, written were"
+                f" {size}",
+                hint=_AGAIN,
             )
         try:
             tensors[file] = load_file(path)
@@ -208,20 +240,28 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -
     statistics, counts = tensors[STATISTICS], manifest["counts"]
 
     def channels(key: str) -> ChannelStatistics:
-        return ChannelStatistics(counts[key], **{name: statistics[f"{key}/{name}"] for name in _CHANNELS})
+        return ChannelStatistics(
+            counts[key], **{name: statistics[f"{key}/{name}"] for name in _CHANNELS}
+        )
 
     def samples(file: str) -> Samples | None:
         if file not in tensors:
             return None
         kept = manifest["samples"][file]
-        return Samples(tensors[file]["values"], tensors[file]["weights"], kept["massive"], kept["group"])
+        return Samples(
+            tensors[file]["values"], tensors[file]["weights"], kept["massive"], kept["group"]
+        )
 
     r1, stack = samples(R1_SAMPLES), samples(R2_SAMPLES)
     return {
-        "r1": None if r1 is None else SiteStatistics(channels("r1"), statistics["r1/covariance"], r1),
+        "r1": (
+            None if r1 is None else SiteStatistics(channels("r1"), statistics["r1/covariance"], r1)
+        ),
         "sites": {name: channels(f"site/{name}") for name in manifest["sites"]},
         "r2": {
-            layer: SiteStatistics(channels(f"r2/{layer}"), statistics[f"r2/{layer}/covariance"], stack.layer(index))
+            layer: SiteStatistics(
+                channels(f"r2/{layer}"), statistics[f"r2/{layer}/covariance"], stack.layer(index)
+            )
             for index, layer in enumerate(manifest["layers"])
             if stack is not None
         },

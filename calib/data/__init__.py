@@ -1,1 +1,3 @@
-"""Calibration text: reading documents, cutting them into token rows, batching the rows, and splitting a corpus."""
+"""Calibration text: reading documents, cutting them into token rows, batching the rows, and
+splitting a corpus.
+"""

@@ -1,12 +1,14 @@
 """Batches without padding.
 
-Pad positions must never enter a statistic: one pad token's activation can set a channel's maximum, and with it the
-scale of the whole tensor. rotq's own statistics could skip them by the attention mask, but the calibrators of ModelOpt
-(max, histogram, SmoothQuant, AWQ) sit inside the quantizers and see every position of a tensor, with no mask to go by.
-So rows of different lengths are never put into one batch: rows of *equal* length are batched together, up to the batch
-size. A text whose rows all differ in length is then run one row at a time, which costs speed and no accuracy.
+Pad positions must never enter a statistic: one pad token's activation can set a channel's maximum,
+and with it the scale of the whole tensor. rotq's own statistics could skip them by the attention
+mask, but the calibrators of ModelOpt (max, histogram, SmoothQuant, AWQ) sit inside the quantizers
+and see every position of a tensor, with no mask to go by. So rows of different lengths are never
+put into one batch: rows of *equal* length are batched together, up to the batch size. A text whose
+rows all differ in length is then run one row at a time, which costs speed and no accuracy.
 
-Where a caller brings batches that are padded already, :class:`Batch` carries the mask and capture honours it.
+Where a caller brings batches that are padded already, :class:`Batch` carries the mask and capture
+honours it.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ class Batch:
 
     Attributes:
         input_ids: [rows, length] int64.
-        row_ids: the index of each row in the calibration set. Sampling decisions depend on it rather than on the
-            order of arrival, so that they do not depend on the batch size.
-        attention_mask: [rows, length], 1 where there is a token and 0 where there is padding; None without padding.
+        row_ids: the index of each row in the calibration set. Sampling decisions depend on it
+            rather than on the order of arrival, so that they do not depend on the batch size.
+        attention_mask: [rows, length], 1 where there is a token and 0 where there is padding; None
+            without padding.
     """
 
     input_ids: Tensor
@@ -42,12 +45,18 @@ class Batch:
             DataError: the batch is not two-dimensional or empty, or the ids or mask do not fit it.
         """
         if self.input_ids.dim() != 2 or self.input_ids.numel() == 0:
-            raise DataError(f"a batch must be [rows, length] and not empty, this one is {list(self.input_ids.shape)}")
+            raise DataError(
+                "a batch must be [rows, length] and not empty, this one is"
+                f" {list(self.input_ids.shape)}"
+            )
         if len(self.row_ids) != self.input_ids.shape[0]:
-            raise DataError(f"a batch of {self.input_ids.shape[0]} rows has {len(self.row_ids)} row ids")
+            raise DataError(
+                f"a batch of {self.input_ids.shape[0]} rows has {len(self.row_ids)} row ids"
+            )
         if self.attention_mask is not None and self.attention_mask.shape != self.input_ids.shape:
             raise DataError(
-                f"the attention mask is {list(self.attention_mask.shape)}, the batch {list(self.input_ids.shape)}"
+                f"the attention mask is {list(self.attention_mask.shape)}, the batch"
+                f" {list(self.input_ids.shape)}"
             )
 
     @property
@@ -65,7 +74,8 @@ class Batch:
     def model_inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         """Return the keyword arguments for a Hugging Face causal LM, on ``device``.
 
-        Left padding also needs ``position_ids``, or a model with learned positions would see its text shifted.
+        Left padding also needs ``position_ids``, or a model with learned positions would see its
+        text shifted.
         """
         inputs = {"input_ids": self.input_ids.to(device)}
         if self.attention_mask is not None:
@@ -83,14 +93,17 @@ def length_batches(rows: Sequence[Tensor], batch_size: int) -> list[Batch]:
         batch_size: the most rows in a batch.
 
     Returns:
-        Batches without padding, the longest rows first (what does not fit in memory fails at once), and in the order
-        of ``rows`` within a length. ``row_ids`` are the positions in ``rows``.
+        Batches without padding, the longest rows first (what does not fit in memory fails at once),
+        and in the order of ``rows`` within a length. ``row_ids`` are the positions in ``rows``.
 
     Raises:
         DataError: there are no rows, or ``batch_size`` is below 1.
     """
     if not rows:
-        raise DataError("there are no calibration rows to batch", hint="Give a longer text with --calib-dataset.")
+        raise DataError(
+            "there are no calibration rows to batch",
+            hint="Give a longer text with --calib-dataset.",
+        )
     if batch_size < 1:
         raise DataError(f"the batch size is {batch_size}", hint="--batch-size must be at least 1.")
     by_length: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
 """Which calibration sources rotq knows by name, as a table; nothing is read or downloaded here.
 
-A source is a local file (``.txt``, ``.jsonl``, ``.parquet``), one of the names in :data:`KNOWN_SOURCES`, or any
-``org/name`` data set of the Hugging Face hub.
+A source is a local file (``.txt``, ``.jsonl``, ``.parquet``), one of the names in
+:data:`KNOWN_SOURCES`, or any ``org/name`` data set of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 """The local files that can be read; see :mod:`calib.data.documents`."""
 
 STREAMED_DOCUMENTS = 4096
-"""How many documents of a streamed hub data set are read unless a limit is given: calibration needs hundreds, while a
-full pass over one shard of C4 would take 350 000."""
+"""How many documents of a streamed hub data set are read unless a limit is given: calibration needs
+hundreds, while a full pass over one shard of C4 would take 350 000."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class HubDataset:
         joiner: what stands between rows where they are joined, as in published perplexities.
         streamed: whether rows are fetched as they are read, rather than the whole data set first.
         load_options: further arguments of ``datasets.load_dataset``.
-        files: the data files of each split, where the repository holds far more than calibration needs.
+        files: the data files of each split, where the repository holds far more than calibration
+            needs.
     """
 
     hub_id: str
@@ -60,10 +61,14 @@ class HubDataset:
 
 KNOWN_SOURCES: dict[str, HubDataset] = {
     "wikitext2": HubDataset(
-        "Salesforce/wikitext", config="wikitext-2-raw-v1", layout="windows", joiner="\n\n", streamed=False
+        "Salesforce/wikitext",
+        config="wikitext-2-raw-v1",
+        layout="windows",
+        joiner="\n\n",
+        streamed=False,
     ),
-    # This repository holds a loading script, which datasets 4 refuses to run; the hub's own conversion to parquet is
-    # on the branch below, one folder per configuration.
+    # This repository holds a loading script, which datasets 4 refuses to run; the hub's own
+    # conversion to parquet is on the branch below, one folder per configuration.
     "ptb": HubDataset(
         "ptb-text-only/ptb_text_only",
         text_column="sentence",
@@ -81,14 +86,17 @@ KNOWN_SOURCES: dict[str, HubDataset] = {
     ),
     "cnn_dailymail": HubDataset("abisee/cnn_dailymail", config="3.0.0", text_column="article"),
 }
-"""The data sets known by name. The layouts of wikitext2 and ptb are those of GPTQ, so that perplexities compare."""
+"""The data sets known by name. The layouts of wikitext2 and ptb are those of GPTQ, so that
+perplexities compare.
+"""
 
 
 def resolve_source(source: str) -> LocalFile | HubDataset:
     """Decide what ``source`` names, without reading it.
 
     Args:
-        source: a path ending in one of :data:`LOCAL_SUFFIXES`, a name in :data:`KNOWN_SOURCES`, or a hub ``org/name``.
+        source: a path ending in one of :data:`LOCAL_SUFFIXES`, a name in :data:`KNOWN_SOURCES`, or
+            a hub ``org/name``.
 
     Raises:
         DataError: ``source`` is none of these; the message lists what is known.

@@ -1,11 +1,13 @@
-"""Disjoint splits of one corpus: what trains, what decides, and what reports must never be the same text.
+"""Disjoint splits of one corpus: what trains, what decides, and what reports must never be the same
+text.
 
 * *train*: calibration and rotation training,
 * *gate*: chooses between candidate rotations,
 * *evaluation*: the figures that are reported.
 
-A document belongs to a split by its content (white space at both ends aside), so that identical documents always
-share one. The unique contents are ordered by a hash keyed with the seed and cut at the requested fractions.
+A document belongs to a split by its content (white space at both ends aside), so that identical
+documents always share one. The unique contents are ordered by a hash keyed with the seed and cut at
+the requested fractions.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ class DocumentSplits:
 
 
 def split_documents(
-    documents: Iterable[str], *, seed: int, gate: float = 0.15, evaluation: float | Sequence[str] = 0.15
+    documents: Iterable[str],
+    *,
+    seed: int,
+    gate: float = 0.15,
+    evaluation: float | Sequence[str] = 0.15,
 ) -> DocumentSplits:
     """Split ``documents`` into disjoint train, gate and evaluation sets.
 
@@ -36,14 +42,16 @@ def split_documents(
         documents: the texts; blank ones are dropped.
         seed: another seed gives another split.
         gate: the fraction of the unique documents that goes to the gate.
-        evaluation: the fraction that goes to evaluation, or the evaluation documents themselves, from their own
-            source; documents that occur among them are then removed from the other two splits.
+        evaluation: the fraction that goes to evaluation, or the evaluation documents themselves,
+            from their own source; documents that occur among them are then removed from the other
+            two splits.
 
     Returns:
         Three splits, none empty, with no content in two of them.
 
     Raises:
-        DataError: the fractions are not positive with a sum below 1, or there are too few different documents.
+        DataError: the fractions are not positive with a sum below 1, or there are too few different
+            documents.
     """
     texts = _not_blank(documents)
     own = None if isinstance(evaluation, (int, float)) else _not_blank(evaluation)
@@ -51,15 +59,22 @@ def split_documents(
     if min(fractions) <= 0 or sum(fractions) >= 1:
         raise DataError(
             f"cannot split documents by the fractions {fractions}",
-            hint="Every fraction must be positive, and together they must leave something for training.",
+            hint=(
+                "Every fraction must be positive, and together they must leave something for"
+                " training."
+            ),
         )
     excluded = set(map(_content, own or []))
-    unique = sorted({_content(text) for text in texts} - excluded, key=lambda content: _rank(content, seed))
-    ends = list(itertools.accumulate(max(1, round(fraction * len(unique))) for fraction in fractions))
+    unique = sorted(
+        {_content(text) for text in texts} - excluded, key=lambda content: _rank(content, seed)
+    )
+    ends = list(
+        itertools.accumulate(max(1, round(fraction * len(unique))) for fraction in fractions)
+    )
     if len(unique) <= ends[-1] or own == []:
         raise DataError(
-            f"{len(unique)} different documents for training and {0 if own is None else len(own)} of evaluation text "
-            "are too few for three splits",
+            f"{len(unique)} different documents for training and {0 if own is None else len(own)}"
+            " of evaluation text are too few for three splits",
             hint="Give a source with more documents (one per line in a .txt file).",
         )
 
@@ -68,7 +83,9 @@ def split_documents(
         return [text for text in texts if _content(text) in chosen]
 
     held = select(unique[ends[0] : ends[-1]]) if own is None else own
-    return DocumentSplits(train=select(unique[ends[-1] :]), gate=select(unique[: ends[0]]), evaluation=held)
+    return DocumentSplits(
+        train=select(unique[ends[-1] :]), gate=select(unique[: ends[0]]), evaluation=held
+    )
 
 
 def _not_blank(texts: Iterable[str]) -> list[str]:

@@ -40,10 +40,11 @@ def tokenize(
 ) -> list[Tensor]:
     """Cut ``documents`` into at most ``nsamples`` token rows, chosen at random by ``seed``.
 
-    Layout ``"documents"`` gives one row per document, cut off after ``seqlen`` tokens, each with the tokenizer's own
-    special tokens: what the model sees when it is used. Layout ``"windows"`` joins all documents with ``joiner``,
-    tokenizes once and cuts the result into consecutive windows of exactly ``seqlen`` tokens; this is what GPTQ and
-    most published perplexities do. A text shorter than one window gives a single shorter row.
+    Layout ``"documents"`` gives one row per document, cut off after ``seqlen`` tokens, each with
+    the tokenizer's own special tokens: what the model sees when it is used. Layout ``"windows"``
+    joins all documents with ``joiner``, tokenizes once and cuts the result into consecutive windows
+    of exactly ``seqlen`` tokens; this is what GPTQ and most published perplexities do. A text
+    shorter than one window gives a single shorter row.
 
     Args:
         documents: the texts.
@@ -80,14 +81,23 @@ def tokenize(
         if len(rows) == nsamples:
             break
     if not rows:
-        raise _too_short(found, f"in {len(texts)} documents, none with {MINIMUM_TOKENS} tokens or more")
+        raise _too_short(
+            found, f"in {len(texts)} documents, none with {MINIMUM_TOKENS} tokens or more"
+        )
     return rows
 
 
 def calibration_rows(
-    source: str, tokenizer: Tokenizer, *, seqlen: int, nsamples: int, seed: int, layout: Layout | None = None
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    seqlen: int,
+    nsamples: int,
+    seed: int,
+    layout: Layout | None = None,
 ) -> list[Tensor]:
-    """Read ``source`` and :func:`tokenize` it, in the layout that the source has by default unless one is given.
+    """Read ``source`` and :func:`tokenize` it, in the layout that the source has by default unless
+    one is given.
 
     Raises:
         DataError: as :func:`~calib.data.documents.read_documents` and :func:`tokenize`.
@@ -105,34 +115,46 @@ def calibration_rows(
 
 
 def clamp_seqlen(seqlen: int, config: object) -> int:
-    """Return ``seqlen``, or the number of positions that the model with ``config`` has, where that is smaller.
+    """Return ``seqlen``, or the number of positions that the model with ``config`` has, where that
+    is smaller.
 
-    ``config`` is a Hugging Face configuration; a model without ``max_position_embeddings`` (ALiBi, for one) has no
-    such limit.
+    ``config`` is a Hugging Face configuration; a model without ``max_position_embeddings`` (ALiBi,
+    for one) has no such limit.
     """
     positions = getattr(config, "max_position_embeddings", None)
     return min(seqlen, positions) if isinstance(positions, int) and positions > 0 else seqlen
 
 
 def row_digest(row: Tensor) -> bytes:
-    """The sha256 of one row of token ids [tokens]: the same on every machine and for every integer dtype."""
+    """The sha256 of one row of token ids [tokens]: the same on every machine and for every integer
+    dtype.
+    """
     # '<i8' fixes the byte order, so that a hash names the same tokens on every machine.
-    return hashlib.sha256(row.detach().cpu().to(torch.int64).numpy().astype("<i8").tobytes()).digest()
+    return hashlib.sha256(
+        row.detach().cpu().to(torch.int64).numpy().astype("<i8").tobytes()
+    ).digest()
 
 
 def token_hash(rows: Sequence[Tensor]) -> str:
-    """The sha256, as hex, of token rows in their order: the provenance of everything calibrated on them."""
+    """The sha256, as hex, of token rows in their order: the provenance of everything calibrated on
+    them.
+    """
     return combine_digests(map(row_digest, rows))
 
 
 def combine_digests(digests: Iterable[bytes]) -> str:
-    """The :func:`token_hash` of rows whose :func:`row_digest` values, in row order, are ``digests``."""
+    """The :func:`token_hash` of rows whose :func:`row_digest` values, in row order, are
+    ``digests``.
+    """
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> Tensor:
-    # verbose=False: a joined corpus is longer than the model's positions on purpose, and is cut into windows next.
-    return torch.tensor(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"], dtype=torch.int64)
+    # verbose=False: a joined corpus is longer than the model's positions on purpose, and is cut
+    # into windows next.
+    return torch.tensor(
+        tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"], dtype=torch.int64
+    )
 
 
 def _windows(tokens: Tensor, seqlen: int, nsamples: int, generator: random.Random) -> list[Tensor]:
@@ -148,5 +170,8 @@ def _windows(tokens: Tensor, seqlen: int, nsamples: int, generator: random.Rando
 def _too_short(found: int, where: str) -> DataError:
     return DataError(
         f"the calibration text is too short: {found} tokens {where}",
-        hint=f"Give a longer text with --calib-dataset; a row needs at least {MINIMUM_TOKENS} tokens.",
+        hint=(
+            f"Give a longer text with --calib-dataset; a row needs at least {MINIMUM_TOKENS}"
+            " tokens."
+        ),
     )

@@ -1,4 +1,6 @@
-"""Experts as modules: two linears each instead of slices of two 3-D parameters, in one loop for every family."""
+"""Experts as modules: two linears each instead of slices of two 3-D parameters, in one loop for
+every family.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ Expert = Callable[[int, Tensor], Tensor]
 """What expert ``e`` makes of its tokens ``[n, h]``: ``[n, h]``."""
 
 
-def mix_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, expert: Expert) -> Tensor:
-    """The eager loop over experts (transformers ``MixtralExperts.forward``): each is run once, on its tokens only.
+def mix_experts(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, expert: Expert
+) -> Tensor:
+    """The eager loop over experts (transformers ``MixtralExperts.forward``): each is run once, on
+    its tokens only.
 
     Args:
         hidden_states: ``[tokens, h]``.
@@ -36,8 +41,8 @@ def mix_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tenso
 class Experts(nn.Module):
     """Stands in for a module with ``gate_up_proj [E, 2 f, h]`` and ``down_proj [E, h, f]``.
 
-    Its linears have the dotted names that :mod:`calib.experts.names` gives them, so that whatever finds a linear by
-    its name finds that of an expert.
+    Its linears have the dotted names that :mod:`calib.experts.names` gives them, so that whatever
+    finds a linear by its name finds that of an expert.
 
     Args:
         gate_up: for each expert what maps ``[n, h]`` to ``[n, 2 f]``, gate before up.
@@ -65,7 +70,9 @@ class Experts(nn.Module):
         def expert(index: int, x: Tensor) -> Tensor:
             gate, up = self.gate_up_proj[index](x).chunk(2, dim=-1)
             inner = self.act_fn(gate) * up
-            found: Tensor = self.down_proj[index](inner if self.rotation is None else self.rotation.apply(inner))
+            found: Tensor = self.down_proj[index](
+                inner if self.rotation is None else self.rotation.apply(inner)
+            )
             return found
 
         return mix_experts(hidden_states, top_k_index, top_k_weights, expert)

@@ -1,7 +1,8 @@
-"""What the experts of a 3-D parameter are called, one by one, and what of a decoder may be quantized. Imports no torch.
+"""What the experts of a 3-D parameter are called, one by one, and what of a decoder may be
+quantized. Imports no torch.
 
-Expert ``e`` of the parameter ``model.layers.0.mlp.experts.down_proj`` is called ``{parameter}.{e}``: the name of the
-module that :mod:`calib.experts.modules` makes of it.
+Expert ``e`` of the parameter ``model.layers.0.mlp.experts.down_proj`` is called
+``{parameter}.{e}``: the name of the module that :mod:`calib.experts.modules` makes of it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ def quantizable_linears(architecture: Architecture, config: Any) -> dict[str, Li
 def with_parameters(
     schemes: Mapping[str, LinearScheme], architecture: Architecture, config: Any
 ) -> dict[str, LinearScheme]:
-    """``schemes`` by linear, and of each 3-D parameter whose experts are among them by its own name as well."""
+    """``schemes`` by linear, and of each 3-D parameter whose experts are among them by its own name
+    as well.
+    """
     specs = quantizable_linears(architecture, config)
-    return {**schemes, **{spec.name: schemes[name] for name, spec in specs.items() if name in schemes}}
+    return {
+        **schemes,
+        **{spec.name: schemes[name] for name, spec in specs.items() if name in schemes},
+    }
 
 
 def expert_index(name: str) -> int:

@@ -1,9 +1,10 @@
 """Observing experts by their names, and counting the tokens that reach them.
 
-While a model is observed, modules take the place of its 3-D expert parameters, whose memory they share, and every
-observer of inputs works on an expert as on any other linear. ModelOpt is left out: its plugin for such parameters gives
-all experts of a layer one input quantizer, and its search for quantizers by name takes time in the square of their
-number. The scale is the same, amax over the largest integer.
+While a model is observed, modules take the place of its 3-D expert parameters, whose memory they
+share, and every observer of inputs works on an expert as on any other linear. ModelOpt is left out:
+its plugin for such parameters gives all experts of a layer one input quantizer, and its search for
+quantizers by name takes time in the square of their number. The scale is the same, amax over the
+largest integer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _SHOWN = 3
 
 @contextmanager
 def experts_as_modules(module: nn.Module, names: Collection[str]) -> Iterator[dict[str, Experts]]:
-    """Inside, the 3-D expert parameters of ``module`` that ``names`` reach into are :class:`Experts`.
+    """Inside, the 3-D expert parameters of ``module`` that ``names`` reach into are
+    :class:`Experts`.
 
     Args:
         module: a model, or a block of one; as it was, afterwards.
@@ -83,28 +85,44 @@ def check_reached(names: Collection[str], tokens: Mapping[str, tuple[int, ...]])
         tokens: what :func:`count_tokens` counted.
 
     Raises:
-        QuantizationError: naming every such expert, and those of the others that saw the fewest, with their tokens.
+        QuantizationError: naming every such expert, and those of the others that saw the fewest,
+            with their tokens.
     """
     wanted: dict[str, set[int]] = {
-        path: {expert_index(name) for name in names if name.startswith(f"{path}.")} for path in tokens
+        path: {expert_index(name) for name in names if name.startswith(f"{path}.")}
+        for path in tokens
     }
-    empty = {path: [e for e in sorted(experts) if not tokens[path][e]] for path, experts in wanted.items()}
+    empty = {
+        path: [e for e in sorted(experts) if not tokens[path][e]]
+        for path, experts in wanted.items()
+    }
     missing = sum(map(len, empty.values()))
     if not missing:
         return
-    others = sorted((tokens[path][e], e, path) for path, experts in wanted.items() for e in experts if tokens[path][e])
+    others = sorted(
+        (tokens[path][e], e, path)
+        for path, experts in wanted.items()
+        for e in experts
+        if tokens[path][e]
+    )
     fewest = "; ".join(f"expert {e} of {path}: {count}" for count, e, path in others[:_SHOWN])
     raise QuantizationError(
         f"calibration sent 0 tokens to {missing} of {sum(map(len, wanted.values()))} experts: "
-        + "; ".join(f"{', '.join(map(str, found))} of {path}" for path, found in empty.items() if found)
+        + "; ".join(
+            f"{', '.join(map(str, found))} of {path}" for path, found in empty.items() if found
+        )
         + (f". The fewest that others saw: {fewest}" if fewest else ""),
-        hint="use more calibration rows (--nsamples), or round the weights of experts alone, to nearest: "
-        "--override '*.experts.*=int8-weight-only' --weight-algorithm rtn",
+        hint=(
+            "use more calibration rows (--nsamples), or round the weights of experts alone, to"
+            " nearest: --override '*.experts.*=int8-weight-only' --weight-algorithm rtn"
+        ),
     )
 
 
 class _Product(nn.Module):
-    """``x W^T`` by one slice of a 3-D parameter. No ``nn.Linear``, which ModelOpt would put quantizers into."""
+    """``x W^T`` by one slice of a 3-D parameter. No ``nn.Linear``, which ModelOpt would put
+    quantizers into.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Fake-quantizers: what stands before a tensor of a prepared model, observes it and rounds it.
 
-The arithmetic is that of the exported model: :mod:`calib.grids` and :mod:`calib.inputs`, in float32.
+The arithmetic is that of the exported model: :mod:`calib.grids` and :mod:`calib.inputs`, in
+float32.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ _OBSERVER = "observer."
 
 
 class FakeQuantizer(nn.Module, ABC):
-    """What every kind of fake-quantizer has in common: states, observing, and saving what was observed.
+    """What every kind of fake-quantizer has in common: states, observing, and saving what was
+    observed.
 
-    Inputs are observed over all batches. A weight is there as a whole each time, so what was observed of it before is
-    forgotten; otherwise training could only ever widen its range.
+    Inputs are observed over all batches. A weight is there as a whole each time, so what was
+    observed of it before is forgotten; otherwise training could only ever widen its range.
 
     Args:
         name: of the tensor, for messages: ``layers.0.q_proj (input)``.
@@ -40,7 +42,9 @@ class FakeQuantizer(nn.Module, ABC):
         factory: makes its observer.
     """
 
-    def __init__(self, name: str, role: Role, scheme: TensorScheme, factory: ObserverFactory) -> None:
+    def __init__(
+        self, name: str, role: Role, scheme: TensorScheme, factory: ObserverFactory
+    ) -> None:
         super().__init__()
         self.name = name
         self.role = role
@@ -68,14 +72,17 @@ class FakeQuantizer(nn.Module, ABC):
 
     @property
     def calibrated(self) -> bool:
-        """Whether there is anything to calibrate: dynamic schemes take their limits while running."""
+        """Whether there is anything to calibrate: dynamic schemes take their limits while
+        running.
+        """
         return self.role == "weight" or self.scheme.needs_calibration
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe and round ``x``, as far as the state says so.
 
         Raises:
-            QuantizationError: ``x`` holds NaN or Inf while it is observed, or is to be rounded before any calibration.
+            QuantizationError: ``x`` holds NaN or Inf while it is observed, or is to be rounded
+                before any calibration.
         """
         if self.state.observes and self.calibrated and x.numel():
             self.observe(x)
@@ -114,7 +121,9 @@ class FakeQuantizer(nn.Module, ABC):
         low, high = self.limits()
         params = {"low": low.detach().cpu().clone(), "high": high.detach().cpu().clone()}
         if self.role == "input" and self._observer.count:
-            params |= {_OBSERVER + key: value.clone() for key, value in self._observer.state().items()}
+            params |= {
+                _OBSERVER + key: value.clone() for key, value in self._observer.state().items()
+            }
         return params
 
     def load_observer_params(self, params: Mapping[str, Tensor]) -> None:
@@ -126,11 +135,16 @@ class FakeQuantizer(nn.Module, ABC):
         low, high = params["low"], params["high"]
         if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
             raise QuantizationError(
-                f"the limits loaded for '{self.name}' are no range", hint="The file of observer parameters is damaged."
+                f"the limits loaded for '{self.name}' are no range",
+                hint="The file of observer parameters is damaged.",
             )
         self.set_limits(low, high)
         self._observer = self._factory(self.scheme)
-        gathered = {key.removeprefix(_OBSERVER): value for key, value in params.items() if key.startswith(_OBSERVER)}
+        gathered = {
+            key.removeprefix(_OBSERVER): value
+            for key, value in params.items()
+            if key.startswith(_OBSERVER)
+        }
         if set(gathered) == set(self._observer.state()):
             self._observer.load_state(gathered)
 
@@ -157,7 +171,12 @@ class FakeQuantize(FakeQuantizer):
     high: Tensor
 
     def __init__(
-        self, name: str, role: Role, scheme: TensorScheme, factory: ObserverFactory, shape: torch.Size
+        self,
+        name: str,
+        role: Role,
+        scheme: TensorScheme,
+        factory: ObserverFactory,
+        shape: torch.Size,
     ) -> None:
         super().__init__(name, role, scheme, factory)
         self.register_buffer("low", torch.full(shape, torch.inf, dtype=torch.float64))
@@ -178,9 +197,13 @@ class FakeQuantize(FakeQuantizer):
         self.high.copy_(high)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """See :class:`FakeQuantizer`. What a dynamic scheme rounds is within limits of its own: no gradient is cut."""
+        """See :class:`FakeQuantizer`. What a dynamic scheme rounds is within limits of its own: no
+        gradient is cut.
+        """
         if self.role == "weight" or not self.scheme.dynamic:
             scale, zero = self.spread(self.grid(), x)
             return round_straight_through(x, scale, zero, self.scheme.format)
         second = self.grid().scale if self.calibrated else None
-        return replace_straight_through(x, fake_quantize_input(x.detach().float(), self.scheme, second))
+        return replace_straight_through(
+            x, fake_quantize_input(x.detach().float(), self.scheme, second)
+        )

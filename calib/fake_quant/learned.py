@@ -1,8 +1,8 @@
 """Fake-quantizers whose range is learned with the weights: LSQ and PACT.
 
-Calibration gives the start, and training takes over: in the state QAT nothing is observed any more, unless there is no
-start yet, which the first batch then gives. Both need an integer format with scales that are static, stored as floats,
-and not those of clusters.
+Calibration gives the start, and training takes over: in the state QAT nothing is observed any more,
+unless there is no start yet, which the first batch then gives. Both need an integer format with
+scales that are static, stored as floats, and not those of clusters.
 """
 
 from __future__ import annotations
@@ -36,14 +36,29 @@ class LearnedRange(FakeQuantizer):
     learned: Tensor
 
     def __init__(
-        self, method: str, name: str, role: Role, scheme: TensorScheme, factory: ObserverFactory, shape: torch.Size
+        self,
+        method: str,
+        name: str,
+        role: Role,
+        scheme: TensorScheme,
+        factory: ObserverFactory,
+        shape: torch.Size,
     ) -> None:
         super().__init__(name, role, scheme, factory)
-        clustered = isinstance(scheme.granularity, PerCluster)  # channels of a cluster would learn ranges of their own
-        if scheme.format.kind != "integer" or scheme.dynamic or scheme.scale_format != "compute" or clustered:
+        # channels of a cluster would learn ranges of their own
+        clustered = isinstance(scheme.granularity, PerCluster)
+        if (
+            scheme.format.kind != "integer"
+            or scheme.dynamic
+            or scheme.scale_format != "compute"
+            or clustered
+        ):
             raise QuantizationError(
                 f"'{method}' cannot learn the range of {name}",
-                hint="it needs an integer format with static scales that are not those of clusters; use fake_quant",
+                hint=(
+                    "it needs an integer format with static scales that are not those of clusters;"
+                    " use fake_quant"
+                ),
             )
         self.learned = nn.Parameter(torch.full(shape, torch.nan))
 
@@ -58,7 +73,9 @@ class LearnedRange(FakeQuantizer):
         return self.learned.abs().clamp(min=_TINY)
 
     def observe(self, x: Tensor) -> None:
-        """Only calibration, and the first batch of a training without one, may set what is learned."""
+        """Only calibration, and the first batch of a training without one, may set what is
+        learned.
+        """
         if self.state is FakeQuantState.CALIBRATION:
             super().observe(x)
         elif not self.has_limits:
@@ -79,16 +96,22 @@ class LearnedStep(LearnedRange):
     start without calibration:  s = 2 mean|x| / sqrt(qmax)
     gradient of s scaled by:    g = 1 / sqrt(N qmax)
 
-    with N the weights that share the step, or of an input the features of one token: the loss is a mean over tokens, so
-    that their number is in the gradient already.
+    with N the weights that share the step, or of an input the features of one token: the loss is a
+    mean over tokens, so that their number is in the gradient already.
     """
 
     def __init__(
-        self, name: str, role: Role, scheme: TensorScheme, factory: ObserverFactory, shape: torch.Size
+        self,
+        name: str,
+        role: Role,
+        scheme: TensorScheme,
+        factory: ObserverFactory,
+        shape: torch.Size,
     ) -> None:
         if not scheme.symmetric:
             raise QuantizationError(
-                f"'lsq' learns a step for {name} and no zero point", hint="use a symmetric scheme, or fake_quant"
+                f"'lsq' learns a step for {name} and no zero point",
+                hint="use a symmetric scheme, or fake_quant",
             )
         super().__init__("lsq", name, role, scheme, factory, shape)
 
@@ -111,21 +134,29 @@ class LearnedStep(LearnedRange):
         """See :class:`FakeQuantizer`."""
         step, _ = self.spread(Grid(self.positive), x)
         count = x.shape[-1] if self.role == "input" else x.numel() / self.learned.numel()
-        return round_learned_step(x, step, self.scheme.format, 1 / math.sqrt(count * self.scheme.format.qmax))
+        return round_learned_step(
+            x, step, self.scheme.format, 1 / math.sqrt(count * self.scheme.format.qmax)
+        )
 
 
 class LearnedClip(LearnedRange):
-    """PACT: the clipping threshold is learned (Choi et al., "PACT: parameterized clipping activation", 2018).
+    """PACT: the clipping threshold is learned (Choi et al., "PACT: parameterized clipping
+    activation", 2018).
 
         asymmetric (the paper's, for inputs that are never negative):   y = clamp(x, 0, a)
         symmetric:                                                      y = clamp(x, -a, a)
 
-    then rounded to the grid of these limits. da gets the gradient of the values that were clipped. The paper adds a
-    multiple of a² to the loss; that is left to the training loop.
+    then rounded to the grid of these limits. da gets the gradient of the values that were clipped.
+    The paper adds a multiple of a² to the loss; that is left to the training loop.
     """
 
     def __init__(
-        self, name: str, role: Role, scheme: TensorScheme, factory: ObserverFactory, shape: torch.Size
+        self,
+        name: str,
+        role: Role,
+        scheme: TensorScheme,
+        factory: ObserverFactory,
+        shape: torch.Size,
     ) -> None:
         super().__init__("pact", name, role, scheme, factory, shape)
 
@@ -148,7 +179,8 @@ class LearnedClip(LearnedRange):
         bound, _ = self.spread(Grid(self.positive), x)
         lower = -bound if self.scheme.symmetric else torch.zeros_like(bound)
         wide = x.float()
-        # By where, so that a value on the threshold gives its whole gradient to the threshold, as in the paper.
+        # By where, so that a value on the threshold gives its whole gradient to the threshold, as
+        # in the paper.
         clipped = torch.where(wide >= bound, bound, torch.where(wide <= lower, lower, wide))
         scale, zero = self.spread(self.grid(), x)
         value = round_to_grid(clipped.detach(), scale, zero, self.scheme.format)

@@ -1,7 +1,7 @@
 """Linears that fake-quantize their input and their weight.
 
-A linear becomes one of these by changing its class: its name, its parameters with their keys in the state dict, and
-whatever hooks hang on it all stay.
+A linear becomes one of these by changing its class: its name, its parameters with their keys in the
+state dict, and whatever hooks hang on it all stay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class FakeQuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``Q(x) Q(W)^T + b``."""
-        return functional.linear(self.input_fake_quant(input), self.weight_fake_quant(self.weight), self.bias)
+        return functional.linear(
+            self.input_fake_quant(input), self.weight_fake_quant(self.weight), self.bias
+        )
 
 
 def fake_quantize_linear(name: str, linear: Any, qconfig: QConfig) -> None:
@@ -40,16 +42,21 @@ def fake_quantize_linear(name: str, linear: Any, qconfig: QConfig) -> None:
         qconfig: which.
 
     Raises:
-        QuantizationError: the linear computes something of its own, has fake-quantizers already, or cannot be quantized
-            as asked.
+        QuantizationError: the linear computes something of its own, has fake-quantizers already, or
+            cannot be quantized as asked.
     """
     if hasattr(linear, "weight_fake_quant"):
-        raise QuantizationError(f"'{name}' is prepared already", hint="Prepare a model once, from its float state.")
+        raise QuantizationError(
+            f"'{name}' is prepared already", hint="Prepare a model once, from its float state."
+        )
     conv1d = is_conv1d(linear)
     if not conv1d and type(linear).forward is not nn.Linear.forward:
         raise QuantizationError(
             f"'{name}' is a {type(linear).__name__} with a forward of its own",
-            hint="Only nn.Linear and transformers' Conv1D can be prepared; leave it out of the modules.",
+            hint=(
+                "Only nn.Linear and transformers' Conv1D can be prepared; leave it out of the"
+                " modules."
+            ),
         )
     weight = linear.weight.T if conv1d else linear.weight
     quantizers = {
@@ -59,7 +66,8 @@ def fake_quantize_linear(name: str, linear: Any, qconfig: QConfig) -> None:
     for key, quantizer in quantizers.items():
         linear.add_module(key, quantizer.to(weight.device))
     if conv1d:
-        from calib.fake_quant.conv1d import FakeQuantConv1D  # here, because transformers takes seconds to import
+        # here, because transformers takes seconds to import
+        from calib.fake_quant.conv1d import FakeQuantConv1D
 
         linear.__class__ = FakeQuantConv1D
     else:
@@ -70,7 +78,11 @@ def _make(name: str, role: Role, qconfig: TensorQConfig | None, weight: Tensor) 
     """The fake-quantizer, with limits of the shape that the granularity gives them."""
     if qconfig is None:
         return nn.Identity()
-    shape = _input_shape(name, qconfig.scheme, weight) if role == "input" else _weight_shape(qconfig.scheme, weight)
+    shape = (
+        _input_shape(name, qconfig.scheme, weight)
+        if role == "input"
+        else _weight_shape(qconfig.scheme, weight)
+    )
     return qconfig.make(name, role, shape)
 
 
@@ -84,5 +96,6 @@ def _input_shape(name: str, scheme: TensorScheme, weight: Tensor) -> torch.Size:
     if isinstance(scheme.granularity, PerCluster):
         return weight.shape[1:]
     raise QuantizationError(
-        f"{name} cannot have static scales {scheme.granularity}", hint="use per tensor or cluster, or dynamic scales"
+        f"{name} cannot have static scales {scheme.granularity}",
+        hint="use per tensor or cluster, or dynamic scales",
     )

@@ -29,7 +29,8 @@ class Unmatched:
 
 
 def observer_params(model: nn.Module) -> dict[str, Tensor]:
-    """Everything calibration found, by ``<dotted name of the fake-quantizer>.<low | high | observer.…>``.
+    """Everything calibration found, by ``<dotted name of the fake-quantizer>.<low | high |
+    observer.…>``.
 
     Dynamic quantizers have found nothing and are left out.
 
@@ -51,31 +52,40 @@ def save_observer_params(model: nn.Module, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in observer_params(model).items()}, path)
 
 
-def load_observer_params(source: nn.Module | Mapping[str, Tensor] | Path, model: nn.Module) -> list[Unmatched]:
+def load_observer_params(
+    source: nn.Module | Mapping[str, Tensor] | Path, model: nn.Module
+) -> list[Unmatched]:
     """Load what calibration found into another prepared model, by name.
 
-    Limits are taken over by every kind of fake-quantizer and observer. An observer that gathers the same kind of
-    statistics goes on with those; another one starts from the limits as if it had observed them.
+    Limits are taken over by every kind of fake-quantizer and observer. An observer that gathers the
+    same kind of statistics goes on with those; another one starts from the limits as if it had
+    observed them.
 
     Args:
         source: a calibrated model, its :func:`observer_params`, or the file they were saved to.
         model: a prepared model.
 
     Returns:
-        What did not match, from both sides; nothing of it was loaded, and all else was. Empty if everything matched.
+        What did not match, from both sides; nothing of it was loaded, and all else was. Empty if
+        everything matched.
 
     Raises:
-        QuantizationError: a model is not prepared or was never calibrated, or limits that are no range.
+        QuantizationError: a model is not prepared or was never calibrated, or limits that are no
+            range.
         CheckpointError: the file cannot be read.
 
     Source: the function of the same name in Horizon's plugin ("Calibration v2").
     """
     groups: dict[str, dict[str, Tensor]] = {}
-    quantizers = {name: quantizer for name, quantizer in fake_quantizers(model) if quantizer.calibrated}
+    quantizers = {
+        name: quantizer for name, quantizer in fake_quantizers(model) if quantizer.calibrated
+    }
     for key, value in _params(source).items():
         head, mark, entry = key.partition(_MARK)
         groups.setdefault(head + mark.removesuffix("."), {})[entry] = value
-    unmatched = [Unmatched(name, "not in the loaded parameters") for name in quantizers if name not in groups]
+    unmatched = [
+        Unmatched(name, "not in the loaded parameters") for name in quantizers if name not in groups
+    ]
     for name, params in groups.items():
         if name not in quantizers:
             unmatched.append(Unmatched(name, "not in the model"))
@@ -107,5 +117,6 @@ def _params(source: nn.Module | Mapping[str, Tensor] | Path) -> Mapping[str, Ten
         return load_file(source)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot read observer parameters from {source}: {error}", hint="Save them with save_observer_params."
+            f"cannot read observer parameters from {source}: {error}",
+            hint="Save them with save_observer_params.",
         ) from error

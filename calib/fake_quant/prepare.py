@@ -20,13 +20,14 @@ _NAMED = 5
 
 
 def prepare(model: nn.Module, qconfig: QConfig, modules: Sequence[str] | None = None) -> nn.Module:
-    """Put fake-quantizers on the inputs and weights of linears, in place; no module or float weight changes its name.
+    """Put fake-quantizers on the inputs and weights of linears, in place; no module or float weight
+    changes its name.
 
     The model is in the state ``CALIBRATION`` then and computes what it did before.
 
-    A module whose ``train()`` and ``eval()`` differ (dropout, batch norm) shows observers of a training something else
-    than what runs later. In training mode such a model is refused; in evaluation mode there is a warning, since it must
-    stay there.
+    A module whose ``train()`` and ``eval()`` differ (dropout, batch norm) shows observers of a
+    training something else than what runs later. In training mode such a model is refused; in
+    evaluation mode there is a warning, since it must stay there.
 
     Args:
         model: a float model, on its device and in its dtype.
@@ -37,8 +38,10 @@ def prepare(model: nn.Module, qconfig: QConfig, modules: Sequence[str] | None = 
         The same model.
 
     Raises:
-        UnsupportedModelError: the model is in training mode and behaves otherwise in evaluation; the modules are named.
-        QuantizationError: there is no linear, one of ``modules`` is none, or one cannot be quantized as asked.
+        UnsupportedModelError: the model is in training mode and behaves otherwise in evaluation;
+            the modules are named.
+        QuantizationError: there is no linear, one of ``modules`` is none, or one cannot be
+            quantized as asked.
         CheckpointError: one of ``modules`` does not exist.
     """
     names = list(modules) if modules is not None else linears_but_head(model)
@@ -75,9 +78,15 @@ def fake_quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
     Raises:
         QuantizationError: there is none.
     """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantizer)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizer)
+    ]
     if not found:
-        raise QuantizationError("the model holds no fake-quantizers", hint="Call prepare(model, qconfig) first.")
+        raise QuantizationError(
+            "the model holds no fake-quantizers", hint="Call prepare(model, qconfig) first."
+        )
     yield from found
 
 
@@ -92,6 +101,12 @@ def _refuse_modes(model: nn.Module) -> None:
     message = f"train() and eval() differ in {listed}{more}"
     if training:
         raise UnsupportedModelError(
-            message, hint="Set their probability to 0 or freeze their statistics, or call model.eval() and keep to it."
+            message,
+            hint=(
+                "Set their probability to 0 or freeze their statistics, or call model.eval() and"
+                " keep to it."
+            ),
         )
-    warnings.warn(f"{message}: keep the model in eval() while it is observed or trained", stacklevel=3)
+    warnings.warn(
+        f"{message}: keep the model in eval() while it is observed or trained", stacklevel=3
+    )

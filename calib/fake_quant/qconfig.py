@@ -15,7 +15,9 @@ from calib.observers.observer import ObserverFactory
 from calib.observers.registry import observer_named
 from calib.schemes import FORMATS, INT8, PerChannel, PerTensor, TensorScheme
 
-METHODS: dict[str, Callable[[str, Role, TensorScheme, ObserverFactory, torch.Size], FakeQuantizer]] = {
+METHODS: dict[
+    str, Callable[[str, Role, TensorScheme, ObserverFactory, torch.Size], FakeQuantizer]
+] = {
     "fake_quant": FakeQuantize,
     "lsq": LearnedStep,
     "pact": LearnedClip,
@@ -41,11 +43,13 @@ class TensorQConfig:
         """Check the names and that they serve the scheme.
 
         Raises:
-            QuantizationError: an unknown method or observer, or an observer that cannot serve the scheme.
+            QuantizationError: an unknown method or observer, or an observer that cannot serve the
+                scheme.
         """
         if self.method not in METHODS:
             raise QuantizationError(
-                f"unknown fake-quantizer '{self.method}'", hint=f"the fake-quantizers are: {', '.join(METHODS)}"
+                f"unknown fake-quantizer '{self.method}'",
+                hint=f"the fake-quantizers are: {', '.join(METHODS)}",
             )
         observer_named(self.observer)(self.scheme)
 
@@ -82,7 +86,8 @@ def get_default_qconfig(
         weight_fake_quant: the same for weights.
         activation_observer: a name that :func:`calib.observers.observer_named` takes.
         weight_observer: the same for weights; it must serve their granularity.
-        activation_qkwargs: fields of :class:`calib.schemes.TensorScheme`; ``format`` may be a name such as ``int4``.
+        activation_qkwargs: fields of :class:`calib.schemes.TensorScheme`; ``format`` may be a name
+            such as ``int4``.
         weight_qkwargs: the same for weights.
 
     Raises:
@@ -91,8 +96,15 @@ def get_default_qconfig(
     Source: the function of the same name in Horizon's plugin ("Calibration v2").
     """
     return QConfig(
-        _tensor(activation_fake_quant, activation_observer, TensorScheme(INT8, PerTensor()), activation_qkwargs),
-        _tensor(weight_fake_quant, weight_observer, TensorScheme(INT8, PerChannel(0)), weight_qkwargs),
+        _tensor(
+            activation_fake_quant,
+            activation_observer,
+            TensorScheme(INT8, PerTensor()),
+            activation_qkwargs,
+        ),
+        _tensor(
+            weight_fake_quant, weight_observer, TensorScheme(INT8, PerChannel(0)), weight_qkwargs
+        ),
     )
 
 
@@ -117,6 +129,8 @@ def _tensor(
         )
     if isinstance(fields["format"], str):
         if fields["format"] not in FORMATS:
-            raise QuantizationError(f"unknown format '{fields['format']}'", hint=f"use: {', '.join(FORMATS)}")
+            raise QuantizationError(
+                f"unknown format '{fields['format']}'", hint=f"use: {', '.join(FORMATS)}"
+            )
         fields["format"] = FORMATS[fields["format"]]
     return TensorQConfig(method, observer, TensorScheme(**fields))

@@ -1,7 +1,8 @@
 """Rounding with gradients.
 
-Rounding has a derivative of zero wherever it has one. A straight-through estimator (Bengio et al., 2013) takes it for
-the identity where the value lies on the grid's range, and for a constant where it was clipped:
+Rounding has a derivative of zero wherever it has one. A straight-through estimator (Bengio et al.,
+2013) takes it for the identity where the value lies on the grid's range, and for a constant where
+it was clipped:
 
     dQ(x)/dx = 1 if qmin <= round(x / s) + z <= qmax else 0
 """
@@ -17,8 +18,12 @@ from calib.grids import round_to_grid
 from calib.schemes import NumberFormat
 
 
-def round_straight_through(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: NumberFormat) -> Tensor:
-    """:func:`calib.grids.round_to_grid` in float32, with a gradient for ``x`` alone; returns its dtype."""
+def round_straight_through(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: NumberFormat
+) -> Tensor:
+    """:func:`calib.grids.round_to_grid` in float32, with a gradient for ``x`` alone; returns its
+    dtype.
+    """
     result: Tensor = _Round.apply(x, scale, zero_point, fmt)  # type: ignore[no-untyped-call]
     return result
 
@@ -30,7 +35,8 @@ def replace_straight_through(x: Tensor, value: Tensor) -> Tensor:
 
 
 def round_learned_step(x: Tensor, step: Tensor, fmt: NumberFormat, gradient_scale: float) -> Tensor:
-    """Symmetric rounding with a gradient for the step too (LSQ: Esser et al., "Learned step size quantization", 2020).
+    """Symmetric rounding with a gradient for the step too (LSQ: Esser et al., "Learned step size
+    quantization", 2020).
 
         dQ(x)/ds = g (round(x / s) - x / s)   within the range,   g qmin below it,   g qmax above it
 
@@ -46,8 +52,11 @@ def round_learned_step(x: Tensor, step: Tensor, fmt: NumberFormat, gradient_scal
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: NumberFormat) -> Tensor:
-        code = (x.float() / scale).round()  # rounded, or rounding errors would cut off the value that set the limit
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: NumberFormat
+    ) -> Tensor:
+        # rounded, or rounding errors would cut off the value that set the limit
+        code = (x.float() / scale).round()
         if zero_point is not None:
             code = code + zero_point
         ctx.save_for_backward((code >= fmt.qmin) & (code <= fmt.qmax))
@@ -71,7 +80,9 @@ class _Replace(torch.autograd.Function):
 
 class _RoundLearnedStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, fmt: NumberFormat, gradient_scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, fmt: NumberFormat, gradient_scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.fmt, ctx.gradient_scale = fmt, gradient_scale
         return round_to_grid(x.float(), step, None, fmt).to(x.dtype)

@@ -10,5 +10,7 @@ from calib.skeleton import build_on_meta
 
 
 def expected_tensors(config: Any) -> dict[str, torch.Size]:
-    """Name and shape of every tensor in the state dict of the model of ``config``, tied ones included."""
+    """Name and shape of every tensor in the state dict of the model of ``config``, tied ones
+    included.
+    """
     return {name: tensor.shape for name, tensor in build_on_meta(config).state_dict().items()}

@@ -1,4 +1,5 @@
-"""The fuser: a checkpoint and a :class:`RotationSet` to a model that computes the same function in rotated spaces.
+"""The fuser: a checkpoint and a :class:`RotationSet` to a model that computes the same function in
+rotated spaces.
 
 It walks the architecture table; nothing here knows a model family.
 """
@@ -24,16 +25,21 @@ from calib.fusing.weights import rotate_bias, rotate_weight
 from calib.progress import Progress, silent, track
 from calib.rotations.rotation_set import RotationSet
 
-# Rows of an embedding or output head that are rotated at once: bounds the float64 copies of a large vocabulary.
+# Rows of an embedding or output head that are rotated at once: bounds the float64 copies of a large
+# vocabulary.
 _ROWS = 16384
 
 
 @dataclass(frozen=True)
 class FusedModel:
-    """A folded and rotated model: tensors by their names in the transformers module tree, without any module."""
+    """A folded and rotated model: tensors by their names in the transformers module tree, without
+    any module.
+    """
 
     state: Mapping[str, Tensor]
-    """Every tensor of the model, in ``dtype``, on the CPU: held, or computed on every access (``fuse(lazy=True)``)."""
+    """Every tensor of the model, in ``dtype``, on the CPU: held, or computed on every access
+    (``fuse(lazy=True)``).
+    """
     config: Any
     """A copy of the config with ``tie_word_embeddings=False`` and ``dtype`` set."""
     architecture: Architecture
@@ -60,23 +66,26 @@ def fuse(
 ) -> FusedModel:
     """Fold every norm, then R1, R2 and the inverse of R4, into the weights of ``checkpoint``.
 
-    One weight at a time is rotated in float64 and rounded once, to ``dtype``. The inputs are left unchanged. An empty
-    ``rotations`` folds the norms alone.
+    One weight at a time is rotated in float64 and rounded once, to ``dtype``. The inputs are left
+    unchanged. An empty ``rotations`` folds the norms alone.
 
     Args:
         checkpoint: tensors by the names of a published checkpoint or of the module tree.
         config: the config that belongs to them.
         architecture: its table entry.
-        rotations: what to fold; R3 and R4 also have to run online (:func:`calib.online.attach_online`).
+        rotations: what to fold; R3 and R4 also have to run online
+            (:func:`calib.online.attach_online`).
         dtype: floating dtype that the target computes in.
         device: where the float64 products are computed.
-        lazy: compute a tensor whenever it is asked for instead of all of them now. The bytes are the same; what is
-            wrong with the values of a weight (NaN, overflow) is raised on access. ``checkpoint`` must stay open.
+        lazy: compute a tensor whenever it is asked for instead of all of them now. The bytes are
+            the same; what is wrong with the values of a weight (NaN, overflow) is raised on access.
+            ``checkpoint`` must stay open.
         progress: called after every weight; not called if ``lazy``.
 
     Raises:
         RotationError: a rotation that does not fit the model.
-        CheckpointError: a tensor is missing, has the wrong shape, holds NaN or Inf, or overflows float16.
+        CheckpointError: a tensor is missing, has the wrong shape, holds NaN or Inf, or overflows
+            float16.
         UnsupportedModelError: the model has a parameter that the table does not know.
     """
     fuser = _Fuser(checkpoint, config, architecture, rotations, dtype, torch.device(device))
@@ -109,7 +118,9 @@ class _Fuser:
     def run(self, lazy: bool, progress: Progress) -> FusedModel:
         self._check_coverage()
         linears = list(self.architecture.all_linears(self.config))
-        readers: dict[str, list[LinearSpec]] = {norm: [] for norm in self.architecture.norm_names(self.config)}
+        readers: dict[str, list[LinearSpec]] = {
+            norm: [] for norm in self.architecture.norm_names(self.config)
+        }
         for spec in linears:
             if spec.norm is not None:
                 readers[spec.norm].append(spec)
@@ -127,11 +138,15 @@ class _Fuser:
             rotations=self.rotations,
             dtype=self.dtype,
             unused=tuple(self.source.unused()),
-            refusals=tuple(fold.refusal for fold in folds.values() if fold is not None and fold.refusal),
+            refusals=tuple(
+                fold.refusal for fold in folds.values() if fold is not None and fold.refusal
+            ),
         )
 
     def _check_coverage(self) -> None:
-        """Every parameter must be known to the table: one that is overlooked would stay unrotated."""
+        """Every parameter must be known to the table: one that is overlooked would stay
+        unrotated.
+        """
         architecture = self.architecture
         known = {table.weight for table in architecture.embeddings}
         for spec in architecture.all_linears(self.config):
@@ -143,13 +158,23 @@ class _Fuser:
         unknown = sorted(self.expected.keys() - known)
         if unknown:
             raise UnsupportedModelError(
-                f"{architecture.name} models have no parameter {unknown[0]} in the architecture table",
-                hint="this version of transformers or this config has a feature that rotq does not know",
+                f"{architecture.name} models have no parameter {unknown[0]} in the architecture"
+                " table",
+                hint=(
+                    "this version of transformers or this config has a feature that rotq does not"
+                    " know"
+                ),
             )
 
-    def _lazy_state(self, linears: list[LinearSpec], folds: Mapping[str, FoldedNorm | None]) -> LazyTensors:
-        """What computes each tensor, in the order of the module tree, so that a model is always written the same."""
-        compute: dict[str, Callable[[], Tensor]] = {name: partial(self._untouched, name) for name in self.expected}
+    def _lazy_state(
+        self, linears: list[LinearSpec], folds: Mapping[str, FoldedNorm | None]
+    ) -> LazyTensors:
+        """What computes each tensor, in the order of the module tree, so that a model is always
+        written the same.
+        """
+        compute: dict[str, Callable[[], Tensor]] = {
+            name: partial(self._untouched, name) for name in self.expected
+        }
         for norm, fold in folds.items():
             if fold is not None:
                 compute[f"{norm}.weight"] = partial(self._gain, norm, fold)
@@ -171,7 +196,11 @@ class _Fuser:
         """All tensors of ``state``, in its order."""
         held: dict[str, Tensor] = {}
         for spec in track(linears, "fuse", len(linears), progress):
-            held |= {name: state[name] for name in (spec.weight, spec.bias) if name is not None and name in state}
+            held |= {
+                name: state[name]
+                for name in (spec.weight, spec.bias)
+                if name is not None and name in state
+            }
         return {name: held[name] if name in held else state[name] for name in state}
 
     def _read(self, name: str) -> Tensor:
@@ -183,7 +212,8 @@ class _Fuser:
         if self.dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
             largest = float(tensor.abs().max())
             raise CheckpointError(
-                f"tensor {name} does not fit float16 once its norm is folded: it reaches {largest:.3g}",
+                f"tensor {name} does not fit float16 once its norm is folded: it reaches"
+                f" {largest:.3g}",
                 hint="fold to bfloat16 or float32: --dtype bfloat16",
             )
         return rounded
@@ -207,7 +237,9 @@ class _Fuser:
 
     def _gain(self, norm: str, fold: FoldedNorm) -> Tensor:
         """What the norm stores so that it multiplies by one."""
-        return self._rounded(f"{norm}.weight", torch.ones_like(fold.gain) - self.architecture.gain_offset)
+        return self._rounded(
+            f"{norm}.weight", torch.ones_like(fold.gain) - self.architecture.gain_offset
+        )
 
     def _embedding(self, name: str) -> Tensor:
         """Rows are written into the residual stream as they are: ``E <- E R1``."""
@@ -230,7 +262,9 @@ class _Fuser:
         if spec.layout == "experts":
             return torch.stack([self._rotated(expert, spec, fold) for expert in stored])
         if spec is self.architecture.head:
-            return torch.cat([self._rotated(rows, spec, fold) for rows in torch.split(stored, _ROWS)])
+            return torch.cat(
+                [self._rotated(rows, spec, fold) for rows in torch.split(stored, _ROWS)]
+            )
         return self._rotated(stored, spec, fold)
 
     def _rotated(self, stored: Tensor, spec: LinearSpec, fold: FoldedNorm | None) -> Tensor:
@@ -242,12 +276,17 @@ class _Fuser:
         return self._rounded(spec.weight, weight)
 
     def _bias(self, spec: LinearSpec, name: str, fold: FoldedNorm | None) -> Tensor:
-        """The bias, with what the linear takes of its norm's: ``c + b W^T`` with the weight as it is stored."""
+        """The bias, with what the linear takes of its norm's: ``c + b W^T`` with the weight as it
+        is stored.
+        """
         bias = self._read(name) if name in self.expected else None
         if fold is not None and fold.shift is not None:
             stored = self.source.read(spec.weight)
             stored = stored.mT if spec.layout == "conv1d" else stored
-            parts = [rows.to(self.device, torch.float64) @ fold.shift for rows in torch.split(stored, _ROWS)]
+            parts = [
+                rows.to(self.device, torch.float64) @ fold.shift
+                for rows in torch.split(stored, _ROWS)
+            ]
             bias = torch.cat(parts) if bias is None else bias + torch.cat(parts)
         assert bias is not None  # _lazy_state names no other
         return self._rounded(name, rotate_bias(bias, spec, self.on_device, self.sizes))

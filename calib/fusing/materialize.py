@@ -12,9 +12,11 @@ from calib.skeleton import accept_biases, build_on_meta, fill_buffers
 
 
 def materialize(fused: FusedModel, *, device: torch.device | str = "cpu") -> Any:
-    """A ``PreTrainedModel`` in eval mode with the tensors of ``fused`` and its online rotations attached.
+    """A ``PreTrainedModel`` in eval mode with the tensors of ``fused`` and its online rotations
+    attached.
 
-    The model is built on the meta device and takes the tensors as they are: on the CPU it shares their memory.
+    The model is built on the meta device and takes the tensors as they are: on the CPU it shares
+    their memory.
     """
     model = unloaded(fused)
     model.load_state_dict(fused.state, assign=True)
@@ -22,7 +24,8 @@ def materialize(fused: FusedModel, *, device: torch.device | str = "cpu") -> Any
 
 
 def unloaded(fused: FusedModel) -> Any:
-    """:func:`materialize` without the tensors: every parameter is on the meta device, to be loaded by assignment.
+    """:func:`materialize` without the tensors: every parameter is on the meta device, to be loaded
+    by assignment.
 
     Buffers that no checkpoint holds are real, on the CPU.
     """

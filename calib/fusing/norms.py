@@ -4,9 +4,10 @@ A norm gives ``n(x) * g + b`` with ``n(x)`` free of parameters, and a reader com
 
     y = (n(x) * g + b) W^T + c = n(x) (W diag(g))^T + (c + b W^T)
 
-so the reader takes ``W diag(g)`` and ``c + b W^T`` and the norm keeps gain one and its own eps. RMSNorm without gain
-commutes with every rotation, LayerNorm without gain with those that fix the all-ones vector. A LayerNorm bias whose
-readers have no bias to take it (the output head) stays in the norm, in front of the folded gain: ``(b / g) R1``.
+so the reader takes ``W diag(g)`` and ``c + b W^T`` and the norm keeps gain one and its own eps.
+RMSNorm without gain commutes with every rotation, LayerNorm without gain with those that fix the
+all-ones vector. A LayerNorm bias whose readers have no bias to take it (the output head) stays in
+the norm, in front of the folded gain: ``(b / g) R1``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class FoldedNorm:
     kept_bias: Tensor | None
     """The bias that the norm keeps; ``None`` if the norm has none."""
     refusal: str | None = None
-    """Why the stock model cannot hold the fold: some reader needs a bias parameter that it does not have."""
+    """Why the stock model cannot hold the fold: some reader needs a bias parameter that it does not
+    have.
+    """
 
 
 def fold_norm(
@@ -63,18 +66,23 @@ def fold_norm(
     if _survives_rounding(kept, gain, bias, r1, dtype):
         return FoldedNorm(gain, shift=None, kept_bias=kept)
     reason = (
-        f"the bias of {name} would have to stay in the norm as bias / gain, which {dtype} cannot hold because some "
-        "gains are tiny, and what reads it has no bias parameter in the stock model"
+        f"the bias of {name} would have to stay in the norm as bias / gain, which {dtype} cannot"
+        " hold because some gains are tiny, and what reads it has no bias parameter in the stock"
+        " model"
     )
     return FoldedNorm(gain, shift=bias, kept_bias=nothing, refusal=reason)
 
 
-def _survives_rounding(kept: Tensor, gain: Tensor, bias: Tensor, r1: Rotation | None, dtype: torch.dtype) -> bool:
-    """Whether rounding the kept bias to ``dtype`` costs no more than rounding the norm's own output would.
+def _survives_rounding(
+    kept: Tensor, gain: Tensor, bias: Tensor, r1: Rotation | None, dtype: torch.dtype
+) -> bool:
+    """Whether rounding the kept bias to ``dtype`` costs no more than rounding the norm's own output
+    would.
 
-    R1 spreads the rounding error of ``kept`` over all channels, and the readers see it through ``R1^T`` and the gain.
-    The output of the norm has an expected squared length of ``|g|^2 + |b|^2``, so the error may be ``eps`` times its
-    root. A float64 model is held to the test in float32: the ratio is the same, and float64 would not show it.
+    R1 spreads the rounding error of ``kept`` over all channels, and the readers see it through
+    ``R1^T`` and the gain. The output of the norm has an expected squared length of ``|g|^2 +
+    |b|^2``, so the error may be ``eps`` times its root. A float64 model is held to the test in
+    float32: the ratio is the same, and float64 would not show it.
     """
     probe = torch.float32 if dtype is torch.float64 else dtype
     rounded = kept.to(probe).double()

@@ -1,7 +1,9 @@
-"""A checkpoint seen through the module tree: published names, stacked experts and tied embeddings resolved.
+"""A checkpoint seen through the module tree: published names, stacked experts and tied embeddings
+resolved.
 
-Checkpoints name their tensors as the model was first published (Mixtral keeps a tensor per expert, GPT-2 leaves out the
-``transformer.`` prefix); the fuser works with the names of the transformers 5 module tree only.
+Checkpoints name their tensors as the model was first published (Mixtral keeps a tensor per expert,
+GPT-2 leaves out the ``transformer.`` prefix); the fuser works with the names of the transformers 5
+module tree only.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ class SourceTensors:
     """Reads the tensors of a model by their names in the module tree."""
 
     def __init__(
-        self, checkpoint: Mapping[str, Tensor], config: Any, architecture: Architecture, expected: dict[str, torch.Size]
+        self,
+        checkpoint: Mapping[str, Tensor],
+        config: Any,
+        architecture: Architecture,
+        expected: dict[str, torch.Size],
     ) -> None:
         """
         Args:
@@ -40,11 +46,15 @@ class SourceTensors:
         stored = _stored_names(checkpoint, architecture, expected)
         if getattr(config, "tie_word_embeddings", False):
             _tie(stored, architecture.embeddings[0].weight, architecture.head.weight)
-        stacked = {spec.weight: spec for spec in architecture.all_linears(config) if spec.stacked_from}
+        stacked = {
+            spec.weight: spec for spec in architecture.all_linears(config) if spec.stacked_from
+        }
         self._single: dict[str, str] = {}
         """Stored name of a tensor that is stored in one piece."""
         self._experts: dict[str, list[list[str]]] = {}
-        """Stored names of the tensors that make up each expert, where experts are stored one by one."""
+        """Stored names of the tensors that make up each expert, where experts are stored one by
+        one.
+        """
         for name, shape in expected.items():
             if name not in stored and name in stacked:
                 self._experts[name] = _expert_names(stacked[name], shape[0], stored)
@@ -57,7 +67,9 @@ class SourceTensors:
     def unused(self) -> list[str]:
         """Names in the checkpoint that the model has no use for, sorted."""
         used = set(self._single.values())
-        used |= {piece for experts in self._experts.values() for pieces in experts for piece in pieces}
+        used |= {
+            piece for experts in self._experts.values() for pieces in experts for piece in pieces
+        }
         return sorted(set(self._checkpoint) - used)
 
     def read(self, name: str) -> Tensor:
@@ -68,7 +80,9 @@ class SourceTensors:
         """
         if name in self._single:
             return self._finite(self._single[name])
-        return torch.stack([torch.cat([self._finite(piece) for piece in pieces]) for pieces in self._experts[name]])
+        return torch.stack(
+            [torch.cat([self._finite(piece) for piece in pieces]) for pieces in self._experts[name]]
+        )
 
     def _finite(self, stored: str) -> Tensor:
         tensor = self._checkpoint[stored]
@@ -79,7 +93,8 @@ class SourceTensors:
             )
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"tensor {stored} holds NaN or Inf", hint="the checkpoint is damaged; download or export it again"
+                f"tensor {stored} holds NaN or Inf",
+                hint="the checkpoint is damaged; download or export it again",
             )
         return tensor
 
@@ -89,7 +104,8 @@ class SourceTensors:
         together = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
         if together != tuple(wanted):
             raise CheckpointError(
-                f"tensor {' and '.join(pieces)} has shape {list(together)}, but the config calls for {list(wanted)}",
+                f"tensor {' and '.join(pieces)} has shape {list(together)}, but the config calls"
+                f" for {list(wanted)}",
                 hint=_OTHER_CONFIG,
             )
 
@@ -115,7 +131,8 @@ def _stored_names(
 
 
 def _tie(stored: dict[str, str], embedding: str, head: str) -> None:
-    """Let the head read the embedding, or the reverse if only the head was stored; two stored ones stay apart.
+    """Let the head read the embedding, or the reverse if only the head was stored; two stored ones
+    stay apart.
 
     transformers does the same when it loads a checkpoint (``PreTrainedModel.tie_weights``).
     """
@@ -127,13 +144,15 @@ def _tie(stored: dict[str, str], embedding: str, head: str) -> None:
 
 def _expert_names(spec: LinearSpec, experts: int, stored: dict[str, str]) -> list[list[str]]:
     return [
-        [_find(piece.replace("{e}", str(expert)), stored) for piece in spec.stacked_from] for expert in range(experts)
+        [_find(piece.replace("{e}", str(expert)), stored) for piece in spec.stacked_from]
+        for expert in range(experts)
     ]
 
 
 def _find(name: str, stored: dict[str, str]) -> str:
     if name not in stored:
         raise CheckpointError(
-            f"tensor {name} is missing from the checkpoint, but the config calls for it", hint=_OTHER_CONFIG
+            f"tensor {name} is missing from the checkpoint, but the config calls for it",
+            hint=_OTHER_CONFIG,
         )
     return stored[name]

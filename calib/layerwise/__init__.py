@@ -1,4 +1,6 @@
-"""Calibrating a model block by block, so that neither the model nor the checkpoint is ever whole in memory."""
+"""Calibrating a model block by block, so that neither the model nor the checkpoint is ever whole in
+memory.
+"""
 
 from __future__ import annotations
 

@@ -24,14 +24,21 @@ class Activations:
     """
 
     def __init__(
-        self, folder: Path, max_memory: int, *, persist: bool, existing: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        max_memory: int,
+        *,
+        persist: bool,
+        existing: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
             folder: for the files; what else is in it is removed.
             max_memory: bytes that may be held in memory.
-            persist: write every chunk to disk, those held in memory as well, so that another run finds them.
-            existing: the :attr:`digests` of an earlier run that persisted its chunks in ``folder``, to go on with them.
+            persist: write every chunk to disk, those held in memory as well, so that another run
+                finds them.
+            existing: the :attr:`digests` of an earlier run that persisted its chunks in ``folder``,
+                to go on with them.
 
         Raises:
             CheckpointError: an existing file is missing or damaged.
@@ -41,7 +48,8 @@ class Activations:
         for name, expected in (existing or {}).items():
             if not (folder / name).is_file() or digest(folder / name) != expected:
                 raise CheckpointError(
-                    f"'{folder / name}' is missing or damaged, so no run can go on from it", hint=_AGAIN
+                    f"'{folder / name}' is missing or damaged, so no run can go on from it",
+                    hint=_AGAIN,
                 )
         self._folder = folder
         self._free = max_memory

@@ -1,7 +1,9 @@
-"""How a model calls its decoder blocks: the hidden states that enter the first, and what else each one is given.
+"""How a model calls its decoder blocks: the hidden states that enter the first, and what else each
+one is given.
 
-Masks and position embeddings depend on the block (sliding windows, layers without RoPE) and on the shape of the batch,
-but not on its tokens, as batches have no padding. So they are recorded once per shape.
+Masks and position embeddings depend on the block (sliding windows, layers without RoPE) and on the
+shape of the batch, but not on its tokens, as batches have no padding. So they are recorded once per
+shape.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def __call__(self, block: nn.Module, hidden: Tensor, device: torch.device | str) -> Tensor:
-        """The output of ``block`` for ``hidden``, both ``[rows, length, hidden]``, on ``device``."""
+        """The output of ``block`` for ``hidden``, both ``[rows, length, hidden]``, on
+        ``device``.
+        """
         args, kwargs = on_device(self.args, device), on_device(self.kwargs, device)
         output: Tensor = block(hidden.to(device), *args, **kwargs)
         return output
@@ -42,7 +46,8 @@ def enter(model: Any, blocks: Sequence[nn.Module], batch: Batch) -> tuple[Tensor
         batch: tokens ``[rows, length]``, without padding.
 
     Returns:
-        The hidden states that enter block 0, ``[rows, length, hidden]``, and how each block is called.
+        The hidden states that enter block 0, ``[rows, length, hidden]``, and how each block is
+        called.
     """
     entering: list[Tensor] = []
     calls: list[BlockCall] = []

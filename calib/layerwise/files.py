@@ -54,7 +54,9 @@ def digest(path: Path) -> str:
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Rename, once the contents are on the disk: a name must never stand for less than the whole file."""
+    """Rename, once the contents are on the disk: a name must never stand for less than the whole
+    file.
+    """
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -62,5 +64,6 @@ def _publish(partial: Path, path: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"cannot write '{path}': {error.strerror or error}", hint="check space and permissions, then --resume"
+        f"cannot write '{path}': {error.strerror or error}",
+        hint="check space and permissions, then --resume",
     )

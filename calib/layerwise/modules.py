@@ -1,4 +1,6 @@
-"""Lending a module tree on the meta device its tensors, and its modules another forward function, for a while."""
+"""Lending a module tree on the meta device its tensors, and its modules another forward function,
+for a while.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from calib.layerwise.memory import release_memory
 
 @contextmanager
 def loaded(model: nn.Module, state: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[None]:
-    """The tensors ``names`` of ``state`` are in ``model`` inside, and the memory they took is free afterwards."""
+    """The tensors ``names`` of ``state`` are in ``model`` inside, and the memory they took is free
+    afterwards.
+    """
     own = model.state_dict()
     unloaded = {name: own[name] for name in names}
     del own
@@ -28,7 +32,9 @@ def loaded(model: nn.Module, state: Mapping[str, Tensor], names: Sequence[str]) 
 
 @contextmanager
 def computing(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """``module`` computes ``function`` inside; its hooks, online rotations among them, stay in effect around it."""
+    """``module`` computes ``function`` inside; its hooks, online rotations among them, stay in
+    effect around it.
+    """
     module.forward = function
     try:
         yield

@@ -1,4 +1,6 @@
-"""What the walk asks of whoever quantizes the linears; it knows no observer and no weight algorithm itself."""
+"""What the walk asks of whoever quantizes the linears; it knows no observer and no weight algorithm
+itself.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,26 @@ class Calibrator(Protocol[Q]):
     def calibrate(self, block: Block, names: Sequence[str], run: Run) -> Mapping[str, Q]:
         """Quantize the linears ``names`` (paths in the model) of ``block``.
 
-        It may call ``run`` as often as it wants with hooks on the modules of the block, which must compute the float
-        function while it does, and must have removed the hooks when it returns. It may change float tensors of the
-        block in place (smoothing), and leaves out the linears that stay in float.
+        It may call ``run`` as often as it wants with hooks on the modules of the block, which must
+        compute the float function while it does, and must have removed the hooks when it returns.
+        It may change float tensors of the block in place (smoothing), and leaves out the linears
+        that stay in float.
         """
 
     def tensors(self, quantized: Q) -> Mapping[str, Tensor]:
-        """Everything that is stored of a linear, its bias included, by local key: ``weight``, ``weight_scale`` ..."""
+        """Everything that is stored of a linear, its bias included, by local key: ``weight``,
+        ``weight_scale`` ...
+        """
 
     def extra(self, block: Block) -> Mapping[str, Tensor]:
         """What is stored of a calibrated block beside its linears, by full key."""
 
-    def replacement(self, quantized: Q, linear: nn.Module, w_quant: bool, a_quant: bool) -> Callable[[Tensor], Tensor]:
-        """The function ``y(x)`` of ``linear`` with its weights, its inputs or both rounded as in ``quantized``.
+    def replacement(
+        self, quantized: Q, linear: nn.Module, w_quant: bool, a_quant: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """The function ``y(x)`` of ``linear`` with its weights, its inputs or both rounded as in
+        ``quantized``.
 
-        ``x`` has been through the online rotations already, and what rotates the output follows: those stay hooks of
-        ``linear``.
+        ``x`` has been through the online rotations already, and what rotates the output follows:
+        those stay hooks of ``linear``.
         """

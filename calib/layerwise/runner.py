@@ -1,12 +1,13 @@
 """The walk: one decoder block after the other is loaded, calibrated, written and freed.
 
-Without ``asym`` every linear is calibrated on what it reads in the float model: a block is run once for all of its
-linears, and its float outputs enter the next block. With ``asym`` a linear is calibrated on what it will read in the
-quantized model, of which everything before it is finished: the groups of linears of a block follow each other, each
-observed behind the quantized ones before it, and the outputs of the quantized block enter the next.
+Without ``asym`` every linear is calibrated on what it reads in the float model: a block is run once
+for all of its linears, and its float outputs enter the next block. With ``asym`` a linear is
+calibrated on what it will read in the quantized model, of which everything before it is finished:
+the groups of linears of a block follow each other, each observed behind the quantized ones before
+it, and the outputs of the quantized block enter the next.
 
-Source: the calibration runner of Sparsebit (Megvii), after whose methods these are called. It keeps float and
-quantized outputs of every node; here one set of hidden states lives between blocks.
+Source: the calibration runner of Sparsebit (Megvii), after whose methods these are called. It keeps
+float and quantized outputs of every node; here one set of hidden states lives between blocks.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ DEFAULT_MAX_MEMORY = 2 << 30
 
 
 class CalibrationRunner(Generic[Q]):
-    """Calibrates and quantizes a model whose tensors are computed block by block, and never whole in memory.
+    """Calibrates and quantizes a model whose tensors are computed block by block, and never whole
+    in memory.
 
     Attributes:
-        shards: what is finished; after :meth:`layerwise_calibration` every tensor of the quantized model.
+        shards: what is finished; after :meth:`layerwise_calibration` every tensor of the quantized
+            model.
     """
 
     def __init__(
@@ -58,17 +61,18 @@ class CalibrationRunner(Generic[Q]):
     ) -> None:
         """
         Args:
-            fused: the folded and rotated model, from ``fuse(lazy=True)``; the blocks would share the tensors of one
-                that is held in memory.
-            batches: calibration tokens without padding. With none nothing is run, which is all that rounding weights
-                to nearest needs.
+            fused: the folded and rotated model, from ``fuse(lazy=True)``; the blocks would share
+                the tensors of one that is held in memory.
+            batches: calibration tokens without padding. With none nothing is run, which is all that
+                rounding weights to nearest needs.
             calibrator: quantizes the linears.
             work: folder for shards and hidden states.
-            max_memory: bytes of hidden states that are held in memory; what exceeds them goes to disk.
+            max_memory: bytes of hidden states that are held in memory; what exceeds them goes to
+                disk.
             resume: go on with the walk that ``work`` holds, at the block that it was in.
             resumable: write all hidden states to disk, so that a later walk can go on.
-            settings: what the result depends on beside the batches and the dtype (model, recipe): a resumed walk must
-                have the same.
+            settings: what the result depends on beside the batches and the dtype (model, recipe): a
+                resumed walk must have the same.
             progress: called after every block.
 
         Raises:
@@ -78,7 +82,8 @@ class CalibrationRunner(Generic[Q]):
         """
         if any(batch.attention_mask is not None for batch in batches):
             raise DataError(
-                "layer-wise calibration takes batches without padding", hint="batch rows of equal length together"
+                "layer-wise calibration takes batches without padding",
+                hint="batch rows of equal length together",
             )
         self._fused = fused
         self._batches = list(batches)
@@ -86,7 +91,11 @@ class CalibrationRunner(Generic[Q]):
         self._work = work
         self._max_memory = max_memory // 2  # for the inputs of a block, and as much for its outputs
         self._resumable = resumable
-        self._settings = {"batches": _fingerprint(self._batches), "dtype": str(fused.dtype), **(settings or {})}
+        self._settings = {
+            "batches": _fingerprint(self._batches),
+            "dtype": str(fused.dtype),
+            **(settings or {}),
+        }
         self._progress = progress
         self._layers = fused.architecture.dimensions(fused.config).layers
         self._model: Any = unloaded(fused)
@@ -95,7 +104,8 @@ class CalibrationRunner(Generic[Q]):
         self.shards = ShardStore(work, resume=resume)
 
     def prepare_calibration(self) -> None:
-        """Collect what enters the first block that is not finished, and how the model calls each block.
+        """Collect what enters the first block that is not finished, and how the model calls each
+        block.
 
         Raises:
             CheckpointError: the hidden states to go on with are missing or damaged.
@@ -107,7 +117,8 @@ class CalibrationRunner(Generic[Q]):
         existing = self.shards.next_inputs(_shard(start - 1)) if 0 < start < self._layers else None
         if existing is not None and len(existing) != len(self._batches):
             raise CheckpointError(
-                f"'{self._work}' keeps no hidden states to go on from", hint="start again in another --work-dir"
+                f"'{self._work}' keeps no hidden states to go on from",
+                hint="start again in another --work-dir",
             )
         self._inputs = self._activations(start, existing)
         if start < self._layers:
@@ -135,14 +146,18 @@ class CalibrationRunner(Generic[Q]):
         if self._inputs is None:
             self.prepare_calibration()
         flags = {"asym": asym, "w_quant": w_quant, "a_quant": a_quant}
-        self.shards.bind(self._settings | {name: str(value).lower() for name, value in flags.items()})
+        self.shards.bind(
+            self._settings | {name: str(value).lower() for name, value in flags.items()}
+        )
         for index in track(range(self._layers), "calibrate", self._layers, self._progress):
             if _shard(index) not in self.shards.finished():
                 self._finish_block(index, torch.device(device), **flags)
         self._finish_outside()
 
     def _collect(self, inputs: Activations, *, have: bool) -> None:
-        """Record the calls of every shape of batch and, unless we ``have`` them, fill ``inputs``."""
+        """Record the calls of every shape of batch and, unless we ``have`` them, fill
+        ``inputs``.
+        """
         blocks = [self._model.get_submodule(self._name(index)) for index in range(self._layers)]
         head = f"{self._fused.architecture.head.name}."
         names = [name for name in self._outside() if not name.startswith(head)]
@@ -154,7 +169,9 @@ class CalibrationRunner(Generic[Q]):
                 if not have:
                     inputs.append(hidden)
 
-    def _finish_block(self, index: int, device: torch.device, *, asym: bool, w_quant: bool, a_quant: bool) -> None:
+    def _finish_block(
+        self, index: int, device: torch.device, *, asym: bool, w_quant: bool, a_quant: bool
+    ) -> None:
         assert self._inputs is not None  # layerwise_calibration prepares
         name = self._name(index)
         own = [key for key in self._fused.state if key.startswith(f"{name}.")]
@@ -165,7 +182,9 @@ class CalibrationRunner(Generic[Q]):
             calls = [self._calls[batch.input_ids.shape][index] for batch in self._batches]
             replay = Replay(block, self._inputs, calls, device)
             quantized = (
-                calibrate_in_turn(self._calibrator, replay, groups, outputs, w_quant=w_quant, a_quant=a_quant)
+                calibrate_in_turn(
+                    self._calibrator, replay, groups, outputs, w_quant=w_quant, a_quant=a_quant
+                )
                 if asym
                 else calibrate_at_once(self._calibrator, replay, groups, outputs)
             )
@@ -174,23 +193,37 @@ class CalibrationRunner(Generic[Q]):
         self._inputs.delete()
         self._inputs = outputs
 
-    def _tensors(self, block: Block, own: Sequence[str], quantized: Mapping[str, Q]) -> dict[str, Tensor]:
-        """What is stored of a block: its float tensors as the calibrator has left them, and the quantized linears."""
+    def _tensors(
+        self, block: Block, own: Sequence[str], quantized: Mapping[str, Q]
+    ) -> dict[str, Tensor]:
+        """What is stored of a block: its float tensors as the calibrator has left them, and the
+        quantized linears.
+        """
         state = block.module.state_dict(prefix=f"{block.name}.")
         replaced = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
-        replaced |= {name.rpartition(".")[0] for name in quantized}  # the 3-D parameter that an expert belongs to
+        # the 3-D parameter that an expert belongs to
+        replaced |= {name.rpartition(".")[0] for name in quantized}
         tensors = {key: state[key].cpu() for key in own if key not in replaced}
         for name, result in quantized.items():
-            tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in self._calibrator.tensors(result).items()}
-        return tensors | {key: tensor.cpu() for key, tensor in self._calibrator.extra(block).items()}
+            tensors |= {
+                f"{name}.{part}": tensor.cpu()
+                for part, tensor in self._calibrator.tensors(result).items()
+            }
+        return tensors | {
+            key: tensor.cpu() for key, tensor in self._calibrator.extra(block).items()
+        }
 
     def _finish_outside(self) -> None:
-        """Write embeddings, final norm and output head, a module at a time, for one may be large."""
+        """Write embeddings, final norm and output head, a module at a time, for one may be
+        large.
+        """
         modules = dict.fromkeys(key.rpartition(".")[0] for key in self._outside())
         for module in modules:
             if f"rest-{module}" not in self.shards.finished():
                 names = [key for key in self._outside() if key.rpartition(".")[0] == module]
-                self.shards.write(f"rest-{module}", {name: self._fused.state[name] for name in names})
+                self.shards.write(
+                    f"rest-{module}", {name: self._fused.state[name] for name in names}
+                )
 
     def _outside(self) -> list[str]:
         return outside_blocks(list(self._fused.state), self._fused.architecture)
@@ -200,14 +233,18 @@ class CalibrationRunner(Generic[Q]):
 
     def _first_unfinished(self) -> int:
         finished = self.shards.finished()
-        return next((index for index in range(self._layers) if _shard(index) not in finished), self._layers)
+        return next(
+            (index for index in range(self._layers) if _shard(index) not in finished), self._layers
+        )
 
     def _hidden(self, index: int) -> Path:
         return self._work / f"hidden-{index:05d}"
 
     def _activations(self, index: int, existing: Mapping[str, str] | None = None) -> Activations:
         """The hidden states that enter block ``index``."""
-        return Activations(self._hidden(index), self._max_memory, persist=self._resumable, existing=existing)
+        return Activations(
+            self._hidden(index), self._max_memory, persist=self._resumable, existing=existing
+        )
 
 
 def _shard(index: int) -> str:

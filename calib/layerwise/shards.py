@@ -1,7 +1,8 @@
-"""What the walk has finished: one safetensors file per block, and the journal that says which of them count.
+"""What the walk has finished: one safetensors file per block, and the journal that says which of
+them count.
 
-The files are those of a :class:`~calib.artifact.QuantizedModel`, by name and by key, and can be moved into its folder
-as they are.
+The files are those of a :class:`~calib.artifact.QuantizedModel`, by name and by key, and can be
+moved into its folder as they are.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _AGAIN = "start again in another --work-dir"
 class ShardStore:
     """The shards of one walk, in the order in which they were finished.
 
-    A shard counts once it is in the journal, which is replaced whole after the shard: a process that is killed at any
-    moment leaves a journal whose shards are complete.
+    A shard counts once it is in the journal, which is replaced whole after the shard: a process
+    that is killed at any moment leaves a journal whose shards are complete.
     """
 
     def __init__(self, folder: Path, *, resume: bool = False) -> None:
@@ -55,25 +56,36 @@ class ShardStore:
         """State what the shards depend on; a resumed walk must state the same.
 
         Raises:
-            OutputError: a setting differs from that of the walk that is resumed; the message names it.
+            OutputError: a setting differs from that of the walk that is resumed; the message names
+                it.
         """
         for key in sorted({*settings, *self._settings} if self._settings else ()):
             before, now = self._settings.get(key, "not set"), settings.get(key, "not set")
             if before != now:
                 raise OutputError(
                     f"cannot resume in '{self.folder}': {key} was {before} and is now {now}",
-                    hint="resume with the settings it was started with, or start in another --work-dir",
+                    hint=(
+                        "resume with the settings it was started with, or start in another"
+                        " --work-dir"
+                    ),
                 )
         self._settings = dict(settings)
         self._write()
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], *, next_inputs: Mapping[str, str] | None = None) -> None:
+    def write(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        next_inputs: Mapping[str, str] | None = None,
+    ) -> None:
         """Finish a shard.
 
         Args:
             name: such as ``block-00003``.
             tensors: by key in the artifact.
-            next_inputs: digests of the hidden states with which a resumed walk goes on after this shard.
+            next_inputs: digests of the hidden states with which a resumed walk goes on after this
+                shard.
         """
         path = self._path(name)
         sha256 = write_tensors(path, tensors)
@@ -109,4 +121,6 @@ class ShardStore:
         for name, sha256 in expected.items():
             shard = self._path(name)
             if not shard.is_file() or digest(shard) != sha256:
-                raise CheckpointError(f"'{shard}' is missing or damaged, but {JOURNAL} lists it", hint=_AGAIN)
+                raise CheckpointError(
+                    f"'{shard}' is missing or damaged, but {JOURNAL} lists it", hint=_AGAIN
+                )

@@ -1,4 +1,6 @@
-"""Calibrating the linears of one block: all at once on float inputs, or group by group behind quantized ones."""
+"""Calibrating the linears of one block: all at once on float inputs, or group by group behind
+quantized ones.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ class Replay:
     device: torch.device
 
     @torch.no_grad()
-    def __call__(self, module: nn.Module | None = None, *, outputs: Activations | None = None) -> None:
-        """Run ``module`` (by default the block), and keep what it computes in ``outputs``, if given."""
+    def __call__(
+        self, module: nn.Module | None = None, *, outputs: Activations | None = None
+    ) -> None:
+        """Run ``module`` (by default the block), and keep what it computes in ``outputs``, if
+        given.
+        """
         running = self.block.module if module is None else module
         for batch, call in enumerate(self.calls):
             output = call(running, self.inputs[batch], self.device)
@@ -38,11 +44,15 @@ class Replay:
 
 
 def calibrate_at_once(
-    calibrator: Calibrator[Q], replay: Replay, groups: Sequence[Sequence[str]], outputs: Activations | None
+    calibrator: Calibrator[Q],
+    replay: Replay,
+    groups: Sequence[Sequence[str]],
+    outputs: Activations | None,
 ) -> dict[str, Q]:
     """Quantize every linear on its float inputs; ``outputs`` takes the float outputs of the block.
 
-    They are kept the first time that the calibrator runs the block: one that needs one pass costs one.
+    They are kept the first time that the calibrator runs the block: one that needs one pass costs
+    one.
     """
     wanted = outputs is not None
 
@@ -52,7 +62,9 @@ def calibrate_at_once(
         replay(module, outputs=outputs if keep else None)
         wanted = wanted and not keep
 
-    quantized = calibrator.calibrate(replay.block, [name for group in groups for name in group], run)
+    quantized = calibrator.calibrate(
+        replay.block, [name for group in groups for name in group], run
+    )
     if wanted:
         replay(outputs=outputs)
     return dict(quantized)
@@ -69,7 +81,8 @@ def calibrate_in_turn(
 ) -> dict[str, Q]:
     """Quantize group after group on what the quantized linears before it give it.
 
-    ``outputs`` takes those of the block with every group quantized: weights if ``w_quant``, inputs if ``a_quant``.
+    ``outputs`` takes those of the block with every group quantized: weights if ``w_quant``, inputs
+    if ``a_quant``.
     """
     quantized: dict[str, Q] = {}
     with ExitStack() as replaced:

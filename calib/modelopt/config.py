@@ -1,7 +1,7 @@
 """ModelOpt configurations for rotq's schemes.
 
-ModelOpt (0.47) takes ``{"quant_cfg": [entries], "algorithm": ...}``; each entry sets the quantizers whose dotted name
-matches a pattern, and later entries win.
+ModelOpt (0.47) takes ``{"quant_cfg": [entries], "algorithm": ...}``; each entry sets the quantizers
+whose dotted name matches a pattern, and later entries win.
 """
 
 from __future__ import annotations
@@ -10,13 +10,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from calib.errors import QuantizationError
-from calib.schemes import LinearScheme, NumberFormat, PerBlock, PerChannel, PerTensor, PerToken, TensorScheme
+from calib.schemes import (
+    LinearScheme,
+    NumberFormat,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    TensorScheme,
+)
 
 _SCALE_BITS = {"e4m3": (4, 3), "e8m0": (8, 0)}
 
 
-def modelopt_config(weights: Mapping[str, TensorScheme], inputs: Mapping[str, TensorScheme]) -> dict[str, Any]:
-    """The configuration that quantizes exactly these weights and inputs, by module name, and nothing else.
+def modelopt_config(
+    weights: Mapping[str, TensorScheme], inputs: Mapping[str, TensorScheme]
+) -> dict[str, Any]:
+    """The configuration that quantizes exactly these weights and inputs, by module name, and
+    nothing else.
 
     Raises:
         QuantizationError: ModelOpt has no such quantizer.
@@ -25,7 +36,9 @@ def modelopt_config(weights: Mapping[str, TensorScheme], inputs: Mapping[str, Te
     for kind, schemes in (("weight", weights), ("input", inputs)):
         for module, scheme in schemes.items():
             cfg = _quantizer(scheme)
-            entries.append({"quantizer_name": f"{module}.{kind}_quantizer", "cfg": cfg, "enable": True})
+            entries.append(
+                {"quantizer_name": f"{module}.{kind}_quantizer", "cfg": cfg, "enable": True}
+            )
     return {"quant_cfg": entries, "algorithm": "max"}
 
 
@@ -43,7 +56,9 @@ def config_of(schemes: Mapping[str, LinearScheme]) -> dict[str, Any]:
 
 def _quantizer(scheme: TensorScheme) -> dict[str, Any]:
     if not scheme.symmetric:
-        raise QuantizationError("ModelOpt's integer quantizers have no zero point", hint="use a symmetric scheme")
+        raise QuantizationError(
+            "ModelOpt's integer quantizers have no zero point", hint="use a symmetric scheme"
+        )
     return {"num_bits": _num_bits(scheme.format), **_grouping(scheme)}
 
 
@@ -69,4 +84,6 @@ def _grouping(scheme: TensorScheme) -> dict[str, Any]:
             bits = _SCALE_BITS[scheme.scale_format]
             return {"block_sizes": {-1: size, "type": "dynamic", "scale_bits": bits}, "axis": None}
         case _:
-            raise QuantizationError(f"ModelOpt has no quantizer {scheme.granularity} with {scheme.scale_format} scales")
+            raise QuantizationError(
+                f"ModelOpt has no quantizer {scheme.granularity} with {scheme.scale_format} scales"
+            )

@@ -32,9 +32,10 @@ def modelopt_quantize(
     """Quantize and calibrate ``model`` in place with ModelOpt.
 
     Args:
-        model: any module with linears (``nn.Linear`` or transformers' ``Conv1D``), in eval mode; a Hugging Face
-            causal LM, say.
-        quant_mode: a scheme of :data:`calib.schemes.SCHEMES`, such as ``int8-weight-only`` or ``float8``.
+        model: any module with linears (``nn.Linear`` or transformers' ``Conv1D``), in eval mode; a
+            Hugging Face causal LM, say.
+        quant_mode: a scheme of :data:`calib.schemes.SCHEMES`, such as ``int8-weight-only`` or
+            ``float8``.
         forward_loop: feeds calibration batches to the model it is given, as
             :func:`calib.forward_loop.create_forward_loop` makes them. Weight-only modes need none.
         modules: dotted names of the linears to quantize; by default every one but the output head.
@@ -43,8 +44,8 @@ def modelopt_quantize(
         The same model; its linears are ModelOpt's ``QuantLinear`` whose quantizers hold amax.
 
     Raises:
-        QuantizationError: unknown mode, one that quantizes nothing, a quantized linear that calibration never reached,
-            or NaN or Inf in the weights or inputs of one.
+        QuantizationError: unknown mode, one that quantizes nothing, a quantized linear that
+            calibration never reached, or NaN or Inf in the weights or inputs of one.
         DataError: the mode quantizes activations and no forward loop was given.
         CheckpointError: one of ``modules`` does not exist.
 
@@ -53,7 +54,9 @@ def modelopt_quantize(
     scheme = scheme_named(quant_mode)
     linear = scheme.linear
     if linear is None:
-        raise QuantizationError(f"'{quant_mode}' quantizes nothing", hint="choose another mode, such as int8")
+        raise QuantizationError(
+            f"'{quant_mode}' quantizes nothing", hint="choose another mode, such as int8"
+        )
     if not scheme.weight_only and forward_loop is None:
         raise DataError(
             f"'{quant_mode}' quantizes activations and needs calibration data",
@@ -67,14 +70,19 @@ def modelopt_quantize(
     return quantized
 
 
-def input_amax(model: nn.Module, inputs: Mapping[str, TensorScheme], run: ForwardLoop) -> dict[str, Tensor]:
-    """The largest magnitude that enters each linear of ``inputs`` while ``run`` runs the model, as ModelOpt sees it.
+def input_amax(
+    model: nn.Module, inputs: Mapping[str, TensorScheme], run: ForwardLoop
+) -> dict[str, Tensor]:
+    """The largest magnitude that enters each linear of ``inputs`` while ``run`` runs the model, as
+    ModelOpt sees it.
 
-    ModelOpt works on a copy of the module tree that shares every parameter, so ``model`` stays as it is.
+    ModelOpt works on a copy of the module tree that shares every parameter, so ``model`` stays as
+    it is.
 
     Args:
         model: the model, or a block of one.
-        inputs: how each input is quantized, by module name; :func:`~calib.modelopt.config.modelopt_calibrates` each.
+        inputs: how each input is quantized, by module name;
+            :func:`~calib.modelopt.config.modelopt_calibrates` each.
         run: runs the model it is given over all calibration data.
 
     Returns:
@@ -94,7 +102,9 @@ def input_amax(model: nn.Module, inputs: Mapping[str, TensorScheme], run: Forwar
 
 
 class _Opaque(nn.Module):
-    """Hides a module whose forward was replaced: ModelOpt would convert it and put the forward of its class back."""
+    """Hides a module whose forward was replaced: ModelOpt would convert it and put the forward of
+    its class back.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -108,14 +118,17 @@ def read_input_amax(model: nn.Module, modules: Sequence[str]) -> dict[str, Tenso
     """The calibrated amax ``[]`` (float32, CPU) of the inputs of ``modules``, by name.
 
     Raises:
-        QuantizationError: a linear holds no amax (it was never run) or one that is NaN or infinite; all are named.
+        QuantizationError: a linear holds no amax (it was never run) or one that is NaN or infinite;
+            all are named.
     """
     collected = {name: _amax(get_submodule(model, name)) for name in modules}
     unreached = [name for name, amax in collected.items() if amax is None]
     if unreached:
         raise QuantizationError(
             f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
-            hint="use more calibration rows (--nsamples), or check that the model runs these layers",
+            hint=(
+                "use more calibration rows (--nsamples), or check that the model runs these layers"
+            ),
         )
     found = {name: amax for name, amax in collected.items() if amax is not None}
     broken = [name for name, amax in found.items() if not bool(torch.isfinite(amax))]
@@ -125,25 +138,34 @@ def read_input_amax(model: nn.Module, modules: Sequence[str]) -> dict[str, Tenso
 
 
 def _amax(linear: Any) -> Tensor | None:
-    """What the input quantizer collected. Its ``export_amax`` would put 127 in place of zero, NaN and Inf."""
+    """What the input quantizer collected. Its ``export_amax`` would put 127 in place of zero, NaN
+    and Inf.
+    """
     collected: Tensor | None = getattr(linear.input_quantizer, "amax", None)
     return None if collected is None else collected.detach().float().cpu().reshape(())
 
 
 def _calibrated_inputs(schemes: Mapping[str, LinearScheme]) -> list[str]:
-    return [name for name, scheme in schemes.items() if scheme.input is not None and modelopt_calibrates(scheme.input)]
+    return [
+        name
+        for name, scheme in schemes.items()
+        if scheme.input is not None and modelopt_calibrates(scheme.input)
+    ]
 
 
 @contextmanager
 def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Name what is not finite, in weights before ModelOpt runs and in inputs where it asserts."""
     linears: dict[str, Any] = {name: get_submodule(model, name) for name in names}
-    damaged = [name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())]
+    damaged = [
+        name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())
+    ]
     if damaged:
         raise _not_finite(f"the weights of {', '.join(damaged)}")
     entered: list[str] = []
     watch = [
-        linear.register_forward_pre_hook(lambda *_, name=name: entered.append(name)) for name, linear in linears.items()
+        linear.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
+        for name, linear in linears.items()
     ]
     try:
         with torch.no_grad():
@@ -158,5 +180,8 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def _not_finite(where: str) -> QuantizationError:
     return QuantizationError(
         f"calibration found NaN or Inf in {where}",
-        hint="check the checkpoint's weights; a model that overflows in its dtype needs --dtype bfloat16 or float32",
+        hint=(
+            "check the checkpoint's weights; a model that overflows in its dtype needs --dtype"
+            " bfloat16 or float32"
+        ),
     )

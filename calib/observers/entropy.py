@@ -1,14 +1,17 @@
-"""TensorRT's calibration by relative entropy (S. Migacz, "8-bit Inference with TensorRT", GTC 2017).
+"""TensorRT's calibration by relative entropy (S. Migacz, "8-bit Inference with TensorRT", GTC
+2017).
 
-The magnitudes are binned from zero up. For each number of bins i, clipping after bin i gives two distributions over
-those bins:
+The magnitudes are binned from zero up. For each number of bins i, clipping after bin i gives two
+distributions over those bins:
 
-    P  the reference: the counts, with everything beyond bin i added to the last
-    Q  the counts merged into as many groups as the format has magnitudes, each group's sum then spread evenly over
+    P  the reference: the counts, with everything beyond bin i added to the last Q  the counts
+    merged into as many groups as the format has magnitudes, each group's sum then spread evenly
+    over
        those of its bins that are not empty
 
-and the threshold is the upper edge of the bin i for which KL(P ‖ Q) is least; of equal ones, the largest. Values that
-are exactly zero are left out: every threshold keeps them, and on sparse activations their spike would hide the rest.
+and the threshold is the upper edge of the bin i for which KL(P ‖ Q) is least; of equal ones, the
+largest. Values that are exactly zero are left out: every threshold keeps them, and on sparse
+activations their spike would hide the rest.
 """
 
 from __future__ import annotations

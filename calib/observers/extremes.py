@@ -11,7 +11,8 @@ from calib.observers.statistics import Reduce, finite_limits, take
 
 
 class Extremes:
-    """Least and greatest value of each group over all that was added; exact, and the same in any order.
+    """Least and greatest value of each group over all that was added; exact, and the same in any
+    order.
 
     Args:
         reduce: the limits of one tensor, any shape, which is then that of ``low`` and ``high``.
@@ -56,8 +57,8 @@ class MovingExtremes:
 
         low <- m low + (1 - m) min(x),   high <- m high + (1 - m) max(x),   the first batch as it is
 
-    It depends on the order of the batches, as it is meant to: in training, later ones count more. Two averages merge
-    into their mean weighted by batches, which has no order.
+    It depends on the order of the batches, as it is meant to: in training, later ones count more.
+    Two averages merge into their mean weighted by batches, which has no order.
 
     Args:
         momentum: m, the weight of the past, in 0 … 1.

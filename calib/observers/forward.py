@@ -55,19 +55,25 @@ def observe_inputs(
     unreached = [name for name, observer in observers.items() if not observer.count]
     if len(unreached) == len(observers) > 0:
         raise QuantizationError(
-            f"the forward loop reached none of {len(unreached)} modules, such as '{unreached[0]}': it ran no batch",
+            f"the forward loop reached none of {len(unreached)} modules, such as '{unreached[0]}':"
+            " it ran no batch",
             hint="Give calibration rows, and run the model that is to be observed.",
         )
     if unreached:
         raise QuantizationError(
             f"calibration never reached {len(unreached)} module(s): {', '.join(unreached)}",
-            hint="Use more calibration rows (--nsamples), or check that the model runs these layers.",
+            hint=(
+                "Use more calibration rows (--nsamples), or check that the model runs these layers."
+            ),
         )
     return observers
 
 
 def input_limits(
-    model: nn.Module, inputs: Mapping[str, TensorScheme], observer: str, run: Callable[[nn.Module], None]
+    model: nn.Module,
+    inputs: Mapping[str, TensorScheme],
+    observer: str,
+    run: Callable[[nn.Module], None],
 ) -> dict[str, Limits]:
     """What the inputs of linears range over, in the eyes of one observer.
 
@@ -78,11 +84,12 @@ def input_limits(
         run: feeds batches without padding to the model.
 
     Returns:
-        Least and greatest value of each input by name, float64: ``[]``, or with clusters those of each channel's
-        cluster ``[in]``.
+        Least and greatest value of each input by name, float64: ``[]``, or with clusters those of
+        each channel's cluster ``[in]``.
 
     Raises:
-        QuantizationError: an unknown observer or one that cannot serve a scheme, NaN or Inf, or an unreached module.
+        QuantizationError: an unknown observer or one that cannot serve a scheme, NaN or Inf, or an
+            unreached module.
         CheckpointError: a module does not exist.
     """
     make = observer_named(observer)
@@ -102,7 +109,9 @@ def observe_named(observer: Observer, name: str, x: Tensor) -> None:
         raise QuantizationError(f"'{name}': {error.message}", hint=error.hint) from error
 
 
-def _hook(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _hook(
+    name: str, observer: Observer
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observe_named(observer, f"{name} (input)", args[0] if args else next(iter(kwargs.values())))
 

@@ -1,17 +1,19 @@
 """A streaming histogram of bounded size whose merging is exact.
 
-**Bins.** A float64 number is sign, exponent and mantissa; the exponent and the first 10 bits of the mantissa, read as
-one integer, are its *code*. Codes are ordered like the magnitudes, and one code is one bin: each octave [2^e, 2^(e+1))
-has 1024 bins of equal width, so a bin is at most 2^-10 of its values wide, however heavy the tail. Kept are the bins of
-the 16 octaves up to that of the largest magnitude, for both signs; what is smaller shares bin 0.
+**Bins.** A float64 number is sign, exponent and mantissa; the exponent and the first 10 bits of the
+mantissa, read as one integer, are its *code*. Codes are ordered like the magnitudes, and one code
+is one bin: each octave [2^e, 2^(e+1)) has 1024 bins of equal width, so a bin is at most 2^-10 of
+its values wide, however heavy the tail. Kept are the bins of the 16 octaves up to that of the
+largest magnitude, for both signs; what is smaller shares bin 0.
 
-**Merging.** When a larger octave comes, every bin moves down by 1024 places per octave, and what falls below becomes
-part of bin 0:
+**Merging.** When a larger octave comes, every bin moves down by 1024 places per octave, and what
+falls below becomes part of bin 0:
 
-    bin(x) = max(0, code(x) - base + 1),   max(0, max(0, c - b) - s) = max(0, c - b - s)   for s >= 0
+    bin(x) = max(0, code(x) - base + 1),   max(0, max(0, c - b) - s) = max(0, c - b - s)   for s >=
+    0
 
-so the counts are those of a histogram that had known the largest octave from the start. Counts are integers: any order
-of batches, and any split over processes, gives the same histogram bit for bit.
+so the counts are those of a histogram that had known the largest octave from the start. Counts are
+integers: any order of batches, and any split over processes, gives the same histogram bit for bit.
 
 **Size.** 2 × 16385 counts, 262 kB.
 """
@@ -52,7 +54,8 @@ class Histogram:
         self.extremes = Extremes()
         self.zeros = 0
         self.counts = torch.zeros((2, BINS), dtype=torch.int64)
-        self._top = OCTAVES  # the exponent field of the highest octave; that of no less than 2^-1007
+        # the exponent field of the highest octave; that of no less than 2^-1007
+        self._top = OCTAVES
 
     @property
     def count(self) -> int:
@@ -88,19 +91,25 @@ class Histogram:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved :meth:`state`."""
-        self.counts, top, zeros, *extremes = take(state, "counts", "top", "zeros", "low", "high", "count")
+        self.counts, top, zeros, *extremes = take(
+            state, "counts", "top", "zeros", "low", "high", "count"
+        )
         self.extremes.load_state(dict(zip(("low", "high", "count"), extremes, strict=True)))
         self._top, self.zeros = int(top), int(zeros)
 
     def edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lower and upper edge of every bin of magnitudes, [BINS] each; a bin holds its lower edge."""
+        """Lower and upper edge of every bin of magnitudes, [BINS] each; a bin holds its lower
+        edge.
+        """
         codes = self._base + np.arange(-1, BINS, dtype=np.int64)
         edges = (codes << _SHIFT).view(np.float64)
         edges[0] = 0
         return edges[:-1], edges[1:]
 
     def signed_edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """Lower edge, upper edge and count of every bin from the most negative up, [2 BINS] each."""
+        """Lower edge, upper edge and count of every bin from the most negative up, [2 BINS]
+        each.
+        """
         lower, upper = self.edges()
         negative, positive = self.counts.numpy()
         counts = np.concatenate([negative[::-1], positive])
@@ -109,8 +118,8 @@ class Histogram:
     def points(self) -> tuple[Tensor, Tensor]:
         """One value, float64 ascending, for each bin that is not empty, and its count.
 
-        The value is the middle of the bin as far as it lies within the extremes, so a single value stands for itself;
-        in bin 0, where nearly everything is zero as a rule, it is zero.
+        The value is the middle of the bin as far as it lies within the extremes, so a single value
+        stands for itself; in bin 0, where nearly everything is zero as a rule, it is zero.
         """
         lower, upper, counts = self.signed_edges()
         middle = (lower + upper) / 2
@@ -119,9 +128,11 @@ class Histogram:
         return values, torch.from_numpy(counts[counts > 0])
 
     def linear(self) -> tuple[NDArray[np.int64], float]:
-        """Magnitudes other than zero in bins of equal width from zero up to the largest, and that width.
+        """Magnitudes other than zero in bins of equal width from zero up to the largest, and that
+        width.
 
-        The width is that of the bins of the highest octave, which those below refine: between 1024 and 2048 bins.
+        The width is that of the bins of the highest octave, which those below refine: between 1024
+        and 2048 bins.
         """
         lower, upper = self.edges()
         width = float(upper[-1]) / (2 * PER_OCTAVE)

@@ -14,13 +14,14 @@ from calib.observers.statistics import channel_limits, take, widened
 class Moments:
     """Running mean and sum of squared deviations, float64: of all values, or of each channel.
 
-    For two sets with counts nₐ, n_b, means mₐ, m_b, sums of squares Sₐ, S_b and δ = m_b − mₐ (Chan, Golub and LeVeque,
-    1979):
+    For two sets with counts nₐ, n_b, means mₐ, m_b, sums of squares Sₐ, S_b and δ = m_b − mₐ (Chan,
+    Golub and LeVeque, 1979):
 
         m = mₐ + δ n_b / n,   S = Sₐ + S_b + δ² nₐ n_b / n,   n = nₐ + n_b
 
     Args:
-        by_channel: keep them for each index of the last dimension; shape ``[channels]`` instead of ``[]``.
+        by_channel: keep them for each index of the last dimension; shape ``[channels]`` instead of
+            ``[]``.
 
     Attributes:
         extremes: exact, of the same shape.
@@ -66,6 +67,8 @@ class Moments:
 
     def _combine(self, mean: Tensor, squares: Tensor, count: int) -> None:
         delta, total = mean - self.mean, self.count + count
-        self._squares = self._squares + squares + delta.square() * (self.count / total * (count / mean.numel()))
+        self._squares = (
+            self._squares + squares + delta.square() * (self.count / total * (count / mean.numel()))
+        )
         self.mean = self.mean + delta * (count / total)
         self.count = total

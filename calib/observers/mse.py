@@ -1,9 +1,11 @@
 """Limits of least expected squared quantization error.
 
-    E(low, high) = Σ_bins count · (Q(v) - v)²,    v the middle of a bin, Q rounding to the grid of (low, high)
+    E(low, high) = Σ_bins count · (Q(v) - v)²,    v the middle of a bin, Q rounding to the grid of
+    (low, high)
 
-E has many small local minima, so each limit is searched on a geometric grid: 16 limits per octave, 10 octaves down from
-the largest magnitude, then twice as many between the two neighbours of the best. Asymmetric limits take turns.
+E has many small local minima, so each limit is searched on a geometric grid: 16 limits per octave,
+10 octaves down from the largest magnitude, then twice as many between the two neighbours of the
+best. Asymmetric limits take turns.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def mse_limits(histogram: Histogram, scheme: TensorScheme) -> Limits:
     return within(float(ends[0]), low, high), within(float(ends[1]), low, high)
 
 
-def _errors(points: tuple[Tensor, Tensor], low: Tensor, high: Tensor, scheme: TensorScheme) -> Tensor:
+def _errors(
+    points: tuple[Tensor, Tensor], low: Tensor, high: Tensor, scheme: TensorScheme
+) -> Tensor:
     """E of each pair of limits, float64 [candidates]."""
     values, counts = points
     grid = grid_of(low, high, scheme)

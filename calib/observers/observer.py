@@ -22,7 +22,8 @@ class Observer(Protocol):
         """Values observed so far."""
 
     def observe(self, x: Tensor) -> None:
-        """Take note of a float tensor of any shape; an empty one (an expert without tokens) says nothing.
+        """Take note of a float tensor of any shape; an empty one (an expert without tokens) says
+        nothing.
 
         Raises:
             QuantizationError: ``x`` holds NaN or Inf.
@@ -85,13 +86,16 @@ class RuleObserver(Generic[S]):
         """See :meth:`Observer.limits`."""
         if not self.count:
             raise QuantizationError(
-                f"observer '{self.spec}' has seen no values", hint="Run calibration batches before asking for limits."
+                f"observer '{self.spec}' has seen no values",
+                hint="Run calibration batches before asking for limits.",
             )
         return self._rule(self.statistics)
 
     def merge(self, other: Observer) -> None:
         """See :meth:`Observer.merge`."""
-        if not isinstance(other, RuleObserver) or type(other.statistics) is not type(self.statistics):
+        if not isinstance(other, RuleObserver) or type(other.statistics) is not type(
+            self.statistics
+        ):
             raise QuantizationError(
                 f"observer '{self.spec}' cannot take over what another kind of observer gathered",
                 hint="Use the same observer in every process.",

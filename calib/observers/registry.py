@@ -49,7 +49,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Entry:
-    """An observer: its parameter, if it has one, and how it is made from spec, parameter and scheme."""
+    """An observer: its parameter, if it has one, and how it is made from spec, parameter and
+    scheme.
+    """
 
     parameter: Parameter | None
     build: Callable[[str, float, TensorScheme], Observer]
@@ -72,9 +74,15 @@ def _clip(spec: str, bound: float, scheme: TensorScheme) -> Observer:
 
 def _fixed_scale(spec: str, scale: float, scheme: TensorScheme) -> Observer:
     _require(
-        spec, scheme.scale_format == "compute" and not scheme.dynamic, "a scale that is static and not of FP8 or E8M0"
+        spec,
+        scheme.scale_format == "compute" and not scheme.dynamic,
+        "a scale that is static and not of FP8 or E8M0",
     )
-    return RuleObserver(spec, Extremes(_reduce(spec, scheme)), partial(fixed_scale_limits, scale=scale, scheme=scheme))
+    return RuleObserver(
+        spec,
+        Extremes(_reduce(spec, scheme)),
+        partial(fixed_scale_limits, scale=scale, scheme=scheme),
+    )
 
 
 def _clip_std(spec: str, k: float, scheme: TensorScheme) -> Observer:
@@ -89,22 +97,32 @@ def _percentile(spec: str, p: float, scheme: TensorScheme) -> Observer:
 
 def _entropy(spec: str, _: float, scheme: TensorScheme) -> Observer:
     _require_one_scale(spec, scheme)
-    _require(spec, scheme.format.kind == "integer", "an integer format, for which the method is defined")
+    _require(
+        spec, scheme.format.kind == "integer", "an integer format, for which the method is defined"
+    )
     return RuleObserver(spec, Histogram(), partial(entropy_limits, fmt=scheme.format))
 
 
 def _mse(spec: str, _: float, scheme: TensorScheme) -> Observer:
-    _require(spec, scheme.granularity == PerTensor() and not scheme.dynamic, "one static scale for the whole tensor")
+    _require(
+        spec,
+        scheme.granularity == PerTensor() and not scheme.dynamic,
+        "one static scale for the whole tensor",
+    )
     return RuleObserver(spec, Histogram(), partial(mse_limits, scheme=scheme))
 
 
 OBSERVERS = {
     "min_max": Entry(None, _min_max),
     "moving_average": Entry(Parameter("weight of the past", 0, 1, False, 0.9), _moving_average),
-    "percentile": Entry(Parameter("per cent of the values kept", 50, 100, True, 99.99), _percentile),
+    "percentile": Entry(
+        Parameter("per cent of the values kept", 50, 100, True, 99.99), _percentile
+    ),
     "entropy": Entry(None, _entropy),
     "mse": Entry(None, _mse),
-    "clip": Entry(Parameter("largest magnitude", 0, torch.finfo(torch.float32).max, True, None), _clip),
+    "clip": Entry(
+        Parameter("largest magnitude", 0, torch.finfo(torch.float32).max, True, None), _clip
+    ),
     "clip_std": Entry(Parameter("standard deviations from the mean", 0, 1e6, True, 3.0), _clip_std),
     "fixed_scale": Entry(Parameter("scale", 0, 1e30, True, None), _fixed_scale),
 }
@@ -115,20 +133,25 @@ def observer_named(spec: str) -> ObserverFactory:
     """Look up an observer: a name, or a name and its number, as in ``percentile:99.99``.
 
     Returns:
-        Makes a fresh observer for a tensor scheme; refuses, with a QuantizationError, a scheme that it cannot serve.
+        Makes a fresh observer for a tensor scheme; refuses, with a QuantizationError, a scheme that
+        it cannot serve.
 
     Raises:
-        QuantizationError: no observer has this name (the hint lists all), or its number is missing or out of range.
+        QuantizationError: no observer has this name (the hint lists all), or its number is missing
+            or out of range.
     """
     name, colon, text = spec.partition(":")
     if name not in OBSERVERS:
         raise QuantizationError(
-            f"unknown observer '{name}'", hint=f"the observers are: {', '.join(map(_usage, OBSERVERS))}"
+            f"unknown observer '{name}'",
+            hint=f"the observers are: {', '.join(map(_usage, OBSERVERS))}",
         )
     entry = OBSERVERS[name]
     if entry.parameter is None:
         if colon:
-            raise QuantizationError(f"observer '{name}' takes no number, got '{spec}'", hint=f"use '{name}'")
+            raise QuantizationError(
+                f"observer '{name}' takes no number, got '{spec}'", hint=f"use '{name}'"
+            )
         return partial(entry.build, spec, 0.0)
     return partial(entry.build, spec, _number(spec, text, colon, entry.parameter))
 
@@ -156,17 +179,27 @@ def _usage(name: str) -> str:
 
 
 def _reduce(spec: str, scheme: TensorScheme) -> Reduce:
-    """The limits of each group of the scheme; what a dynamic one has to observe, if anything, is the whole tensor's."""
+    """The limits of each group of the scheme; what a dynamic one has to observe, if anything, is
+    the whole tensor's.
+    """
     if scheme.dynamic:
         return torch.aminmax
-    _require(spec, not isinstance(scheme.granularity, PerCluster | PerToken), "scales of fixed groups of values")
+    _require(
+        spec,
+        not isinstance(scheme.granularity, PerCluster | PerToken),
+        "scales of fixed groups of values",
+    )
     return partial(weight_limits, granularity=scheme.granularity)
 
 
 def _require_one_scale(spec: str, scheme: TensorScheme) -> None:
-    _require(spec, scheme.dynamic or scheme.granularity == PerTensor(), "one scale for the whole tensor")
+    _require(
+        spec, scheme.dynamic or scheme.granularity == PerTensor(), "one scale for the whole tensor"
+    )
 
 
 def _require(spec: str, met: bool, what: str) -> None:
     if not met:
-        raise QuantizationError(f"observer '{spec}' needs {what}", hint="use min_max for this tensor")
+        raise QuantizationError(
+            f"observer '{spec}' needs {what}", hint="use min_max for this tensor"
+        )

@@ -29,7 +29,9 @@ def clip_limits(extremes: Extremes, bound: float) -> Limits:
 
 
 def fixed_scale_limits(extremes: Extremes, scale: float, scheme: TensorScheme) -> Limits:
-    """The limits from which :func:`calib.grids.grid_of` makes exactly ``scale``, with zero point 0."""
+    """The limits from which :func:`calib.grids.grid_of` makes exactly ``scale``, with zero point
+    0.
+    """
     fmt = scheme.format
     low, high = (-fmt.maxbound, fmt.maxbound) if scheme.symmetric else (fmt.qmin, fmt.qmax)
     return torch.full_like(extremes.low, scale * low), torch.full_like(extremes.high, scale * high)
@@ -52,10 +54,12 @@ def clustered_limits(moments: Moments, clusters: int) -> Limits:
 
 
 def percentile_limits(histogram: Histogram, p: float, scheme: TensorScheme) -> Limits:
-    """The least limits that hold p % of the values, up to one bin (2^-10 of the limit) wide of that.
+    """The least limits that hold p % of the values, up to one bin (2^-10 of the limit) wide of
+    that.
 
         symmetric:   p % of the magnitudes are <= t;                     low = -t, high = t
-        asymmetric:  p % of the values are <= high, p % are >= low       (each tail may lose 100 - p %)
+        asymmetric:  p % of the values are <= high, p % are >= low       (each tail may lose 100 - p
+        %)
 
     Both as far as values were seen there; p = 100 gives the exact extremes.
     """

@@ -1,6 +1,7 @@
 """What observers gather from the tensors they see: bounded in size, and mergeable across processes.
 
-Statistics live on the CPU and in float64 (counts in int64), whatever the dtype and device of what is observed.
+Statistics live on the CPU and in float64 (counts in int64), whatever the dtype and device of what
+is observed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Statistics(Protocol):
         """Values added so far."""
 
     def add(self, x: Tensor) -> None:
-        """Add the values of a non-empty float tensor; QuantizationError if one is NaN or infinite."""
+        """Add the values of a non-empty float tensor; QuantizationError if one is NaN or
+        infinite.
+        """
 
     def merge(self, other: Self) -> None:
         """Add all that ``other`` was given."""
@@ -41,7 +44,8 @@ class Statistics(Protocol):
 
 
 def finite_limits(x: Tensor, reduce: Reduce = torch.aminmax) -> Limits:
-    """Limits of ``x``, float64 on the CPU. NaN and Inf show in them, so this is also the check for both.
+    """Limits of ``x``, float64 on the CPU. NaN and Inf show in them, so this is also the check for
+    both.
 
     Raises:
         QuantizationError: ``x`` holds NaN or Inf.
@@ -50,7 +54,10 @@ def finite_limits(x: Tensor, reduce: Reduce = torch.aminmax) -> Limits:
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise QuantizationError(
             "an observed tensor holds NaN or Inf",
-            hint="The model overflows in its dtype (try bfloat16 or float32), or its weights are damaged.",
+            hint=(
+                "The model overflows in its dtype (try bfloat16 or float32), or its weights are"
+                " damaged."
+            ),
         )
     return low, high
 
@@ -62,7 +69,9 @@ def channel_limits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widened(x: Tensor) -> Tensor:
-    """``x`` in float64 without gradient, on its own device unless that has no float64 (Apple's MPS)."""
+    """``x`` in float64 without gradient, on its own device unless that has no float64 (Apple's
+    MPS).
+    """
     return (x.detach().cpu() if x.device.type == "mps" else x.detach()).double()
 
 
@@ -74,7 +83,8 @@ def take(state: Mapping[str, Tensor], *names: str) -> list[Tensor]:
     """
     if set(state) != set(names):
         raise QuantizationError(
-            f"observer state holds {', '.join(sorted(state)) or 'nothing'}, expected {', '.join(sorted(names))}",
+            f"observer state holds {', '.join(sorted(state)) or 'nothing'}, expected"
+            f" {', '.join(sorted(names))}",
             hint="It was saved by an observer of another kind.",
         )
     return [state[name].detach().cpu().clone() for name in names]

@@ -1,1 +1,3 @@
-"""Rotations: Hadamard matrices, starting points, objectives and optimisers on the orthogonal group."""
+"""Rotations: Hadamard matrices, starting points, objectives and optimisers on the orthogonal
+group.
+"""

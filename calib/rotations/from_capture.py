@@ -63,13 +63,15 @@ def train_rotations(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> TrainedRotations:
-    """Train R1 and R2, keep what is best, and set up the Hadamard rotations R3 and R4, as far as they are in ``kinds``.
+    """Train R1 and R2, keep what is best, and set up the Hadamard rotations R3 and R4, as far as
+    they are in ``kinds``.
 
-    R1 is one matrix over the pooled residual samples; the R2 of all layers and kv heads are trained in one batch. R3
-    and R4 are plain Hadamard matrices: they run online, where a trained matrix would cost a dense product.
+    R1 is one matrix over the pooled residual samples; the R2 of all layers and kv heads are trained
+    in one batch. R3 and R4 are plain Hadamard matrices: they run online, where a trained matrix
+    would cost a dense product.
 
-    The samples are split in three: ``held_out`` of them for the gate, as much of the rest to stop training by, and what
-    remains to train on.
+    The samples are split in three: ``held_out`` of them for the gate, as much of the rest to stop
+    training by, and what remains to train on.
 
     Args:
         capture: samples of the model's norm-folded activations.
@@ -79,13 +81,14 @@ def train_rotations(
         r1: how to train R1; ``fix_ones`` is set for LayerNorm models, ``scheme`` by ``judge``.
         r2: how to train R2; likewise.
         held_out: share of the samples that is only measured on.
-        judge: the gate's measure, which also says what to train on; ``None`` trains on activations and keeps the
-            result, whatever it is worth.
+        judge: the gate's measure, which also says what to train on; ``None`` trains on activations
+            and keeps the result, whatever it is worth.
         device: where training runs.
         progress: called after every step.
 
     Raises:
-        RotationError: the architecture refuses one of ``kinds``, or the samples cannot be trained on.
+        RotationError: the architecture refuses one of ``kinds``, or the samples cannot be trained
+            on.
     """
     check_offered(kinds, config, architecture)
     rotations: list[Rotation] = []
@@ -104,7 +107,9 @@ def train_rotations(
                 for layer, heads in zip(capture.r2, chosen.matrix, strict=True)
             ]
         table += chosen.table
-    return TrainedRotations(RotationSet([*rotations, *online_rotations(config, architecture, kinds)]), table)
+    return TrainedRotations(
+        RotationSet([*rotations, *online_rotations(config, architecture, kinds)]), table
+    )
 
 
 def check_offered(kinds: Collection[str], config: Any, architecture: Architecture) -> None:
@@ -122,8 +127,12 @@ def check_offered(kinds: Collection[str], config: Any, architecture: Architectur
             )
 
 
-def online_rotations(config: Any, architecture: Architecture, kinds: Collection[str]) -> list[Rotation]:
-    """The online Hadamards among ``kinds``: R3 of order ``head_dim``, R4 of the width each down projection reads."""
+def online_rotations(
+    config: Any, architecture: Architecture, kinds: Collection[str]
+) -> list[Rotation]:
+    """The online Hadamards among ``kinds``: R3 of order ``head_dim``, R4 of the width each down
+    projection reads.
+    """
     sizes = architecture.dimensions(config)
     rotations: list[Rotation] = []
     for layer in range(sizes.layers):
@@ -131,9 +140,13 @@ def online_rotations(config: Any, architecture: Architecture, kinds: Collection[
             rotations.append(hadamard_rotation("r3", sizes.head_dim, layer=layer))
         if "r4" in kinds:
             widths = {
-                spec.branch: architecture.ffn_width(spec, config) for spec in architecture.ffn_readers(config, layer)
+                spec.branch: architecture.ffn_width(spec, config)
+                for spec in architecture.ffn_readers(config, layer)
             }
-            rotations += [hadamard_rotation("r4", width, layer=layer, branch=name) for name, width in widths.items()]
+            rotations += [
+                hadamard_rotation("r4", width, layer=layer, branch=name)
+                for name, width in widths.items()
+            ]
     return rotations
 
 
@@ -167,7 +180,9 @@ def choose(
     result = _train(rotation, *train.split(held_out), config, judge, progress)
     if judge is None:
         return Choice("trained", result.matrix, result, config.seed)
-    chosen = select(rotation, result.matrix, train, held, judge, seed=config.seed, fix_ones=config.fix_ones)
+    chosen = select(
+        rotation, result.matrix, train, held, judge, seed=config.seed, fix_ones=config.fix_ones
+    )
     return Choice(chosen.name, chosen.matrix, result, config.seed, chosen.table)
 
 
@@ -187,7 +202,9 @@ def _train(
         group = train.group if rotation == "r2" else None
     weights = [part.weights for part in (train, stop)]
     if rotation == "r2":  # one weight for a token, whatever the kv head
-        weights = [part.weights.unsqueeze(-2).expand(part.values.shape[:-1]) for part in (train, stop)]
+        weights = [
+            part.weights.unsqueeze(-2).expand(part.values.shape[:-1]) for part in (train, stop)
+        ]
 
     def report(stage: str, done: int, total: int | None) -> None:
         progress(f"train {rotation}", done, total)
@@ -209,8 +226,8 @@ def _train(
     result = run(replace(config, epochs=config.epochs - polishing))
     if not polishing:
         return result
-    # The quantizer's own error has many shallow minima: from a Hadamard start it goes less far than L4 does, from where
-    # L4 ends it goes farther.
+    # The quantizer's own error has many shallow minima: from a Hadamard start it goes less far than
+    # L4 does, from where L4 ends it goes farther.
     polished = run(replace(config, objective="scheme", epochs=polishing), result.matrix)
     return replace(
         polished,

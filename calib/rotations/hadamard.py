@@ -1,10 +1,11 @@
 """Hadamard matrices of every order that models use, as short Kronecker products of +-1 factors.
 
-``H`` of order ``n`` has entries +-1 and ``H H^T = n I``, so ``H / sqrt(n)`` is orthonormal with all entries of equal
-size: the rotation that spreads one outlier evenly over all channels. If ``H1`` and ``H2`` are Hadamard so is ``H1 x
-H2``, and applying the product costs ``n1 + n2`` multiplications a channel instead of ``n1 n2``. Factors are Sylvester
-(powers of two) and Paley matrices. Where no Hadamard matrix of order ``n`` is reachable the largest one whose order
-divides ``n`` is repeated along the diagonal.
+``H`` of order ``n`` has entries +-1 and ``H H^T = n I``, so ``H / sqrt(n)`` is orthonormal with all
+entries of equal size: the rotation that spreads one outlier evenly over all channels. If ``H1`` and
+``H2`` are Hadamard so is ``H1 x H2``, and applying the product costs ``n1 + n2`` multiplications a
+channel instead of ``n1 n2``. Factors are Sylvester (powers of two) and Paley matrices. Where no
+Hadamard matrix of order ``n`` is reachable the largest one whose order divides ``n`` is repeated
+along the diagonal.
 """
 
 from __future__ import annotations
@@ -20,24 +21,28 @@ from calib.errors import RotationError
 from calib.rotations.paley import Signs, is_paley_order, paley_matrix
 
 _LARGEST_SYLVESTER_FACTOR = 64
-# One more factor is one more pass over the activations and two more nodes in every exported graph. It has to save at
-# least this many multiplications a channel: on every device that runs these models memory is the scarcer resource.
+# One more factor is one more pass over the activations and two more nodes in every exported graph.
+# It has to save at least this many multiplications a channel: on every device that runs these
+# models memory is the scarcer resource.
 _COST_OF_A_FACTOR = 64
 
 
 @lru_cache(maxsize=256)
 def factor_order(n: int) -> tuple[int, ...] | None:
-    """Orders whose Kronecker product is ``n``, or ``None`` where no Hadamard matrix of order ``n`` is reachable.
+    """Orders whose Kronecker product is ``n``, or ``None`` where no Hadamard matrix of order ``n``
+    is reachable.
 
-    Each is a power of two of at most 64 or the order of a Paley matrix. Among all such products the cheapest one for
-    :func:`apply_hadamard` is returned, largest factor first: the sum of the orders (multiplications per channel) plus
-    64 for every factor (a pass over the activations).
+    Each is a power of two of at most 64 or the order of a Paley matrix. Among all such products the
+    cheapest one for :func:`apply_hadamard` is returned, largest factor first: the sum of the orders
+    (multiplications per channel) plus 64 for every factor (a pass over the activations).
 
     Raises:
         RotationError: ``n`` is not positive.
     """
     if n < 1:
-        raise RotationError(f"there is no Hadamard matrix of order {n}", hint="pass a positive number of channels")
+        raise RotationError(
+            f"there is no Hadamard matrix of order {n}", hint="pass a positive number of channels"
+        )
     if n & (n - 1) == 0:
         return _split_power_of_two(n)
     candidates: list[tuple[int, ...]] = []
@@ -46,11 +51,16 @@ def factor_order(n: int) -> tuple[int, ...] | None:
             rest = factor_order(n // base)
             if rest is not None:
                 candidates.append(tuple(sorted((base, *(f for f in rest if f > 1)), reverse=True)))
-    return min(candidates, key=lambda orders: (sum(orders) + _COST_OF_A_FACTOR * len(orders), orders), default=None)
+    return min(
+        candidates,
+        key=lambda orders: (sum(orders) + _COST_OF_A_FACTOR * len(orders), orders),
+        default=None,
+    )
 
 
 def block_order(n: int) -> int:
-    """The largest order that divides ``n`` and has a reachable Hadamard matrix; ``n`` itself where it has one.
+    """The largest order that divides ``n`` and has a reachable Hadamard matrix; ``n`` itself where
+    it has one.
 
     Raises:
         RotationError: ``n`` is not positive.
@@ -61,7 +71,8 @@ def block_order(n: int) -> int:
 
 
 def hadamard_factors(n: int) -> tuple[Tensor, ...]:
-    """The int8 +-1 matrices, in the order of :func:`factor_order`, whose Kronecker product has ``H H^T = n I`` exactly.
+    """The int8 +-1 matrices, in the order of :func:`factor_order`, whose Kronecker product has ``H
+    H^T = n I`` exactly.
 
     Raises:
         RotationError: no Hadamard matrix of order ``n`` is reachable.
@@ -70,16 +81,20 @@ def hadamard_factors(n: int) -> tuple[Tensor, ...]:
     if orders is None:
         raise RotationError(
             f"no Hadamard matrix of order {n} can be built from Sylvester and Paley factors",
-            hint=f"use the block-diagonal form: {n // block_order(n)} blocks of order {block_order(n)}",
+            hint=(
+                f"use the block-diagonal form: {n // block_order(n)} blocks of order"
+                f" {block_order(n)}"
+            ),
         )
     return tuple(torch.tensor(_base_matrix(order)) for order in orders)
 
 
 def random_signs(n: int, seed: int) -> Tensor:
-    """The +-1 vector ``[n]`` (float64) that ``hadamard_matrix(n, seed=seed)`` multiplies the rows by.
+    """The +-1 vector ``[n]`` (float64) that ``hadamard_matrix(n, seed=seed)`` multiplies the rows
+    by.
 
-    The bits come from numpy's PCG64 stream, which numpy guarantees never to change: a manifest that records only order
-    and seed names the same matrix under every version of torch.
+    The bits come from numpy's PCG64 stream, which numpy guarantees never to change: a manifest that
+    records only order and seed names the same matrix under every version of torch.
 
     Raises:
         RotationError: ``seed`` is negative.
@@ -87,8 +102,11 @@ def random_signs(n: int, seed: int) -> Tensor:
     return torch.tensor(_signs(n, seed))
 
 
-def hadamard_matrix(n: int, *, seed: int | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The orthonormal ``[n, n]`` matrix ``diag(signs) (I x H) / sqrt(b)``, with ``H`` of order ``b = block_order(n)``.
+def hadamard_matrix(
+    n: int, *, seed: int | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The orthonormal ``[n, n]`` matrix ``diag(signs) (I x H) / sqrt(b)``, with ``H`` of order ``b
+    = block_order(n)``.
 
     Args:
         n: number of channels.
@@ -109,10 +127,12 @@ def hadamard_matrix(n: int, *, seed: int | None = None, dtype: torch.dtype = tor
 
 
 def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
-    """``x @ hadamard_matrix(n, seed=seed)`` over the last dimension, by one reshape and one matmul per factor.
+    """``x @ hadamard_matrix(n, seed=seed)`` over the last dimension, by one reshape and one matmul
+    per factor.
 
-    With channels indexed by a tuple of factor indices, ``x (H1 x H2)`` contracts each index with its own factor. Only
-    static channel counts enter the shapes, so ``torch.export`` traces it with any dynamic leading dimensions.
+    With channels indexed by a tuple of factor indices, ``x (H1 x H2)`` contracts each index with
+    its own factor. Only static channel counts enter the shapes, so ``torch.export`` traces it with
+    any dynamic leading dimensions.
 
     Args:
         x: floating tensor ``[..., n]``.
@@ -126,7 +146,8 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
     """
     if x.dim() == 0 or not x.is_floating_point():
         raise RotationError(
-            f"a Hadamard rotation needs a floating tensor [..., channels], not {x.dtype} {tuple(x.shape)}",
+            f"a Hadamard rotation needs a floating tensor [..., channels], not {x.dtype}"
+            f" {tuple(x.shape)}",
             hint="pass activations with channels last",
         )
     n = x.shape[-1]
@@ -137,13 +158,18 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
     done, rest = n // block, block
     for order in factor_order(block) or ():
         rest //= order
-        # Scaling each factor keeps every intermediate at the size of x, which matters in float16. Built by numpy in the
-        # final dtype, each is one constant of a traced graph and not a chain of casts.
+        # Scaling each factor keeps every intermediate at the size of x, which matters in float16.
+        # Built by numpy in the final dtype, each is one constant of a traced graph and not a chain
+        # of casts.
         scaled = _base_matrix(order) * order**-0.5
         if rest == 1:
-            x = x.reshape(*leading, done, order) @ torch.tensor(scaled, dtype=x.dtype, device=x.device)
+            x = x.reshape(*leading, done, order) @ torch.tensor(
+                scaled, dtype=x.dtype, device=x.device
+            )
         else:
-            x = torch.tensor(scaled.T, dtype=x.dtype, device=x.device) @ x.reshape(*leading, done, order, rest)
+            x = torch.tensor(scaled.T, dtype=x.dtype, device=x.device) @ x.reshape(
+                *leading, done, order, rest
+            )
         done *= order
     return x.reshape(*leading, n)
 
@@ -168,7 +194,9 @@ def _sylvester(order: int) -> Signs:
 
 
 def _split_power_of_two(n: int) -> tuple[int, ...]:
-    """Powers of two with product ``n``: as few as the largest allowed factor permits, as equal as possible."""
+    """Powers of two with product ``n``: as few as the largest allowed factor permits, as equal as
+    possible.
+    """
     exponent = n.bit_length() - 1
     count = max(1, -(-exponent // (_LARGEST_SYLVESTER_FACTOR.bit_length() - 1)))
     return tuple(2 ** ((exponent + i) // count) for i in reversed(range(count)))

@@ -1,4 +1,5 @@
-"""Rotations that were made elsewhere: rotq's own folders, DartQuant's and SpinQuant's files, told apart by their names.
+"""Rotations that were made elsewhere: rotq's own folders, DartQuant's and SpinQuant's files, told
+apart by their names.
 
 DartQuant keeps R1 and R2 in two files, so several paths make one set.
 """
@@ -13,19 +14,31 @@ from typing import Any
 
 from calib.architectures import Architecture
 from calib.errors import RotationError
-from calib.rotations.rotation_files import MANIFEST, TENSORS, import_dartquant, import_spinquant, load_rotations
+from calib.rotations.rotation_files import (
+    MANIFEST,
+    TENSORS,
+    import_dartquant,
+    import_spinquant,
+    load_rotations,
+)
 from calib.rotations.rotation_set import Rotation, RotationSet
 
 _FOREIGN = ("r1.pt", "r2.pt", "R.bin")
-_HINT = f"give a folder that rotq wrote, its {TENSORS}, DartQuant's r1.pt and r2.pt, or SpinQuant's R.bin"
+_HINT = (
+    f"give a folder that rotq wrote, its {TENSORS}, DartQuant's r1.pt and r2.pt, or SpinQuant's"
+    " R.bin"
+)
 
 
-def import_rotations(paths: Iterable[str | os.PathLike[str]], config: Any, architecture: Architecture) -> RotationSet:
+def import_rotations(
+    paths: Iterable[str | os.PathLike[str]], config: Any, architecture: Architecture
+) -> RotationSet:
     """Read rotations and check that they fit a model.
 
     Args:
-        paths: folders, or files named ``*.safetensors`` (rotq's, its manifest beside it), ``*.pt`` (DartQuant) or
-            ``*.bin`` (SpinQuant). A folder is rotq's own, or holds foreign files under their usual names.
+        paths: folders, or files named ``*.safetensors`` (rotq's, its manifest beside it), ``*.pt``
+            (DartQuant) or ``*.bin`` (SpinQuant). A folder is rotq's own, or holds foreign files
+            under their usual names.
         config: the model's Hugging Face config.
         architecture: its table entry.
 
@@ -33,8 +46,9 @@ def import_rotations(paths: Iterable[str | os.PathLike[str]], config: Any, archi
         One set; the origin of every rotation names the file that it comes from.
 
     Raises:
-        RotationError: a path does not exist or is of no known kind, a rotation is there twice, R2 is there for some
-            layers only, or something has the wrong shape or is not orthogonal (with the figure).
+        RotationError: a path does not exist or is of no known kind, a rotation is there twice, R2
+            is there for some layers only, or something has the wrong shape or is not orthogonal
+            (with the figure).
     """
     sizes = architecture.dimensions(config)
     rotations: list[Rotation] = []
@@ -67,7 +81,9 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         raise RotationError(f"there are no rotations at '{path}'", hint=_HINT)
     own = path / TENSORS
-    found = [own] if own.is_file() else [path / name for name in _FOREIGN if (path / name).is_file()]
+    found = (
+        [own] if own.is_file() else [path / name for name in _FOREIGN if (path / name).is_file()]
+    )
     if not found:
         raise RotationError(f"the folder '{path}' holds no rotations", hint=_HINT)
     yield from found
@@ -78,7 +94,8 @@ def _read(file: Path, kv_heads: int) -> RotationSet:
         case ".safetensors":
             if file.name != TENSORS or not (file.parent / MANIFEST).is_file():
                 raise RotationError(
-                    f"'{file}' is not a rotation file of rotq: that is {TENSORS}, with {MANIFEST} beside it",
+                    f"'{file}' is not a rotation file of rotq: that is {TENSORS}, with {MANIFEST}"
+                    " beside it",
                     hint=_HINT,
                 )
             return load_rotations(file.parent)

@@ -1,7 +1,9 @@
-"""What a rotation is trained for: losses of rotated activations, and the error of the quantizer that will be exported.
+"""What a rotation is trained for: losses of rotated activations, and the error of the quantizer
+that will be exported.
 
-Shapes: ``y`` ``[*batch, tokens, n]`` are rotated activations, ``weights`` ``[*batch, tokens]`` inverse inclusion
-probabilities of the tokens (``None``: all equal). Every loss is a weighted mean over tokens and has shape ``[*batch]``.
+Shapes: ``y`` ``[*batch, tokens, n]`` are rotated activations, ``weights`` ``[*batch, tokens]``
+inverse inclusion probabilities of the tokens (``None``: all equal). Every loss is a weighted mean
+over tokens and has shape ``[*batch]``.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ _UNIFORM_KURTOSIS = 1.8
 class ActivationScheme:
     """How one activation is quantized to integers.
 
-    ``amax / qmax`` with ``qmax = 2^(bits-1) - 1``, codes clamped to ``-2^(bits-1) ... 2^(bits-1) - 1``, when symmetric;
-    else ``(max - min) / (2^bits - 1)`` over a range that includes zero, with an integer zero point.
+    ``amax / qmax`` with ``qmax = 2^(bits-1) - 1``, codes clamped to ``-2^(bits-1) ... 2^(bits-1) -
+    1``, when symmetric; else ``(max - min) / (2^bits - 1)`` over a range that includes zero, with
+    an integer zero point.
     """
 
     bits: int = 4
@@ -36,7 +39,9 @@ class ActivationScheme:
     symmetric: bool = True
     """Without (``True``) or with a zero point."""
     granularity: Granularity = "token"
-    """One scale for the whole tensor (static), one per token, or one per group of channels of a token."""
+    """One scale for the whole tensor (static), one per token, or one per group of channels of a
+    token.
+    """
     group_size: int = 128
     """Channels per group; the last group may be smaller. Read by granularity ``group`` only."""
 
@@ -45,13 +50,18 @@ class ActivationScheme:
             raise RotationError(f"{self.bits} bits per activation", hint="use 2 to 16 bits")
         if self.granularity not in get_args(Granularity):
             raise RotationError(
-                f"unknown granularity {self.granularity!r}", hint=f"use one of: {', '.join(get_args(Granularity))}"
+                f"unknown granularity {self.granularity!r}",
+                hint=f"use one of: {', '.join(get_args(Granularity))}",
             )
         if self.group_size < 1:
-            raise RotationError(f"group size {self.group_size}", hint="use a group of 1 channel or more")
+            raise RotationError(
+                f"group size {self.group_size}", hint="use a group of 1 channel or more"
+            )
 
 
-def fake_quantize(x: Tensor, scheme: ActivationScheme, *, limits: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, scheme: ActivationScheme, *, limits: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """``x`` after quantization and dequantization, of the same shape and dtype.
 
     Args:
@@ -81,7 +91,8 @@ def scheme_error(
         x: rotated activations ``[*batch, tokens, n]``.
         scheme: the quantizer that will be exported.
         weights: token weights ``[*batch, tokens]``.
-        limits: calibrated ``(min, max)`` of a static quantizer, broadcastable against ``x``; by default those of ``x``.
+        limits: calibrated ``(min, max)`` of a static quantizer, broadcastable against ``x``; by
+            default those of ``x``.
 
     Returns:
         Float64 tensor ``[*batch]``.
@@ -91,15 +102,18 @@ def scheme_error(
     if weights is not None:
         lost, kept = lost * weights, kept * weights
     power = kept.sum(-1)
-    return torch.where(power > 0, lost.sum(-1) / power.clamp_min(torch.finfo(power.dtype).tiny), 0.0)
+    return torch.where(
+        power > 0, lost.sum(-1) / power.clamp_min(torch.finfo(power.dtype).tiny), 0.0
+    )
 
 
 @dataclass(frozen=True)
 class Objective:
     """A loss with its gradient and the curvature that the monotone step needs.
 
-    ``curvature`` is an upper bound of the second derivative of the per-entry loss, where there is one; ``None`` asks
-    the optimiser to take the scale of the gradient instead and to find the rest by backtracking.
+    ``curvature`` is an upper bound of the second derivative of the per-entry loss, where there is
+    one; ``None`` asks the optimiser to take the scale of the gradient instead and to find the rest
+    by backtracking.
     """
 
     name: str
@@ -115,9 +129,11 @@ class Objective:
         return loss if self.reduce is None else self.reduce(loss)
 
     def loss_and_gradient(self, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss ``[*batch]`` and its derivative with respect to ``y``, times the number of tokens.
+        """The loss ``[*batch]`` and its derivative with respect to ``y``, times the number of
+        tokens.
 
-        The factor keeps the entries at the size of one token's derivative whatever the number of tokens is.
+        The factor keeps the entries at the size of one token's derivative whatever the number of
+        tokens is.
         """
         if self.name == "whip":
             return _whip_and_gradient(y, weights)
@@ -128,35 +144,50 @@ class Objective:
         return loss.detach(), gradient * y.shape[-2]
 
 
-def make_objective(name: ObjectiveName, *, scheme: ActivationScheme | None = None, p: float = 4.0) -> Objective:
+def make_objective(
+    name: ObjectiveName, *, scheme: ActivationScheme | None = None, p: float = 4.0
+) -> Objective:
     """The objective called ``name``.
 
-    * ``whip``: ``sum_c exp(-|y_c|)``, DartQuant's; pushes entries away from zero at fixed power, so towards a box.
-    * ``lp``: ``(mean over tokens of sum_c |y_c|^p)^(1/p)``, a smooth stand-in for the largest entry of a static
-      quantizer.
-    * ``kurtosis``: ``|kurtosis - 1.8|`` over the channels of a token, as KurTail; 1.8 is the uniform distribution's.
+    * ``whip``: ``sum_c exp(-|y_c|)``, DartQuant's; pushes entries away from zero at fixed power, so
+      towards a box.
+    * ``lp``: ``(mean over tokens of sum_c |y_c|^p)^(1/p)``, a smooth stand-in for the largest entry
+      of a static quantizer.
+    * ``kurtosis``: ``|kurtosis - 1.8|`` over the channels of a token, as KurTail; 1.8 is the
+      uniform distribution's.
     * ``range``: the squared scale of a per-token quantizer, relative to the token's power.
     * ``scheme``: the squared error of ``scheme`` itself, see :func:`_quantizer_loss`.
-    * ``auto``: ``lp`` of exponent 4 where a scheme is named, else ``whip``. On three small models ``lp`` left less
-      held-out error than the reference's Whip under static, per-token and per-group quantizers alike.
+    * ``auto``: ``lp`` of exponent 4 where a scheme is named, else ``whip``. On three small models
+      ``lp`` left less held-out error than the reference's Whip under static, per-token and
+      per-group quantizers alike.
 
     Raises:
         RotationError: unknown name, no ``scheme`` for an objective that needs one, or ``p < 2``.
     """
     if name not in OBJECTIVE_NAMES:
-        raise RotationError(f"unknown objective {name!r}", hint=f"use one of: {', '.join(OBJECTIVE_NAMES)}")
+        raise RotationError(
+            f"unknown objective {name!r}", hint=f"use one of: {', '.join(OBJECTIVE_NAMES)}"
+        )
     if name == "auto" and scheme is not None:
         name, p = "lp", 4.0
     if name in ("auto", "whip"):
         return Objective("whip", _whip, curvature=1.0)
     if name == "lp":
         if p < 2:
-            raise RotationError(f"p = {p} in the L_p objective", hint="use p of 2 or more, such as 4")
-        return Objective("lp", lambda y: y.abs().pow(p).sum(-1), reduce=lambda mean: mean.clamp_min(1e-30).pow(1 / p))
+            raise RotationError(
+                f"p = {p} in the L_p objective", hint="use p of 2 or more, such as 4"
+            )
+        return Objective(
+            "lp",
+            lambda y: y.abs().pow(p).sum(-1),
+            reduce=lambda mean: mean.clamp_min(1e-30).pow(1 / p),
+        )
     if name == "kurtosis":
         return Objective("kurtosis", _kurtosis)
     if scheme is None:
-        raise RotationError(f"objective {name!r} needs the activation scheme", hint="name a scheme, or use 'whip'")
+        raise RotationError(
+            f"objective {name!r} needs the activation scheme", hint="name a scheme, or use 'whip'"
+        )
     quantizer = scheme
     if name == "range":
         return Objective("range", lambda y: _range(y, quantizer))
@@ -164,14 +195,17 @@ def make_objective(name: ObjectiveName, *, scheme: ActivationScheme | None = Non
 
 
 def whole_inputs(y: Tensor, group: int) -> Tensor:
-    """Values by KV head as the tensor that a quantizer meets: all query heads of a token side by side.
+    """Values by KV head as the tensor that a quantizer meets: all query heads of a token side by
+    side.
 
     Args:
-        y: ``[*batch, kv_heads, tokens * group, n]``; the ``group`` query heads of a token follow each other.
+        y: ``[*batch, kv_heads, tokens * group, n]``; the ``group`` query heads of a token follow
+            each other.
         group: query heads that share a KV head.
 
     Returns:
-        ``[*batch, tokens, kv_heads * group * n]``, in the order in which the output projection reads them.
+        ``[*batch, tokens, kv_heads * group * n]``, in the order in which the output projection
+        reads them.
     """
     *batch, heads, entries, n = y.shape
     split = y.reshape(*batch, heads, entries // group, group, n).transpose(-4, -3)
@@ -181,8 +215,9 @@ def whole_inputs(y: Tensor, group: int) -> Tensor:
 def over_heads(objective: Objective, group: int) -> Objective:
     """``objective`` for values by KV head, whose token has one scale for all heads.
 
-    ``whip`` and ``lp`` add up over entries, so that heads can be trained one by one. The others depend on the largest
-    entry of the whole token; there each head reports an equal part of its token's loss: the sum over heads is the loss.
+    ``whip`` and ``lp`` add up over entries, so that heads can be trained one by one. The others
+    depend on the largest entry of the whole token; there each head reports an equal part of its
+    token's loss: the sum over heads is the loss.
 
     Args:
         objective: of whole tokens.
@@ -204,7 +239,8 @@ def _whip(y: Tensor) -> Tensor:
 
 
 def _whip_and_gradient(y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Closed form ``-sign(y) exp(-|y|)`` in one buffer: memory traffic dominates at small ``n``, memory at large.
+    """Closed form ``-sign(y) exp(-|y|)`` in one buffer: memory traffic dominates at small ``n``,
+    memory at large.
 
     At 0 the kink points up and any value in ``[-1, 1]`` serves; here it is -1.
     """
@@ -223,7 +259,9 @@ def _kurtosis(y: Tensor) -> Tensor:
 
 
 def _range(y: Tensor, scheme: ActivationScheme) -> Tensor:
-    """``s^2 / power`` with ``s`` the quantizer's scale: twelve times the expected relative error of rounding."""
+    """``s^2 / power`` with ``s`` the quantizer's scale: twelve times the expected relative error of
+    rounding.
+    """
     grouped = _to_groups(y, scheme)
     scale, _ = _scale_and_zero(*_limits(grouped, scheme), scheme)
     power = y.detach().square().mean(-1).clamp_min(1e-30)
@@ -231,18 +269,22 @@ def _range(y: Tensor, scheme: ActivationScheme) -> Tensor:
 
 
 def _quantizer_loss(y: Tensor, scheme: ActivationScheme) -> Tensor:
-    """The quantizer's squared error relative to the token's power, with a straight-through estimate of its gradient.
+    """The quantizer's squared error relative to the token's power, with a straight-through estimate
+    of its gradient.
 
-    The error of an entry is ``s (round(u) - u)`` with ``u = y / s``. Its derivative through ``round(u) - u`` jumps from
-    one code to the next and averages to zero, so only the scale is differentiated: ``loss = s^2 sum (round(u) - u)^2``
-    with the rounding errors held fixed (the estimate that LSQ, Esser et al. 2020, uses for its step size).
+    The error of an entry is ``s (round(u) - u)`` with ``u = y / s``. Its derivative through
+    ``round(u) - u`` jumps from one code to the next and averages to zero, so only the scale is
+    differentiated: ``loss = s^2 sum (round(u) - u)^2`` with the rounding errors held fixed (the
+    estimate that LSQ, Esser et al. 2020, uses for its step size).
     """
     grouped = _to_groups(y, scheme)
     scale, zero = _scale_and_zero(*_limits(grouped, scheme), scheme)
     with torch.no_grad():
         u = grouped / scale
         least = -(2 ** (scheme.bits - 1)) if scheme.symmetric else 0
-        rounding = ((torch.round(u) + zero).clamp(least, least + 2**scheme.bits - 1) - zero - u).square()
+        rounding = (
+            (torch.round(u) + zero).clamp(least, least + 2**scheme.bits - 1) - zero - u
+        ).square()
     power = y.detach().square().sum(-1).clamp_min(1e-30)
     return (scale.square() * rounding).sum((-1, -2)) / power
 
@@ -252,7 +294,9 @@ def _token_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _to_groups(x: Tensor, scheme: ActivationScheme) -> Tensor:
-    """``[*batch, tokens, groups, size]``: one group but for granularity ``group``, zero-padded to whole groups."""
+    """``[*batch, tokens, groups, size]``: one group but for granularity ``group``, zero-padded to
+    whole groups.
+    """
     if scheme.granularity != "group":
         return x.unsqueeze(-2)
     padding = -x.shape[-1] % scheme.group_size

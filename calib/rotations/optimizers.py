@@ -1,7 +1,9 @@
-"""Steps on the orthogonal group. Each takes the rotation ``Q`` to a better one for a batch of activations.
+"""Steps on the orthogonal group. Each takes the rotation ``Q`` to a better one for a batch of
+activations.
 
-Notation: rows are tokens, ``Y = X Q`` the rotated activations, ``G = dL/dY`` and so ``dL/dQ = X^T G``. Everything is
-batched over leading dimensions: the rotations of all heads of all layers are one ``[layers, heads, n, n]`` tensor.
+Notation: rows are tokens, ``Y = X Q`` the rotated activations, ``G = dL/dY`` and so ``dL/dQ = X^T
+G``. Everything is batched over leading dimensions: the rotations of all heads of all layers are one
+``[layers, heads, n, n]`` tensor.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ from calib.rotations.polar import newton_schulz, polar_factor
 
 OptimizerName = Literal["qr", "riemannian-ns", "riemannian-cayley", "monotone"]
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
-# The monotone step's curvature, as a fraction of its unit: doubled this often in one step, and never beyond this, where
-# the step is below float32 resolution.
+# The monotone step's curvature, as a fraction of its unit: doubled this often in one step, and
+# never beyond this, where the step is below float32 resolution.
 _LARGEST_FRACTION = 1e4
 _MOST_DOUBLINGS = 6
-# How far the monotone step runs on, as a share of the way between the last two steps' matrices. Among 0.5 to 0.9 the
-# most lowered the loss of unseen tokens fastest.
+# How far the monotone step runs on, as a share of the way between the last two steps' matrices.
+# Among 0.5 to 0.9 the most lowered the loss of unseen tokens fastest.
 _EXTRAPOLATION = 0.9
-# The monotone step's polar factors are orthogonal up to this root mean square of s^2 - 1. What is left is in the
-# weakest directions and does not add up: each step takes a new polar factor, and the loss it has to lower is measured.
+# The monotone step's polar factors are orthogonal up to this root mean square of s^2 - 1. What is
+# left is in the weakest directions and does not add up: each step takes a new polar factor, and the
+# loss it has to lower is measured.
 _ORTHOGONALITY = 5e-3
 
 UpdateRule = Literal["sgd", "adam"]
@@ -36,20 +39,25 @@ UpdateRule = Literal["sgd", "adam"]
 class Problem:
     """Activations and what is asked of them, in the coordinates that are trained.
 
-    Where ``basis`` ``U`` ``[n, m]`` is given, the rotation is ``U Q U^T + 1 1^T / n`` with ``Q`` ``[m, m]``. Its input
-    has no component along ones (LayerNorm has centred it), so ``Y = (X U) Q U^T`` and ``dL/dQ = (X U)^T (G U)``.
+    Where ``basis`` ``U`` ``[n, m]`` is given, the rotation is ``U Q U^T + 1 1^T / n`` with ``Q``
+    ``[m, m]``. Its input has no component along ones (LayerNorm has centred it), so ``Y = (X U) Q
+    U^T`` and ``dL/dQ = (X U)^T (G U)``.
     """
 
     objective: Objective
     basis: Tensor | None = None
 
     def rotated(self, x: Tensor, q: Tensor) -> Tensor:
-        """``Y`` ``[*batch, tokens, n]`` for reduced activations ``x`` ``[*batch, tokens, m]`` and ``q``."""
+        """``Y`` ``[*batch, tokens, n]`` for reduced activations ``x`` ``[*batch, tokens, m]`` and
+        ``q``.
+        """
         y = x @ q
         return y if self.basis is None else y @ self.basis.T
 
     def pulled_back(self, x: Tensor, g: Tensor) -> Tensor:
-        """``dL/dQ`` times the number of tokens ``[*batch, m, m]`` for ``g`` ``[*batch, tokens, n]``."""
+        """``dL/dQ`` times the number of tokens ``[*batch, m, m]`` for ``g`` ``[*batch, tokens,
+        n]``.
+        """
         return x.mT @ (g if self.basis is None else g @ self.basis)
 
 
@@ -57,24 +65,37 @@ class Stepper(Protocol):
     """One optimiser with its state."""
 
     def step(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """Move by one batch of reduced activations; return its loss ``[*batch]`` *before* the move."""
+        """Move by one batch of reduced activations; return its loss ``[*batch]`` *before* the
+        move.
+        """
 
     def rotation(self) -> Tensor:
-        """The current rotation ``[*batch, m, m]``, after the last step; orthogonal up to rounding."""
+        """The current rotation ``[*batch, m, m]``, after the last step; orthogonal up to
+        rounding.
+        """
 
     def set_rate(self, factor: float) -> None:
         """Multiply the initial learning rate by ``factor``."""
 
 
 class QrStepper:
-    """The reference: a free latent matrix ``Z``, rotation ``Q = qr(Z).Q``, gradient by autograd through the QR.
+    """The reference: a free latent matrix ``Z``, rotation ``Q = qr(Z).Q``, gradient by autograd
+    through the QR.
 
-    DartQuant (NeurIPS 2025) publishes this with SGD of momentum 0.9. It returns the rotation computed *before* the last
-    update; here :meth:`rotation` factors the latent again, so that no step is lost.
+    DartQuant (NeurIPS 2025) publishes this with SGD of momentum 0.9. It returns the rotation
+    computed *before* the last update; here :meth:`rotation` factors the latent again, so that no
+    step is lost.
     """
 
     def __init__(
-        self, start: Tensor, problem: Problem, *, lr: float, momentum: float, update: UpdateRule, accumulate: int
+        self,
+        start: Tensor,
+        problem: Problem,
+        *,
+        lr: float,
+        momentum: float,
+        update: UpdateRule,
+        accumulate: int,
     ) -> None:
         self._problem = problem
         self._latent = start.clone().requires_grad_()
@@ -89,7 +110,9 @@ class QrStepper:
 
     def step(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """One forward and backward pass; the latent moves at every ``accumulate``-th call."""
-        loss = self._problem.objective(self._problem.rotated(x, torch.linalg.qr(self._latent).Q), weights)
+        loss = self._problem.objective(
+            self._problem.rotated(x, torch.linalg.qr(self._latent).Q), weights
+        )
         # The heads of a batch do not interact: the gradient of the sum is that of each.
         torch.autograd.backward(loss.sum() / self._accumulate)
         self._calls += 1
@@ -97,14 +120,19 @@ class QrStepper:
             if self._latent.grad is None or not bool(torch.isfinite(self._latent.grad).all()):
                 raise RotationError(
                     "the QR latent became singular, its gradient is not finite",
-                    hint="lower the learning rate, use another start, or optimizer 'monotone', which has no latent",
+                    hint=(
+                        "lower the learning rate, use another start, or optimizer 'monotone', which"
+                        " has no latent"
+                    ),
                 )
             self._optimizer.step()
             self._optimizer.zero_grad()
         return loss.detach()
 
     def rotation(self) -> Tensor:
-        """The Q of the present latent: one more QR than the reference, and the last step is not lost."""
+        """The Q of the present latent: one more QR than the reference, and the last step is not
+        lost.
+        """
         q: Tensor = torch.linalg.qr(self._latent.detach()).Q
         return q
 
@@ -117,13 +145,15 @@ class QrStepper:
 class RiemannianStepper:
     """Gradient descent along the group: project the gradient, step, retract.
 
-    The component of ``D = dL/dQ`` tangent to the group at ``Q`` is ``D - Q sym(Q^T D) = Q W`` with the skew matrix
-    ``W = (Q^T D - D^T Q) / 2``. Momentum accumulates ``W``, which needs no transport from one ``Q`` to the next. The
-    step ``Q (I - lr W)`` is then brought back onto the group:
+    The component of ``D = dL/dQ`` tangent to the group at ``Q`` is ``D - Q sym(Q^T D) = Q W`` with
+    the skew matrix ``W = (Q^T D - D^T Q) / 2``. Momentum accumulates ``W``, which needs no
+    transport from one ``Q`` to the next. The step ``Q (I - lr W)`` is then brought back onto the
+    group:
 
-    * ``ns``: by its polar factor. Its singular values ``sqrt(1 + lr^2 w^2)`` are near 1, so two or three Newton-Schulz
-      iterations of two matmuls suffice.
-    * ``cayley``: ``Q (I + lr W / 2)^-1 (I - lr W / 2)`` is exactly orthogonal and agrees to second order; one solve.
+    * ``ns``: by its polar factor. Its singular values ``sqrt(1 + lr^2 w^2)`` are near 1, so two or
+      three Newton-Schulz iterations of two matmuls suffice.
+    * ``cayley``: ``Q (I + lr W / 2)^-1 (I - lr W / 2)`` is exactly orthogonal and agrees to second
+      order; one solve.
     """
 
     def __init__(
@@ -164,8 +194,8 @@ class RiemannianStepper:
         if self._retraction == "cayley":
             self._q = self._q @ torch.linalg.solve(self._eye + 0.5 * angle, self._eye - 0.5 * angle)
         else:
-            # All singular values are at least 1 before normalisation, so the ratio is at least 1 / norm; 0.5 covers
-            # steps of up to 60 degrees and larger ones only cost iterations.
+            # All singular values are at least 1 before normalisation, so the ratio is at least 1 /
+            # norm; 0.5 covers steps of up to 60 degrees and larger ones only cost iterations.
             moved = newton_schulz(self._eye - angle, least=0.5, tolerance=1e-6)
             self._q = self._q @ moved
 
@@ -191,56 +221,68 @@ class _Bound:
 
 
 class MonotoneStepper:
-    """The step without a learning rate: minimise a bound of the loss exactly, ``Q <- polar(X^T (c Y - G))``.
+    """The step without a learning rate: minimise a bound of the loss exactly, ``Q <- polar(X^T (c Y
+    - G))``.
 
-    Let the loss be a sum of ``f(y)`` over entries with ``f'' <= c``, kinks pointing up allowed. Then
-    ``h(y) = c y^2 / 2 - f(y)`` is convex, so it lies above its tangent at the present ``y0``:
+    Let the loss be a sum of ``f(y)`` over entries with ``f'' <= c``, kinks pointing up allowed.
+    Then ``h(y) = c y^2 / 2 - f(y)`` is convex, so it lies above its tangent at the present ``y0``:
 
         f(y) = c y^2 / 2 - h(y) <= c y^2 / 2 - h(y0) - h'(y0) (y - y0),    with equality at ``y0``.
 
-    Summed over ``Y = X Q`` the first term is ``c |X|^2 / 2`` for every orthogonal ``Q``, so the bound is least where
-    ``<h'(Y0), X Q> = <Q, X^T (c Y0 - f'(Y0))>`` is greatest, and that is the polar factor of ``X^T (c Y0 - f'(Y0))``.
-    The loss on the batch cannot rise. For Whip, ``f = exp(-|y|)``: ``f'' = exp(-|y|) <= 1`` and the kink at 0 points
-    up, so ``c = 1`` and the step is ``polar(X^T (Y + sign(Y) exp(-|Y|)))``.
+    Summed over ``Y = X Q`` the first term is ``c |X|^2 / 2`` for every orthogonal ``Q``, so the
+    bound is least where ``<h'(Y0), X Q> = <Q, X^T (c Y0 - f'(Y0))>`` is greatest, and that is the
+    polar factor of ``X^T (c Y0 - f'(Y0))``. The loss on the batch cannot rise. For Whip, ``f =
+    exp(-|y|)``: ``f'' = exp(-|y|) <= 1`` and the kink at 0 points up, so ``c = 1`` and the step is
+    ``polar(X^T (Y + sign(Y) exp(-|Y|)))``.
 
-    ``c`` is the worst case. Averaged over a bell-shaped ``y`` the kink alone outweighs the curvature elsewhere, the
-    loss is nearly concave in ``Q``, and a smaller ``c`` takes longer steps. So ``c`` starts at ``fraction`` of the
-    bound; a step that turns out to have raised the loss is taken back and ``c`` doubled until it does not. At the bound
-    the guarantee holds. Losses without a known bound use ``|G| / |Y|`` as the unit of ``c``.
+    ``c`` is the worst case. Averaged over a bell-shaped ``y`` the kink alone outweighs the
+    curvature elsewhere, the loss is nearly concave in ``Q``, and a smaller ``c`` takes longer
+    steps. So ``c`` starts at ``fraction`` of the bound; a step that turns out to have raised the
+    loss is taken back and ``c`` doubled until it does not. At the bound the guarantee holds. Losses
+    without a known bound use ``|G| / |Y|`` as the unit of ``c``.
 
-    Minimising a bound is slow where the bound is loose, which is where the activations have most power. So the polar
-    factor is taken of a matrix ahead, ``A + b (A - A0)``, with ``A0`` and ``A`` the matrices of the last two steps on
-    this batch, each over ``|A| / sqrt(n)``. As the polar factor is smooth, that is ``P + b (P - P0)`` to first order in
-    ``A - A0``, with ``P0`` and ``P`` the last two minimisers: the acceleration of Nesterov ("A method for solving the
-    convex programming problem with convergence rate O(1/k^2)", 1983), on the group and without a second polar factor
-    to return to it. Where it would raise the loss the step goes to ``P`` instead. Damped and accelerated, steps move
-    along the signal of many tokens before they fit the noise of few. Losses without a known bound are not accelerated:
-    ``lp`` and ``kurtosis`` then left more quantization error on unseen tokens after 10 passes.
+    Minimising a bound is slow where the bound is loose, which is where the activations have most
+    power. So the polar factor is taken of a matrix ahead, ``A + b (A - A0)``, with ``A0`` and ``A``
+    the matrices of the last two steps on this batch, each over ``|A| / sqrt(n)``. As the polar
+    factor is smooth, that is ``P + b (P - P0)`` to first order in ``A - A0``, with ``P0`` and ``P``
+    the last two minimisers: the acceleration of Nesterov ("A method for solving the convex
+    programming problem with convergence rate O(1/k^2)", 1983), on the group and without a second
+    polar factor to return to it. Where it would raise the loss the step goes to ``P`` instead.
+    Damped and accelerated, steps move along the signal of many tokens before they fit the noise of
+    few. Losses without a known bound are not accelerated: ``lp`` and ``kurtosis`` then left more
+    quantization error on unseen tokens after 10 passes.
 
-    ``damping`` adds ``damping * |A| / sqrt(n) * Q0`` to the matrix ``A`` whose polar factor is taken. As
-    ``<Q, Q0> = n - |Q - Q0|^2 / 2`` this is a proximal term: it keeps the guarantee, leaves directions alone in which
-    the activations carry nothing (fewer tokens than channels, dead heads), and bounds the condition number.
+    ``damping`` adds ``damping * |A| / sqrt(n) * Q0`` to the matrix ``A`` whose polar factor is
+    taken. As ``<Q, Q0> = n - |Q - Q0|^2 / 2`` this is a proximal term: it keeps the guarantee,
+    leaves directions alone in which the activations carry nothing (fewer tokens than channels, dead
+    heads), and bounds the condition number.
     """
 
     def __init__(self, start: Tensor, problem: Problem, *, fraction: float, damping: float) -> None:
         self._problem = problem
         self._q = start.clone()
         self._damping = damping
-        self._fraction = torch.full((*start.shape[:-2], 1, 1), fraction, dtype=start.dtype, device=start.device)
+        self._fraction = torch.full(
+            (*start.shape[:-2], 1, 1), fraction, dtype=start.dtype, device=start.device
+        )
         self._batch: Tensor | None = None
         self._power = self._fraction  # |X|^2 of the batch
         self._target: Tensor | None = None  # of the last step, to extrapolate from
         self._seen: _Bound | None = None  # of the batch at Q
 
     def step(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """One step that does not raise the loss of this batch; two matmuls with ``x`` if it is the batch before.
+        """One step that does not raise the loss of this batch; two matmuls with ``x`` if it is the
+        batch before.
 
-        Nothing is carried over to another batch: the difference of their matrices is noise as much as progress.
+        Nothing is carried over to another batch: the difference of their matrices is noise as much
+        as progress.
         """
         if self._batch is not x:
             self._batch, self._seen, self._target = x, None, None
             power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-            self._power = (power if weights is None else power * _relative(weights)).sum(-2, keepdim=True)
+            self._power = (power if weights is None else power * _relative(weights)).sum(
+                -2, keepdim=True
+            )
         bound = self._seen or self._bound(x, self._q, weights)
         self._seen = None
         loss = bound.loss
@@ -287,14 +329,20 @@ class MonotoneStepper:
         y = self._problem.rotated(x, q)
         loss, gradient = self._problem.objective.loss_and_gradient(y, weights)
         unit = self._unit(gradient)
-        factor = self._fraction * unit if weights is None else self._fraction * unit * _relative(weights)
+        factor = (
+            self._fraction * unit if weights is None else self._fraction * unit * _relative(weights)
+        )
         return _Bound(loss, gradient.neg_().addcmul_(y, factor), unit)
 
     def _unit(self, gradient: Tensor) -> Tensor:
-        """What ``fraction`` is a fraction of: the proven curvature, or ``|G| / |Y|``, where ``|Y| = |X|``."""
+        """What ``fraction`` is a fraction of: the proven curvature, or ``|G| / |Y|``, where ``|Y| =
+        |X|``.
+        """
         if self._problem.objective.curvature is not None:
             return torch.full_like(self._fraction, self._problem.objective.curvature)
-        ratio = torch.linalg.matrix_norm(gradient, keepdim=True) / self._power.sqrt().clamp_min(1e-30)
+        ratio = torch.linalg.matrix_norm(gradient, keepdim=True) / self._power.sqrt().clamp_min(
+            1e-30
+        )
         return torch.where(self._power > 0, ratio, 1.0)
 
     def _spread(self, x: Tensor, weights: Tensor | None) -> Tensor:
@@ -305,7 +353,8 @@ class MonotoneStepper:
     def _damped(self, raw: Tensor) -> Tensor:
         """``A sqrt(n) / |A| + damping * Q0``."""
         scale = torch.linalg.matrix_norm(raw, keepdim=True) / raw.shape[-1] ** 0.5
-        scale = torch.where(scale > 0, scale, 1.0)  # no signal at all: the polar factor of Q itself, Q stays
+        # no signal at all: the polar factor of Q itself, Q stays
+        scale = torch.where(scale > 0, scale, 1.0)
         return torch.add(raw / scale, self._q, alpha=self._damping)
 
     def rotation(self) -> Tensor:

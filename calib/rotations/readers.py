@@ -1,8 +1,8 @@
 """The rows of the weights that read a rotated space, in the layout of sampled activations.
 
-A reader of ``x R`` holds ``W R``: its rows are rotated like tokens, and quantized like tokens with scales of their own.
-Where the weights alone are quantized, they are what a rotation is judged by. A row weighs as much as its matrix is
-small, so that every matrix counts by its relative error.
+A reader of ``x R`` holds ``W R``: its rows are rotated like tokens, and quantized like tokens with
+scales of their own. Where the weights alone are quantized, they are what a rotation is judged by. A
+row weighs as much as its matrix is small, so that every matrix counts by its relative error.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from torch import Tensor
 from calib.architectures import Architecture, Space
 from calib.capture.result import Samples
 
-# Rows taken of each weight, evenly spaced: enough for a mean over rows, and few whatever the model's size is.
+# Rows taken of each weight, evenly spaced: enough for a mean over rows, and few whatever the
+# model's size is.
 _ROWS = 1024
 
 
-def residual_rows(state: Mapping[str, Tensor], config: Any, architecture: Architecture) -> Samples | None:
-    """Rows ``[rows, hidden]`` of every quantizable linear that reads the residual stream; ``None`` if there is none.
+def residual_rows(
+    state: Mapping[str, Tensor], config: Any, architecture: Architecture
+) -> Samples | None:
+    """Rows ``[rows, hidden]`` of every quantizable linear that reads the residual stream; ``None``
+    if there is none.
 
     Args:
         state: tensors of the norm-folded model by their names in the module tree.
@@ -36,11 +40,14 @@ def residual_rows(state: Mapping[str, Tensor], config: Any, architecture: Archit
     return Samples(torch.cat(parts), torch.cat(weights), massive=0)
 
 
-def value_rows(state: Mapping[str, Tensor], config: Any, architecture: Architecture) -> Samples | None:
-    """Rows of the attention output projections, ``[layers, kv_heads, rows * group, head_dim]``; ``None`` if none.
+def value_rows(
+    state: Mapping[str, Tensor], config: Any, architecture: Architecture
+) -> Samples | None:
+    """Rows of the attention output projections, ``[layers, kv_heads, rows * group, head_dim]``;
+    ``None`` if none.
 
-    The ``group`` parts of a row that read the query heads of one KV head follow each other, as the entries of one token
-    do in captured samples.
+    The ``group`` parts of a row that read the query heads of one KV head follow each other, as the
+    entries of one token do in captured samples.
 
     Args:
         state: tensors of the norm-folded model by their names in the module tree.
@@ -55,11 +62,17 @@ def value_rows(state: Mapping[str, Tensor], config: Any, architecture: Architect
     if not layers:
         return None
     values = torch.stack(layers)
-    return Samples(values, torch.ones(values.shape[0], values.shape[2]), massive=0, group=sizes.group)
+    return Samples(
+        values, torch.ones(values.shape[0], values.shape[2]), massive=0, group=sizes.group
+    )
 
 
-def _weights(state: Mapping[str, Tensor], config: Any, architecture: Architecture, space: Space) -> list[Tensor]:
-    """The weights ``[out, in]`` of the linears that read ``space`` and are quantized, in topological order."""
+def _weights(
+    state: Mapping[str, Tensor], config: Any, architecture: Architecture, space: Space
+) -> list[Tensor]:
+    """The weights ``[out, in]`` of the linears that read ``space`` and are quantized, in
+    topological order.
+    """
     return [
         state[spec.weight].T if spec.layout == "conv1d" else state[spec.weight]
         for spec in architecture.all_linears(config)

@@ -1,4 +1,5 @@
-"""The :class:`RotationSet`: every rotation of a model, which of them are folded and which run online, and their origin.
+"""The :class:`RotationSet`: every rotation of a model, which of them are folded and which run
+online, and their origin.
 
 Row-vector convention: a rotation ``Q`` takes an activation ``x`` to ``x Q``.
 """
@@ -19,7 +20,8 @@ from calib.errors import RotationError
 from calib.rotations.hadamard import apply_hadamard, hadamard_matrix
 from calib.rotations.starts import hadamard_start
 
-# Largest entry of |Q^T Q - I| that counts as orthogonal: what a float32 matrix of a few thousand rows reaches.
+# Largest entry of |Q^T Q - I| that counts as orthogonal: what a float32 matrix of a few thousand
+# rows reaches.
 ORTHOGONALITY_TOLERANCE = 1e-6
 _NAME = re.compile(r"(R1)|(R[234])\.(\d+)(?:\.(\w+))?")
 _ONLINE: tuple[Kind, ...] = ("r3", "r4")
@@ -30,7 +32,9 @@ class Rotation:
     """One rotation: a matrix, or a Hadamard matrix given by its order and the seed of its signs."""
 
     name: str
-    """``R1``, ``R2.{layer}``, ``R3.{layer}``, ``R4.{layer}``, or ``R4.{layer}.{branch}`` for shared experts."""
+    """``R1``, ``R2.{layer}``, ``R3.{layer}``, ``R4.{layer}``, or ``R4.{layer}.{branch}`` for shared
+    experts.
+    """
     kind: Kind
     space: Space
     layer: int | None = None
@@ -49,16 +53,22 @@ class Rotation:
         layer = int(match[3]) if match and match[3] else None
         if match is None or (match[1] or match[2]).lower() != self.kind or layer != self.layer:
             raise RotationError(
-                f"rotation name {self.name!r} does not fit kind {self.kind!r} and layer {self.layer}",
+                f"rotation name {self.name!r} does not fit kind {self.kind!r} and layer"
+                f" {self.layer}",
                 hint="names are R1, R2.{layer}, R3.{layer} and R4.{layer}",
             )
         if self.space is not SPACE_OF[self.kind]:
-            raise RotationError(f"{self.name} acts on the {SPACE_OF[self.kind]} space, not on {self.space}")
+            raise RotationError(
+                f"{self.name} acts on the {SPACE_OF[self.kind]} space, not on {self.space}"
+            )
         if (self.matrix is None) == (self.order is None):
-            raise RotationError(f"{self.name} needs either a matrix or the order of a Hadamard matrix, not both")
+            raise RotationError(
+                f"{self.name} needs either a matrix or the order of a Hadamard matrix, not both"
+            )
         if self.online != (self.kind in _ONLINE) or (self.online and self.matrix is not None):
             raise RotationError(
-                f"{self.name}: R1 and R2 are folded into weights, R3 and R4 are online Hadamard rotations",
+                f"{self.name}: R1 and R2 are folded into weights, R3 and R4 are online Hadamard"
+                " rotations",
                 hint="give R3 and R4 an order and a seed",
             )
         if self.matrix is not None and self.matrix.dtype != torch.float64:
@@ -70,7 +80,9 @@ class Rotation:
         return self.name.split(".")[2] if self.name.count(".") == 2 else ""
 
     def dense(self) -> Tensor:
-        """The float64 matrix ``[n, n]``, for R2 possibly ``[kv_heads, n, n]``, whichever way it is given."""
+        """The float64 matrix ``[n, n]``, for R2 possibly ``[kv_heads, n, n]``, whichever way it is
+        given.
+        """
         if self.matrix is not None:
             return self.matrix
         assert self.order is not None  # by __post_init__
@@ -87,7 +99,9 @@ class Rotation:
         return self if self.matrix is None else replace(self, matrix=self.matrix.to(device))
 
 
-def fused_rotation(kind: Kind, matrix: Tensor, *, layer: int | None = None, origin: str = "") -> Rotation:
+def fused_rotation(
+    kind: Kind, matrix: Tensor, *, layer: int | None = None, origin: str = ""
+) -> Rotation:
     """An R1 ``[n, n]`` or an R2 ``[kv_heads, n, n]`` given by its matrix, which is kept in float64.
 
     Raises:
@@ -97,9 +111,17 @@ def fused_rotation(kind: Kind, matrix: Tensor, *, layer: int | None = None, orig
 
 
 def hadamard_rotation(
-    kind: Kind, order: int, *, layer: int | None = None, seed: int | None = None, branch: str = "", origin: str = ""
+    kind: Kind,
+    order: int,
+    *,
+    layer: int | None = None,
+    seed: int | None = None,
+    branch: str = "",
+    origin: str = "",
 ) -> Rotation:
-    """A rotation that is a Hadamard matrix of ``order``, with signs from ``seed`` (``None``: no signs)."""
+    """A rotation that is a Hadamard matrix of ``order``, with signs from ``seed`` (``None``: no
+    signs).
+    """
     name = _name(kind, layer) + (f".{branch}" if branch else "")
     return Rotation(
         name,
@@ -116,9 +138,11 @@ def hadamard_rotation(
 def hadamard_rotations(
     config: Any, architecture: Architecture, kinds: Iterable[Kind], *, seed: int | None = 0
 ) -> RotationSet:
-    """Hadamard rotations of the given kinds for every layer: a start for R1 and R2, and all there is to R3 and R4.
+    """Hadamard rotations of the given kinds for every layer: a start for R1 and R2, and all there
+    is to R3 and R4.
 
-    On a model with LayerNorm, R1 is the Hadamard matrix reflected so that it fixes the all-ones vector.
+    On a model with LayerNorm, R1 is the Hadamard matrix reflected so that it fixes the all-ones
+    vector.
 
     Raises:
         RotationError: a kind is refused for this architecture.
@@ -128,18 +152,24 @@ def hadamard_rotations(
     rotations: list[Rotation] = []
     if "r1" in wanted and architecture.norm_kind == "layer":
         matrix = hadamard_start(sizes.hidden, seed, fix_ones=True)
-        rotations.append(fused_rotation("r1", matrix, origin=f"Hadamard that fixes ones, seed {seed}"))
+        rotations.append(
+            fused_rotation("r1", matrix, origin=f"Hadamard that fixes ones, seed {seed}")
+        )
     elif "r1" in wanted:
         rotations.append(hadamard_rotation("r1", sizes.hidden, seed=seed))
     for layer in range(sizes.layers):
         per_head: tuple[Kind, ...] = ("r2", "r3")
         rotations += [
-            hadamard_rotation(kind, sizes.head_dim, layer=layer, seed=seed) for kind in per_head if kind in wanted
+            hadamard_rotation(kind, sizes.head_dim, layer=layer, seed=seed)
+            for kind in per_head
+            if kind in wanted
         ]
         if "r4" in wanted:
             for spec in architecture.ffn_readers(config, layer):
                 width = architecture.ffn_width(spec, config)
-                rotations.append(hadamard_rotation("r4", width, layer=layer, seed=seed, branch=spec.branch))
+                rotations.append(
+                    hadamard_rotation("r4", width, layer=layer, seed=seed, branch=spec.branch)
+                )
     result = RotationSet(rotations)
     result.validate(config, architecture)
     return result
@@ -150,7 +180,9 @@ def _name(kind: Kind, layer: int | None) -> str:
 
 
 class RotationSet(Mapping[str, Rotation]):
-    """Every rotation of one model, by name. Immutable; an empty set stands for folding the norms alone."""
+    """Every rotation of one model, by name. Immutable; an empty set stands for folding the norms
+    alone.
+    """
 
     def __init__(self, rotations: Iterable[Rotation] = ()) -> None:
         self._rotations: dict[str, Rotation] = {}
@@ -189,7 +221,9 @@ class RotationSet(Mapping[str, Rotation]):
         return self.get(f"R3.{layer}")
 
     def r4(self, layer: int, branch: str = "") -> Rotation | None:
-        """The online rotation before the down projection of ``layer``, of its shared experts with that ``branch``."""
+        """The online rotation before the down projection of ``layer``, of its shared experts with
+        that ``branch``.
+        """
         return self.get(f"R4.{layer}.{branch}" if branch else f"R4.{layer}")
 
     def of(self, kinds: Iterable[str]) -> RotationSet:
@@ -199,7 +233,9 @@ class RotationSet(Mapping[str, Rotation]):
 
     def merged(self, other: Iterable[Rotation]) -> RotationSet:
         """A set with the rotations of ``other`` added, replacing those of the same name."""
-        return RotationSet({**self._rotations, **{rotation.name: rotation for rotation in other}}.values())
+        return RotationSet(
+            {**self._rotations, **{rotation.name: rotation for rotation in other}}.values()
+        )
 
     def to(self, device: torch.device | str) -> RotationSet:
         """The same set with every matrix on ``device``."""
@@ -207,7 +243,8 @@ class RotationSet(Mapping[str, Rotation]):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``rotations.safetensors`` and the manifest ``rotations.json`` into ``folder``."""
-        from calib.rotations.rotation_files import save_rotations  # here, because it imports this module
+        # here, because it imports this module
+        from calib.rotations.rotation_files import save_rotations
 
         save_rotations(self, folder)
 
@@ -218,7 +255,8 @@ class RotationSet(Mapping[str, Rotation]):
         Raises:
             RotationError: a file is missing or damaged, or of a later format version.
         """
-        from calib.rotations.rotation_files import load_rotations  # here, because it imports this module
+        # here, because it imports this module
+        from calib.rotations.rotation_files import load_rotations
 
         return load_rotations(folder)
 
@@ -226,9 +264,9 @@ class RotationSet(Mapping[str, Rotation]):
         """Check that this set can be fused into the model of ``config``.
 
         Raises:
-            RotationError: a rotation is refused for this architecture, names a layer that does not exist, has the wrong
-                shape, is not orthogonal (``max |Q^T Q - I|`` above 1e-6), or is an R1 that does not fix the all-ones
-                vector on a model with LayerNorm.
+            RotationError: a rotation is refused for this architecture, names a layer that does not
+                exist, has the wrong shape, is not orthogonal (``max |Q^T Q - I|`` above 1e-6), or
+                is an R1 that does not fix the all-ones vector on a model with LayerNorm.
         """
         sizes = architecture.dimensions(config)
         for kind in self.kinds():
@@ -237,7 +275,9 @@ class RotationSet(Mapping[str, Rotation]):
                 raise RotationError(f"{kind.upper()} is refused for {architecture.name}: {reason}")
         for rotation in self.values():
             if rotation.layer is not None and rotation.layer >= sizes.layers:
-                raise RotationError(f"{rotation.name} names a layer that this model of {sizes.layers} does not have")
+                raise RotationError(
+                    f"{rotation.name} names a layer that this model of {sizes.layers} does not have"
+                )
             _check_shape(rotation, config, architecture, sizes)
             defect = orthogonality_defect(rotation)
             if not defect <= ORTHOGONALITY_TOLERANCE:
@@ -252,21 +292,27 @@ class RotationSet(Mapping[str, Rotation]):
 
 
 def orthogonality_defect(rotation: Rotation) -> float:
-    """Largest entry of ``|Q^T Q - I|`` in float64; 0 for a Hadamard matrix, which is exact by construction."""
+    """Largest entry of ``|Q^T Q - I|`` in float64; 0 for a Hadamard matrix, which is exact by
+    construction.
+    """
     if rotation.matrix is None:
         return 0.0
     q = rotation.matrix
     return float((q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).abs().max())
 
 
-def _check_shape(rotation: Rotation, config: Any, architecture: Architecture, sizes: Dimensions) -> None:
+def _check_shape(
+    rotation: Rotation, config: Any, architecture: Architecture, sizes: Dimensions
+) -> None:
     n = sizes.hidden if rotation.kind == "r1" else sizes.head_dim
     if rotation.kind == "r4":
         assert rotation.layer is not None  # by the name
         readers = architecture.ffn_readers(config, rotation.layer)
         widths = {spec.branch: architecture.ffn_width(spec, config) for spec in readers}
         if rotation.branch not in widths:
-            raise RotationError(f"{rotation.name} names a branch that {architecture.name} does not have")
+            raise RotationError(
+                f"{rotation.name} names a branch that {architecture.name} does not have"
+            )
         n = widths[rotation.branch]
     wanted = (sizes.kv_heads, n, n) if rotation.kind == "r2" else (n, n)
     shape = (rotation.order,) * 2 if rotation.matrix is None else tuple(rotation.matrix.shape)
@@ -278,11 +324,16 @@ def _check_shape(rotation: Rotation, config: Any, architecture: Architecture, si
 
 
 def _check_fixes_ones(r1: Rotation, hidden: int) -> None:
-    """LayerNorm subtracts the mean along the all-ones vector, so R1 commutes with it only if ``1^T R1 = 1^T``."""
-    ones = torch.ones(hidden, dtype=torch.float64, device=None if r1.matrix is None else r1.matrix.device)
+    """LayerNorm subtracts the mean along the all-ones vector, so R1 commutes with it only if ``1^T
+    R1 = 1^T``.
+    """
+    ones = torch.ones(
+        hidden, dtype=torch.float64, device=None if r1.matrix is None else r1.matrix.device
+    )
     defect = float((r1.apply(ones) - ones).abs().max())
     if not defect <= ORTHOGONALITY_TOLERANCE:
         raise RotationError(
-            f"R1 moves the all-ones vector by {defect:.1e}, and this model has LayerNorm, which R1 would break",
+            f"R1 moves the all-ones vector by {defect:.1e}, and this model has LayerNorm, which R1"
+            " would break",
             hint="start R1 from the Hadamard matrix that fixes the all-ones vector",
         )

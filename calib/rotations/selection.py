@@ -1,16 +1,20 @@
-"""The gate of one rotation: identity, Hadamard, PCA·Hadamard and the trained one, by the error of what is exported.
+"""The gate of one rotation: identity, Hadamard, PCA·Hadamard and the trained one, by the error of
+what is exported.
 
-Training can make a rotation worse, and rotating at all can. So the candidates are compared by what quantization does to
-them, and the best one is kept; of equals the simplest. To first order the relative squared error of a linear's output
-is ``e_x + e_W`` (:mod:`calib.rotations.joint`), and those of the two that the scheme quantizes are counted:
+Training can make a rotation worse, and rotating at all can. So the candidates are compared by what
+quantization does to them, and the best one is kept; of equals the simplest. To first order the
+relative squared error of a linear's output is ``e_x + e_W`` (:mod:`calib.rotations.joint`), and
+those of the two that the scheme quantizes are counted:
 
-* ``e_x``: of activations, on tokens that trained no candidate, in the shape in which the quantizer meets them. R2 is
-  judged on whole inputs of the output projection, all heads side by side. Static quantizers get their limits from the
-  tokens that rotations are trained on; one scale for the tensor stands for clusters of channels too.
-* ``e_W``: of the rows of the weights that read the rotated space (:mod:`calib.rotations.readers`), each with its own
-  scales. These are the numbers that are exported; there is nothing to hold out.
+* ``e_x``: of activations, on tokens that trained no candidate, in the shape in which the quantizer
+  meets them. R2 is judged on whole inputs of the output projection, all heads side by side. Static
+  quantizers get their limits from the tokens that rotations are trained on; one scale for the
+  tensor stands for clusters of channels too.
+* ``e_W``: of the rows of the weights that read the rotated space (:mod:`calib.rotations.readers`),
+  each with its own scales. These are the numbers that are exported; there is nothing to hold out.
 
-R1 is one choice. R2 is one choice for all layers, by the mean over layers, with the figure of every layer kept.
+R1 is one choice. R2 is one choice for all layers, by the mean over layers, with the figure of every
+layer kept.
 """
 
 from __future__ import annotations
@@ -44,12 +48,13 @@ class Judge:
     weights: TensorScheme | None = None
     """How weights are quantized, where their rows are judged."""
     rows: Mapping[str, Samples] = field(default_factory=dict)
-    """Weight rows by rotation (``r1``, ``r2``) in the layout of samples; needed with ``weights``."""
+    """Weight rows by rotation (``r1``, ``r2``) in the layout of samples; needed with ``weights``.
+    """
 
     @property
     def trained_on(self) -> Literal["activations", "weights", "both"]:
-        """What makes most of the error: the one with fewer bits; of equals both, but for activations with static
-        limits, which lose far more than weights with a scale for every row.
+        """What makes most of the error: the one with fewer bits; of equals both, but for
+        activations with static limits, which lose far more than weights with a scale for every row.
         """
         if self.weights is None:
             return "activations"
@@ -99,12 +104,21 @@ def judge_for(scheme: Scheme, rows: Mapping[str, Samples] | None = None) -> Judg
     if scheme.weight is None:
         raise RotationError(f"'{scheme.name}' quantizes nothing that rotations could be judged by")
     if rows is None and scheme.activation is None:
-        raise RotationError(f"rotations for the weight-only scheme '{scheme.name}' are judged by weight rows")
-    parts = [] if scheme.activation is None else [f"held-out activations, {scheme.activation.format.name}"]
+        raise RotationError(
+            f"rotations for the weight-only scheme '{scheme.name}' are judged by weight rows"
+        )
+    parts = (
+        []
+        if scheme.activation is None
+        else [f"held-out activations, {scheme.activation.format.name}"]
+    )
     if rows is None:
         return Judge(parts[0], scheme.activation)
     return Judge(
-        " + ".join([*parts, f"weight rows, {scheme.weight.format.name}"]), scheme.activation, scheme.weight, rows
+        " + ".join([*parts, f"weight rows, {scheme.weight.format.name}"]),
+        scheme.activation,
+        scheme.weight,
+        rows,
     )
 
 
@@ -162,8 +176,8 @@ def select(
     Args:
         rotation: which one; names the rows of the table.
         trained: the trained candidate, float64 ``[n, n]`` or ``[layers, kv_heads, n, n]``.
-        train: samples that closed forms and static limits are computed from: values ``[tokens, n]`` for R1, ``[layers,
-            kv_heads, tokens, n]`` for R2.
+        train: samples that closed forms and static limits are computed from: values ``[tokens, n]``
+            for R1, ``[layers, kv_heads, tokens, n]`` for R2.
         held: samples of the same layout, disjoint from all that rotations were trained on.
         judge: what is quantized, and how.
         seed: of the Hadamard signs.
@@ -188,7 +202,9 @@ def select(
     return Selection(best, matrix if matrix is None else matrix.expand(trained.shape), table)
 
 
-def _error(matrix: Tensor | None, train: Samples, held: Samples, rows: Samples | None, judge: Judge) -> Tensor:
+def _error(
+    matrix: Tensor | None, train: Samples, held: Samples, rows: Samples | None, judge: Judge
+) -> Tensor:
     """``e_x + e_W`` as far as they are judged, float64 ``[layers]``; one layer for R1."""
     error = torch.zeros(1, dtype=torch.float64)
     if judge.activations is not None:
@@ -201,7 +217,8 @@ def _error(matrix: Tensor | None, train: Samples, held: Samples, rows: Samples |
 def relative_error(
     matrix: Tensor | None, samples: Samples, scheme: TensorScheme, *, train: Samples | None = None
 ) -> Tensor:
-    """Relative squared error of rotated and quantized ``samples``, float64 ``[layers]``; one layer for R1.
+    """Relative squared error of rotated and quantized ``samples``, float64 ``[layers]``; one layer
+    for R1.
 
     Args:
         matrix: ``[n, n]``, or ``[layers, kv_heads, n, n]``; ``None``: the identity.
@@ -234,8 +251,9 @@ def _quantized(x: Tensor, scheme: TensorScheme, calibrated: Tensor) -> Tensor:
 
 
 def _seen(matrix: Tensor | None, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Rotated samples as the tensor that a quantizer meets, ``[layers, tokens, channels]``, and weights ``[layers,
-    tokens]``. The channels of R2 are those of all query heads, which one quantizer covers.
+    """Rotated samples as the tensor that a quantizer meets, ``[layers, tokens, channels]``, and
+    weights ``[layers, tokens]``. The channels of R2 are those of all query heads, which one
+    quantizer covers.
     """
     values = samples.values.float()
     rotated = values if matrix is None else values @ matrix.to(values)

@@ -15,7 +15,9 @@ _CHUNK = 8192  # tokens widened to float64 at a time
 
 @dataclass(frozen=True)
 class Tokens:
-    """Float32 tokens ``[*batch, tokens, n]`` and their weights ``[*batch, tokens]``, where they are not all equal."""
+    """Float32 tokens ``[*batch, tokens, n]`` and their weights ``[*batch, tokens]``, where they are
+    not all equal.
+    """
 
     x: Tensor
     weights: Tensor | None
@@ -30,8 +32,11 @@ def second_moment(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """
     share = torch.ones(x.shape[:-1]).to(x) if weights is None else weights
     share = (share.double() / share.double().sum(-1, keepdim=True)).unsqueeze(-1)
-    moment = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    for begin in range(0, x.shape[-2], _CHUNK):  # a float64 copy of all tokens may not fit where the tokens do
+    moment = torch.zeros(
+        *x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device
+    )
+    # a float64 copy of all tokens may not fit where the tokens do
+    for begin in range(0, x.shape[-2], _CHUNK):
         wide = x[..., begin : begin + _CHUNK, :].double()
         moment += wide.mT @ (share[..., begin : begin + _CHUNK, :] * wide)
     return moment
@@ -43,8 +48,10 @@ def at_unit_power(x: Tensor, samples: Tensor, group: int | None, *, by_token: bo
     Args:
         x: activations ``[*batch, tokens, n]``.
         samples: activations of the same layout, whose power is made one unless ``by_token``.
-        group: ``None``: each batch element by itself; else the last batch dimension, the KV heads, shares one.
-        by_token: make the power of each token of ``x`` one, all heads and its ``group`` entries together.
+        group: ``None``: each batch element by itself; else the last batch dimension, the KV heads,
+            shares one.
+        by_token: make the power of each token of ``x`` one, all heads and its ``group`` entries
+            together.
     """
     x = x.float()
     if group is None or not by_token:
@@ -62,7 +69,10 @@ def _unit_power(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def check_samples(
-    samples: Tensor, weights: Tensor | None, held_out: Tensor | None, held_out_weights: Tensor | None
+    samples: Tensor,
+    weights: Tensor | None,
+    held_out: Tensor | None,
+    held_out_weights: Tensor | None,
 ) -> None:
     """Refuse what cannot be trained on.
 
@@ -71,7 +81,8 @@ def check_samples(
     """
     require(
         samples.dim() >= 2 and samples.numel() > 0 and samples.is_floating_point(),
-        f"activations of shape {tuple(samples.shape)} and dtype {samples.dtype} cannot be trained on",
+        f"activations of shape {tuple(samples.shape)} and dtype {samples.dtype} cannot be"
+        " trained on",
         "pass floating [*batch, tokens, channels] with at least one token",
     )
     require(
@@ -85,7 +96,8 @@ def check_samples(
         fits = held_out.shape[:-2] == samples.shape[:-2] and held_out.shape[-1] == samples.shape[-1]
         require(
             fits and held_out.shape[-2] > 0 and bool(torch.isfinite(held_out).all()),
-            f"held-out activations {tuple(held_out.shape)} do not fit {tuple(samples.shape)} or are not finite",
+            f"held-out activations {tuple(held_out.shape)} do not fit {tuple(samples.shape)} or are"
+            " not finite",
             "hold out tokens of the same site",
         )
 
@@ -94,8 +106,11 @@ def _check_weights(weights: Tensor | None, samples: Tensor | None) -> None:
     if weights is None or samples is None:
         return
     require(
-        weights.shape == samples.shape[:-1] and bool((weights > 0).all()) and bool(torch.isfinite(weights).all()),
-        f"token weights {tuple(weights.shape)} for activations {tuple(samples.shape)} must be finite and positive",
+        weights.shape == samples.shape[:-1]
+        and bool((weights > 0).all())
+        and bool(torch.isfinite(weights).all()),
+        f"token weights {tuple(weights.shape)} for activations {tuple(samples.shape)} must be"
+        " finite and positive",
         "pass one inverse inclusion probability for each token",
     )
 

@@ -41,25 +41,34 @@ from calib.rotations.starts import (
 )
 from calib.rotations.tokens import Tokens, at_unit_power, check_samples, require, second_moment
 
-# Learning rates by optimiser: the reference's published one for R1; for the Riemannian steps one that in 100 steps on a
-# small Llama went farther than the reference. The monotone step has none.
-_DEFAULT_RATE: dict[str, float] = {"qr": 1.5e-3, "riemannian-ns": 1e-2, "riemannian-cayley": 1e-2, "monotone": 0.0}
+# Learning rates by optimiser: the reference's published one for R1; for the Riemannian steps one
+# that in 100 steps on a small Llama went farther than the reference. The monotone step has none.
+_DEFAULT_RATE: dict[str, float] = {
+    "qr": 1.5e-3,
+    "riemannian-ns": 1e-2,
+    "riemannian-cayley": 1e-2,
+    "monotone": 0.0,
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every choice in training a rotation. The defaults are the recommended ones, not the reference's.
+    """Every choice in training a rotation. The defaults are the recommended ones, not the
+    reference's.
 
     ``TrainConfig.reference()`` gives the reference's.
     """
 
     objective: ObjectiveName = "auto"
-    """What to minimise; ``auto`` picks by ``scheme``: see :func:`calib.rotations.objectives.make_objective`. From a
-    capture, it spends the second half of the epochs on objective ``scheme`` where scales are not static."""
+    """What to minimise; ``auto`` picks by ``scheme``: see
+    :func:`calib.rotations.objectives.make_objective`. From a capture, it spends the second half of
+    the epochs on objective ``scheme`` where scales are not static."""
     optimizer: OptimizerName = "monotone"
     """How to step; ``qr`` is the reference."""
     scheme: ActivationScheme | None = None
-    """The quantizer that will be exported: objectives ``scheme`` and ``range`` and the held-out error use it."""
+    """The quantizer that will be exported: objectives ``scheme`` and ``range`` and the held-out
+    error use it.
+    """
     epochs: int = 40
     """Passes over the samples (reference: 10 for R1, 5 for R2)."""
     batch_size: int | None = None
@@ -69,8 +78,8 @@ class TrainConfig:
     accumulation_steps: int = 1
     """Batches whose gradients are averaged before a step; ``qr`` and ``riemannian-*``."""
     lr: float | None = None
-    """Learning rate; ``None``: 1.5e-3 for ``qr``, the reference's for R1 (it uses 1e-3 for R2), and 1e-2 for
-    ``riemannian-*``. Not used by ``monotone``."""
+    """Learning rate; ``None``: 1.5e-3 for ``qr``, the reference's for R1 (it uses 1e-3 for R2), and
+    1e-2 for ``riemannian-*``. Not used by ``monotone``."""
     momentum: float = 0.9
     """Momentum of ``qr`` with ``sgd`` and of ``riemannian-*``."""
     update: UpdateRule = "sgd"
@@ -78,8 +87,8 @@ class TrainConfig:
     cosine: bool = False
     """Lower the learning rate to zero along a half cosine over the epochs."""
     start: StartName | Literal["auto"] = "auto"
-    """Where to start, unless a matrix is given; ``auto``: ``pca-ones`` where each token has a zero point of its own to
-    absorb what its channels share, else ``hadamard``."""
+    """Where to start, unless a matrix is given; ``auto``: ``pca-ones`` where each token has a zero
+    point of its own to absorb what its channels share, else ``hadamard``."""
     seed: int = 0
     """Seed of the start and of the order of the batches."""
     fix_ones: bool = False
@@ -87,28 +96,33 @@ class TrainConfig:
     p: float = 4.0
     """Exponent of objective ``lp``; higher ones come closer to the maximum and fit fewer tokens."""
     normalize: bool = True
-    """Scale the samples to unit mean square first: Whip is not scale-free, and inputs of o_proj have any size. Each
-    token for itself where heads share a quantizer with a scale for each token, whose relative error does not depend on
-    its size; otherwise each batch element. Activations after a norm without gain have it already."""
+    """Scale the samples to unit mean square first: Whip is not scale-free, and inputs of o_proj
+    have any size. Each token for itself where heads share a quantizer with a scale for each token,
+    whose relative error does not depend on its size; otherwise each batch element. Activations
+    after a norm without gain have it already."""
     curvature_fraction: float | None = None
-    """``monotone``: first curvature as a fraction of the proven bound. 1 is the proven step; less is faster, and
-    backtracking keeps it monotone. ``None``: 0.2 where a bound is proven (Whip), else 0.1 of a unit taken from the
-    gradient."""
+    """``monotone``: first curvature as a fraction of the proven bound. 1 is the proven step; less
+    is faster, and backtracking keeps it monotone. ``None``: 0.2 where a bound is proven (Whip),
+    else 0.1 of a unit taken from the gradient."""
     damping: float | None = None
-    """``monotone``: strength of the proximal term, relative to the mean singular value of the target. ``None``: 0.2
-    where a bound is proven (Whip), else 0.03: with 0.2 there, held-out errors came out 1 to 4 % higher."""
+    """``monotone``: strength of the proximal term, relative to the mean singular value of the
+    target. ``None``: 0.2 where a bound is proven (Whip), else 0.03: with 0.2 there, held-out errors
+    came out 1 to 4 % higher."""
     tolerance: float = 0.0
     """Stop when an epoch lowers the training loss by less than this fraction (0: never)."""
     patience: int | None = None
-    """Stop after this many epochs without a lower held-out error (``None``: never). Needs ``held_out`` and ``scheme``.
-    Whether or not it stops early, the rotation with the lowest held-out error is returned where both are given."""
+    """Stop after this many epochs without a lower held-out error (``None``: never). Needs
+    ``held_out`` and ``scheme``. Whether or not it stops early, the rotation with the lowest
+    held-out error is returned where both are given."""
 
     @classmethod
     def reference(cls, *, rotation: str = "r1") -> TrainConfig:
-        """DartQuant's published hyper-parameters for ``r1`` or ``r2``, with tokens for its sequences of 2048.
+        """DartQuant's published hyper-parameters for ``r1`` or ``r2``, with tokens for its
+        sequences of 2048.
 
-        R1: 10 epochs over 10 % of the data, 64 sequences a step, lr 1.5e-3. R2: 5 epochs, 128 sequences, two batches a
-        step, lr 1e-3. SGD with momentum 0.9, no schedule, random Hadamard start, Whip.
+        R1: 10 epochs over 10 % of the data, 64 sequences a step, lr 1.5e-3. R2: 5 epochs, 128
+        sequences, two batches a step, lr 1e-3. SGD with momentum 0.9, no schedule, random Hadamard
+        start, Whip.
         """
         common = cls(objective="whip", optimizer="qr", start="hadamard", normalize=False)
         if rotation == "r2":
@@ -116,18 +130,40 @@ class TrainConfig:
         return replace(common, epochs=10, batch_size=64 * 2048, subset=0.1, lr=1.5e-3)
 
     def __post_init__(self) -> None:
-        require(self.optimizer in OPTIMIZER_NAMES, f"unknown optimizer {self.optimizer!r}", _one_of(OPTIMIZER_NAMES))
+        require(
+            self.optimizer in OPTIMIZER_NAMES,
+            f"unknown optimizer {self.optimizer!r}",
+            _one_of(OPTIMIZER_NAMES),
+        )
         starts = ("auto", *START_NAMES)
         require(self.start in starts, f"unknown start {self.start!r}", _one_of(starts))
-        require(self.update in get_args(UpdateRule), f"unknown update {self.update!r}", _one_of(get_args(UpdateRule)))
-        require(self.epochs >= 0, f"{self.epochs} epochs", "use 0 or more")
-        require(self.batch_size is None or self.batch_size > 0, f"batch size {self.batch_size}", "use 1 token or more")
-        require(0 < self.subset <= 1, f"subset {self.subset}", "use a fraction above 0 and at most 1")
-        require(self.accumulation_steps > 0, f"{self.accumulation_steps} accumulation steps", "use 1 or more")
         require(
-            self.lr is None or 0 < self.lr < math.inf, f"learning rate {self.lr}", "use a positive one, such as 1.5e-3"
+            self.update in get_args(UpdateRule),
+            f"unknown update {self.update!r}",
+            _one_of(get_args(UpdateRule)),
         )
-        require(0 <= self.momentum < 1, f"momentum {self.momentum}", "use 0 or more and less than 1")
+        require(self.epochs >= 0, f"{self.epochs} epochs", "use 0 or more")
+        require(
+            self.batch_size is None or self.batch_size > 0,
+            f"batch size {self.batch_size}",
+            "use 1 token or more",
+        )
+        require(
+            0 < self.subset <= 1, f"subset {self.subset}", "use a fraction above 0 and at most 1"
+        )
+        require(
+            self.accumulation_steps > 0,
+            f"{self.accumulation_steps} accumulation steps",
+            "use 1 or more",
+        )
+        require(
+            self.lr is None or 0 < self.lr < math.inf,
+            f"learning rate {self.lr}",
+            "use a positive one, such as 1.5e-3",
+        )
+        require(
+            0 <= self.momentum < 1, f"momentum {self.momentum}", "use 0 or more and less than 1"
+        )
         require(
             self.curvature_fraction is None or self.curvature_fraction > 0,
             f"curvature fraction {self.curvature_fraction}",
@@ -158,9 +194,13 @@ class TrainResult:
     matrix: Tensor
     """Float64 ``[*batch, n, n]`` on the CPU, orthogonal to 1e-12."""
     losses: tuple[float, ...]
-    """Loss before each step, averaged over the batch; then, in the last place, that of the returned rotation."""
+    """Loss before each step, averaged over the batch; then, in the last place, that of the returned
+    rotation.
+    """
     held_out_errors: tuple[float, ...] = field(default=())
-    """Relative squared error of ``scheme`` on the held-out tokens at the start and after each epoch, where measured."""
+    """Relative squared error of ``scheme`` on the held-out tokens at the start and after each
+    epoch, where measured.
+    """
     start: str = "hadamard"
     optimizer: str = "monotone"
     objective: str = "whip"
@@ -179,37 +219,45 @@ def train_rotation(
     group: int | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
-    """Train one rotation for each element of the leading batch dimensions, all in one batched solve.
+    """Train one rotation for each element of the leading batch dimensions, all in one batched
+    solve.
 
-    The same seed gives the same bytes on the same machine with the same number of threads. A batch element whose
-    activations are all zero keeps its start.
+    The same seed gives the same bytes on the same machine with the same number of threads. A batch
+    element whose activations are all zero keeps its start.
 
     Args:
-        samples: activations ``[*batch, tokens, n]`` in any floating dtype; trained in float32 on their device.
+        samples: activations ``[*batch, tokens, n]`` in any floating dtype; trained in float32 on
+            their device.
         config: how to train.
         weights: inverse inclusion probabilities ``[*batch, tokens]``; ``None``: all equal.
         held_out: activations ``[*batch, tokens', n]`` to measure the error of ``config.scheme`` on.
         held_out_weights: their weights ``[*batch, tokens']``; ``None``: all equal.
-        start: orthogonal ``[n, n]`` or ``[*batch, n, n]`` to start from instead of ``config.start``.
-        group: where the last batch dimension holds the KV heads of one tensor that is quantized as a whole: how many
-            query heads share each; see :func:`calib.rotations.objectives.whole_inputs`. ``None``: every batch element
-            has a quantizer of its own.
+        start: orthogonal ``[n, n]`` or ``[*batch, n, n]`` to start from instead of
+            ``config.start``.
+        group: where the last batch dimension holds the KV heads of one tensor that is quantized as
+            a whole: how many query heads share each; see
+            :func:`calib.rotations.objectives.whole_inputs`. ``None``: every batch element has a
+            quantizer of its own.
         progress: told the number of finished steps.
 
     Raises:
-        RotationError: shapes that do not fit, NaN or Inf, weights that are not positive, a start that is not orthogonal
-            or does not fix ones where it must, or training that diverged.
+        RotationError: shapes that do not fit, NaN or Inf, weights that are not positive, a start
+            that is not orthogonal or does not fix ones where it must, or training that diverged.
     """
     check_samples(samples, weights, held_out, held_out_weights)
     first = _checked_start(samples, weights, config, start)
-    by_token = group is not None and config.scheme is not None and config.scheme.granularity != "tensor"
+    by_token = (
+        group is not None and config.scheme is not None and config.scheme.granularity != "tensor"
+    )
 
     def scaled(x: Tensor) -> Tensor:
         if not config.normalize:
             return x.float()
         return at_unit_power(x, samples, group, by_token=by_token)
 
-    tokens = Tokens(scaled(samples), None if weights is None else weights.to(samples.device, torch.float32))
+    tokens = Tokens(
+        scaled(samples), None if weights is None else weights.to(samples.device, torch.float32)
+    )
     unseen = None
     if held_out is not None and config.scheme is not None:
         share = None if held_out_weights is None else held_out_weights.to(samples.device)
@@ -219,7 +267,15 @@ def train_rotation(
     problem = Problem(objective if group is None else over_heads(objective, group), basis)
     inner = restrict_to_complement(first) if config.fix_ones else first
     reduced = tokens if basis is None else replace(tokens, x=tokens.x @ basis)
-    run = _Run(config, problem, make_stepper(inner.to(tokens.x), problem, config), reduced, unseen, inner, group)
+    run = _Run(
+        config,
+        problem,
+        make_stepper(inner.to(tokens.x), problem, config),
+        reduced,
+        unseen,
+        inner,
+        group,
+    )
     run.train(progress)
     trained = project_orthogonal(run.best)
     matrix = embed_fixing_ones(trained.cpu()) if config.fix_ones else trained.cpu()
@@ -280,7 +336,10 @@ class _Run:
             mean = sum(epoch_losses) / len(epoch_losses)
             if config.patience is not None and self.errors and without_gain >= config.patience:
                 break
-            if config.tolerance > 0 and previous - mean < config.tolerance * abs(previous) < math.inf:
+            if (
+                config.tolerance > 0
+                and previous - mean < config.tolerance * abs(previous) < math.inf
+            ):
                 break
             previous = mean
 
@@ -343,7 +402,10 @@ class _Run:
         entries = torch.arange(self._entries, device=self.x.device)
         for begin in range(0, self._batches_per_epoch() * size, size):
             chosen = (order[begin : begin + size, None] * self._entries + entries).flatten()
-            yield self.x[..., chosen, :], None if self.weights is None else self.weights[..., chosen]
+            yield (
+                self.x[..., chosen, :],
+                None if self.weights is None else self.weights[..., chosen],
+            )
 
 
 def make_stepper(start: Tensor, problem: Problem, config: TrainConfig) -> Stepper:
@@ -351,7 +413,14 @@ def make_stepper(start: Tensor, problem: Problem, config: TrainConfig) -> Steppe
     lr = _DEFAULT_RATE[config.optimizer] if config.lr is None else config.lr
     accumulate = config.accumulation_steps
     if config.optimizer == "qr":
-        return QrStepper(start, problem, lr=lr, momentum=config.momentum, update=config.update, accumulate=accumulate)
+        return QrStepper(
+            start,
+            problem,
+            lr=lr,
+            momentum=config.momentum,
+            update=config.update,
+            accumulate=accumulate,
+        )
     if config.optimizer == "monotone":
         fraction, damping = (0.1, 0.03) if problem.objective.curvature is None else (0.2, 0.2)
         return MonotoneStepper(
@@ -370,12 +439,16 @@ def make_stepper(start: Tensor, problem: Problem, config: TrainConfig) -> Steppe
     )
 
 
-def _checked_start(x: Tensor, weights: Tensor | None, config: TrainConfig, given: Tensor | None) -> Tensor:
+def _checked_start(
+    x: Tensor, weights: Tensor | None, config: TrainConfig, given: Tensor | None
+) -> Tensor:
     """The float64 start ``[*batch, n, n]`` on the CPU."""
     n = x.shape[-1]
     if given is None:
         moment = second_moment(x.float(), weights).cpu() if config.first.startswith("pca") else None
-        first = make_start(config.first, n, seed=config.seed, moment=moment, fix_ones=config.fix_ones)
+        first = make_start(
+            config.first, n, seed=config.seed, moment=moment, fix_ones=config.fix_ones
+        )
     else:
         first = given.detach().double().cpu()
     shape = (*x.shape[:-2], n, n)
@@ -386,10 +459,18 @@ def _checked_start(x: Tensor, weights: Tensor | None, config: TrainConfig, given
     )
     first = first.expand(shape)
     distance = float((first.mT @ first - torch.eye(n, dtype=torch.float64)).abs().max())
-    require(distance <= 1e-4, f"the start is {distance:.1e} from orthogonal", "pass an orthogonal matrix")
+    require(
+        distance <= 1e-4,
+        f"the start is {distance:.1e} from orthogonal",
+        "pass an orthogonal matrix",
+    )
     if config.fix_ones:
         moved = float((first.sum(-2) - 1.0).abs().max())
-        require(moved <= 1e-4, f"the start moves the all-ones vector by {moved:.1e}", "use start 'hadamard'")
+        require(
+            moved <= 1e-4,
+            f"the start moves the all-ones vector by {moved:.1e}",
+            "use start 'hadamard'",
+        )
     return first
 
 

@@ -1,1 +1,3 @@
-"""SmoothQuant and AWQ: moving the size of input channels into the weights, folded into what is in front of them."""
+"""SmoothQuant and AWQ: moving the size of input channels into the weights, folded into what is in
+front of them.
+"""

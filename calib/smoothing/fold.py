@@ -4,9 +4,10 @@
     writer, a linear:  its rows and their bias, divided by s
     readers:           columns, multiplied by s
 
-Arithmetic is float64 and rounded once, to the dtype of the tensors. A norm's gain is rounded first, and the readers
-take ``s = g / g'`` of the gain ``g'`` as it is stored: rounding the gain then changes nothing. That matters most where
-the norm stores ``g - 1`` (Gemma), whose small gains bfloat16 cannot tell apart.
+Arithmetic is float64 and rounded once, to the dtype of the tensors. A norm's gain is rounded first,
+and the readers take ``s = g / g'`` of the gain ``g'`` as it is stored: rounding the gain then
+changes nothing. That matters most where the norm stores ``g - 1`` (Gemma), whose small gains
+bfloat16 cannot tell apart.
 """
 
 from __future__ import annotations
@@ -27,23 +28,29 @@ def fold_scales(
     """Divide the writer of ``group`` by ``s`` and multiply its readers by it.
 
     Args:
-        state: tensors by their names in the module tree, of a whole model or of one block; changed tensors are replaced
-            by new ones in the same dtype, never written into.
-        group: one of :func:`~calib.smoothing.groups.smoothing_groups` of a model whose norms are folded.
+        state: tensors by their names in the module tree, of a whole model or of one block; changed
+            tensors are replaced by new ones in the same dtype, never written into.
+        group: one of :func:`~calib.smoothing.groups.smoothing_groups` of a model whose norms are
+            folded.
         s: ``[group.width]``, positive. A scale of 1 leaves every bit of its channel.
         architecture: the model's table entry.
 
     Returns:
-        The scale that was folded, float64 ``[width]``: ``s`` but for the rounding of a norm's gain. A channel whose
-        gain would round to zero keeps a scale of 1.
+        The scale that was folded, float64 ``[width]``: ``s`` but for the rounding of a norm's gain.
+        A channel whose gain would round to zero keeps a scale of 1.
 
     Raises:
-        QuantizationError: ``s`` has another length or is not positive and finite, or a weight overflows its dtype.
+        QuantizationError: ``s`` has another length or is not positive and finite, or a weight
+            overflows its dtype.
     """
     if s.shape != (group.width,):
-        raise QuantizationError(f"the scale for {group.name} has shape {list(s.shape)}, it needs [{group.width}]")
+        raise QuantizationError(
+            f"the scale for {group.name} has shape {list(s.shape)}, it needs [{group.width}]"
+        )
     if not bool((torch.isfinite(s) & (s > 0)).all()):
-        raise QuantizationError(f"the smoothing scale for {group.name} is not positive and finite everywhere")
+        raise QuantizationError(
+            f"the smoothing scale for {group.name} is not positive and finite everywhere"
+        )
     s = s.double()
     if isinstance(group.writer, NormSpec):
         s = _divide_norm(state, group.writer, s, architecture.gain_offset)
@@ -53,11 +60,17 @@ def fold_scales(
     for spec in group.readers:
         weight = state[spec.weight]
         factors = columns.to(weight.device)
-        _store(state, spec.weight, weight.double() * (factors[:, None] if spec.layout == "conv1d" else factors))
+        _store(
+            state,
+            spec.weight,
+            weight.double() * (factors[:, None] if spec.layout == "conv1d" else factors),
+        )
     return s
 
 
-def _divide_norm(state: MutableMapping[str, Tensor], norm: NormSpec, s: Tensor, offset: float) -> Tensor:
+def _divide_norm(
+    state: MutableMapping[str, Tensor], norm: NormSpec, s: Tensor, offset: float
+) -> Tensor:
     stored = state[norm.weight]
     gain = stored.double() + offset
     divided = (gain / s.to(gain.device) - offset).to(stored.dtype)
@@ -70,7 +83,9 @@ def _divide_norm(state: MutableMapping[str, Tensor], norm: NormSpec, s: Tensor, 
     return s
 
 
-def _divide_rows(state: MutableMapping[str, Tensor], spec: LinearSpec, rows: Sequence[slice], s: Tensor) -> None:
+def _divide_rows(
+    state: MutableMapping[str, Tensor], spec: LinearSpec, rows: Sequence[slice], s: Tensor
+) -> None:
     parts = torch.split(s, [part.stop - part.start for part in rows])
     for name in (spec.weight, spec.bias):
         if name is None or name not in state:

@@ -2,20 +2,22 @@
 
     x <- x / s,  W <- W diag(s)         x W^T is unchanged for every s > 0
 
-What makes ``x`` has to divide by ``s``, and everything that reads ``x`` has to multiply, quantized or not:
+What makes ``x`` has to divide by ``s``, and everything that reads ``x`` has to multiply, quantized
+or not:
 
-=======  ==================================  ==========================================================
-writer   x                                   readers
-=======  ==================================  ==========================================================
-norm     its output                          every linear behind it; routers and gates too
-value    attention output, per head          the output projection; the query heads that share a KV head
+=======  ==================================
+========================================================== writer   x
+readers =======  ==================================
+========================================================== norm     its output
+every linear behind it; routers and gates too value    attention output, per head          the
+output projection; the query heads that share a KV head
                                              share its factors, as they mix the same values
-up       act(gate) * up                      the down projection; ``up`` enters linearly
-fc1      relu(fc1)                           fc2: relu(x / s) = relu(x) / s
-=======  ==================================  ==========================================================
+up       act(gate) * up                      the down projection; ``up`` enters linearly fc1
+relu(fc1)                           fc2: relu(x / s) = relu(x) / s =======
+==================================  ==========================================================
 
-Nothing absorbs the scale behind GELU or SiLU, behind an online R4, which mixes the channels, or where a linear reads
-the residual stream itself. Norms of queries and keys are never touched.
+Nothing absorbs the scale behind GELU or SiLU, behind an online R4, which mixes the channels, or
+where a linear reads the residual stream itself. Norms of queries and keys are never touched.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ _NO_NORM = "it reads the residual stream itself: no norm in front of it can be s
 
 @dataclass(frozen=True)
 class SmoothingGroup:
-    """Linears that read the same activation through one scale vector ``s [width]``, and what writes it."""
+    """Linears that read the same activation through one scale vector ``s [width]``, and what writes
+    it.
+    """
 
     name: str
     """Module name of the writer; unique among the groups of a model."""
@@ -48,7 +52,9 @@ class SmoothingGroup:
     rows: tuple[slice, ...] = ()
     """Where these lie among the output features of a linear; empty for a norm."""
     heads: tuple[int, int, int] | None = None
-    """KV heads, query heads that share one, and head width, where readers see every channel once per query head."""
+    """KV heads, query heads that share one, and head width, where readers see every channel once
+    per query head.
+    """
 
     @property
     def reader_names(self) -> tuple[str, ...]:
@@ -57,22 +63,30 @@ class SmoothingGroup:
 
     @property
     def observed_at(self) -> str:
-        """A module whose input is the activation; experts that are 3-D parameters are no modules."""
+        """A module whose input is the activation; experts that are 3-D parameters are no
+        modules.
+        """
         return next(spec.name for spec in self.readers if spec.layout != "experts")
 
     def expanded(self, values: Tensor) -> Tensor:
-        """``[width]`` to what the readers see ``[in]``: repeated for every query head of a KV head."""
+        """``[width]`` to what the readers see ``[in]``: repeated for every query head of a KV
+        head.
+        """
         if self.heads is None:
             return values
         kv_heads, shared, head_dim = self.heads
         return values.reshape(kv_heads, 1, head_dim).expand(kv_heads, shared, head_dim).reshape(-1)
 
     def largest(self, values: Tensor) -> Tensor:
-        """``[in]`` to ``[width]``: the largest of the values that belong to one channel of the writer."""
+        """``[in]`` to ``[width]``: the largest of the values that belong to one channel of the
+        writer.
+        """
         return values if self.heads is None else self._by_head(values).amax(dim=1).reshape(-1)
 
     def average(self, values: Tensor) -> Tensor:
-        """``[in]`` to ``[width]``: the mean of the values that belong to one channel of the writer."""
+        """``[in]`` to ``[width]``: the mean of the values that belong to one channel of the
+        writer.
+        """
         return values if self.heads is None else self._by_head(values).mean(dim=1).reshape(-1)
 
     def _by_head(self, values: Tensor) -> Tensor:
@@ -83,14 +97,15 @@ class SmoothingGroup:
 def smoothing_groups(
     architecture: Architecture, config: Any, rotations: RotationSet, layer: int | None = None
 ) -> tuple[list[SmoothingGroup], dict[str, str]]:
-    """The groups of a fused model, or of one decoder layer of it, and why the other linears are in none.
+    """The groups of a fused model, or of one decoder layer of it, and why the other linears are in
+    none.
 
-    Within a layer, groups whose writer is a linear come first: they change rows of linears that a norm's group then
-    chooses its scale for.
+    Within a layer, groups whose writer is a linear come first: they change rows of linears that a
+    norm's group then chooses its scale for.
 
     Returns:
-        The groups, and the reason for every other linear that may be quantized, by name. A linear is a reader of
-        exactly one group, or has a reason.
+        The groups, and the reason for every other linear that may be quantized, by name. A linear
+        is a reader of exactly one group, or has a reason.
     """
     sizes = architecture.dimensions(config)
     groups: list[SmoothingGroup] = []
@@ -98,7 +113,11 @@ def smoothing_groups(
     for index in range(sizes.layers) if layer is None else [layer]:
         specs = architecture.layer_linears(config, index)
         for spec in specs:
-            found = _behind_linear(spec, specs, architecture, config, rotations) if spec.norm is None else None
+            found = (
+                _behind_linear(spec, specs, architecture, config, rotations)
+                if spec.norm is None
+                else None
+            )
             if isinstance(found, SmoothingGroup):
                 groups.append(found)
             elif found is not None:
@@ -108,9 +127,14 @@ def smoothing_groups(
             if not any(spec.quantizable for spec in readers):
                 continue
             if _has_gain(config):
-                groups.append(SmoothingGroup(norm.at(index).name, norm.at(index), readers, sizes.hidden))
+                groups.append(
+                    SmoothingGroup(norm.at(index).name, norm.at(index), readers, sizes.hidden)
+                )
             else:
-                reasons |= {spec.name: f"{norm.at(index).name} has no gain that could take a scale" for spec in readers}
+                reasons |= {
+                    spec.name: f"{norm.at(index).name} has no gain that could take a scale"
+                    for spec in readers
+                }
     if layer is None:
         reasons[architecture.head.name] = _HEAD
     return groups, reasons
@@ -123,17 +147,24 @@ def groups_of(
     quantized: Collection[str],
     layer: int | None = None,
 ) -> list[SmoothingGroup]:
-    """The :func:`smoothing_groups` with a reader among ``quantized``, the names of linears: those worth smoothing."""
+    """The :func:`smoothing_groups` with a reader among ``quantized``, the names of linears: those
+    worth smoothing.
+    """
     groups, _ = smoothing_groups(architecture, config, rotations, layer)
     return [group for group in groups if any(name in quantized for name in group.reader_names)]
 
 
 def _has_gain(config: Any) -> bool:
-    return bool(getattr(config, "layer_norm_elementwise_affine", True))  # OPT may have norms without parameters
+    # OPT may have norms without parameters
+    return bool(getattr(config, "layer_norm_elementwise_affine", True))
 
 
 def _behind_linear(
-    spec: LinearSpec, specs: Sequence[LinearSpec], architecture: Architecture, config: Any, rotations: RotationSet
+    spec: LinearSpec,
+    specs: Sequence[LinearSpec],
+    architecture: Architecture,
+    config: Any,
+    rotations: RotationSet,
 ) -> SmoothingGroup | str:
     """The group of a linear that reads no norm, or why there is none."""
     if spec.layout == "experts":
@@ -145,10 +176,14 @@ def _behind_linear(
     return _NO_NORM
 
 
-def _value_group(spec: LinearSpec, specs: Sequence[LinearSpec], sizes: Dimensions) -> SmoothingGroup:
+def _value_group(
+    spec: LinearSpec, specs: Sequence[LinearSpec], sizes: Dimensions
+) -> SmoothingGroup:
     writer = next(one for one in specs if _writes(one, Space.VALUE))
     width = sizes.kv_heads * sizes.head_dim
-    rows = (slice(0, width),) if writer.writes is Space.VALUE else tuple(writer.part("value", sizes))
+    rows = (
+        (slice(0, width),) if writer.writes is Space.VALUE else tuple(writer.part("value", sizes))
+    )
     heads = (sizes.kv_heads, sizes.group, sizes.head_dim)
     return SmoothingGroup(writer.name, writer, (spec,), width, rows, heads)
 
@@ -160,16 +195,23 @@ def _ffn_group(
     if rotations.r4(spec.layer, spec.branch) is not None:
         return "the online rotation R4 in front of it mixes the channels"
     parent = spec.name.rpartition(".")[0]
-    writers = [one for one in specs if _writes(one, Space.FFN) and one.name.rpartition(".")[0] == parent]
+    writers = [
+        one for one in specs if _writes(one, Space.FFN) and one.name.rpartition(".")[0] == parent
+    ]
     # Of a gated MLP only ``up`` is linear in its output: act(gate) * up.
     writer = next((one for one in writers if one.name.endswith(".up_proj")), writers[0])
     first = 0
     if writer.parts:
         first = [part.role for part in writer.parts].index("up") * width
     elif len(writers) == 1:
-        activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
+        activation = getattr(config, "activation_function", None) or getattr(
+            config, "hidden_act", None
+        )
         if activation != "relu":
-            return f"the activation function {activation} between {writer.name} and it lets no scale through"
+            return (
+                f"the activation function {activation} between {writer.name} and it lets no scale"
+                " through"
+            )
     return SmoothingGroup(writer.name, writer, (spec,), width, (slice(first, first + width),))
 
 

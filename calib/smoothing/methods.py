@@ -1,4 +1,6 @@
-"""The smoothing methods by name: ``none``, ``smoothquant:0.5``, ``awq`` and so on; :data:`KNOWN` lists them"""
+"""The smoothing methods by name: ``none``, ``smoothquant:0.5``, ``awq`` and so on; :data:`KNOWN`
+lists them
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ class SmoothQuant:
     """Balance the largest magnitudes of inputs and weights (Xiao et al., 2023)."""
 
     alpha: float | Literal["auto"] = 0.5
-    """How much of an input channel's size moves into the weights, 0 to 1; ``auto`` searches it for every group."""
+    """How much of an input channel's size moves into the weights, 0 to 1; ``auto`` searches it for
+    every group.
+    """
 
     @property
     def needs_moment(self) -> bool:
@@ -23,7 +27,9 @@ class SmoothQuant:
 
     def __post_init__(self) -> None:
         if self.alpha != "auto" and not 0 <= self.alpha <= 1:
-            raise QuantizationError(f"SmoothQuant's alpha is {self.alpha}", hint="it lies in 0 to 1, or is 'auto'")
+            raise QuantizationError(
+                f"SmoothQuant's alpha is {self.alpha}", hint="it lies in 0 to 1, or is 'auto'"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ class Awq:
 
     def __post_init__(self) -> None:
         if self.grid < 1:
-            raise QuantizationError(f"AWQ's grid has {self.grid} steps", hint="it needs at least one; 20 is usual")
+            raise QuantizationError(
+                f"AWQ's grid has {self.grid} steps", hint="it needs at least one; 20 is usual"
+            )
 
 
 Smoothing = SmoothQuant | Awq

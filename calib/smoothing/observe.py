@@ -1,4 +1,6 @@
-"""What smoothing asks of the input of each group: how large every channel is, and how channels go together."""
+"""What smoothing asks of the input of each group: how large every channel is, and how channels go
+together.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +44,23 @@ def observe_channels(
     """Watch the input of every group while ``run(model)`` runs.
 
     Args:
-        model: a fused model that is not smoothed yet (:func:`calib.fusing.materialize`), or whatever ``run`` runs.
+        model: a fused model that is not smoothed yet (:func:`calib.fusing.materialize`), or
+            whatever ``run`` runs.
         groups: what to watch.
-        run: feeds batches without padding to the model, as :func:`calib.forward_loop.create_forward_loop` makes them.
-        moments: whether second moments are wanted, which a search needs. Each takes 8 in^2 bytes: of a large model,
-            observe one layer at a time.
-        prefix: what module names start with that ``model`` itself stands for, such as ``model.layers.3.`` if it is a
-            decoder block.
+        run: feeds batches without padding to the model, as
+            :func:`calib.forward_loop.create_forward_loop` makes them.
+        moments: whether second moments are wanted, which a search needs. Each takes 8 in^2 bytes:
+            of a large model, observe one layer at a time.
+        prefix: what module names start with that ``model`` itself stands for, such as
+            ``model.layers.3.`` if it is a decoder block.
 
     Returns:
         The statistics on the CPU, by group.
 
     Raises:
         CheckpointError: a module of a group does not exist.
-        QuantizationError: ``run`` never reached a group (all are named), or an input holds NaN or Inf.
+        QuantizationError: ``run`` never reached a group (all are named), or an input holds NaN or
+            Inf.
     """
     names = [group.observed_at.removeprefix(prefix) for group in groups]
     watched = {name: _Channels() for name in names}
@@ -82,13 +87,20 @@ def _check(watched: Mapping[str, _Channels]) -> None:
     if unreached:
         raise QuantizationError(
             f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
-            hint="use more calibration rows (--nsamples), or check that the model runs these layers",
+            hint=(
+                "use more calibration rows (--nsamples), or check that the model runs these layers"
+            ),
         )
-    broken = [name for name, channels in watched.items() if not bool(torch.isfinite(channels.amax).all())]
+    broken = [
+        name for name, channels in watched.items() if not bool(torch.isfinite(channels.amax).all())
+    ]
     if broken:
         raise QuantizationError(
             f"calibration found NaN or Inf in the input of {', '.join(broken)}",
-            hint="check the checkpoint's weights; if the model overflows in its dtype, use --dtype bfloat16 or float32",
+            hint=(
+                "check the checkpoint's weights; if the model overflows in its dtype, use --dtype"
+                " bfloat16 or float32"
+            ),
         )
 
 

@@ -1,8 +1,9 @@
 """Smoothing a fused model: choose a scale for every group and fold it.
 
-ModelOpt's ``smoothquant`` and ``awq_lite`` choose a scale for each linear by itself and multiply its input while
-running. A folded scale is shared by everything that reads the same activation, so it has to be chosen for all of them
-together: by the largest column of any reader, or by the error of all their outputs.
+ModelOpt's ``smoothquant`` and ``awq_lite`` choose a scale for each linear by itself and multiply
+its input while running. A folded scale is shared by everything that reads the same activation, so
+it has to be chosen for all of them together: by the largest column of any reader, or by the error
+of all their outputs.
 
 Rotate first, smooth then, and collect amax last: inputs and weights of every group change.
 """
@@ -43,7 +44,9 @@ class SmoothingRow:
     """The writer that took the scale, or the linear that was left out."""
     readers: tuple[str, ...] = ()
     setting: float | None = None
-    """SmoothQuant's alpha or AWQ's ratio; ``None`` where not smoothing was best, or the linear was left out."""
+    """SmoothQuant's alpha or AWQ's ratio; ``None`` where not smoothing was best, or the linear was
+    left out.
+    """
     smallest: float = 1.0
     """Least scale of a channel."""
     largest: float = 1.0
@@ -65,18 +68,22 @@ def smooth(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> tuple[FusedModel, list[SmoothingRow]]:
-    """Smooth every linear that will be quantized, as far as something in front of it can take the scale.
+    """Smooth every linear that will be quantized, as far as something in front of it can take the
+    scale.
 
     Args:
         fused: the folded and rotated model; left unchanged.
         method: how scales are chosen.
-        statistics: what :func:`~calib.smoothing.observe.observe_channels` saw in ``fused``, by group.
-        schemes: how each linear that will be quantized is quantized; others do not count in the choice of a scale.
+        statistics: what :func:`~calib.smoothing.observe.observe_channels` saw in ``fused``, by
+            group.
+        schemes: how each linear that will be quantized is quantized; others do not count in the
+            choice of a scale.
         device: where a search is computed.
         progress: called after every group.
 
     Returns:
-        The smoothed model, which holds every tensor and shares unchanged ones with ``fused``, and what was done.
+        The smoothed model, which holds every tensor and shares unchanged ones with ``fused``, and
+        what was done.
 
     Raises:
         QuantizationError: a group was not observed, or a folded weight overflows.
@@ -84,15 +91,25 @@ def smooth(
     groups, reasons = smoothing_groups(fused.architecture, fused.config, fused.rotations)
     state = dict(fused.state)
     rows = smooth_groups(
-        state, groups, method, statistics, schemes, fused.architecture, device=device, progress=progress
+        state,
+        groups,
+        method,
+        statistics,
+        schemes,
+        fused.architecture,
+        device=device,
+        progress=progress,
     )
-    rows += [SmoothingRow(name, reason=reason) for name, reason in reasons.items() if name in schemes]
+    rows += [
+        SmoothingRow(name, reason=reason) for name, reason in reasons.items() if name in schemes
+    ]
     folded = {row.name: row.scales for row in rows if row.scales is not None}
     return replace(fused, state=state, smoothing=folded), rows
 
 
 def fold_all(fused: FusedModel, scales: Mapping[str, Tensor]) -> FusedModel:
-    """``fused`` with the scales of an earlier :func:`smooth` folded again: the same tensors, to the bit.
+    """``fused`` with the scales of an earlier :func:`smooth` folded again: the same tensors, to the
+    bit.
 
     Args:
         fused: the folded and rotated model that was smoothed; left unchanged.
@@ -124,7 +141,8 @@ def smooth_groups(
     missing = [group.name for group in wanted if group.name not in statistics]
     if missing:
         raise QuantizationError(
-            f"there are no statistics to smooth {', '.join(missing)} by", hint="observe every group that is smoothed"
+            f"there are no statistics to smooth {', '.join(missing)} by",
+            hint="observe every group that is smoothed",
         )
     rows: list[SmoothingRow] = []
     for group in track(wanted, "smooth", len(wanted), progress):

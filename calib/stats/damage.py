@@ -1,11 +1,13 @@
-"""What a scheme does to each linear, and how many outliers it has: a second pass, which knows the limits of the first.
+"""What a scheme does to each linear, and how many outliers it has: a second pass, which knows the
+limits of the first.
 
     damage = |x̂ Ŵᵀ − x Wᵀ|² / |x Wᵀ|²,    x̂ and Ŵ as the scheme rounds them, over all tokens
 
-With ``x̂ = x + e`` and ``Ŵ = W + E`` the difference is ``e Wᵀ + x Eᵀ`` to first order. If neither error nor input
-favoured a direction, the damage would be ``|e|² / |x|² + |E|² / |W|²``, the input's error and the weight's. But inputs
-lie along directions that the weight amplifies: on the embedded model that sum is three times too large, 0.4 to 13 times
-for single linears, and may order them wrongly. So the damage is measured.
+With ``x̂ = x + e`` and ``Ŵ = W + E`` the difference is ``e Wᵀ + x Eᵀ`` to first order. If neither
+error nor input favoured a direction, the damage would be ``|e|² / |x|² + |E|² / |W|²``, the input's
+error and the weight's. But inputs lie along directions that the weight amplifies: on the embedded
+model that sum is three times too large, 0.4 to 13 times for single linears, and may order them
+wrongly. So the damage is measured.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from calib.stats.moments import CHUNK_ELEMENTS, MomentStatistics
 from calib.stats.observe import observe
 
 OUTLIER_STDS = 6.0
-"""A value is an outlier if its magnitude is above this many standard deviations of its tensor; of normal values with
-mean zero, two in a billion are."""
+"""A value is an outlier if its magnitude is above this many standard deviations of its tensor; of
+normal values with mean zero, two in a billion are."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,22 @@ def linear_damage(
     clusters: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> dict[str, LinearDamage]:
-    """Run ``batches`` through ``model`` again and measure what ``schemes`` do to the linears of ``specs``, by name.
+    """Run ``batches`` through ``model`` again and measure what ``schemes`` do to the linears of
+    ``specs``, by name.
 
     Args:
         model: the model that ``moments`` were taken from.
         specs: which linears, and how they store their weights.
         moments: what :func:`calib.stats.linears.linear_moments` returned for the same batches.
-        schemes: how they are quantized, by name; one that is not in it stays in float. Static scales cover the moments'
-            least and greatest values.
+        schemes: how they are quantized, by name; one that is not in it stays in float. Static
+            scales cover the moments' least and greatest values.
         batches: token rows; pad positions are left out.
         clusters: int64 ``[in]`` by name, for schemes with one scale per cluster.
         progress: called after each batch.
 
     Raises:
-        QuantizationError: the scheme asks for clusters that are not given, or is none of activations; or a scale is not
-            finite.
+        QuantizationError: the scheme asks for clusters that are not given, or is none of
+            activations; or a scale is not finite.
     """
     labels = clusters or {}
     quantizers = {
@@ -124,7 +127,8 @@ def linear_damage(
         found.output_outliers += int((y.abs() > output_limits[name]).sum())
         if scheme is None:
             return
-        # Rounded anew for each batch: those of all linears at once would be a second model in memory.
+        # Rounded anew for each batch: those of all linears at once would be a second model in
+        # memory.
         weight, rounded = weights[name].float(), rounded_weight(weights[name], scheme.weight)
         for chunk in torch.split(x.float(), max(1, CHUNK_ELEMENTS // max(weight.shape))):
             seen = quantizers[name](chunk) if name in quantizers else chunk
@@ -132,7 +136,10 @@ def linear_damage(
             found.output.add(seen @ rounded.T, chunk @ weight.T)
 
     observe(model, [spec.name for spec in specs], batches, see, stage="damage", progress=progress)
-    return {name: _damage(weights[name], schemes.get(name), moments[name], sums[name]) for name in weights}
+    return {
+        name: _damage(weights[name], schemes.get(name), moments[name], sums[name])
+        for name in weights
+    }
 
 
 def outlier_limit(moments: MomentStatistics) -> float:
@@ -149,13 +156,17 @@ def rounded_weight(weight: Tensor, scheme: TensorScheme) -> Tensor:
 def _input_quantizer(
     scheme: TensorScheme, moments: MomentStatistics, labels: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
-    """What a linear does to its input: static scales cover the least and greatest values of ``moments``."""
+    """What a linear does to its input: static scales cover the least and greatest values of
+    ``moments``.
+    """
     if not scheme.needs_calibration:
         return partial(fake_quantize_input, scheme=scheme)
     low, high = moments.minimum.float(), moments.maximum.float()
     if isinstance(scheme.granularity, PerCluster):
         if labels is None:
-            raise QuantizationError("a scheme with one scale per cluster needs the cluster of each channel")
+            raise QuantizationError(
+                "a scheme with one scale per cluster needs the cluster of each channel"
+            )
         limits = cluster_limits(low, high, labels, scheme.granularity.clusters)
         low, high = (expand_clusters(limit, labels) for limit in limits)
     else:
@@ -169,7 +180,9 @@ def _input_quantizer(
     return quantizer
 
 
-def _damage(weight: Tensor, scheme: LinearScheme | None, moments: LinearMoments, sums: _Sums) -> LinearDamage:
+def _damage(
+    weight: Tensor, scheme: LinearScheme | None, moments: LinearMoments, sums: _Sums
+) -> LinearDamage:
     error = _Error()
     if scheme is not None:
         error.add(rounded_weight(weight, scheme.weight), weight.float())

@@ -1,7 +1,7 @@
 """Moments of the inputs, outputs and weights of linears, each channel by itself.
 
-They describe the model that they were taken from: after smoothing, rotating or anything else that changes its numbers,
-take them again.
+They describe the model that they were taken from: after smoothing, rotating or anything else that
+changes its numbers, take them again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ class LinearMoments:
 
 
 def linear_moments(
-    model: nn.Module, specs: Sequence[LinearSpec], batches: Sequence[Batch], *, progress: Progress = silent
+    model: nn.Module,
+    specs: Sequence[LinearSpec],
+    batches: Sequence[Batch],
+    *,
+    progress: Progress = silent,
 ) -> dict[str, LinearMoments]:
-    """Run ``batches`` through ``model`` and gather the moments of the linears of ``specs``, by name.
+    """Run ``batches`` through ``model`` and gather the moments of the linears of ``specs``, by
+    name.
 
     Args:
         model: a Hugging Face causal LM.
@@ -53,7 +58,8 @@ def linear_moments(
     Raises:
         DataError: there is no batch.
         UnsupportedModelError: a linear does not see one vector for each token.
-        QuantizationError: a linear was never reached, or sees or makes NaN or Inf; the message names it.
+        QuantizationError: a linear was never reached, or sees or makes NaN or Inf; the message
+            names it.
     """
     inputs: dict[str, MomentAccumulator] = {}
     outputs: dict[str, MomentAccumulator] = {}
@@ -98,6 +104,9 @@ def _finite(what: str, moments: MomentStatistics) -> MomentStatistics:
     if not bool(torch.isfinite(moments.minimum).all() and torch.isfinite(moments.maximum).all()):
         raise QuantizationError(
             f"{what} holds NaN or Inf",
-            hint="check the checkpoint's weights; a model that overflows needs --dtype bfloat16 or float32",
+            hint=(
+                "check the checkpoint's weights; a model that overflows needs --dtype bfloat16 or"
+                " float32"
+            ),
         )
     return moments

@@ -1,14 +1,16 @@
 """Mean, deviation, skewness and kurtosis of each channel, in one pass and bounded memory.
 
-For two sets a and b with counts nₐ, n_b, n = nₐ + n_b, and δ = m_b − mₐ, the sums Mp = Σ (x − m)^p merge as
+For two sets a and b with counts nₐ, n_b, n = nₐ + n_b, and δ = m_b − mₐ, the sums Mp = Σ (x − m)^p
+merge as
 
     M3 = M3ₐ + M3_b + δ³ nₐ n_b (nₐ − n_b) / n² + 3 δ (nₐ M2_b − n_b M2ₐ) / n
     M4 = M4ₐ + M4_b + δ⁴ nₐ n_b (nₐ² − nₐ n_b + n_b²) / n³ + 6 δ² (nₐ² M2_b + n_b² M2ₐ) / n²
          + 4 δ (nₐ M3_b − n_b M3ₐ) / n
 
-(P. Pébay, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments",
-Sandia report SAND2008-6212, 2008), while the mean and M2 merge as in
-:mod:`calib.capture.statistics`. Fourth powers span twice the exponents of squares, so everything here is in float64.
+(P. Pébay, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order
+statistical moments", Sandia report SAND2008-6212, 2008), while the mean and M2 merge as in
+:mod:`calib.capture.statistics`. Fourth powers span twice the exponents of squares, so everything
+here is in float64.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class MomentStatistics(ChannelStatistics):
 
     Attributes:
         skewness: [..., n] float64, (M3 / count) / std³; 0 for a constant channel.
-        kurtosis: [..., n] float64, (M4 / count) / std⁴: 3 for a normal distribution, at least 1 for any. 0 for a
-            constant channel, which has none.
+        kurtosis: [..., n] float64, (M4 / count) / std⁴: 3 for a normal distribution, at least 1 for
+            any. 0 for a constant channel, which has none.
     """
 
     skewness: Tensor
@@ -60,8 +62,8 @@ class MomentStatistics(ChannelStatistics):
     def pooled(self) -> MomentStatistics:
         """The statistics of all values of all channels together, each [].
 
-        Channels are sets of equal count, so that with δ = m_c − m the sums about the common mean m are
-        Σ_c M2_c + n δ², Σ_c M3_c + 3 δ M2_c + n δ³ and Σ_c M4_c + 4 δ M3_c + 6 δ² M2_c + n δ⁴.
+        Channels are sets of equal count, so that with δ = m_c − m the sums about the common mean m
+        are Σ_c M2_c + n δ², Σ_c M3_c + 3 δ M2_c + n δ³ and Σ_c M4_c + 4 δ M3_c + 6 δ² M2_c + n δ⁴.
         """
         mean = self.mean.mean()
         delta, variance = self.mean - mean, self.std.square()
@@ -71,11 +73,15 @@ class MomentStatistics(ChannelStatistics):
         fourth = (fourths + 4 * delta * cubes + 6 * delta.square() * variance + delta**4).mean()
         minimum, maximum = self.minimum.min(), self.maximum.max()
         skewness, kurtosis = _shape(second, third, fourth, minimum == maximum)
-        return MomentStatistics(self.values, mean, second.sqrt(), minimum, maximum, skewness, kurtosis)
+        return MomentStatistics(
+            self.values, mean, second.sqrt(), minimum, maximum, skewness, kurtosis
+        )
 
 
 class MomentAccumulator(ChannelAccumulator):
-    """Running :class:`MomentStatistics` of chunks, which should be in float64: see :func:`float64_chunks`."""
+    """Running :class:`MomentStatistics` of chunks, which should be in float64: see
+    :func:`float64_chunks`.
+    """
 
     def __init__(self, groups: int, channels: int, device: torch.device) -> None:
         super().__init__(groups, channels, device)
@@ -99,17 +105,25 @@ class MomentAccumulator(ChannelAccumulator):
         if not isinstance(other, MomentAccumulator):
             raise TypeError("only a MomentAccumulator has the moments that one merges")
         if other.count:
-            self._combine_higher(other.count, other._mean, other._squares, other._cubes, other._fourths)
+            self._combine_higher(
+                other.count, other._mean, other._squares, other._cubes, other._fourths
+            )
         super().merge(other)
 
     def result(self) -> MomentStatistics:
         """The statistics so far, [G, n] on the CPU."""
         found = super().result()
-        second, third, fourth = (sums.cpu() / self.count for sums in (self._squares, self._cubes, self._fourths))
+        second, third, fourth = (
+            sums.cpu() / self.count for sums in (self._squares, self._cubes, self._fourths)
+        )
         skewness, kurtosis = _shape(second, third, fourth, found.minimum == found.maximum)
-        return MomentStatistics(found.count, found.mean, found.std, found.minimum, found.maximum, skewness, kurtosis)
+        return MomentStatistics(
+            found.count, found.mean, found.std, found.minimum, found.maximum, skewness, kurtosis
+        )
 
-    def _combine_higher(self, count: int, mean: Tensor, squares: Tensor, cubes: Tensor, fourths: Tensor) -> None:
+    def _combine_higher(
+        self, count: int, mean: Tensor, squares: Tensor, cubes: Tensor, fourths: Tensor
+    ) -> None:
         """Account for ``count`` tokens in M3 and M4; to be called before the mean and M2 change."""
         own, total = self.count, self.count + count
         delta = mean - self._mean
@@ -133,8 +147,14 @@ def float64_chunks(x: Tensor, workspace: Workspace) -> Iterator[Chunk]:
             yield workspace.chunk(part.to(accumulator_device(x)).double().unsqueeze(0))
 
 
-def _shape(second: Tensor, third: Tensor, fourth: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
-    """Skewness and kurtosis of central moments; 0 where the values are ``constant`` or their squares underflow."""
+def _shape(
+    second: Tensor, third: Tensor, fourth: Tensor, constant: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Skewness and kurtosis of central moments; 0 where the values are ``constant`` or their
+    squares underflow.
+    """
     flat = constant | (second.square() == 0)
     spread = torch.where(flat, 1.0, second)
-    return torch.where(flat, 0.0, third / spread**1.5), torch.where(flat, 0.0, fourth / spread.square())
+    return torch.where(flat, 0.0, third / spread**1.5), torch.where(
+        flat, 0.0, fourth / spread.square()
+    )

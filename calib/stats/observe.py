@@ -1,6 +1,8 @@
-"""Running a model over batches and showing the input and output of each linear to whoever counts something.
+"""Running a model over batches and showing the input and output of each linear to whoever counts
+something.
 
-Nothing is kept here, so memory does not grow with the number of tokens. Hooks are removed however the run ends.
+Nothing is kept here, so memory does not grow with the number of tokens. Hooks are removed however
+the run ends.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from calib.modules import get_submodule
 from calib.progress import Progress, silent, track
 
 See = Callable[[str, Tensor, Tensor], None]
-"""Called with a linear's name, its input ``[tokens, in]`` and its output ``[tokens, out]``, padding left out."""
+"""Called with a linear's name, its input ``[tokens, in]`` and its output ``[tokens, out]``, padding
+left out.
+"""
 
 
 def observe(
@@ -31,9 +35,11 @@ def observe(
     stage: str,
     progress: Progress = silent,
 ) -> None:
-    """Run ``batches`` through ``model`` and call ``see`` for every call of every linear in ``names``.
+    """Run ``batches`` through ``model`` and call ``see`` for every call of every linear in
+    ``names``.
 
-    What is seen is what the linear computes with: its input after an online rotation, if it has one.
+    What is seen is what the linear computes with: its input after an online rotation, if it has
+    one.
 
     Args:
         model: a Hugging Face causal LM; its head is not run.
@@ -50,7 +56,10 @@ def observe(
         QuantizationError: a linear was never reached.
     """
     if not batches:
-        raise DataError("there are no calibration batches to observe", hint="give a longer text with --calib-dataset")
+        raise DataError(
+            "there are no calibration batches to observe",
+            hint="give a longer text with --calib-dataset",
+        )
     hook = _Hook(see)
     body = getattr(model, "base_model", model)
     device = next(model.parameters()).device
@@ -65,7 +74,9 @@ def observe(
     if missing:
         raise QuantizationError(
             f"calibration never reached {len(missing)} linear(s): {', '.join(missing)}",
-            hint="use more calibration rows (--nsamples), or check that the model runs these layers",
+            hint=(
+                "use more calibration rows (--nsamples), or check that the model runs these layers"
+            ),
         )
 
 
@@ -92,7 +103,8 @@ class _Hook:
         keep = self.batch.keep
         if x.shape[:-1].numel() != keep.numel():
             raise UnsupportedModelError(
-                f"'{name}' sees a tensor {list(x.shape)}, which is not one vector for each token of the batch",
+                f"'{name}' sees a tensor {list(x.shape)}, which is not one vector for each token of"
+                " the batch",
                 hint="the architecture table must name modules that read every token",
             )
         x = x.detach().reshape(keep.numel(), x.shape[-1])

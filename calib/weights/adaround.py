@@ -1,22 +1,26 @@
 """AdaRound: learn for each weight whether to round it up or down.
 
-Nagel, Amjad, van Baalen, Louizos, Blankevoort, "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020.
-With s and z the scale and zero point of a weight w, and V a free variable for each,
+Nagel, Amjad, van Baalen, Louizos, Blankevoort, "Up or Down? Adaptive Rounding for Post-Training
+Quantization", 2020. With s and z the scale and zero point of a weight w, and V a free variable for
+each,
 
     h(V) = clamp(sigmoid(V) (ζ - γ) + γ, 0, 1)                   ζ = 1.1, γ = -0.1
     w̃   = s (clamp(floor(w / s) + h(V) + z, qmin, qmax) - z)
 
-V starts where w̃ = w, and minimises the layer's reconstruction error and a regulariser that drives h to 0 or 1,
+V starts where w̃ = w, and minimises the layer's reconstruction error and a regulariser that drives
+h to 0 or 1,
 
     E|x W̃ᵀ - x Wᵀ|² + λ Σ (1 - |2 h(V) - 1|^β)
 
-by Adam. The first term is ``tr(dW H dWᵀ)`` with ``H = E[x xᵀ]``, the same for the second moment as for all the tokens
-it was taken from. The regulariser is left out at first; then β falls from 20 to 2, so that h is pushed to the ends by
-and by. In the end each weight is rounded up where h is at least 1/2.
+by Adam. The first term is ``tr(dW H dWᵀ)`` with ``H = E[x xᵀ]``, the same for the second moment as
+for all the tokens it was taken from. The regulariser is left out at first; then β falls from 20 to
+2, so that h is pushed to the ends by and by. In the end each weight is rounded up where h is at
+least 1/2.
 
-Rows do not depend on each other. Each row's first term is divided by its error when rounded to nearest, and multiplied
-by the number of columns, so that λ means the same whatever the units and the width. A row without an error has nothing
-to gain: its first term is left out, and the regulariser takes it to where it is nearest.
+Rows do not depend on each other. Each row's first term is divided by its error when rounded to
+nearest, and multiplied by the number of columns, so that λ means the same whatever the units and
+the width. A row without an error has nothing to gain: its first term is left out, and the
+regulariser takes it to where it is nearest.
 """
 
 from __future__ import annotations
@@ -51,8 +55,9 @@ def adaround(
 ) -> Rounded:
     """Quantize ``weight`` [out, in] by AdaRound. Nothing in it is random.
 
-    A row whose output error comes out larger than that of rounding to nearest, with searched limits or on the grid
-    that just covers the weight, is rounded to nearest instead (all rows or none where they share one scale).
+    A row whose output error comes out larger than that of rounding to nearest, with searched limits
+    or on the grid that just covers the weight, is rounded to nearest instead (all rows or none
+    where they share one scale).
 
     Args:
         weight: any float dtype.
@@ -60,13 +65,15 @@ def adaround(
         scheme: an integer format, and its granularity.
         dtype: dtype of the scales.
         iterations: steps of Adam; the first fifth is without the regulariser.
-        regularisation: λ. A large one is best: while β is high, only those weights feel it that are nearly decided, and
-            the others make up for what deciding them costs.
+        regularisation: λ. A large one is best: while β is high, only those weights feel it that are
+            nearly decided, and the others make up for what deciding them costs.
         learning_rate: of Adam.
-        clip: search the limits of each group as :func:`calib.weights.clip.mse` does, counting columns by E[x²].
+        clip: search the limits of each group as :func:`calib.weights.clip.mse` does, counting
+            columns by E[x²].
 
     Raises:
-        QuantizationError: the format is not an integer one, or ``moment`` does not fit or holds NaN or Inf.
+        QuantizationError: the format is not an integer one, or ``moment`` does not fit or holds NaN
+            or Inf.
     """
     if scheme.format.kind != "integer":
         raise QuantizationError(
@@ -81,7 +88,8 @@ def adaround(
         nearest.append(on_grid(weight, grid, scheme))
     start = nearest[-1]
     error = row_errors(weight, start.values(scheme), moment).float()
-    row_weights = (weight.shape[1] / error).nan_to_num(posinf=0.0)  # infinite for a row without an error
+    # infinite for a row without an error
+    row_weights = (weight.shape[1] / error).nan_to_num(posinf=0.0)
     problem = _Problem(weight, moment, start.grid, scheme, row_weights)
     learnt = problem.learn(iterations, regularisation, learning_rate)
     return keep_best(weight, moment, scheme, [*nearest, Rounded(learnt, start.grid)])
@@ -98,7 +106,9 @@ class _Problem:
         row_weights: ``[out]``, what the reconstruction error of each row counts.
     """
 
-    def __init__(self, weight: Tensor, moment: Tensor, grid: Grid, scheme: TensorScheme, row_weights: Tensor) -> None:
+    def __init__(
+        self, weight: Tensor, moment: Tensor, grid: Grid, scheme: TensorScheme, row_weights: Tensor
+    ) -> None:
         self._weight, self._moment = weight, moment
         self._format = scheme.format
         self._scale, zero = expand_grid(grid, weight.shape, scheme.granularity)
@@ -110,7 +120,8 @@ class _Problem:
         """The stored values ``[out, in]``."""
         remainder = self._weight / self._scale - self._floor
         free = torch.special.logit((remainder - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
-        adam = torch.optim.Adam([free], lr=learning_rate, fused=True)  # a third of the time on the CPU
+        # a third of the time on the CPU
+        adam = torch.optim.Adam([free], lr=learning_rate, fused=True)
         for step in range(iterations):
             up = _rectified_sigmoid(free)
             loss = self._reconstruction(up)
@@ -123,9 +134,11 @@ class _Problem:
         return encode(self._codes((_rectified_sigmoid(free.detach()) >= 0.5).float()), self._format)
 
     def _reconstruction(self, up: Tensor) -> Tensor:
-        """A scalar whose *gradient* is that of ``Σ_rows weight · dw H dwᵀ``, which is linear in ``dw H``.
+        """A scalar whose *gradient* is that of ``Σ_rows weight · dw H dwᵀ``, which is linear in
+        ``dw H``.
 
-        The gradient is ``2 dW H``: one matrix product, where differentiating the trace would take two.
+        The gradient is ``2 dW H``: one matrix product, where differentiating the trace would take
+        two.
         """
         difference = self._scale * (self._codes(up) - self._zero) - self._weight
         gradient = 2 * self._row_weights * (difference.detach() @ self._moment)

@@ -1,7 +1,8 @@
-"""The weight algorithms by name: ``rtn``, ``mse``, ``gptq:act_order=false,damping=0.1``, ``adaround:iterations=500``.
+"""The weight algorithms by name: ``rtn``, ``mse``, ``gptq:act_order=false,damping=0.1``,
+``adaround:iterations=500``.
 
-Their settings are data that a recipe can hold and check before anything heavy is imported; torch is imported when a
-weight is rounded.
+Their settings are data that a recipe can hold and check before anything heavy is imported; torch is
+imported when a weight is rounded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class WeightAlgorithm(ABC):
 
     @property
     def needs_moment(self) -> bool:
-        """Whether it asks for the second moment of the linear's input, and so for calibration data."""
+        """Whether it asks for the second moment of the linear's input, and so for calibration
+        data.
+        """
         return True
 
     def round(
@@ -46,24 +49,33 @@ class WeightAlgorithm(ABC):
 
         Args:
             weight: any float dtype.
-            moment: ``E[x xᵀ]`` of the input, ``[in, in]``; looked at only where :attr:`needs_moment`.
+            moment: ``E[x xᵀ]`` of the input, ``[in, in]``; looked at only where
+                :attr:`needs_moment`.
             scheme: format and granularity.
             dtype: dtype of the scales; float32 by default.
-            amax: ``[]``, sets the second level of two-level scales; by default the largest magnitude of ``weight``.
+            amax: ``[]``, sets the second level of two-level scales; by default the largest
+                magnitude of ``weight``.
 
         Raises:
-            QuantizationError: the moment is needed and missing, does not fit, or holds NaN or Inf; or the algorithm
-                does not do this format.
+            QuantizationError: the moment is needed and missing, does not fit, or holds NaN or Inf;
+                or the algorithm does not do this format.
         """
         import torch
 
         if self.needs_moment and moment is None:
-            raise QuantizationError(f"'{self.name}' needs the second moment of the linear's input, and there is none")
+            raise QuantizationError(
+                f"'{self.name}' needs the second moment of the linear's input, and there is none"
+            )
         return self._round(weight, moment, scheme, dtype or torch.float32, amax)
 
     @abstractmethod
     def _round(
-        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+        self,
+        weight: Tensor,
+        moment: Any,
+        scheme: TensorScheme,
+        dtype: torch.dtype,
+        amax: Tensor | None,
     ) -> Rounded: ...
 
 
@@ -79,7 +91,12 @@ class Rtn(WeightAlgorithm):
         return False
 
     def _round(
-        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+        self,
+        weight: Tensor,
+        moment: Any,
+        scheme: TensorScheme,
+        dtype: torch.dtype,
+        amax: Tensor | None,
     ) -> Rounded:
         from calib.weights.clip import rtn
 
@@ -92,7 +109,8 @@ class Mse(WeightAlgorithm):
 
     name: ClassVar[str] = "mse"
     weighted: bool = False
-    """Count the error of a column by E[x²], which needs calibration data; else all columns alike."""
+    """Count the error of a column by E[x²], which needs calibration data; else all columns alike.
+    """
 
     @property
     def needs_moment(self) -> bool:
@@ -100,7 +118,12 @@ class Mse(WeightAlgorithm):
         return self.weighted
 
     def _round(
-        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+        self,
+        weight: Tensor,
+        moment: Any,
+        scheme: TensorScheme,
+        dtype: torch.dtype,
+        amax: Tensor | None,
     ) -> Rounded:
         from calib.weights.clip import mse
 
@@ -109,7 +132,9 @@ class Mse(WeightAlgorithm):
 
 @dataclass(frozen=True)
 class Gptq(WeightAlgorithm):
-    """Errors made up for by later columns: :func:`calib.weights.gptq.gptq`, which says what the settings mean."""
+    """Errors made up for by later columns: :func:`calib.weights.gptq.gptq`, which says what the
+    settings mean.
+    """
 
     name: ClassVar[str] = "gptq"
     act_order: bool = True
@@ -123,7 +148,12 @@ class Gptq(WeightAlgorithm):
         _check(self, "damping", 0 <= self.damping < math.inf, "at least 0")
 
     def _round(
-        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+        self,
+        weight: Tensor,
+        moment: Any,
+        scheme: TensorScheme,
+        dtype: torch.dtype,
+        amax: Tensor | None,
     ) -> Rounded:
         from calib.weights.gptq import gptq
 
@@ -132,7 +162,9 @@ class Gptq(WeightAlgorithm):
 
 @dataclass(frozen=True)
 class AdaRound(WeightAlgorithm):
-    """Learnt rounding up or down: :func:`calib.weights.adaround.adaround`, which says what the settings mean."""
+    """Learnt rounding up or down: :func:`calib.weights.adaround.adaround`, which says what the
+    settings mean.
+    """
 
     name: ClassVar[str] = "adaround"
     iterations: int = 1000
@@ -146,28 +178,36 @@ class AdaRound(WeightAlgorithm):
         _check(self, "learning_rate", 0 < self.learning_rate < math.inf, "above 0")
 
     def _round(
-        self, weight: Tensor, moment: Any, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor | None
+        self,
+        weight: Tensor,
+        moment: Any,
+        scheme: TensorScheme,
+        dtype: torch.dtype,
+        amax: Tensor | None,
     ) -> Rounded:
         from calib.weights.adaround import adaround
 
         return adaround(weight, moment, scheme, dtype, **vars(self))
 
 
-ALGORITHMS: Mapping[str, type[WeightAlgorithm]] = {kind.name: kind for kind in (Rtn, Mse, Gptq, AdaRound)}
+ALGORITHMS: Mapping[str, type[WeightAlgorithm]] = {
+    kind.name: kind for kind in (Rtn, Mse, Gptq, AdaRound)
+}
 
 
 def algorithm_named(spec: str) -> WeightAlgorithm:
     """The algorithm that ``spec`` names: ``name`` or ``name:setting=value,setting=value``.
 
     Raises:
-        QuantizationError: an algorithm or setting that does not exist, twice the same setting, or a value that it
-            cannot take; the hint lists what exists.
+        QuantizationError: an algorithm or setting that does not exist, twice the same setting, or a
+            value that it cannot take; the hint lists what exists.
     """
     name, colon, rest = spec.strip().partition(":")
     kind = ALGORITHMS.get(name)
     if kind is None:
         raise QuantizationError(
-            f"unknown weight algorithm '{name}'", hint=f"the algorithms are: {', '.join(ALGORITHMS)}"
+            f"unknown weight algorithm '{name}'",
+            hint=f"the algorithms are: {', '.join(ALGORITHMS)}",
         )
     known = {field.name: type(field.default) for field in fields(kind)}
     values: dict[str, Any] = {}
@@ -196,10 +236,14 @@ def _parse(name: str, key: str, text: str, kind: type) -> Any:
     try:
         return read(text)
     except (KeyError, ValueError) as error:
-        raise QuantizationError(f"'{key}' of weight algorithm '{name}' must be {what}, not '{text}'") from error
+        raise QuantizationError(
+            f"'{key}' of weight algorithm '{name}' must be {what}, not '{text}'"
+        ) from error
 
 
 def _check(algorithm: WeightAlgorithm, key: str, valid: bool, what: str) -> None:
     if not valid:
         value = getattr(algorithm, key)
-        raise QuantizationError(f"'{key}' of weight algorithm '{algorithm.name}' must be {what}, not {value}")
+        raise QuantizationError(
+            f"'{key}' of weight algorithm '{algorithm.name}' must be {what}, not {value}"
+        )

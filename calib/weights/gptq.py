@@ -1,22 +1,27 @@
-"""GPTQ: round the columns of a weight one after the other, and let those to come make up for each one's error.
+"""GPTQ: round the columns of a weight one after the other, and let those to come make up for each
+one's error.
 
-Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", 2022. With ``H = E[x xᵀ] + d I`` and the upper triangular U of ``H⁻¹ = Uᵀ U``, rounding column i of a row
-w and minimising ``dw H dwᵀ`` over the columns that are still free gives
+Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", 2022. With ``H = E[x xᵀ] + d I`` and the upper triangular U of ``H⁻¹ = Uᵀ
+U``, rounding column i of a row w and minimising ``dw H dwᵀ`` over the columns that are still free
+gives
 
     e = (w_i - round(w_i)) / U_ii,        w_j ← w_j - e U_ij   for j > i
 
-The error of the whole row is then ``dw = e U``, and as ``U H Uᵀ = I``, what it costs is ``dw H dwᵀ = Σ_i e_i²``. So
-where the limits of a group are searched, the squared error of column i counts ``1 / U_ii²``: the part of its input
-that the columns to come cannot make up for.
+The error of the whole row is then ``dw = e U``, and as ``U H Uᵀ = I``, what it costs is ``dw H dwᵀ
+= Σ_i e_i²``. So where the limits of a group are searched, the squared error of column i counts ``1
+/ U_ii²``: the part of its input that the columns to come cannot make up for.
 
-U comes from one Cholesky factorisation, without an inverse: let J reverse the order of the columns and
-``J H J = L Lᵀ``. Then ``R = J L J`` is upper triangular, ``H = R Rᵀ``, and so ``H⁻¹ = R⁻ᵀ R⁻¹`` and ``U = R⁻¹``.
+U comes from one Cholesky factorisation, without an inverse: let J reverse the order of the columns
+and ``J H J = L Lᵀ``. Then ``R = J L J`` is upper triangular, ``H = R Rᵀ``, and so ``H⁻¹ = R⁻ᵀ R⁻¹``
+and ``U = R⁻¹``.
 
-Updates are applied column by column within a block of columns, and at once, as a matrix product, to all that follow.
+Updates are applied column by column within a block of columns, and at once, as a matrix product, to
+all that follow.
 
-Act-order rounds the columns with the largest E[x²] first, while many are left to make up for them. The groups that
-share a scale stay those of neighbouring input features unless ``static_groups`` is off.
+Act-order rounds the columns with the largest E[x²] first, while many are left to make up for them.
+The groups that share a scale stay those of neighbouring input features unless ``static_groups`` is
+off.
 """
 
 from __future__ import annotations
@@ -48,12 +53,14 @@ def gptq(
 ) -> Rounded:
     """Quantize ``weight`` [out, in] by GPTQ.
 
-    Scales per tensor and per channel are those of the weight. Scales per block are too with ``act_order`` and
-    ``static_groups``; otherwise each group's are taken from its compensated weights when its first column is reached.
+    Scales per tensor and per channel are those of the weight. Scales per block are too with
+    ``act_order`` and ``static_groups``; otherwise each group's are taken from its compensated
+    weights when its first column is reached.
 
-    A row whose output error comes out larger than that of rounding to nearest, with searched limits or on the grid
-    that just covers the weight, is rounded to nearest instead (all rows or none where they share one scale). Columns
-    whose input is always zero are rounded to nearest: they neither cause an error nor make up for one.
+    A row whose output error comes out larger than that of rounding to nearest, with searched limits
+    or on the grid that just covers the weight, is rounded to nearest instead (all rows or none
+    where they share one scale). Columns whose input is always zero are rounded to nearest: they
+    neither cause an error nor make up for one.
 
     Args:
         weight: any float dtype.
@@ -61,15 +68,18 @@ def gptq(
         scheme: format and granularity.
         dtype: dtype of the scales.
         act_order: round the columns in descending order of E[x²].
-        static_groups: with ``act_order`` and scales per block, groups of neighbouring input features. Off: groups of
-            features that are next to each other in the order of rounding; the result then has an ``order``.
+        static_groups: with ``act_order`` and scales per block, groups of neighbouring input
+            features. Off: groups of features that are next to each other in the order of rounding;
+            the result then has an ``order``.
         block: columns that are updated one by one; does not change the result beyond rounding.
         damping: multiple of the mean E[x²] that is added to the diagonal of ``moment``; at least 0.
         clip: search the limits of each group; otherwise they just cover its weights.
-        amax: ``[]``, sets the second level of two-level scales; by default the largest magnitude of ``weight``.
+        amax: ``[]``, sets the second level of two-level scales; by default the largest magnitude of
+            ``weight``.
 
     Raises:
-        QuantizationError: ``moment`` does not fit, holds NaN or Inf, or is singular and ``damping`` is too small.
+        QuantizationError: ``moment`` does not fit, holds NaN or Inf, or is singular and ``damping``
+            is too small.
     """
     weight = weight.detach().float()
     moment = check_moment(weight, moment)
@@ -77,14 +87,18 @@ def gptq(
     order = moment.diagonal().argsort(descending=True, stable=True) if act_order else None
     if order is not None and not static_groups and isinstance(scheme.granularity, PerBlock):
         weight, moment = weight[:, order], moment[order][:, order]
-        return replace(_gptq(weight, moment, scheme, dtype, None, block, damping, clip, amax), order=order)
+        return replace(
+            _gptq(weight, moment, scheme, dtype, None, block, damping, clip, amax), order=order
+        )
     return _gptq(weight, moment, scheme, dtype, order, block, damping, clip, amax)
 
 
 def inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """The upper triangular U with ``Uᵀ U = (H + d I)⁻¹``, where d is ``damping`` times the mean of the diagonal of H.
+    """The upper triangular U with ``Uᵀ U = (H + d I)⁻¹``, where d is ``damping`` times the mean of
+    the diagonal of H.
 
-    A column whose input is always zero couples to none; where nothing is added to its diagonal, it is taken to be 1.
+    A column whose input is always zero couples to none; where nothing is added to its diagonal, it
+    is taken to be 1.
 
     Args:
         moment: H, ``[n, n]``, symmetric.
@@ -104,7 +118,10 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     if bool(failed):
         raise QuantizationError(
             f"the second moment of a linear's input is singular with damping {damping:g}",
-            hint="Raise the damping (gptq:damping=0.05, say), or use more calibration rows (--nsamples).",
+            hint=(
+                "Raise the damping (gptq:damping=0.05, say), or use more calibration rows"
+                " (--nsamples)."
+            ),
         )
     del damped, diagonal
     upper = lower.flip(0, 1)
@@ -125,19 +142,24 @@ def _gptq(
     clip: bool,
     amax: Tensor,
 ) -> Rounded:
-    """:func:`gptq` of checked float32 arguments; ``order`` is that of rounding, ``None`` the columns' own."""
+    """:func:`gptq` of checked float32 arguments; ``order`` is that of rounding, ``None`` the
+    columns' own.
+    """
     columns = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     factor = inverse_factor(moment[columns][:, columns], damping)
     nearest = [rtn(weight, scheme, dtype, amax=amax)]
     importance = None
     if clip:
-        importance = torch.empty_like(factor.diagonal()).index_copy_(0, columns, factor.diagonal() ** -2)
+        importance = torch.empty_like(factor.diagonal()).index_copy_(
+            0, columns, factor.diagonal() ** -2
+        )
         grid = clip_grid(weight, scheme, dtype, importance=importance, amax=amax)
         nearest.append(on_grid(weight, grid, scheme))
     groups: _FixedGroups | _MovingGroups
     if order is None and isinstance(scheme.granularity, PerBlock):
         groups = _MovingGroups(amax, scheme, scheme.granularity.size, dtype, importance)
-        block = max(block // groups.size, 1) * groups.size  # a group's columns must all be up to date when it starts
+        # a group's columns must all be up to date when it starts
+        block = max(block // groups.size, 1) * groups.size
     else:
         groups = _FixedGroups(nearest[-1].grid, weight, scheme, order)
     work = weight.T[columns].contiguous()
@@ -147,9 +169,15 @@ def _gptq(
 
 
 def _compensate(
-    columns: Tensor, factor: Tensor, groups: _FixedGroups | _MovingGroups, fmt: NumberFormat, block: int
+    columns: Tensor,
+    factor: Tensor,
+    groups: _FixedGroups | _MovingGroups,
+    fmt: NumberFormat,
+    block: int,
 ) -> None:
-    """Round ``columns`` [in, out], a contiguous transposed weight, in place; ``factor`` is U in float32."""
+    """Round ``columns`` [in, out], a contiguous transposed weight, in place; ``factor`` is U in
+    float32.
+    """
     for start in range(0, len(columns), block):
         end = min(start + block, len(columns))
         errors = torch.empty_like(columns[start:end])
@@ -164,7 +192,9 @@ def _compensate(
 class _FixedGroups:
     """Scales that are known before any column is rounded."""
 
-    def __init__(self, grid: Grid, weight: Tensor, scheme: TensorScheme, order: Tensor | None) -> None:
+    def __init__(
+        self, grid: Grid, weight: Tensor, scheme: TensorScheme, order: Tensor | None
+    ) -> None:
         self._grid = grid
         scale, zero = expand_grid(grid, weight.shape, scheme.granularity)
         self._scale = _by_column(scale, weight.shape, order)
@@ -180,10 +210,17 @@ class _FixedGroups:
 
 
 class _MovingGroups:
-    """Scales of blocks that are taken from the weights as they stand when the first column of a block is reached."""
+    """Scales of blocks that are taken from the weights as they stand when the first column of a
+    block is reached.
+    """
 
     def __init__(
-        self, amax: Tensor, scheme: TensorScheme, size: int, dtype: torch.dtype, importance: Tensor | None
+        self,
+        amax: Tensor,
+        scheme: TensorScheme,
+        size: int,
+        dtype: torch.dtype,
+        importance: Tensor | None,
     ) -> None:
         self.size = size
         self._scheme = scheme
@@ -193,16 +230,25 @@ class _MovingGroups:
         self._grids: list[Grid] = []
 
     def scales(self, columns: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point ``[out]`` of column ``index`` of ``columns`` [in, out], asked for in ascending order."""
+        """Scale and zero point ``[out]`` of column ``index`` of ``columns`` [in, out], asked for in
+        ascending order.
+        """
         if index % self.size == 0:
             group = slice(index, index + self.size)
             self._grids.append(self._search(columns[group].T, group))
-        scale, zero = expand_grid(self._grids[-1], torch.Size((columns.shape[1], 1)), self._scheme.granularity)
+        scale, zero = expand_grid(
+            self._grids[-1], torch.Size((columns.shape[1], 1)), self._scheme.granularity
+        )
         return scale.squeeze(1), None if zero is None else zero.squeeze(1)
 
     def _search(self, weight: Tensor, group: slice) -> Grid:
         if self._importance is None:
-            return shrunk_grid(*weight_limits(weight, self._scheme.granularity), self._scheme, self._dtype, self._amax)
+            return shrunk_grid(
+                *weight_limits(weight, self._scheme.granularity),
+                self._scheme,
+                self._dtype,
+                self._amax,
+            )
         importance = self._importance[group]
         return clip_grid(weight, self._scheme, self._dtype, importance=importance, amax=self._amax)
 
@@ -214,6 +260,8 @@ class _MovingGroups:
 
 
 def _by_column(values: Tensor, shape: torch.Size, order: Tensor | None) -> Tensor:
-    """Values that broadcast against a weight of ``shape`` [out, in], as ``[in, out]`` in the order of rounding."""
+    """Values that broadcast against a weight of ``shape`` [out, in], as ``[in, out]`` in the order
+    of rounding.
+    """
     columns = values.expand(shape).T
     return columns if order is None else columns[order]

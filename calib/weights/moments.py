@@ -1,8 +1,10 @@
-"""The second moment ``H = E[x xᵀ]`` of the inputs of linears: all that GPTQ and AdaRound ask of calibration data.
+"""The second moment ``H = E[x xᵀ]`` of the inputs of linears: all that GPTQ and AdaRound ask of
+calibration data.
 
-It is not centred: both minimise ``E|x dWᵀ|²``, in which a mean counts like anything else. All terms of its diagonal
-are positive, and no other element is larger than ``√(H_ii H_jj)``, so nothing cancels and float32 products of a few
-thousand tokens are good to their rounding; the mean over such chunks is kept in float64.
+It is not centred: both minimise ``E|x dWᵀ|²``, in which a mean counts like anything else. All terms
+of its diagonal are positive, and no other element is larger than ``√(H_ii H_jj)``, so nothing
+cancels and float32 products of a few thousand tokens are good to their rounding; the mean over such
+chunks is kept in float64.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from calib.modules import get_submodule
 
 _CHUNK_TOKENS = 2048
 _BLOCK = 512
-"""Rows of a moment that are updated at once, so that no product is as large as the moment itself."""
+"""Rows of a moment that are updated at once, so that no product is as large as the moment itself.
+"""
 
 
 class Moment:
-    """Running ``E[x xᵀ]`` of activations ``[..., n]``: n² float64 numbers, however many tokens there are.
+    """Running ``E[x xᵀ]`` of activations ``[..., n]``: n² float64 numbers, however many tokens
+    there are.
 
     Attributes:
         tokens: tokens seen.
@@ -43,7 +47,9 @@ class Moment:
             self._matrix.mul_(1 - len(chunk) / self.tokens)
             for start in range(0, chunk.shape[1], _BLOCK):
                 rows = slice(start, start + _BLOCK)
-                self._matrix[rows].add_((chunk[:, rows].T @ chunk).to(self._matrix), alpha=1 / self.tokens)
+                self._matrix[rows].add_(
+                    (chunk[:, rows].T @ chunk).to(self._matrix), alpha=1 / self.tokens
+                )
 
     def merge(self, other: Moment) -> None:
         """Add all that ``other`` has seen, as if its tokens had been given to this accumulator."""
@@ -52,7 +58,8 @@ class Moment:
             self._matrix.lerp_(other._matrix.to(self._matrix), other.tokens / self.tokens)
 
     def result(self) -> Tensor:
-        """The moment so far, float64 ``[n, n]`` on the CPU; the accumulator's own memory where it is there already.
+        """The moment so far, float64 ``[n, n]`` on the CPU; the accumulator's own memory where it
+        is there already.
 
         Raises:
             QuantizationError: no token has been seen.
@@ -62,43 +69,58 @@ class Moment:
         return self._matrix.cpu()
 
 
-def observe_moments(model: nn.Module, modules: Sequence[str], run: Callable[[nn.Module], None]) -> dict[str, Moment]:
+def observe_moments(
+    model: nn.Module, modules: Sequence[str], run: Callable[[nn.Module], None]
+) -> dict[str, Moment]:
     """The second moments of the inputs of ``modules`` while ``run(model)`` runs.
 
-    Modules that read the very same tensor (q, k and v; gate and up) get the same :class:`Moment`, taken once. Each
-    matrix takes 8 n² bytes, 1.6 GB for n = 14336: of a large model, ask for one layer at a time.
+    Modules that read the very same tensor (q, k and v; gate and up) get the same :class:`Moment`,
+    taken once. Each matrix takes 8 n² bytes, 1.6 GB for n = 14336: of a large model, ask for one
+    layer at a time.
 
     Args:
         model: whatever ``run`` runs.
         modules: dotted names of modules whose first argument is the activation ``[..., n]``.
-        run: feeds batches without padding to the model, as :func:`calib.forward_loop.create_forward_loop` makes them.
+        run: feeds batches without padding to the model, as
+            :func:`calib.forward_loop.create_forward_loop` makes them.
 
     Raises:
         CheckpointError: one of ``modules`` does not exist.
-        QuantizationError: ``run`` never reached a module or gave it no token (all are named), or its input holds NaN or
-            Inf.
+        QuantizationError: ``run`` never reached a module or gave it no token (all are named), or
+            its input holds NaN or Inf.
         UnsupportedModelError: modules share their input in one call and not in another.
     """
     observer = _Observer()
     with ExitStack() as hooks, torch.no_grad():
         for name in modules:
             module = get_submodule(model, name)
-            hooks.callback(module.register_forward_pre_hook(observer.hook(name), with_kwargs=True).remove)
+            hooks.callback(
+                module.register_forward_pre_hook(observer.hook(name), with_kwargs=True).remove
+            )
         run(model)
     unreached = [
-        name for name in modules if name not in observer.leaders or not observer.moments[observer.leaders[name]].tokens
+        name
+        for name in modules
+        if name not in observer.leaders or not observer.moments[observer.leaders[name]].tokens
     ]
     if unreached:
         raise QuantizationError(
             f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
-            hint="use more calibration rows (--nsamples), or check that the model runs these layers",
+            hint=(
+                "use more calibration rows (--nsamples), or check that the model runs these layers"
+            ),
         )
     moments = {name: observer.moments[observer.leaders[name]] for name in modules}
-    broken = [name for name, moment in moments.items() if not bool(torch.isfinite(moment.result()).all())]
+    broken = [
+        name for name, moment in moments.items() if not bool(torch.isfinite(moment.result()).all())
+    ]
     if broken:
         raise QuantizationError(
             f"calibration found NaN or Inf in the input of {', '.join(broken)}",
-            hint="The checkpoint is damaged, or overflows in its dtype: try --dtype bfloat16 or float32.",
+            hint=(
+                "The checkpoint is damaged, or overflows in its dtype: try --dtype bfloat16 or"
+                " float32."
+            ),
         )
     return moments
 
@@ -114,14 +136,17 @@ class _Observer:
     def __init__(self) -> None:
         self.moments: dict[str, Moment] = {}
         self.leaders: dict[str, str] = {}
-        # The tensor itself is held, so that its memory cannot become another one that looks the same.
+        # The tensor itself is held, so that its memory cannot become another one that looks the
+        # same.
         self._last: tuple[Tensor, int, str] | None = None
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """The forward pre-hook of the module ``name``."""
 
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            x = next(
+                (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
+            )
             if x is None:
                 raise UnsupportedModelError(f"'{name}' is called without a tensor")
             self._observe(name, x)
@@ -132,7 +157,8 @@ class _Observer:
         leader = name if self._last is None or not _same(x, *self._last[:2]) else self._last[2]
         if self.leaders.setdefault(name, leader) != leader:
             raise UnsupportedModelError(
-                f"'{name}' does not read the same tensor as '{self.leaders[name]}' each time the model runs",
+                f"'{name}' does not read the same tensor as '{self.leaders[name]}' each time the"
+                " model runs",
                 hint="Its input moment cannot be told from that of others.",
             )
         if leader != name:
@@ -156,5 +182,7 @@ def _same(x: Tensor, last: Tensor, version: int) -> bool:
 
 
 def _version(x: Tensor) -> int:
-    """How often the memory of ``x`` has been written to. Inference tensors do not count, and are not written to."""
+    """How often the memory of ``x`` has been written to. Inference tensors do not count, and are
+    not written to.
+    """
     return 0 if x.is_inference() else x._version

@@ -1,10 +1,12 @@
 """What every weight algorithm returns, and the figure by which all of them are judged.
 
-A linear computes ``y = x Wᵀ``. With ``dW`` the error of its weight and ``H = E[x xᵀ]`` the second moment of its input,
+A linear computes ``y = x Wᵀ``. With ``dW`` the error of its weight and ``H = E[x xᵀ]`` the second
+moment of its input,
 
     E|x dWᵀ|² = Σ_rows dw H dwᵀ = tr(dW H dWᵀ)
 
-so the expected error of the output is known from H alone, without the tokens, and each row adds its own part of it.
+so the expected error of the output is known from H alone, without the tokens, and each row adds its
+own part of it.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ class Rounded:
     Attributes:
         stored: the stored values ``[out, in]``, as :func:`calib.grids.quantize` makes them.
         grid: what they stand for.
-        order: int64 ``[in]`` where the groups follow another order of the input features: column ``p`` of ``stored`` is
-            input feature ``order[p]``, so that the linear computes ``x[..., order] storedᵀ``. Else ``None``.
+        order: int64 ``[in]`` where the groups follow another order of the input features: column
+            ``p`` of ``stored`` is input feature ``order[p]``, so that the linear computes ``x[...,
+            order] storedᵀ``. Else ``None``.
     """
 
     stored: Tensor
@@ -36,7 +39,9 @@ class Rounded:
     order: Tensor | None = None
 
     def values(self, scheme: TensorScheme) -> Tensor:
-        """The float32 weight ``[out, in]`` that it stands for, its columns in the order of the input features."""
+        """The float32 weight ``[out, in]`` that it stands for, its columns in the order of the
+        input features.
+        """
         values = dequantize(self.stored, self.grid, scheme)
         return values if self.order is None else values[:, self.order.argsort()]
 
@@ -47,7 +52,8 @@ def on_grid(weight: Tensor, grid: Grid, scheme: TensorScheme) -> Rounded:
 
 
 def output_error(weight: Tensor, dequantized: Tensor, moment: Tensor) -> float:
-    """Relative squared error of a linear's output, ``tr(dW H dWᵀ) / tr(W H Wᵀ)``; 0 where nothing comes out anyway.
+    """Relative squared error of a linear's output, ``tr(dW H dWᵀ) / tr(W H Wᵀ)``; 0 where nothing
+    comes out anyway.
 
     Args:
         weight: float ``[out, in]``.
@@ -55,19 +61,27 @@ def output_error(weight: Tensor, dequantized: Tensor, moment: Tensor) -> float:
         moment: ``H = E[x xᵀ]`` of its input, ``[in, in]``.
     """
     reference = float(row_errors(weight, torch.zeros_like(weight), moment).sum())
-    return float(row_errors(weight, dequantized, moment).sum()) / reference if reference > 0 else 0.0
+    return (
+        float(row_errors(weight, dequantized, moment).sum()) / reference if reference > 0 else 0.0
+    )
 
 
 def row_errors(weight: Tensor, dequantized: Tensor, moment: Tensor) -> Tensor:
-    """``dw H dwᵀ`` of each row: float64 ``[out]``. The product is taken in float32, its sum over columns in float64."""
+    """``dw H dwᵀ`` of each row: float64 ``[out]``. The product is taken in float32, its sum over
+    columns in float64.
+    """
     difference = dequantized.float() - weight.float()
     return ((difference @ moment.float()) * difference).sum(dim=1, dtype=torch.float64)
 
 
-def keep_best(weight: Tensor, moment: Tensor, scheme: TensorScheme, candidates: Sequence[Rounded]) -> Rounded:
-    """Of several roundings of one weight, the one with the least output error; the earlier one where they tie.
+def keep_best(
+    weight: Tensor, moment: Tensor, scheme: TensorScheme, candidates: Sequence[Rounded]
+) -> Rounded:
+    """Of several roundings of one weight, the one with the least output error; the earlier one
+    where they tie.
 
-    Rows are chosen one by one where each has scales of its own, and all at once where they share one scale.
+    Rows are chosen one by one where each has scales of its own, and all at once where they share
+    one scale.
     """
     best = candidates[0]
     error = row_errors(weight, best.values(scheme), moment)
@@ -92,7 +106,8 @@ def check_moment(weight: Tensor, moment: Tensor) -> Tensor:
     width = weight.shape[1]
     if moment.shape != (width, width):
         raise QuantizationError(
-            f"a weight of shape {list(weight.shape)} needs a second moment [{width}, {width}], not {list(moment.shape)}"
+            f"a weight of shape {list(weight.shape)} needs a second moment [{width}, {width}], not"
+            f" {list(moment.shape)}"
         )
     if not bool(torch.isfinite(moment).all()):
         raise QuantizationError(
@@ -103,7 +118,9 @@ def check_moment(weight: Tensor, moment: Tensor) -> Tensor:
 
 
 def _choose_rows(first: Tensor, one: Rounded, other: Rounded) -> Rounded:
-    """Rows of ``one`` where ``first`` [out] says so, else of ``other``. Both have the same order and second level."""
+    """Rows of ``one`` where ``first`` [out] says so, else of ``other``. Both have the same order
+    and second level.
+    """
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         rows = first.reshape(-1, *([1] * (a.dim() - 1)))

@@ -1,4 +1,6 @@
-"""The ``rotq`` command. Importing it is cheap: whatever a command needs is imported when that command runs."""
+"""The ``rotq`` command. Importing it is cheap: whatever a command needs is imported when that
+command runs.
+"""
 
 from __future__ import annotations
 

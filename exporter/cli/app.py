@@ -1,4 +1,6 @@
-"""The application: its commands, ``--version``, and the one place where a run becomes an exit code."""
+"""The application: its commands, ``--version``, and the one place where a run becomes an exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ from exporter.cli.command import Command, Group
 from exporter.cli.errors import exit_code_of
 
 HELP = (
-    "Turn a Hugging Face causal LM into a rotated, calibrated, quantized model for a deployment runtime, and check it."
+    "Turn a Hugging Face causal LM into a rotated, calibrated, quantized model for a deployment"
+    " runtime, and check it."
 )
 
-# rich's help would cost start-up time and draw boxes into pipes; its tracebacks hide frames of the libraries.
+# rich's help would cost start-up time and draw boxes into pipes; its tracebacks hide frames of the
+# libraries.
 app = typer.Typer(
     cls=Group,
     help=HELP,
@@ -29,15 +33,60 @@ app = typer.Typer(
 )
 
 for name, function, summary, examples in (
-    ("export", run_commands.export, "Rotate, quantize, write and verify.", run_commands.EXPORT_EXAMPLES),
-    ("capture", run_commands.capture, "Only capture activation statistics.", run_commands.CAPTURE_EXAMPLES),
-    ("calibrate", run_commands.calibrate, "Everything but writing for a runtime.", run_commands.CALIBRATE_EXAMPLES),
-    ("rotate", run_commands.rotate, "Write the rotated float checkpoint.", run_commands.ROTATE_EXAMPLES),
-    ("stats", stats_command.stats, "Statistics before and after rotation, by damage.", stats_command.EXAMPLES),
-    ("verify", check_commands.verify, "Repeat the parity check on a folder.", check_commands.VERIFY_EXAMPLES),
-    ("inspect", inspect_command.inspect, "What a folder holds, and how it runs.", inspect_command.EXAMPLES),
-    ("eval", check_commands.evaluate, "Perplexity of a folder or checkpoint.", check_commands.EVAL_EXAMPLES),
-    ("backends", info_commands.backends, "What can be written, and for what.", info_commands.BACKENDS_EXAMPLES),
+    (
+        "export",
+        run_commands.export,
+        "Rotate, quantize, write and verify.",
+        run_commands.EXPORT_EXAMPLES,
+    ),
+    (
+        "capture",
+        run_commands.capture,
+        "Only capture activation statistics.",
+        run_commands.CAPTURE_EXAMPLES,
+    ),
+    (
+        "calibrate",
+        run_commands.calibrate,
+        "Everything but writing for a runtime.",
+        run_commands.CALIBRATE_EXAMPLES,
+    ),
+    (
+        "rotate",
+        run_commands.rotate,
+        "Write the rotated float checkpoint.",
+        run_commands.ROTATE_EXAMPLES,
+    ),
+    (
+        "stats",
+        stats_command.stats,
+        "Statistics before and after rotation, by damage.",
+        stats_command.EXAMPLES,
+    ),
+    (
+        "verify",
+        check_commands.verify,
+        "Repeat the parity check on a folder.",
+        check_commands.VERIFY_EXAMPLES,
+    ),
+    (
+        "inspect",
+        inspect_command.inspect,
+        "What a folder holds, and how it runs.",
+        inspect_command.EXAMPLES,
+    ),
+    (
+        "eval",
+        check_commands.evaluate,
+        "Perplexity of a folder or checkpoint.",
+        check_commands.EVAL_EXAMPLES,
+    ),
+    (
+        "backends",
+        info_commands.backends,
+        "What can be written, and for what.",
+        info_commands.BACKENDS_EXAMPLES,
+    ),
     ("env", info_commands.env, "Versions and hardware.", info_commands.ENV_EXAMPLES),
 ):
     app.command(name, cls=Command, short_help=summary, epilog="\n".join(examples))(function)
@@ -52,11 +101,16 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="\n".join(("rotq export --backend onnx -o out/demo", "rotq verify out/demo", "rotq COMMAND --help"))
+    epilog="\n".join(
+        ("rotq export --backend onnx -o out/demo", "rotq verify out/demo", "rotq COMMAND --help")
+    )
 )
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Options before the command."""
@@ -72,4 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError, ValueError):
             # A file name that the terminal cannot encode must not kill a run at its summary.
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    return exit_code_of(lambda: app(list(sys.argv[1:] if arguments is None else arguments), prog_name="rotq"))
+    return exit_code_of(
+        lambda: app(list(sys.argv[1:] if arguments is None else arguments), prog_name="rotq")
+    )

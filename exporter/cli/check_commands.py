@@ -32,9 +32,12 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'rotq export' wrote.")],
     talk: TalkFlags,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="The float model, if it is no longer where it was.")
+        str | None,
+        typer.Option("-m", "--model", help="The float model, if it is no longer where it was."),
     ] = None,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Evaluation rows; default: the recipe's.")] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Evaluation rows; default: the recipe's.")
+    ] = None,
 ) -> None:
     """Repeat the parity check on an exported folder, in its runtime, and update its report.
 
@@ -53,30 +56,46 @@ def verify(
 @with_flags
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Exported or calibrated folder, checkpoint folder or hub id.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Exported or calibrated folder, checkpoint folder or hub id."
+        ),
     ],
     talk: TalkFlags,
     text: Annotated[
         str | None,
-        typer.Option("--text", help="File or hub data set; not given: the embedded evaluation text."),
+        typer.Option(
+            "--text", help="File or hub data set; not given: the embedded evaluation text."
+        ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", min=2, help="Tokens the model sees at once; default: 2048.")
+        int | None,
+        typer.Option("--window", min=2, help="Tokens the model sees at once; default: 2048."),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="Tokens that windows move on by; default: the window.")
+        int | None,
+        typer.Option(
+            "--stride", min=1, help="Tokens that windows move on by; default: the window."
+        ),
     ] = None,
-    nsamples: Annotated[int | None, typer.Option("--nsamples", min=1, help="Documents; default: all.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (torch only).")] = "auto",
+    nsamples: Annotated[
+        int | None, typer.Option("--nsamples", min=1, help="Documents; default: all.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (torch only).")
+    ] = "auto",
 ) -> None:
     """Perplexity of an exported folder in its runtime, or of an artifact or a checkpoint in torch.
 
-    Windows slide by --stride, and each token counts once, so figures of different windows can be compared.
+    Windows slide by --stride, and each token counts once, so figures of different windows can be
+    compared.
     """
     set_up(talk)
     check_device(device)
     if text is not None and Path(text).suffix and not Path(text).is_file():
-        raise DataError(f"the text file '{text}' does not exist", hint="give a readable file to --text")
+        raise DataError(
+            f"the text file '{text}' does not exist", hint="give a readable file to --text"
+        )
     with running(talk) as progress:
         from exporter.evaluation import evaluate as run
 
@@ -107,5 +126,7 @@ def _check_exported(folder: Path) -> None:
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
         raise CheckpointError(
             f"'{folder}' is not an exported folder: it has no {REPORT_FILE}",
-            hint=f"give one of {', '.join(inside)}" if inside else "give what 'rotq export -o' wrote",
+            hint=f"give one of {', '.join(inside)}"
+            if inside
+            else "give what 'rotq export -o' wrote",
         )

@@ -1,6 +1,8 @@
-"""How commands look: options in sections, examples at the end, an unknown option answered with those that exist.
+"""How commands look: options in sections, examples at the end, an unknown option answered with
+those that exist.
 
-typer can draw all this with rich; doing it here keeps ``--help`` fast, plain, and readable in any encoding.
+typer can draw all this with rich; doing it here keeps ``--help`` fast, plain, and readable in any
+encoding.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from typing import Any, NoReturn, get_type_hints
 from typer import TyperException
 from typer.core import TyperCommand, TyperGroup
 
-# The contexts and formatters below are typer's private click classes: they are typed as Any on purpose.
+# The contexts and formatters below are typer's private click classes: they are typed as Any on
+# purpose.
 
 
 class Command(TyperCommand):
-    """A command whose options are grouped by ``rich_help_panel`` and whose epilog holds example lines."""
+    """A command whose options are grouped by ``rich_help_panel`` and whose epilog holds example
+    lines.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; an unknown option lists the known ones."""
@@ -30,9 +35,16 @@ class Command(TyperCommand):
                 raise
             close = sorted(error.possibilities or ())
             guess = f" Did you mean {' or '.join(close)}?" if close else ""
-            known = ", ".join(max(param.opts, key=len) for param in self.get_params(ctx) if param.opts[0][0] == "-")
+            known = ", ".join(
+                max(param.opts, key=len)
+                for param in self.get_params(ctx)
+                if param.opts[0][0] == "-"
+            )
             fail: Callable[[str], NoReturn] = ctx.fail
-            fail(f"No such option: {unknown}.{guess} The options of '{ctx.command_path}' are: {known}.")
+            fail(
+                f"No such option: {unknown}.{guess} The options of '{ctx.command_path}' are:"
+                f" {known}."
+            )
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section for each panel, in the order of the options."""
@@ -69,11 +81,13 @@ def _write_examples(epilog: str | None, formatter: Any) -> None:
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:
     """Let a command take dataclasses of options.
 
-    typer sees one parameter for each field of each dataclass, so that commands share options, with one description,
-    without repeating thirty parameters each.
+    typer sees one parameter for each field of each dataclass, so that commands share options, with
+    one description, without repeating thirty parameters each.
     """
     groups: dict[str, type[Any]] = {
-        name: hint for name, hint in get_type_hints(function).items() if isinstance(hint, type) and is_dataclass(hint)
+        name: hint
+        for name, hint in get_type_hints(function).items()
+        if isinstance(hint, type) and is_dataclass(hint)
     }
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
@@ -84,7 +98,10 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(group, include_extras=True)
         parameters += [
             inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
             )
             for field in fields(group)
         ]

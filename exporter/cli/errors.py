@@ -10,7 +10,8 @@ code meaning
 130  interrupted
 ==== =====================================================================
 
-Anything unforeseen keeps its traceback (Python exits with 1 then): it is a bug, and a bug report needs it.
+Anything unforeseen keeps its traceback (Python exits with 1 then): it is a bug, and a bug report
+needs it.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ class UsageError(Exception):
 
 
 def exit_code_of(run: Callable[[], object]) -> int:
-    """Run the application; turn how it ends into an exit code, and known failures into lines on stderr."""
+    """Run the application; turn how it ends into an exit code, and known failures into lines on
+    stderr.
+    """
     try:
         run()
     except SystemExit as stop:
-        return _flush(stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED))
+        return _flush(
+            stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED)
+        )
     except KeyboardInterrupt:
         return _interrupted()
     except UsageError as error:
@@ -74,11 +79,15 @@ def exit_code_of(run: Callable[[], object]) -> int:
 
 
 def _recognise(error: Exception) -> tuple[str, str] | None:
-    """Message and hint for failures of the machine, whose exception types belong to whichever library met them."""
+    """Message and hint for failures of the machine, whose exception types belong to whichever
+    library met them.
+    """
     if is_disk_full(error):
         return "the disk is full", "free some space, or choose another -o/--output or --work-dir"
     # torch's own types are not imported for this: the name is the same in all of its versions.
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    if type(
+        error
+    ).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
         return "out of memory", MEMORY_HINT
     return None
 
@@ -101,7 +110,9 @@ def _interrupted() -> int:
 
 
 def _flush(code: int) -> int:
-    """``code``, unless the reader of a pipe (``rotq backends | head -1``) has gone: then there is nobody to tell."""
+    """``code``, unless the reader of a pipe (``rotq backends | head -1``) has gone: then there is
+    nobody to tell.
+    """
     if code == INTERRUPTED:
         return _interrupted()
     try:

@@ -16,7 +16,9 @@ ENV_EXAMPLES = ("rotq env", "rotq env --json > env.json")
 
 @with_flags
 def backends(talk: TalkFlags) -> None:
-    """List what can be written: backends, their targets, and the schemes that each target can express."""
+    """List what can be written: backends, their targets, and the schemes that each target can
+    express.
+    """
     from backends.registry import available
 
     set_up(talk)
@@ -29,7 +31,10 @@ def backends(talk: TalkFlags) -> None:
 
         show_backends(output_console(), [info for info in found if info.error is None])
     for info in broken:
-        typer.echo(f"warning: backend '{info.name}' of {info.distribution} does not load: {info.error}", err=True)
+        typer.echo(
+            f"warning: backend '{info.name}' of {info.distribution} does not load: {info.error}",
+            err=True,
+        )
     if not found:
         typer.echo("warning: no backend is installed; reinstall rotq", err=True)
 

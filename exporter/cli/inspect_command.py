@@ -13,17 +13,25 @@ from exporter.cli.command import with_flags
 from exporter.cli.options import TalkFlags
 from exporter.cli.session import print_json, running, set_up
 
-EXAMPLES = ("rotq inspect out/demo", "rotq inspect out/calibrated -v", "rotq inspect out/demo --json")
+EXAMPLES = (
+    "rotq inspect out/demo",
+    "rotq inspect out/calibrated -v",
+    "rotq inspect out/demo --json",
+)
 
 
 @with_flags
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'rotq export' or 'rotq calibrate' wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What 'rotq export' or 'rotq calibrate' wrote.")
+    ],
     talk: TalkFlags,
 ) -> None:
-    """Show what a folder holds: what is quantized how, which kernels the runtime makes of it, bytes by kind.
+    """Show what a folder holds: what is quantized how, which kernels the runtime makes of it, bytes
+    by kind.
 
-    Everything is read from the files themselves; -v lists every linear. Files that were edited are named.
+    Everything is read from the files themselves; -v lists every linear. Files that were edited are
+    named.
     """
     set_up(talk)
     _check_folder(folder)
@@ -36,7 +44,14 @@ def inspect(
     for what, names in found.edited.items():
         typer.echo(f"warning: {what} since the export: {', '.join(names)}", err=True)
     if talk.json_output:
-        print_json({**asdict(found), "schemes": found.schemes, "unfused": found.unfused, "nbytes": found.nbytes})
+        print_json(
+            {
+                **asdict(found),
+                "schemes": found.schemes,
+                "unfused": found.unfused,
+                "nbytes": found.nbytes,
+            }
+        )
     elif talk.quiet:
         typer.echo(found.nbytes)
     else:
@@ -53,6 +68,11 @@ def _check_folder(folder: Path) -> None:
     if not any((folder / name).is_file() for name in (REPORT_FILE, "quantized_model.json")):
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
         raise CheckpointError(
-            f"'{folder}' holds nothing that rotq wrote: neither {REPORT_FILE} nor quantized_model.json",
-            hint=f"give one of {', '.join(inside)}" if inside else "give what 'rotq export' or 'rotq calibrate' wrote",
+            f"'{folder}' holds nothing that rotq wrote: neither {REPORT_FILE} nor"
+            " quantized_model.json",
+            hint=(
+                f"give one of {', '.join(inside)}"
+                if inside
+                else "give what 'rotq export' or 'rotq calibrate' wrote"
+            ),
         )

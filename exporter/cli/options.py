@@ -55,7 +55,8 @@ RECIPE_KEYS = {
     "r2_epochs": "rotation.r2.epochs",
     "rotations": "rotation.files",
 }
-"""Recipe key by field. ``rotation_optimizer`` sets two keys and is dealt with by :func:`overrides`."""
+"""Recipe key by field. ``rotation_optimizer`` sets two keys and is dealt with by :func:`overrides`.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,34 @@ class ModelFlags:
     model: Annotated[
         str | None,
         typer.Option(
-            "-m", "--model", help="Hub id or folder. Not given: the embedded example model.", rich_help_panel=MODEL
+            "-m",
+            "--model",
+            help="Hub id or folder. Not given: the embedded example model.",
+            rich_help_panel=MODEL,
         ),
     ] = None
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=MODEL),
     ] = None
     device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"] | None,
-        typer.Option("--dtype", help="What the target computes in; auto: the backend's.", rich_help_panel=MODEL),
+        typer.Option(
+            "--dtype",
+            help="What the target computes in; auto: the backend's.",
+            rich_help_panel=MODEL,
+        ),
     ] = None
     trust_remote_code: Annotated[
         bool,
         typer.Option(
-            "--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=DANGEROUS
+            "--trust-remote-code",
+            help="Run Python code that comes with the model.",
+            rich_help_panel=DANGEROUS,
         ),
     ] = False
 
@@ -92,7 +104,9 @@ class SchemeFlag:
 
     scheme: Annotated[
         str | None,
-        typer.Option("--scheme", help="Quantization scheme, for example int8.", rich_help_panel=QUANTIZATION),
+        typer.Option(
+            "--scheme", help="Quantization scheme, for example int8.", rich_help_panel=QUANTIZATION
+        ),
     ] = None
 
 
@@ -114,7 +128,11 @@ class QuantizationFlags:
     ] = None
     block_size: Annotated[
         int | None,
-        typer.Option("--block-size", help="Input features that share a weight scale.", rich_help_panel=QUANTIZATION),
+        typer.Option(
+            "--block-size",
+            help="Input features that share a weight scale.",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = None
     weight_algorithm: Annotated[
         str | None,
@@ -127,17 +145,25 @@ class QuantizationFlags:
     observer: Annotated[
         str | None,
         typer.Option(
-            "--observer", help="Limits of activations: min_max, percentile:99.9, mse, ...", rich_help_panel=QUANTIZATION
+            "--observer",
+            help="Limits of activations: min_max, percentile:99.9, mse, ...",
+            rich_help_panel=QUANTIZATION,
         ),
     ] = None
     smoothing: Annotated[
         str | None,
-        typer.Option("--smoothing", help="none, smoothquant:auto, :ALPHA, or awq.", rich_help_panel=QUANTIZATION),
+        typer.Option(
+            "--smoothing",
+            help="none, smoothquant:auto, :ALPHA, or awq.",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = None
     layerwise: Annotated[
         bool,
         typer.Option(
-            "--layerwise", help="Calibrate block by block; memory of one block.", rich_help_panel=QUANTIZATION
+            "--layerwise",
+            help="Calibrate block by block; memory of one block.",
+            rich_help_panel=QUANTIZATION,
         ),
     ] = False
     asym: Annotated[
@@ -151,7 +177,9 @@ class QuantizationFlags:
     max_memory: Annotated[
         str | None,
         typer.Option(
-            "--max-memory", help="With --layerwise: activations beyond this go to disk.", rich_help_panel=QUANTIZATION
+            "--max-memory",
+            help="With --layerwise: activations beyond this go to disk.",
+            rich_help_panel=QUANTIZATION,
         ),
     ] = None
 
@@ -161,13 +189,18 @@ class BackendFlags:
     """What is written."""
 
     backend: Annotated[
-        str | None, typer.Option("--backend", help="What to write: see 'rotq backends'.", rich_help_panel=QUANTIZATION)
+        str | None,
+        typer.Option(
+            "--backend", help="What to write: see 'rotq backends'.", rich_help_panel=QUANTIZATION
+        ),
     ] = None
     target: Annotated[
         list[str] | None,
         typer.Option(
             "--target",
-            help="Runtime it is for; default: the backend's first. Repeatable: a folder of -o each.",
+            help=(
+                "Runtime it is for; default: the backend's first. Repeatable: a folder of -o each."
+            ),
             rich_help_panel=QUANTIZATION,
         ),
     ] = None
@@ -179,19 +212,30 @@ class WritingFlags:
 
     logits: Annotated[
         Literal["all", "last"] | None,
-        typer.Option("--logits", help="Of every token, or of the last one: enough to generate.", rich_help_panel=RUN),
+        typer.Option(
+            "--logits",
+            help="Of every token, or of the last one: enough to generate.",
+            rich_help_panel=RUN,
+        ),
     ] = None
     kv_buffer: Annotated[
         Literal["grown", "shared"] | None,
         typer.Option(
             "--kv-buffer",
-            help="Keys and values: grown by each run, or written into one buffer that goes in and out.",
+            help=(
+                "Keys and values: grown by each run, or written into one buffer that goes in and"
+                " out."
+            ),
             rich_help_panel=RUN,
         ),
     ] = None
     max_shard_size: Annotated[
         str | None,
-        typer.Option("--max-shard-size", help="Split files of weights beyond this: 5GB, 500MiB.", rich_help_panel=RUN),
+        typer.Option(
+            "--max-shard-size",
+            help="Split files of weights beyond this: 5GB, 500MiB.",
+            rich_help_panel=RUN,
+        ),
     ] = None
 
 
@@ -201,15 +245,23 @@ class DataFlags:
 
     calib_dataset: Annotated[
         str | None,
-        typer.Option("--calib-dataset", help="Hub name or .txt/.jsonl/.parquet file.", rich_help_panel=DATA),
+        typer.Option(
+            "--calib-dataset", help="Hub name or .txt/.jsonl/.parquet file.", rich_help_panel=DATA
+        ),
     ] = None
-    nsamples: Annotated[int | None, typer.Option("--nsamples", help="Calibration rows.", rich_help_panel=DATA)] = None
-    seqlen: Annotated[int | None, typer.Option("--seqlen", help="Tokens a row is cut at.", rich_help_panel=DATA)] = None
+    nsamples: Annotated[
+        int | None, typer.Option("--nsamples", help="Calibration rows.", rich_help_panel=DATA)
+    ] = None
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", help="Tokens a row is cut at.", rich_help_panel=DATA)
+    ] = None
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Rows in one forward pass.", rich_help_panel=DATA)
+        int | None,
+        typer.Option("--batch-size", help="Rows in one forward pass.", rich_help_panel=DATA),
     ] = None
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Of sampling and of random starts.", rich_help_panel=DATA)
+        int | None,
+        typer.Option("--seed", help="Of sampling and of random starts.", rich_help_panel=DATA),
     ] = None
 
 
@@ -219,7 +271,11 @@ class EvalDataFlag:
 
     eval_dataset: Annotated[
         str | None,
-        typer.Option("--eval-dataset", help="As --calib-dataset; default: rows held back.", rich_help_panel=DATA),
+        typer.Option(
+            "--eval-dataset",
+            help="As --calib-dataset; default: rows held back.",
+            rich_help_panel=DATA,
+        ),
     ] = None
 
 
@@ -229,13 +285,18 @@ class RotationFlags:
 
     rotate: Annotated[
         str | None,
-        typer.Option("--rotate", help="auto, none, or some of r1,r2,r3,r4.", rich_help_panel=ROTATION),
+        typer.Option(
+            "--rotate", help="auto, none, or some of r1,r2,r3,r4.", rich_help_panel=ROTATION
+        ),
     ] = None
     rotations: Annotated[
         list[Path] | None,
         typer.Option(
             "--rotations",
-            help="Use these instead of training: a rotq folder, r1.pt and r2.pt, or R.bin. Repeatable.",
+            help=(
+                "Use these instead of training: a rotq folder, r1.pt and r2.pt, or R.bin."
+                " Repeatable."
+            ),
             rich_help_panel=ROTATION,
         ),
     ] = None
@@ -247,14 +308,18 @@ class RotationFlags:
             rich_help_panel=ROTATION,
         ),
     ] = None
-    r1_lr: Annotated[float | None, typer.Option("--r1-lr", help="Learning rate of R1.", rich_help_panel=ROTATION)] = (
-        None
-    )
-    r1_epochs: Annotated[int | None, typer.Option("--r1-epochs", help="Epochs of R1.", rich_help_panel=ROTATION)] = None
-    r2_lr: Annotated[float | None, typer.Option("--r2-lr", help="Learning rate of R2.", rich_help_panel=ROTATION)] = (
-        None
-    )
-    r2_epochs: Annotated[int | None, typer.Option("--r2-epochs", help="Epochs of R2.", rich_help_panel=ROTATION)] = None
+    r1_lr: Annotated[
+        float | None, typer.Option("--r1-lr", help="Learning rate of R1.", rich_help_panel=ROTATION)
+    ] = None
+    r1_epochs: Annotated[
+        int | None, typer.Option("--r1-epochs", help="Epochs of R1.", rich_help_panel=ROTATION)
+    ] = None
+    r2_lr: Annotated[
+        float | None, typer.Option("--r2-lr", help="Learning rate of R2.", rich_help_panel=ROTATION)
+    ] = None
+    r2_epochs: Annotated[
+        int | None, typer.Option("--r2-epochs", help="Epochs of R2.", rich_help_panel=ROTATION)
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -262,7 +327,8 @@ class RecipeFlag:
     """Where settings come from that no option gives."""
 
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="YAML file or the name of a preset.", rich_help_panel=RUN)
+        str | None,
+        typer.Option("--recipe", help="YAML file or the name of a preset.", rich_help_panel=RUN),
     ] = None
 
 
@@ -272,14 +338,18 @@ class ResumeFlags:
 
     from_capture: Annotated[
         Path | None,
-        typer.Option("--from-capture", help="Folder of 'rotq capture': skips that step.", rich_help_panel=RUN),
+        typer.Option(
+            "--from-capture", help="Folder of 'rotq capture': skips that step.", rich_help_panel=RUN
+        ),
     ] = None
     work_dir: Annotated[
-        Path | None, typer.Option("--work-dir", help="Keep intermediate results here.", rich_help_panel=RUN)
+        Path | None,
+        typer.Option("--work-dir", help="Keep intermediate results here.", rich_help_panel=RUN),
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --work-dir holds.", rich_help_panel=RUN)] = (
-        False
-    )
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from what --work-dir holds.", rich_help_panel=RUN),
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -289,14 +359,23 @@ class OutputFlags:
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Folder to create (required, except with --dry-run).", rich_help_panel=OUTPUT
+            "-o",
+            "--output",
+            help="Folder to create (required, except with --dry-run).",
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that rotq wrote.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace a folder that rotq wrote.", rich_help_panel=OUTPUT
+        ),
     ] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print plan, sizes and recipe; do nothing.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--dry-run", help="Print plan, sizes and recipe; do nothing.", rich_help_panel=OUTPUT
+        ),
     ] = False
 
 
@@ -305,14 +384,26 @@ class TalkFlags:
     """How much is said."""
 
     json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document to stdout.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option("--json", help="Print one JSON document to stdout.", rich_help_panel=OUTPUT),
     ] = False
     verbose: Annotated[
         bool,
-        typer.Option("-v", "--verbose", help="Show logs and warnings of all libraries.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "-v",
+            "--verbose",
+            help="Show logs and warnings of all libraries.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False
     quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="No settings, bars or tables; errors only.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "-q",
+            "--quiet",
+            help="No settings, bars or tables; errors only.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False
 
 
@@ -350,7 +441,9 @@ def _patterns_and_schemes(texts: list[str]) -> dict[str, str]:
 def _pattern_and_scheme(text: str) -> tuple[str, str]:
     pattern, equals, scheme = text.rpartition("=")
     if not (pattern and equals and scheme):
-        raise UsageError(f"--override '{text}' is not PATTERN=SCHEME", hint="for example '*.down_proj=float'")
+        raise UsageError(
+            f"--override '{text}' is not PATTERN=SCHEME", hint="for example '*.down_proj=float'"
+        )
     return pattern, scheme
 
 

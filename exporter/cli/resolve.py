@@ -42,16 +42,21 @@ FIXED_BY_ARTIFACT = (
     "rotation.r2.lr",
     "rotation.r2.epochs",
 )
-"""Decided once a model is quantized: an option that says otherwise while re-exporting is refused, not ignored."""
+"""Decided once a model is quantized: an option that says otherwise while re-exporting is refused,
+not ignored.
+"""
 
 
-def resolve(source: str | None, given: Mapping[str, Any], from_artifact: Path | None = None) -> Recipe:
+def resolve(
+    source: str | None, given: Mapping[str, Any], from_artifact: Path | None = None
+) -> Recipe:
     """The recipe of a run: options over recipe file over defaults.
 
     Args:
         source: ``--recipe``.
         given: what options override (:func:`exporter.cli.options.overrides`).
-        from_artifact: a quantized model to start from; without ``--recipe``, the recipe saved with it applies.
+        from_artifact: a quantized model to start from; without ``--recipe``, the recipe saved with
+            it applies.
 
     Raises:
         UsageError: an option is at fault.
@@ -68,7 +73,8 @@ def resolve(source: str | None, given: Mapping[str, Any], from_artifact: Path | 
             )
         if source is None and (from_artifact / RECIPE_FILE).is_file():
             source = str(from_artifact / RECIPE_FILE)
-            # What it was calibrated in is no wish for what it is written in: targets have dtypes of their own.
+            # What it was calibrated in is no wish for what it is written in: targets have dtypes of
+            # their own.
             given = {"dtype": "auto", **given}
     _check_names(given)
     try:
@@ -92,13 +98,19 @@ def check_output(output: OutputFlags, resume: ResumeFlags | None = None) -> Path
     from exporter.output import check_target
 
     if resume is not None and resume.resume and resume.work_dir is None:
-        raise UsageError("--resume needs --work-dir", hint="give the folder that the interrupted run was given")
+        raise UsageError(
+            "--resume needs --work-dir", hint="give the folder that the interrupted run was given"
+        )
     if output.output is None:
         if output.dry_run:
             return Path()
-        raise UsageError("missing option -o/--output", hint="name the folder to create, for example -o out/model")
+        raise UsageError(
+            "missing option -o/--output", hint="name the folder to create, for example -o out/model"
+        )
     if str(output.output) == "":
-        raise UsageError("-o/--output is empty", hint="name the folder to create, for example -o out/model")
+        raise UsageError(
+            "-o/--output is empty", hint="name the folder to create, for example -o out/model"
+        )
     try:
         check_target(output.output, output.overwrite)
     except OSError as error:
@@ -109,11 +121,13 @@ def check_output(output: OutputFlags, resume: ResumeFlags | None = None) -> Path
 
 
 def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = True) -> None:
-    """Refuse a backend or target that does not exist, and, to ``write``, what it cannot express of the recipe.
+    """Refuse a backend or target that does not exist, and, to ``write``, what it cannot express of
+    the recipe.
 
     Raises:
         UsageError: ``--backend`` or ``--target`` names something that does not exist.
-        BackendError: the recipe does, or the target cannot express the scheme, the cache or the rotations.
+        BackendError: the recipe does, or the target cannot express the scheme, the cache or the
+            rotations.
     """
     from backends.registry import (
         available,
@@ -129,9 +143,14 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
 
     backends = {info.name: info for info in available()}
     if "backend" in given and recipe.backend not in backends:
-        raise UsageError(f"unknown --backend '{recipe.backend}'", hint=f"installed: {', '.join(backends) or 'none'}")
+        raise UsageError(
+            f"unknown --backend '{recipe.backend}'",
+            hint=f"installed: {', '.join(backends) or 'none'}",
+        )
     backend = get_backend(recipe.backend)
-    unknown = [target for target in recipe.targets if target is not None and target not in backend.targets]
+    unknown = [
+        target for target in recipe.targets if target is not None and target not in backend.targets
+    ]
     if "target" in given and unknown:
         raise UsageError(
             f"backend '{recipe.backend}' has no --target '{unknown[0]}'",
@@ -139,7 +158,9 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
         )
     linear = customised_scheme(recipe).linear
     for name in recipe.targets if write else ():
-        target = check_target(backend, {} if linear is None else {f"scheme '{recipe.scheme}'": linear}, name)
+        target = check_target(
+            backend, {} if linear is None else {f"scheme '{recipe.scheme}'": linear}, name
+        )
         check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
         check_rotations(backend, target, asked_for(recipe.rotate))
         check_logits(backend, target, recipe.logits)
@@ -153,13 +174,17 @@ def check_device(device: str) -> None:
         UsageError: it is misspelt.
     """
     if not _DEVICE.fullmatch(device):
-        raise UsageError(f"unknown --device '{device}'", hint="the devices are: auto, cpu, cuda, cuda:N")
+        raise UsageError(
+            f"unknown --device '{device}'", hint="the devices are: auto, cpu, cuda, cuda:N"
+        )
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
     scheme = given.get("scheme")
     if scheme is not None and scheme not in SCHEMES:
-        raise UsageError(f"unknown --scheme '{scheme}'", hint=f"the schemes are: {', '.join(SCHEMES)}")
+        raise UsageError(
+            f"unknown --scheme '{scheme}'", hint=f"the schemes are: {', '.join(SCHEMES)}"
+        )
     check_device(given.get("device", "auto"))
 
 
@@ -172,13 +197,17 @@ def _check_consistency(recipe: Recipe, given: Mapping[str, Any]) -> None:
                 hint=f"add --rotation-optimizer qr, or leave --{kind}-lr out",
             )
     if "layerwise.max_memory" in given and not recipe.layerwise.enabled:
-        raise UsageError("--max-memory has no effect without --layerwise", hint="add --layerwise, or leave it out")
+        raise UsageError(
+            "--max-memory has no effect without --layerwise",
+            hint="add --layerwise, or leave it out",
+        )
     from exporter.quantizing import check_names
 
     check_names(recipe)
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(
-            f"recipe key 'device': '{recipe.device}' is no device", hint="the devices are: auto, cpu, cuda, cuda:N"
+            f"recipe key 'device': '{recipe.device}' is no device",
+            hint="the devices are: auto, cpu, cuda, cuda:N",
         )
 
 

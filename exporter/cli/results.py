@@ -26,8 +26,12 @@ def print_exported(output: Path, exported: Sequence[tuple[Path, Report]], talk: 
         talk: how much.
     """
     if talk.json_output:
-        documents = [{"output": str(folder), **report.model_dump(mode="json")} for folder, report in exported]
-        print_json(documents[0] if len(documents) == 1 else {"output": str(output), "targets": documents})
+        documents = [
+            {"output": str(folder), **report.model_dump(mode="json")} for folder, report in exported
+        ]
+        print_json(
+            documents[0] if len(documents) == 1 else {"output": str(output), "targets": documents}
+        )
     elif talk.quiet:
         typer.echo(output)
     else:
@@ -38,24 +42,31 @@ def print_exported(output: Path, exported: Sequence[tuple[Path, Report]], talk: 
 
 
 def parity_exit_code(report: Report, folder: Path, talk: TalkFlags) -> int:
-    """0, or 3 with a line on stderr for a report that is marked failed; what was not run is warned of."""
+    """0, or 3 with a line on stderr for a report that is marked failed; what was not run is warned
+    of.
+    """
     from exporter.summary import failed_rows, runtime_lines
 
     if report.status == "failed":
         typer.echo(f"error: parity failed: {'; '.join(failed_rows(report))}", err=True)
         typer.echo(
-            f"hint: '{folder}' is kept and marked failed; do not deploy it; try another --rotate or --scheme",
+            f"hint: '{folder}' is kept and marked failed; do not deploy it; try another --rotate or"
+            " --scheme",
             err=True,
         )
         return PARITY_FAILED
     if report.status == "unverified" and report.parity and not talk.quiet:
         reasons = "; ".join(runtime_lines(report))
-        typer.echo(f"warning: '{folder}' was not verified: {reasons}; run 'rotq verify' where it can run", err=True)
+        typer.echo(
+            f"warning: '{folder}' was not verified: {reasons}; run 'rotq verify' where it can run",
+            err=True,
+        )
     return DONE
 
 
 def targets_for(recipe: Recipe, rotations: Collection[str]) -> list[tuple[str, str]]:
-    """Installed backends and targets that can express a calibrated model; the recipe's own come first.
+    """Installed backends and targets that can express a calibrated model; the recipe's own come
+    first.
 
     Args:
         recipe: its scheme, overrides and cache.

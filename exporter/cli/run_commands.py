@@ -41,7 +41,10 @@ EXPORT_EXAMPLES = (
     "rotq export -m meta-llama/Llama-3.2-1B --backend onnx --rotate r1,r2,r4 -o out/llama",
     "rotq export -m ./my-model --calib-dataset notes.jsonl --nsamples 64 -o out/mine",
     "rotq export --recipe int8-reference -m ./my-model --dry-run",
-    "rotq export --from-artifact out/calibrated --backend onnx --target ort --target openvino -o out/onnx",
+    (
+        "rotq export --from-artifact out/calibrated --backend onnx --target ort --target openvino"
+        " -o out/onnx"
+    ),
 )
 CAPTURE_EXAMPLES = (
     "rotq capture -m ./my-model --calib-dataset wikitext2 -o out/capture",
@@ -55,7 +58,10 @@ ROTATE_EXAMPLES = (
 CALIBRATE_EXAMPLES = (
     "rotq calibrate -m ./my-model --scheme int8 -o out/calibrated",
     "rotq calibrate -m ./my-model --scheme int4-weight-only --weight-algorithm gptq -o out/gptq",
-    "rotq calibrate -m ./my-model --scheme w4a8 --override '*.down_proj=int8' --kv int8 -o out/mixed",
+    (
+        "rotq calibrate -m ./my-model --scheme w4a8 --override '*.down_proj=int8' --kv int8 -o"
+        " out/mixed"
+    ),
     "rotq calibrate -m ./large-model --layerwise --work-dir work -o out/large",
     "rotq export --from-artifact out/calibrated --backend onnx -o out/onnx",
 )
@@ -77,14 +83,20 @@ def export(
     talk: TalkFlags,
     from_artifact: Annotated[
         Path | None,
-        typer.Option("--from-artifact", help="Folder of 'rotq calibrate': only write and verify.", rich_help_panel=RUN),
+        typer.Option(
+            "--from-artifact",
+            help="Folder of 'rotq calibrate': only write and verify.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.", rich_help_panel=RUN)] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the parity check.", rich_help_panel=RUN)
+    ] = False,
 ) -> None:
     """Rotate, calibrate, quantize, write for a runtime, and check parity in that runtime.
 
-    Several targets share one calibration, and either all of their folders appear or none. Exit code 3 means: exported,
-    but parity failed; the folder is kept and marked failed.
+    Several targets share one calibration, and either all of their folders appear or none. Exit code
+    3 means: exported, but parity failed; the folder is kept and marked failed.
     """
     set_up(talk)
     options = _run_options(outputs, resuming, verify=not no_verify, from_artifact=from_artifact)
@@ -101,15 +113,23 @@ def export(
     print_exported(result.output, exported, talk)
     if not talk.quiet:
         folder = shlex.quote(str(exported[0][0]))
-        _say("next:", f"rotq verify {folder}", f"rotq inspect {folder}", f"rotq eval {folder} --text FILE")
+        _say(
+            "next:",
+            f"rotq verify {folder}",
+            f"rotq inspect {folder}",
+            f"rotq eval {folder} --text FILE",
+        )
     raise typer.Exit(max(parity_exit_code(report, folder, talk) for folder, report in exported))
 
 
 @with_flags
-def capture(models: ModelFlags, data: DataFlags, recipes: RecipeFlag, outputs: OutputFlags, talk: TalkFlags) -> None:
+def capture(
+    models: ModelFlags, data: DataFlags, recipes: RecipeFlag, outputs: OutputFlags, talk: TalkFlags
+) -> None:
     """Capture the statistics that rotations are trained on, and stop there.
 
-    Memory and disk stay bounded whatever --nsamples is: covariances and a token reservoir, not activations.
+    Memory and disk stay bounded whatever --nsamples is: covariances and a token reservoir, not
+    activations.
     """
     set_up(talk)
     options = _run_options(outputs, None)
@@ -122,7 +142,10 @@ def capture(models: ModelFlags, data: DataFlags, recipes: RecipeFlag, outputs: O
         folder = run_capture(recipe, options, progress=progress)
     _print_folder(folder, talk)
     if not talk.quiet:
-        _say("next:", f"rotq export {_model_option(recipe)}--from-capture {shlex.quote(str(folder))} -o OUT")
+        _say(
+            "next:",
+            f"rotq export {_model_option(recipe)}--from-capture {shlex.quote(str(folder))} -o OUT",
+        )
 
 
 @with_flags
@@ -140,8 +163,9 @@ def calibrate(
 ) -> None:
     """Rotate, calibrate and quantize, and stop at the saved model that no runtime has shaped yet.
 
-    'rotq export --from-artifact' writes it for a runtime, without a GPU and without calibrating again. --backend and
-    --target only decide the dtype here: every scheme can be calibrated, also one that no installed backend writes.
+    'rotq export --from-artifact' writes it for a runtime, without a GPU and without calibrating
+    again. --backend and --target only decide the dtype here: every scheme can be calibrated, also
+    one that no installed backend writes.
     """
     set_up(talk)
     options = _run_options(outputs, resuming)
@@ -156,7 +180,12 @@ def calibrate(
         result = run(recipe, options, progress=progress)
     _print_folder(result.output, talk)
     if not talk.quiet:
-        _say("next:", *_after_calibrating(recipe, result.quantized.rotations.kinds(), shlex.quote(str(result.output))))
+        _say(
+            "next:",
+            *_after_calibrating(
+                recipe, result.quantized.rotations.kinds(), shlex.quote(str(result.output))
+            ),
+        )
 
 
 @with_flags
@@ -170,13 +199,17 @@ def rotate(
     outputs: OutputFlags,
     talk: TalkFlags,
     write_dartquant: Annotated[
-        bool, typer.Option("--write-dartquant", help="Also write r1.pt and r2.pt.", rich_help_panel=ROTATION)
+        bool,
+        typer.Option(
+            "--write-dartquant", help="Also write r1.pt and r2.pt.", rich_help_panel=ROTATION
+        ),
     ] = False,
 ) -> None:
-    """Fold norms and rotations into the weights, and write a float checkpoint that loads like the original.
+    """Fold norms and rotations into the weights, and write a float checkpoint that loads like the
+    original.
 
-    Rotations are chosen for --scheme, but nothing is quantized. --rotate is r1,r2 unless given: what runs online (r3,
-    r4) cannot be in a stock folder. --dtype auto is the source's own.
+    Rotations are chosen for --scheme, but nothing is quantized. --rotate is r1,r2 unless given:
+    what runs online (r3, r4) cannot be in a stock folder. --dtype auto is the source's own.
     """
     set_up(talk)
     options = _run_options(outputs, resuming)
@@ -196,11 +229,19 @@ def rotate(
 
         show_rotated(output_console(), result.report, result.output)
         folder = shlex.quote(str(result.output))
-        _say("next:", f"rotq eval {folder} --text FILE", f"rotq export -m {folder} --rotate none -o OUT")
+        _say(
+            "next:",
+            f"rotq eval {folder} --text FILE",
+            f"rotq export -m {folder} --rotate none -o OUT",
+        )
 
 
 def _run_options(
-    outputs: OutputFlags, resuming: ResumeFlags | None, *, verify: bool = True, from_artifact: Path | None = None
+    outputs: OutputFlags,
+    resuming: ResumeFlags | None,
+    *,
+    verify: bool = True,
+    from_artifact: Path | None = None,
 ) -> RunOptions:
     output = check_output(outputs, resuming)
     from exporter.run_options import RunOptions
@@ -216,7 +257,9 @@ def _run_options(
     )
 
 
-def _announced_only(recipe: Recipe, options: RunOptions, goal: Goal, outputs: OutputFlags, talk: TalkFlags) -> bool:
+def _announced_only(
+    recipe: Recipe, options: RunOptions, goal: Goal, outputs: OutputFlags, talk: TalkFlags
+) -> bool:
     """Print the plan of a dry run, or the settings of a real one; whether it was a dry run."""
     if outputs.dry_run:
         _print_plan(recipe, options, goal, talk)
@@ -256,10 +299,15 @@ def _print_folder(folder: Path, talk: TalkFlags) -> None:
 
 
 def _after_calibrating(recipe: Recipe, rotations: Collection[str], artifact: str) -> list[str]:
-    """What can be done with an artifact: written, where some installed target can express it; else only measured."""
+    """What can be done with an artifact: written, where some installed target can express it; else
+    only measured.
+    """
     able = targets_for(recipe, rotations)
     if not able:
-        return [f"rotq eval {artifact} --text FILE  (no installed target can express it: see 'rotq backends')"]
+        return [
+            f"rotq eval {artifact} --text FILE  (no installed target can express it: see 'rotq"
+            " backends')"
+        ]
     backend, target = able[0]
     return [f"rotq export --from-artifact {artifact} --backend {backend} --target {target} -o OUT"]
 

@@ -1,4 +1,6 @@
-"""The surroundings of a run: who may write to stdout, which libraries may speak, and where the bars are drawn."""
+"""The surroundings of a run: who may write to stdout, which libraries may speak, and where the bars
+are drawn.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ OWN = ("exporter", "calib", "backends")
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever ``sys.stderr`` is at that moment: while a bar is up, that is rich's stand-in, which draws the
-    line above the bar.
+    """Writes to whatever ``sys.stderr`` is at that moment: while a bar is up, that is rich's
+    stand-in, which draws the line above the bar.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -31,7 +33,9 @@ class _StderrHandler(logging.Handler):
 
 
 class _OwnOrSevere(logging.Filter):
-    """Lets rotq's own warnings through; of other libraries, nothing: what they report is not for a user to act on."""
+    """Lets rotq's own warnings through; of other libraries, nothing: what they report is not for a
+    user to act on.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.name.split(".")[0] in OWN or record.levelno >= logging.CRITICAL
@@ -46,7 +50,9 @@ def set_up(talk: TalkFlags) -> None:
     if talk.verbose and talk.quiet:
         raise UsageError("-v/--verbose and -q/--quiet exclude each other", hint="give one of them")
     handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if talk.verbose else "%(message)s"))
+    handler.setFormatter(
+        logging.Formatter("%(levelname)s %(name)s: %(message)s" if talk.verbose else "%(message)s")
+    )
     logging.getLogger().addHandler(handler)
     for name in OWN:
         level = logging.ERROR if talk.quiet else logging.INFO if talk.verbose else logging.WARNING
@@ -63,10 +69,13 @@ def set_up(talk: TalkFlags) -> None:
 def running(talk: TalkFlags) -> Iterator[Progress]:
     """Surround the long part of a command: bars on, libraries quiet, stdout kept for the result.
 
-    Libraries print to stdout as they like (torch.onnx.export does); until the end of the block that is swallowed, or
-    goes to stderr under ``-v``.
+    Libraries print to stdout as they like (torch.onnx.export does); until the end of the block that
+    is swallowed, or goes to stderr under ``-v``.
     """
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(sys.stderr if talk.verbose else nowhere):
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(sys.stderr if talk.verbose else nowhere),
+    ):
         if not talk.verbose:
             _silence_libraries()
         if talk.quiet:
@@ -84,8 +93,8 @@ def print_json(document: Any) -> None:
 
 
 def _silence_libraries() -> None:
-    # torch and transformers install handlers of their own when they are imported, so they come first. A command that
-    # gets here needs both anyway.
+    # torch and transformers install handlers of their own when they are imported, so they come
+    # first. A command that gets here needs both anyway.
     import torch  # noqa: F401
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -96,5 +105,6 @@ def _silence_libraries() -> None:
     hub_bars = not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     if hub_bars:
-        # transformers takes the hub's bars down with its own, but a download of 15 GB must show that it moves.
+        # transformers takes the hub's bars down with its own, but a download of 15 GB must show
+        # that it moves.
         enable_progress_bars()

@@ -29,12 +29,15 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
             shown |= _finer_controls(recipe)
     if options.from_artifact is None:
         if goal != "capture":
-            shown["rotate"] = "r1,r2" if goal == "rotate" and recipe.rotate == "auto" else recipe.rotate
+            shown["rotate"] = (
+                "r1,r2" if goal == "rotate" and recipe.rotate == "auto" else recipe.rotate
+            )
             if recipe.rotation.files:
                 shown["rotations"] = ", ".join(recipe.rotation.files)
         text = "the embedded example text" if data.dataset == EMBEDDED else data.dataset
         shown["calibration"] = (
-            f"{text}, {data.nsamples} rows of up to {data.seqlen} tokens, batches of {data.batch_size}"
+            f"{text}, {data.nsamples} rows of up to {data.seqlen} tokens, batches of"
+            f" {data.batch_size}"
         )
     if options.from_capture is not None:
         shown["capture"] = f"reused from {options.from_capture}"
@@ -56,7 +59,9 @@ def _model(recipe: Recipe) -> str:
 def _writing(recipe: Recipe) -> dict[str, str]:
     """What is written, and for what."""
     targets = ", ".join(target or "default" for target in recipe.targets)
-    shown = {"backend": f"{recipe.backend}, target{'s' if len(recipe.targets) > 1 else ''} {targets}"}
+    shown = {
+        "backend": f"{recipe.backend}, target{'s' if len(recipe.targets) > 1 else ''} {targets}"
+    }
     if recipe.logits == "last":
         shown["logits"] = "of the last token only"
     if recipe.kv_buffer == "shared":
@@ -78,8 +83,12 @@ def _finer_controls(recipe: Recipe) -> dict[str, str]:
     if recipe.kv is not None:
         shown["kv cache"] = recipe.kv
     if recipe.overrides:
-        shown["overrides"] = ", ".join(f"{pattern}: {scheme}" for pattern, scheme in recipe.overrides.items())
+        shown["overrides"] = ", ".join(
+            f"{pattern}: {scheme}" for pattern, scheme in recipe.overrides.items()
+        )
     if recipe.layerwise.enabled:
         ways = "asymmetric, " if recipe.layerwise.asym else ""
-        shown["layer-wise"] = f"yes, {ways}activations in memory up to {recipe.layerwise.max_memory}"
+        shown["layer-wise"] = (
+            f"yes, {ways}activations in memory up to {recipe.layerwise.max_memory}"
+        )
     return shown

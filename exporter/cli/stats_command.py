@@ -46,10 +46,14 @@ class StatsOutputFlags:
     """Where the result goes."""
 
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to create (required).", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option("-o", "--output", help="Folder to create (required).", rich_help_panel=OUTPUT),
     ] = None
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that rotq wrote.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace a folder that rotq wrote.", rich_help_panel=OUTPUT
+        ),
     ] = False
 
 
@@ -83,8 +87,8 @@ def stats(
 ) -> None:
     """Measure every decoder linear before and after rotation, and what the scheme does to it.
 
-    Writes stats.json, stats.csv and stats.safetensors; the table is sorted by damage. --rotate is r1,r2,r4 unless
-    given, as far as the model takes them.
+    Writes stats.json, stats.csv and stats.safetensors; the table is sorted by damage. --rotate is
+    r1,r2,r4 unless given, as far as the model takes them.
     """
     set_up(talk)
     output = check_output(OutputFlags(outputs.output, outputs.overwrite), resuming)
@@ -92,7 +96,9 @@ def stats(
     if clusters is not None:
         recipe = _clustered(recipe, clusters)
     if cluster_jointly and not (recipe.activations.granularity or "").startswith("cluster:"):
-        raise UsageError("--cluster-jointly has no effect without --clusters", hint="add --clusters K, such as 8")
+        raise UsageError(
+            "--cluster-jointly has no effect without --clusters", hint="add --clusters K, such as 8"
+        )
     from exporter.run_options import RunOptions
 
     options = RunOptions(
@@ -139,7 +145,11 @@ def _print(result: StatsResult, talk: TalkFlags) -> None:
     show_stats(output_console(), result.report, result.output, None if talk.verbose else ROWS_SHOWN)
     recipe = result.recipe
     model = "" if recipe.model == EMBEDDED else f"-m {shlex.quote(recipe.model)} "
-    typer.echo(f"next:\n  rotq export {model}--scheme {recipe.scheme} --rotate {result.report.rotate} -o OUT", err=True)
+    typer.echo(
+        f"next:\n  rotq export {model}--scheme {recipe.scheme} --rotate {result.report.rotate}"
+        " -o OUT",
+        err=True,
+    )
 
 
 def _clustered(recipe: Recipe, clusters: int) -> Recipe:

@@ -1,4 +1,6 @@
-"""One bar per stage on a terminal; elsewhere one plain line per finished stage, so that logs stay readable."""
+"""One bar per stage on a terminal; elsewhere one plain line per finished stage, so that logs stay
+readable.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ class _AsciiBar(ProgressColumn):
 
 
 class ConsoleProgress:
-    """A :class:`calib.progress.Progress` that draws. Use as a context manager: leaving it takes the bars down.
+    """A :class:`calib.progress.Progress` that draws. Use as a context manager: leaving it takes the
+    bars down.
 
-    A stage is finished when ``done`` reaches ``total``; one whose total is unknown when the next stage begins, or at
-    the end. A stage that reports 0 again starts over.
+    A stage is finished when ``done`` reaches ``total``; one whose total is unknown when the next
+    stage begins, or at the end. A stage that reports 0 again starts over.
     """
 
     def __init__(self, console: Console) -> None:
@@ -46,7 +49,8 @@ class ConsoleProgress:
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
-        """Start of each unfinished stage; the open-ended ones among them wait for the next stage."""
+        """Start of each unfinished stage; the open-ended ones among them wait for the next stage.
+        """
         self._open_ended: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -55,7 +59,10 @@ class ConsoleProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self._finish_open_ended()
@@ -109,6 +116,7 @@ def _bars(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
-        # What libraries print to stdout while a bar is up is not ours to move: the command line deals with it.
+        # What libraries print to stdout while a bar is up is not ours to move: the command line
+        # deals with it.
         redirect_stdout=False,
     )

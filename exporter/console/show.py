@@ -37,9 +37,16 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     )
     for line in summary.layer_lines(report):
         show_line(console, line)
-    show_line(console, f"size: {summary.size_words(report.layers.bytes_before, report.layers.bytes_after)}")
+    show_line(
+        console,
+        f"size: {summary.size_words(report.layers.bytes_before, report.layers.bytes_after)}",
+    )
     calibration = report.calibration
-    show_line(console, f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of {calibration.dataset}")
+    show_line(
+        console,
+        f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of"
+        f" {calibration.dataset}",
+    )
     show_rotation_gate(console, report.rotation_gate)
     show_table(console, summary.gate_table(report))
     for line in summary.gate_findings(report):
@@ -53,7 +60,11 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     show_table(console, summary.seconds_table(report))
     for warning in report.warnings:
         show_line(console, f"warning: {warning}", "yellow")
-    verdict = {"passed": "parity passed", "failed": "PARITY FAILED: do not deploy", "unverified": "parity not checked"}
+    verdict = {
+        "passed": "parity passed",
+        "failed": "PARITY FAILED: do not deploy",
+        "unverified": "parity not checked",
+    }
     style = {"passed": "green", "failed": "bold red", "unverified": "yellow"}
     show_line(
         console,
@@ -76,7 +87,11 @@ def show_rotated(console: Console, report: RotateReport, folder: Path) -> None:
         show_line(console, "rotations: none; the norms alone are folded")
     show_table(console, summary.parity_table(report), alarm=True)
     show_table(console, summary.seconds_table(report))
-    show_line(console, f"{folder} ({report.dtype}, rotate {report.rotate}): computes what the original does", "green")
+    show_line(
+        console,
+        f"{folder} ({report.dtype}, rotate {report.rotate}): computes what the original does",
+        "green",
+    )
 
 
 def show_rotation_gate(console: Console, rows: Sequence[RotationGateRow]) -> None:
@@ -93,10 +108,17 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"{summary.source_words(plan.model)}: {plan.model_type}, {plan.parameters:,} parameters, "
         f"{plan.quantized_parameters:,} of them to be quantized",
     )
-    stages = tuple((stage.name, stage.detail, human_seconds(stage.seconds)) for stage in plan.stages)
+    stages = tuple(
+        (stage.name, stage.detail, human_seconds(stage.seconds)) for stage in plan.stages
+    )
     total = ("total", "an estimate: see docs/cli.md", human_seconds(plan.seconds))
-    show_table(console, Table("Plan", ("stage", "what", "time"), (*stages, total), right=frozenset({2})))
-    show_line(console, f"weights: {human_bytes(plan.bytes_before)} -> about {human_bytes(plan.bytes_after)}")
+    show_table(
+        console, Table("Plan", ("stage", "what", "time"), (*stages, total), right=frozenset({2}))
+    )
+    show_line(
+        console,
+        f"weights: {human_bytes(plan.bytes_before)} -> about {human_bytes(plan.bytes_after)}",
+    )
     show_line(console, f"memory: about {human_bytes(plan.peak_memory)} at the peak")
     show_line(console, f"output: {plan.output or '(no -o/--output given)'}")
     show_line(console, f"files: {', '.join(plan.files)}")

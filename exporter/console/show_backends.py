@@ -18,7 +18,9 @@ Warnings = Mapping[str, Mapping[str, str]]
 
 
 def show_backends(console: Console, backends: Iterable[BackendInfo]) -> None:
-    """Print what each target takes. Reasons stand below, once each: several targets and schemes may share one."""
+    """Print what each target takes. Reasons stand below, once each: several targets and schemes may
+    share one.
+    """
     for backend in backends:
         notes: dict[str, int] = {}
         show_table(console, _answers(backend, notes))
@@ -27,7 +29,9 @@ def show_backends(console: Console, backends: Iterable[BackendInfo]) -> None:
 
 
 def _answers(backend: BackendInfo, notes: dict[str, int]) -> Table:
-    """A row for each scheme, cache and rotation, a column for each target; numbers the reasons in ``notes``."""
+    """A row for each scheme, cache and rotation, a column for each target; numbers the reasons in
+    ``notes``.
+    """
     parts: tuple[tuple[str, Answers, Warnings], ...] = (
         ("{}", backend.schemes, backend.warnings),
         ("KV cache {}", backend.caches, {}),
@@ -36,12 +40,18 @@ def _answers(backend: BackendInfo, notes: dict[str, int]) -> Table:
     rows = tuple(
         (
             words.format(name),
-            *(_cell(answers[target][name], warnings.get(target, {}).get(name), notes) for target in backend.targets),
+            *(
+                _cell(answers[target][name], warnings.get(target, {}).get(name), notes)
+                for target in backend.targets
+            ),
         )
         for words, answers, warnings in parts
         for name in answers[backend.targets[0]]
     )
-    title = f"{backend.name} ({backend.distribution}), target {backend.targets[0]} unless --target names others"
+    title = (
+        f"{backend.name} ({backend.distribution}), target {backend.targets[0]} unless --target"
+        " names others"
+    )
     return Table(title, ("", *backend.targets), rows)
 
 

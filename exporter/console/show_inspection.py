@@ -28,8 +28,9 @@ def show_inspection(console: Console, found: Inspection, *, every: bool) -> None
     where = f" for {found.backend}, target {found.target}," if found.backend else ""
     show_line(
         console,
-        f"{summary.source_words(found.model)}: {found.model_type}, {found.parameters:,} parameters, "
-        f"{found.what}{where} as {found.scheme}, float parts in {found.dtype or 'an unknown dtype'}",
+        f"{summary.source_words(found.model)}: {found.model_type}, {found.parameters:,} parameters,"
+        f" {found.what}{where} as {found.scheme}, float parts in"
+        f" {found.dtype or 'an unknown dtype'}",
     )
     show_table(console, _schemes(found))
     for line in summary.kept_lines(found.kept):
@@ -42,7 +43,10 @@ def show_inspection(console: Console, found: Inspection, *, every: bool) -> None
         show_table(console, _linears(found))
     _show_fusion(console, found, None if every else KERNELS_SHOWN)
     show_table(console, _contents(found))
-    show_line(console, f"total: {summary.size_words(found.bytes_before, found.nbytes)} (float checkpoint -> this)")
+    show_line(
+        console,
+        f"total: {summary.size_words(found.bytes_before, found.nbytes)} (float checkpoint -> this)",
+    )
     _show_state(console, found)
 
 
@@ -58,7 +62,10 @@ def _show_fusion(console: Console, found: Inspection, most: int | None) -> None:
         show_line(console, f"  dequantized on every run: {name}", "yellow")
     kernels = sorted(found.kernels.items(), key=lambda item: -item[1])
     rows = tuple((name, str(count)) for name, count in kernels[:most])
-    show_table(console, Table("Operators in the runtime's own graph", ("operator", "count"), rows, frozenset({1})))
+    show_table(
+        console,
+        Table("Operators in the runtime's own graph", ("operator", "count"), rows, frozenset({1})),
+    )
 
 
 def _show_state(console: Console, found: Inspection) -> None:
@@ -78,7 +85,8 @@ def _schemes(found: Inspection) -> Table:
 def _linears(found: Inspection) -> Table:
     fused = {True: "integer kernel", False: "dequantized on every run", None: ""}
     rows = tuple(
-        (linear.name, linear.scheme, linear.online_rotation or "", fused[linear.fused]) for linear in found.linears
+        (linear.name, linear.scheme, linear.online_rotation or "", fused[linear.fused])
+        for linear in found.linears
     )
     return Table("Linears", ("linear", "how", "online rotation", "runs as"), rows)
 
@@ -94,4 +102,6 @@ def _contents(found: Inspection) -> Table:
         )
         for part in found.contents
     )
-    return Table("Stored", ("kind", "dtype", "tensors", "size", "share"), rows, frozenset({2, 3, 4}))
+    return Table(
+        "Stored", ("kind", "dtype", "tensors", "size", "share"), rows, frozenset({2, 3, 4})
+    )

@@ -33,12 +33,19 @@ def show_stats(console: Console, report: StatsReport, folder: Path, shown: int |
         f"{report.model.parameters:,} parameters",
     )
     calibration = report.calibration
-    show_line(console, f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of {calibration.dataset}")
+    show_line(
+        console,
+        f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of"
+        f" {calibration.dataset}",
+    )
     show_rotation_gate(console, report.rotation_gate)
     rows = report.linears[:shown]
     show_table(console, damage_table(report, rows))
     if len(rows) < len(report.linears):
-        show_line(console, f"{len(report.linears) - len(rows)} more in {folder / 'stats.csv'}; -v shows all")
+        show_line(
+            console,
+            f"{len(report.linears) - len(rows)} more in {folder / 'stats.csv'}; -v shows all",
+        )
     show_line(console, f"{folder} ({report.scheme}, rotate {report.rotate})", "green")
 
 
@@ -46,10 +53,15 @@ def damage_table(report: StatsReport, rows: list[LinearRow]) -> Table:
     """One row for each linear; every figure before and, where something is rotated, after."""
     rotated = report.rotate != "none"
     clusters = report.clusters
-    how = f"{report.scheme}, activations by {clusters.clusters} clusters" if clusters else report.scheme
+    how = (
+        f"{report.scheme}, activations by {clusters.clusters} clusters"
+        if clusters
+        else report.scheme
+    )
     header = [title for name in _FIGURES for title in ((name, "after") if rotated else (name,))]
     return Table(
-        f"Damage ({how}): relative squared error of outputs" + (", before and after rotation" * rotated),
+        f"Damage ({how}): relative squared error of outputs"
+        + (", before and after rotation" * rotated),
         ("linear", *header),
         tuple((row.linear, *_cells(row)) for row in rows),
         right=frozenset(range(1, len(header) + 1)),

@@ -1,7 +1,8 @@
 """The two consoles: results go to stdout, everything else to stderr.
 
-rich honours NO_COLOR and drops colours where the stream is no terminal; what it does not do is fall back to ASCII
-for a stream that cannot encode its line characters, nor leave long lines alone in a pipe.
+rich honours NO_COLOR and drops colours where the stream is no terminal; what it does not do is fall
+back to ASCII for a stream that cannot encode its line characters, nor leave long lines alone in a
+pipe.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from rich import box
 from rich.console import Console
 
 PIPE_WIDTH = 160
-"""Columns where nobody looks at a terminal: wide enough that a table row stays one line for grep."""
+"""Columns where nobody looks at a terminal: wide enough that a table row stays one line for grep.
+"""
 
 
 def output_console() -> Console:

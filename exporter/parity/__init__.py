@@ -1,15 +1,18 @@
 """Does the export still compute the same? Three rungs, each with its own figure and bound.
 
-1. The original float model against the rotated one: relative L2 of logits, at most 1e-5 in float32. The fold is exact.
-2. The torch fake-quant reference, computed from the artifact alone, against the export *run in its runtime*.
-   Each linear on identical inputs: at most 1e-5. End to end, where something is rounded to integers on the way, flips
-   amplify, so the bound is twice the floor (:mod:`calib.floor`) of the same run; where nothing is, it is 1e-5.
-   A graph in float16 or bfloat16 may lose twice what the same fake-quant loses in torch in that dtype.
-3. The original float model against the export: KL divergence, top-1 agreement, perplexity. This is quality; the scheme
-   says how much it may cost.
+1. The original float model against the rotated one: relative L2 of logits, at most 1e-5 in float32.
+  The fold is exact.
+2. The torch fake-quant reference, computed from the artifact alone, against the export *run in its
+   runtime*. Each linear on identical inputs: at most 1e-5. End to end, where something is rounded
+   to integers on the way, flips amplify, so the bound is twice the floor (:mod:`calib.floor`) of
+   the same run; where nothing is, it is 1e-5. A graph in float16 or bfloat16 may lose twice what
+   the same fake-quant loses in torch in that dtype.
+3. The original float model against the export: KL divergence, top-1 agreement, perplexity. This is
+   quality; the scheme says how much it may cost.
 
-Relative L2 is ‖a − b‖ / ‖b‖ over all logits of all rows together. Never cosine: a scale wrong by two leaves it at 1.
-What cannot be run on this machine is a row that says why; it is neither passed nor failed.
+Relative L2 is ‖a − b‖ / ‖b‖ over all logits of all rows together. Never cosine: a scale wrong by
+two leaves it at 1. What cannot be run on this machine is a row that says why; it is neither passed
+nor failed.
 """
 
 from __future__ import annotations

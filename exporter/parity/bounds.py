@@ -1,4 +1,6 @@
-"""Where the bounds of rung 2 come from: floors that are measured in torch on the same rows, never invented."""
+"""Where the bounds of rung 2 come from: floors that are measured in torch on the same rows, never
+invented.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,19 @@ from exporter.parity.subject import Subject
 from exporter.report import ParityRow
 
 LINEAR_BOUND = 1e-5
-"""One linear in float32: only the order of a float sum differs; 2e-7 is usual, 1e-5 leaves room for wide layers."""
+"""One linear in float32: only the order of a float sum differs; 2e-7 is usual, 1e-5 leaves room for
+wide layers.
+"""
 UNROUNDED_BOUND = 1e-5
-"""End to end in float32 where nothing is rounded on the way, so that nothing amplifies: weight-only, and float."""
+"""End to end in float32 where nothing is rounded on the way, so that nothing amplifies:
+weight-only, and float.
+"""
 FLOOR_FACTOR = 2.0
 """Two right orders of summation are one floor apart; a runtime differs in every operator."""
 NAIVE_FACTOR = 2.0
-"""A short dtype: a runtime may lose twice what the naive path in that dtype loses. It rounds at other places."""
+"""A short dtype: a runtime may lose twice what the naive path in that dtype loses. It rounds at
+other places.
+"""
 
 
 def end_to_end_bound(subject: Subject, reference: nn.Module) -> tuple[float, list[ParityRow]]:
@@ -34,13 +42,24 @@ def end_to_end_bound(subject: Subject, reference: nn.Module) -> tuple[float, lis
     if not split.representative:
         flip = one_flip_floor(reference, subject.rows, last=subject.last)
         rows.append(
-            row(2, "one-flip floor", "relative L2", flip, None, "flips are rare here: one value a row rounded over")
+            row(
+                2,
+                "one-flip floor",
+                "relative L2",
+                flip,
+                None,
+                "flips are rare here: one value a row rounded over",
+            )
         )
         floor = max(floor, flip)
     return max(FLOOR_FACTOR * floor, UNROUNDED_BOUND), rows
 
 
 def _rounds_on_the_way(subject: Subject) -> bool:
-    """Whether activations or the cache are rounded to few values, which a difference in a last bit can flip."""
+    """Whether activations or the cache are rounded to few values, which a difference in a last bit
+    can flip.
+    """
     quantized = subject.quantized
-    return quantized.cache is not None or any(scheme.input is not None for scheme in quantized.schemes().values())
+    return quantized.cache is not None or any(
+        scheme.input is not None for scheme in quantized.schemes().values()
+    )

@@ -16,7 +16,8 @@ def check_parity(subject: Subject, progress: Progress) -> list[ParityRow]:
     """Run all three rungs and judge them.
 
     Returns:
-        One row for each figure, in the order of the rungs. What cannot be run is there with the reason.
+        One row for each figure, in the order of the rungs. What cannot be run is there with the
+        reason.
     """
     sessions = Sessions(subject.backend, subject.target, subject.folder)
     progress("parity", 0, _RUNGS)

@@ -1,7 +1,8 @@
-"""Ways to run an export (prefill, decode with the cache, a padded batch), each against the reference on whole rows.
+"""Ways to run an export (prefill, decode with the cache, a padded batch), each against the
+reference on whole rows.
 
-A folder with the logits of the last token only is compared on those: each found ``[B, n, V]`` is held against the last
-``n`` positions of what is expected.
+A folder with the logits of the last token only is compared on those: each found ``[B, n, V]`` is
+held against the last ``n`` positions of what is expected.
 """
 
 from __future__ import annotations
@@ -44,11 +45,18 @@ def decode(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tens
 
 
 def padded(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:
-    """Rows of different lengths in one left-padded batch, against the reference on each row alone."""
-    cut = [row[: max(2, row.numel() * (index + 1) // PADDED_ROWS)] for index, row in enumerate(rows[:PADDED_ROWS])]
+    """Rows of different lengths in one left-padded batch, against the reference on each row
+    alone.
+    """
+    cut = [
+        row[: max(2, row.numel() * (index + 1) // PADDED_ROWS)]
+        for index, row in enumerate(rows[:PADDED_ROWS])
+    ]
     longest = max(row.numel() for row in cut)
     ids = torch.stack([nn.functional.pad(row, (longest - row.numel(), 0)) for row in cut])
-    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in cut])
+    mask = torch.stack(
+        [nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in cut]
+    )
     logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     difference = Difference()
     for row, found in zip(cut, logits, strict=True):
@@ -75,7 +83,9 @@ def _run(runtime: RuntimeModel, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _stepped(runtime: RuntimeModel, ids: Tensor, prefix: int) -> Tensor:
-    """Logits of ``prefix`` tokens of ``ids`` ``[B, T]`` at once (or of the last of them), then of each further one."""
+    """Logits of ``prefix`` tokens of ``ids`` ``[B, T]`` at once (or of the last of them), then of
+    each further one.
+    """
     mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids)
     logits, past = _run(runtime, ids[:, :prefix])
     steps = [logits]

@@ -26,8 +26,14 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
     window = max(ids.numel() for ids in rows)
     original = model_logits(subject.source.original(subject.device))
     found = compare_logits(original, runtime_logits(runtime), rows, window=window, stride=window)
-    ratio, bound = found.candidate.value / found.reference.value, subject.quantized.scheme.max_perplexity_ratio
-    note = f"{found.reference.value:.4f} -> {found.candidate.value:.4f} on {found.reference.tokens} tokens"
+    ratio, bound = (
+        found.candidate.value / found.reference.value,
+        subject.quantized.scheme.max_perplexity_ratio,
+    )
+    note = (
+        f"{found.reference.value:.4f} -> {found.candidate.value:.4f} on {found.reference.tokens}"
+        " tokens"
+    )
     return [
         row(3, _NAME, "KL", found.kl, None, runtime=runtime.runtime),
         row(3, _NAME, "top-1 agreement", found.top1, None, runtime=runtime.runtime),

@@ -36,5 +36,11 @@ def row(
 def not_run(rung: Literal[1, 2, 3], name: str, metric: str, reason: str) -> ParityRow:
     """A figure that could not be had here."""
     return ParityRow(
-        rung=rung, name=name, metric=metric, measured=None, bound=None, passed=None, note=f"not run: {reason}"
+        rung=rung,
+        name=name,
+        metric=metric,
+        measured=None,
+        bound=None,
+        passed=None,
+        note=f"not run: {reason}",
     )

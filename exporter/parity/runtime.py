@@ -27,7 +27,9 @@ _PASSES: tuple[tuple[str, Pass, bool], ...] = (
     (f"decode with cache, step by step, {DECODE_STEPS} tokens", decode, True),
     (f"batch of {PADDED_ROWS}, left-padded", padded, True),
 )
-"""What is run end to end: its name, how, and whether with arithmetic as written or as a user runs it."""
+"""What is run end to end: its name, how, and whether with arithmetic as written or as a user runs
+it.
+"""
 
 
 def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
@@ -35,7 +37,9 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
     reference = build_reference(subject.quantized)
     rows = _linears_rows(subject, sessions, reference)
     if isinstance(sessions.exact, Missing) and isinstance(sessions.default, Missing):
-        rows += [not_run(2, _named(name), "relative L2", sessions.exact.reason) for name, _, _ in _PASSES]
+        rows += [
+            not_run(2, _named(name), "relative L2", sessions.exact.reason) for name, _, _ in _PASSES
+        ]
     else:
         bound, floors = end_to_end_bound(subject, reference)
         rows += floors
@@ -53,12 +57,22 @@ def _end_to_end(
     how: Pass,
     exact: bool,
 ) -> ParityRow:
-    """One pass. What the runtime approximates of its own accord is reported with the reason, and not judged."""
+    """One pass. What the runtime approximates of its own accord is reported with the reason, and
+    not judged.
+    """
     runtime = sessions.exact if exact else sessions.default
     if isinstance(runtime, Missing):
         return not_run(2, _named(name), "relative L2", runtime.reason)
     measured = how(runtime, reference, rows)
-    return row(2, _named(name), "relative L2", measured, None if runtime.note else bound, runtime.note, runtime.runtime)
+    return row(
+        2,
+        _named(name),
+        "relative L2",
+        measured,
+        None if runtime.note else bound,
+        runtime.note,
+        runtime.runtime,
+    )
 
 
 def _named(name: str) -> str:
@@ -66,11 +80,17 @@ def _named(name: str) -> str:
 
 
 def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) -> list[ParityRow]:
-    """The worst linear of the runtime against torch, both fed what entered that linear in the runtime."""
+    """The worst linear of the runtime against torch, both fed what entered that linear in the
+    runtime.
+    """
     modules = {name: reference.get_submodule(name) for name in subject.quantized.linears}
-    linears = {name: module for name, module in modules.items() if isinstance(module, ReferenceLinear)}
+    linears = {
+        name: module for name, module in modules.items() if isinstance(module, ReferenceLinear)
+    }
     if not linears:
-        return []  # a float model, or one whose embeddings alone are quantized: nothing is computed in integers
+        # a float model, or one whose embeddings alone are quantized: nothing is computed in
+        # integers
+        return []
     probed = sessions.probed
     if isinstance(probed, Missing):
         return [not_run(2, _LINEARS, "relative L2", probed.reason)]
@@ -92,18 +112,24 @@ def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) ->
     if naive:
         notes.append(f"the same in torch in {subject.dtype_name}: {naive[worst].value:.3g}")
     if flips:
-        notes.append(f"{flips} inputs lie on a rounding boundary and were rounded to the other side of it")
+        notes.append(
+            f"{flips} inputs lie on a rounding boundary and were rounded to the other side of it"
+        )
     return [row(2, _LINEARS, "relative L2", lost[worst].value, bounds[worst], "; ".join(notes))]
 
 
 def _naive(linear: ReferenceLinear, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The linear with every value in ``dtype``."""
     weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
-    return functional.linear(linear.quantize(x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return functional.linear(
+        linear.quantize(x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
 
 
 def _fusion_rows(subject: Subject) -> list[ParityRow]:
-    """Linears whose weights are turned into floats on every run; those that the backend warned of may be."""
+    """Linears whose weights are turned into floats on every run; those that the backend warned of
+    may be.
+    """
     name, metric = "linears left to dequantize at run time", "unfused"
     try:
         fusion = subject.backend.fusion(subject.folder, subject.target)
@@ -113,7 +139,9 @@ def _fusion_rows(subject: Subject) -> list[ParityRow]:
         return []
     schemes = subject.quantized.schemes()
     warned = {
-        linear for linear, scheme in schemes.items() if subject.backend.warning(scheme, subject.target) is not None
+        linear
+        for linear, scheme in schemes.items()
+        if subject.backend.warning(scheme, subject.target) is not None
     }
     unexpected = [linear for linear in fusion.unfused if linear not in warned]
     notes = [f"{fusion.quantized - len(fusion.unfused)} linears fused"]

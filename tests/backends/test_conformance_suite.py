@@ -1,4 +1,6 @@
-"""The conformance suite itself: a sound backend passes it, and each thing that can be wrong with one fails a test."""
+"""The conformance suite itself: a sound backend passes it, and each thing that can be wrong with
+one fails a test.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ class WritesTheTime(Wrapped):
         (folder / "when.txt").write_text(str(time.time_ns()))
 
 
-def changed(linears: Mapping[str, QuantizedLinear], **parts: Callable[[Any], Any]) -> dict[str, QuantizedLinear]:
+def changed(
+    linears: Mapping[str, QuantizedLinear], **parts: Callable[[Any], Any]
+) -> dict[str, QuantizedLinear]:
     """The linears with parts of the last one changed."""
     last = list(linears)[-1]
     values = {part: change(getattr(linears[last], part)) for part, change in parts.items()}
@@ -169,7 +173,9 @@ class Runtime:
         self.runtime = model.runtime
         self.note = ""
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: Any = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, past: Any = None
+    ) -> tuple[Tensor, list[Tensor]]:
         return self.inner.forward(ids, mask, positions, past)
 
     def probe(self, ids: Tensor, names: Collection[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -277,7 +283,11 @@ def suite_of(kind: type[Any]) -> BackendConformance:
 
 
 def pairs(table: Mapping[str, list[type[Wrapped]]]) -> list[Any]:
-    return [pytest.param(test, kind, id=kind.__name__) for test, kinds in table.items() for kind in kinds]
+    return [
+        pytest.param(test, kind, id=kind.__name__)
+        for test, kinds in table.items()
+        for kind in kinds
+    ]
 
 
 @pytest.mark.parametrize(("test", "wrong"), pairs(BACKEND_TESTS))
@@ -299,7 +309,9 @@ class Heavy(NpzBackend):
 """
 
 
-def test_a_backend_that_imports_torch_to_give_a_reason_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_imports_torch_to_give_a_reason_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "light_backend.py").write_text(LIGHT)
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module("light_backend")
@@ -317,7 +329,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("test", "wrong"), pairs(FOLDER_TESTS))
-def test_a_backend_that_reads_or_runs_wrongly_fails(test: str, wrong: type[Any], folder: Path) -> None:
+def test_a_backend_that_reads_or_runs_wrongly_fails(
+    test: str, wrong: type[Any], folder: Path
+) -> None:
     model = CASE.model("float32")
     getattr(suite_of(Wrapped), test)(Written(sound(), CASE, folder, model))
     with pytest.raises(AssertionError):
@@ -325,7 +339,9 @@ def test_a_backend_that_reads_or_runs_wrongly_fails(test: str, wrong: type[Any],
 
 
 @pytest.mark.parametrize("wrong", WRITING_TESTS)
-def test_a_backend_that_writes_wrongly_fails(wrong: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_writes_wrongly_fails(
+    wrong: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = dataclasses.replace(CASE, family="qwen2")  # a model of its own, which one of them spoils
     for kind, name in ((Wrapped, "sound"), (wrong, "wrong")):
         root = tmp_path / name
@@ -349,7 +365,15 @@ def test_a_backend_that_answers_damage_wrongly_fails(wrong: type[Any], tmp_path:
 def test_every_scheme_that_is_accepted_is_tried() -> None:
     backend = sound()
     tried = {case.scheme for case in cases(backend, ("llama", "gpt2"), online=True)}
-    assert tried == {"float", "int8", "int8-dynamic", "int8-weight-only", "int4-weight-only", "w4a8", "w4a4"} | {
+    assert tried == {
+        "float",
+        "int8",
+        "int8-dynamic",
+        "int8-weight-only",
+        "int4-weight-only",
+        "w4a8",
+        "w4a4",
+    } | {
         "int8-clusters",
         "int4-blocks-of-32",
     }

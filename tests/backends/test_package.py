@@ -11,7 +11,10 @@ import backends
 
 
 def test_loaders_are_there_and_cost_nothing_until_they_are_used() -> None:
-    code = "import backends, sys; sys.exit(bool({'torch', 'transformers', 'nvtripy'} & sys.modules.keys()))"
+    code = (
+        "import backends, sys; sys.exit(bool({'torch', 'transformers', 'nvtripy'} &"
+        " sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert all(callable(getattr(backends, name)) for name in backends.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -56,7 +56,10 @@ def test_a_round_trip_keeps_every_bit(model: QuantizedModel, saved: Path) -> Non
     for name, linear in model.linears.items():
         for field in dataclasses.fields(linear):
             before, after = getattr(linear, field.name), getattr(loaded.linears[name], field.name)
-            assert equal(before, after) if isinstance(before, Tensor) else before == after, (name, field.name)
+            assert equal(before, after) if isinstance(before, Tensor) else before == after, (
+                name,
+                field.name,
+            )
     assert loaded.floats.keys() == model.floats.keys()
     assert all(equal(loaded.floats[key], tensor) for key, tensor in model.floats.items())
     assert loaded.config == json.loads(json.dumps(model.config))
@@ -77,7 +80,9 @@ def test_rotations_come_back_exactly(model: QuantizedModel, saved: Path) -> None
         assert (loaded[name].online, loaded[name].origin) == (rotation.online, rotation.origin)
 
 
-def test_saving_a_loaded_model_writes_the_same_bytes(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_saving_a_loaded_model_writes_the_same_bytes(
+    saved: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     again = tmp_path_factory.mktemp("again")
     QuantizedModel.load(saved).save(again)
     assert {path.name for path in again.iterdir()} == {path.name for path in saved.iterdir()}
@@ -97,7 +102,9 @@ def test_int4_and_float8_survive(tmp_path: Path) -> None:
 
 
 def test_loaded_weights_are_mapped_not_copied(saved: Path) -> None:
-    """A mapped tensor lies in the file's own mapping, so two reads of one file see the same pages."""
+    """A mapped tensor lies in the file's own mapping, so two reads of one file see the same
+    pages.
+    """
     loaded = QuantizedModel.load(saved)
     largest = max(loaded.linears.values(), key=lambda linear: linear.weight.numel())
     mapped = (saved / WEIGHTS).stat().st_size
@@ -122,7 +129,9 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest.update(changes)
-        (folder / MANIFEST).write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+        (folder / MANIFEST).write_text(
+            json.dumps({key: value for key, value in manifest.items() if value is not None})
+        )
 
     return change
 
@@ -137,7 +146,10 @@ def drop(part: str) -> Callable[[Path], None]:
         from safetensors.torch import load_file, save_file
 
         tensors = load_file(folder / WEIGHTS)
-        save_file({key: value for key, value in tensors.items() if not key.endswith(part)}, folder / WEIGHTS)
+        save_file(
+            {key: value for key, value in tensors.items() if not key.endswith(part)},
+            folder / WEIGHTS,
+        )
 
     return change
 
@@ -165,7 +177,9 @@ def drop(part: str) -> Callable[[Path], None]:
         (drop("embed_tokens.weight"), "lacks 1 tensor"),
     ],
 )
-def test_damage_is_named_with_a_way_out(saved: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damage_is_named_with_a_way_out(
+    saved: Path, damage: Callable[[Path], None], message: str
+) -> None:
     damage(saved)
     with pytest.raises(CheckpointError, match=message) as caught:
         QuantizedModel.load(saved)

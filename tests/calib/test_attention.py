@@ -1,4 +1,6 @@
-"""Attention that caps its scores is computed with the cap, which transformers' default function leaves out."""
+"""Attention that caps its scores is computed with the cap, which transformers' default function
+leaves out.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,18 @@ from tests.tolerances import SAME_SUMS
 
 def test_a_capped_model_is_the_one_that_its_makers_published() -> None:
     config: Any = transformers.Gemma2Config(
-        **SIZES | {"num_attention_heads": 4}, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+        **SIZES | {"num_attention_heads": 4},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=2.0,
     )
     tiny = make_tiny(config)
     stock = tiny.model(torch.float32)
     ids = token_rows()[0][None]
     stock.set_attn_implementation("eager")  # transformers' own function that does cap
-    state = {name: tensor.float() for name, tensor in tiny.state.items() if name != "lm_head.weight"}
+    state = {
+        name: tensor.float() for name, tensor in tiny.state.items() if name != "lm_head.weight"
+    }
     config.tie_word_embeddings = False
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     ours = build_skeleton(portable_config(config), state, skip=())

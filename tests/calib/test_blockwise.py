@@ -1,4 +1,6 @@
-"""Layer-wise quantization against that of the whole model: the same scales, cache and smoothing, to the bit."""
+"""Layer-wise quantization against that of the whole model: the same scales, cache and smoothing, to
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,25 @@ CASES = [
 ]
 
 
-def prepared(name: str, scheme: str, settings: dict[str, Any]) -> tuple[FusedModel, FusedModel, Quantization]:
+def prepared(
+    name: str, scheme: str, settings: dict[str, Any]
+) -> tuple[FusedModel, FusedModel, Quantization]:
     """The fused model, held and lazy, and what to do with it."""
     tiny: Tiny = make_tiny(CONFIGS[name]())
-    kinds = [kind for kind in KINDS if kind in tiny.offered() and not (kind == "r3" and name in ("gpt2", "opt"))]
+    kinds = [
+        kind
+        for kind in KINDS
+        if kind in tiny.offered() and not (kind == "r3" and name in ("gpt2", "opt"))
+    ]
     held, lazy = (
-        fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations(kinds), dtype=torch.float32, lazy=flag)
+        fuse(
+            tiny.state,
+            tiny.config,
+            tiny.architecture,
+            tiny.rotations(kinds),
+            dtype=torch.float32,
+            lazy=flag,
+        )
         for flag in (False, True)
     )
     return held, lazy, resolve(scheme_named(scheme), tiny.architecture, held.config, **settings)
@@ -58,7 +73,14 @@ def blockwise(lazy: FusedModel, how: Quantization, folder: Path, **settings: Any
     (folder / "out").mkdir(parents=True)
     batches = length_batches(token_rows(), 4)
     return quantize_blockwise(
-        lazy, how, batches, PROVENANCE, folder / "work", folder / "out", max_memory=2**20, **settings
+        lazy,
+        how,
+        batches,
+        PROVENANCE,
+        folder / "work",
+        folder / "out",
+        max_memory=2**20,
+        **settings,
     )
 
 
@@ -81,25 +103,35 @@ def test_block_by_block_gives_what_the_whole_model_gives(
     name: str, scheme: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     held, lazy, how = prepared(name, scheme, settings)
-    whole = quantize_model(held, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+    whole = quantize_model(
+        held, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+    )
     found = blockwise(lazy, how, tmp_path)
     assert_same(found, whole)
     ids = torch.stack(token_rows([11, 11]))
-    assert torch.equal(build_reference(found)(input_ids=ids).logits, build_reference(whole)(input_ids=ids).logits)
+    assert torch.equal(
+        build_reference(found)(input_ids=ids).logits, build_reference(whole)(input_ids=ids).logits
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("llama", "smoothquant:0.5"), ("llama", "awq:grid=4"), ("mixtral", "awq:grid=4")]
+    ("name", "method"),
+    [("llama", "smoothquant:0.5"), ("llama", "awq:grid=4"), ("mixtral", "awq:grid=4")],
 )
-def test_smoothing_block_by_block_is_that_of_the_whole_model(name: str, method: str, tmp_path: Path) -> None:
-    """Scales of a block change nothing of what enters the next: both see the same float function."""
+def test_smoothing_block_by_block_is_that_of_the_whole_model(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    """Scales of a block change nothing of what enters the next: both see the same float
+    function.
+    """
     held, lazy, how = prepared(name, "w4a8", {})
     chosen = smoothing_named(method)
     assert chosen is not None
     schemes = with_parameters(how.linears, held.architecture, held.config)
     groups = groups_of(held.architecture, held.config, held.rotations, schemes)
     norms = held.architecture.norm_names(held.config)[:-1]
-    assert {group.name for group in groups} >= set(norms)  # Mixtral's second one feeds experts, and a router, only
+    # Mixtral's second one feeds experts, and a router, only
+    assert {group.name for group in groups} >= set(norms)
     loop = forward_loop_over(length_batches(token_rows(), 4))
     statistics = observe_channels(materialize(held), groups, loop, moments=chosen.needs_moment)
     smoothed, _ = smooth(held, chosen, statistics, schemes)
@@ -107,7 +139,8 @@ def test_smoothing_block_by_block_is_that_of_the_whole_model(name: str, method: 
     found = blockwise(lazy, how, tmp_path, smoothing=chosen)
     assert found.smoothing.keys() == whole.smoothing.keys()
     for group, scale in whole.smoothing.items():
-        # A smoothed block rounds differently in its last bits, and so does what enters the next one.
+        # A smoothed block rounds differently in its last bits, and so does what enters the next
+        # one.
         torch.testing.assert_close(found.smoothing[group], scale, rtol=1e-4, atol=0)
     for name, linear in found.linears.items():
         expected = whole.linears[name].input_scale
@@ -118,7 +151,9 @@ def test_smoothing_block_by_block_is_that_of_the_whole_model(name: str, method: 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"])
 def test_asym_sees_the_quantized_model(name: str, tmp_path: Path) -> None:
-    """The last linear is calibrated on what it reads in the result: its input's amax there is that of its scale."""
+    """The last linear is calibrated on what it reads in the result: its input's amax there is that
+    of its scale.
+    """
     _, lazy, how = prepared(name, "int8", {})
     found = blockwise(lazy, how, tmp_path, asym=True)
     reference = build_reference(found)
@@ -144,7 +179,9 @@ def test_asym_sees_the_quantized_model(name: str, tmp_path: Path) -> None:
 def test_weights_alone_need_no_batch(tmp_path: Path) -> None:
     held, lazy, how = prepared("llama", "int4-weight-only", {})
     (tmp_path / "out").mkdir()
-    found = quantize_blockwise(lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out", max_memory=2**20)
+    found = quantize_blockwise(
+        lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out", max_memory=2**20
+    )
     assert_same(found, quantize_model(held, how, None, PROVENANCE))
 
 
@@ -155,7 +192,9 @@ def test_the_head_lies_outside_of_the_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resumable", [True, False])
-def test_hidden_states_that_fit_in_memory_are_written_only_for_a_later_run(resumable: bool, tmp_path: Path) -> None:
+def test_hidden_states_that_fit_in_memory_are_written_only_for_a_later_run(
+    resumable: bool, tmp_path: Path
+) -> None:
     _, lazy, how = prepared("llama", "int8", {})
     blockwise(lazy, how, tmp_path, resumable=resumable)
     shards = json.loads((tmp_path / "work" / "journal.json").read_text())["shards"]

@@ -1,4 +1,6 @@
-"""One calibration for targets of other dtypes: floats and scales are rounded once, and nothing else moves."""
+"""One calibration for targets of other dtypes: floats and scales are rounded once, and nothing else
+moves.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ def quantized() -> QuantizedModel:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_floats_and_scales_are_rounded_once_and_integers_stay(quantized: QuantizedModel, dtype: torch.dtype) -> None:
+def test_floats_and_scales_are_rounded_once_and_integers_stay(
+    quantized: QuantizedModel, dtype: torch.dtype
+) -> None:
     cast = quantized.to(dtype)
     assert cast.dtype == dtype
     assert list(cast.linears) == list(quantized.linears)
-    assert all(torch.equal(cast.floats[key], tensor.to(dtype)) for key, tensor in quantized.floats.items())
+    assert all(
+        torch.equal(cast.floats[key], tensor.to(dtype)) for key, tensor in quantized.floats.items()
+    )
     for name, before in quantized.linears.items():
         after = cast.linears[name]
         assert torch.equal(after.weight, before.weight)
@@ -34,14 +40,18 @@ def test_floats_and_scales_are_rounded_once_and_integers_stay(quantized: Quantiz
         assert before.input_scale is not None
         assert (after.weight_scale.dtype, after.input_scale.dtype) == (dtype, dtype)
         assert torch.equal(after.weight_scale, before.weight_scale.to(dtype))
-        error = ((after.values() - before.values()).abs() / before.values().abs().clamp(min=1e-30)).max()
+        error = (
+            (after.values() - before.values()).abs() / before.values().abs().clamp(min=1e-30)
+        ).max()
         assert float(error) <= rounded_once(dtype) + rounded_once(torch.float32)
 
 
 def test_nothing_is_cast_before_it_is_asked_for(quantized: QuantizedModel) -> None:
     broken = replace(quantized, floats={"a": torch.tensor([1e6])})
     cast = broken.to(torch.float16)
-    with pytest.raises(QuantizationError, match="'a' overflows float16: its largest magnitude is 1e"):
+    with pytest.raises(
+        QuantizationError, match="'a' overflows float16: its largest magnitude is 1e"
+    ):
         _ = cast.floats["a"]
 
 
@@ -67,9 +77,13 @@ def _with_scale(quantized: QuantizedModel, value: float, *, empty: bool) -> Quan
     return replace(quantized, linears={NAME: replace(linear, weight=weight, weight_scale=scale)})
 
 
-def test_a_scale_that_underflows_is_an_error_unless_nothing_is_stored_under_it(quantized: QuantizedModel) -> None:
+def test_a_scale_that_underflows_is_an_error_unless_nothing_is_stored_under_it(
+    quantized: QuantizedModel,
+) -> None:
     lost = _with_scale(quantized, 2e-6, empty=False).to(torch.float16)
-    with pytest.raises(QuantizationError, match=f"the weight of '{NAME}' underflows float16: it is 2e-06") as caught:
+    with pytest.raises(
+        QuantizationError, match=f"the weight of '{NAME}' underflows float16: it is 2e-06"
+    ) as caught:
         _ = lost.linears[NAME]
     assert "--dtype float16" in str(caught.value.hint)
     for value in (2e-6, torch.finfo(torch.float32).tiny):
@@ -84,7 +98,9 @@ def test_a_subnormal_scale_that_keeps_its_precision_is_kept(quantized: Quantized
 
 
 def test_the_smallest_scale_of_float16_is_a_scale_like_any_other(quantized: QuantizedModel) -> None:
-    """What calibration in float16 gives a channel of small weights, where float32 would have gone lower."""
+    """What calibration in float16 gives a channel of small weights, where float32 would have gone
+    lower.
+    """
     tiny = torch.finfo(torch.float16).tiny
     model = _with_scale(quantized.to(torch.float16), tiny, empty=False)
     linear = replace(model.linears[NAME], input_scale=torch.tensor(tiny, dtype=torch.float16))
@@ -98,7 +114,11 @@ def test_the_smallest_scale_of_float16_is_a_scale_like_any_other(quantized: Quan
 def test_a_dead_input_gets_the_smallest_scale_of_the_new_dtype(quantized: QuantizedModel) -> None:
     dead = torch.tensor(torch.finfo(torch.float32).tiny)
     model = replace(quantized, linears={NAME: replace(quantized.linears[NAME], input_scale=dead)})
-    assert float(model.to(torch.float16).linears[NAME].input_scale) == torch.finfo(torch.float16).tiny  # type: ignore[arg-type]
-    small = replace(quantized, linears={NAME: replace(quantized.linears[NAME], input_scale=torch.tensor(1e-7))})
+    assert (
+        float(model.to(torch.float16).linears[NAME].input_scale) == torch.finfo(torch.float16).tiny
+    )  # type: ignore[arg-type]
+    small = replace(
+        quantized, linears={NAME: replace(quantized.linears[NAME], input_scale=torch.tensor(1e-7))}
+    )
     with pytest.raises(QuantizationError, match="the input of"):
         _ = small.to(torch.float16).linears[NAME]

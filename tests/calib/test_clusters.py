@@ -30,7 +30,9 @@ def statistics(x: Tensor) -> ChannelStatistics:
 
 
 def grouped(scales: tuple[float, ...], each: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """[200, each · len(scales)] normal values whose channels have these scales in a random order, and which."""
+    """[200, each · len(scales)] normal values whose channels have these scales in a random order,
+    and which.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(scales)).repeat_interleave(each)
     labels = labels[torch.randperm(len(labels), generator=generator)]
@@ -40,7 +42,8 @@ def grouped(scales: tuple[float, ...], each: int, seed: int = 0) -> tuple[Tensor
 
 @pytest.mark.parametrize("seed", range(3))
 def test_separable_channels_fall_into_their_groups_in_order_of_reach(seed: int) -> None:
-    x, labels = grouped((1.0, 10.0, 20.0), each=20, seed=seed)  # extremes of 200 normal values vary by a tenth
+    # extremes of 200 normal values vary by a tenth
+    x, labels = grouped((1.0, 10.0, 20.0), each=20, seed=seed)
     assert torch.equal(cluster_channels(channel_features(statistics(x)), 3, seed), labels)
 
 
@@ -48,15 +51,22 @@ def test_features_are_the_least_the_greatest_and_the_deviation() -> None:
     x, _ = grouped((1.0, 2.0), each=2)
     features = channel_features(statistics(x))
     assert torch.equal(features, torch.stack([x.amin(0), x.amax(0), x.std(0, correction=0)], dim=1))
-    assert torch.equal(joint_features([statistics(x), statistics(2 * x)]), torch.cat([features, 2 * features], dim=1))
+    assert torch.equal(
+        joint_features([statistics(x), statistics(2 * x)]),
+        torch.cat([features, 2 * features], dim=1),
+    )
 
 
 def test_a_shift_counts_as_well_as_a_scale() -> None:
-    """The third group reaches farther than the second, so it comes last; all deviations are equal but for rounding."""
+    """The third group reaches farther than the second, so it comes last; all deviations are equal
+    but for rounding.
+    """
     noise = torch.randn(100, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shifts = torch.tensor([0.0, 50.0, -60.0], dtype=torch.float64).repeat_interleave(10)
     x = noise + shifts + torch.linspace(-1, 1, 30, dtype=torch.float64)
-    assert torch.equal(cluster_channels(channel_features(statistics(x)), 3), torch.arange(3).repeat_interleave(10))
+    assert torch.equal(
+        cluster_channels(channel_features(statistics(x)), 3), torch.arange(3).repeat_interleave(10)
+    )
 
 
 def test_one_cluster_holds_all_and_k_of_k_hold_one_each() -> None:
@@ -74,7 +84,9 @@ def test_fewer_distinct_channels_than_clusters(k: int) -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(2, 400), st.integers(1, 9), st.integers(0, 100))
-def test_the_same_seed_gives_the_same_labels_and_all_are_in_range(channels: int, k: int, seed: int) -> None:
+def test_the_same_seed_gives_the_same_labels_and_all_are_in_range(
+    channels: int, k: int, seed: int
+) -> None:
     k = min(k, channels)
     features = torch.randn(channels, 6, generator=torch.Generator().manual_seed(seed))
     labels = cluster_channels(features, k, seed)
@@ -86,7 +98,9 @@ def test_the_same_seed_gives_the_same_labels_and_all_are_in_range(channels: int,
 
 
 def test_what_differs_by_rounding_alone_is_one_cluster() -> None:
-    features = 1 + 1e-13 * torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = 1 + 1e-13 * torch.randn(
+        8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     assert cluster_channels(features, 2).tolist() == [0] * 8
 
 
@@ -103,7 +117,9 @@ def test_features_that_are_not_finite_are_refused() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 8), st.integers(0, 100))
-def test_limits_of_a_cluster_cover_its_channels_and_are_reached(channels: int, k: int, seed: int) -> None:
+def test_limits_of_a_cluster_cover_its_channels_and_are_reached(
+    channels: int, k: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = 10 * torch.randn(20, channels, generator=generator) + 5
     labels = torch.randint(0, k, (channels,), generator=generator)
@@ -113,7 +129,10 @@ def test_limits_of_a_cluster_cover_its_channels_and_are_reached(channels: int, k
         own = x[:, labels == label]
         expected = (own.min(), own.max()) if own.numel() else (torch.tensor(0.0), torch.tensor(0.0))
         assert (found[0][label], found[1][label]) == expected
-    assert bool((expand_clusters(found[0], labels) <= x).all() and (x <= expand_clusters(found[1], labels)).all())
+    assert bool(
+        (expand_clusters(found[0], labels) <= x).all()
+        and (x <= expand_clusters(found[1], labels)).all()
+    )
 
 
 def spec(name: str, reads: Space, layer: int, branch: str = "") -> LinearSpec:
@@ -133,7 +152,9 @@ def test_all_readers_of_the_residual_share_its_channels() -> None:
 
 
 def test_joint_clusters_weigh_what_all_linears_see() -> None:
-    """Each linear alone sees two groups; which channels are alike in both only the joint features tell."""
+    """Each linear alone sees two groups; which channels are alike in both only the joint features
+    tell.
+    """
     scales = torch.ones(40)
     scales[:20] = 30.0
     other = torch.ones(40)

@@ -10,14 +10,31 @@ import torch
 from torch import nn
 
 from calib.data.batches import length_batches
-from calib.floor import UNFLIPPED, Difference, _nearest_tie, naive_floor, one_flip_floor, settled, split_sum_floor
+from calib.floor import (
+    UNFLIPPED,
+    Difference,
+    _nearest_tie,
+    naive_floor,
+    one_flip_floor,
+    settled,
+    split_sum_floor,
+)
 from calib.forward_loop import forward_loop_over
 from calib.perplexity import model_logits
 from calib.quantization import resolve
 from calib.quantize import quantize_model
 from calib.reference import ReferenceLinear, build_reference
 from calib.schemes import FLOAT4, INT8, scheme_named
-from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, quantize_tiny, relative_l2, token_rows, wide_llama
+from tests.tiny import (
+    CONFIGS,
+    PROVENANCE,
+    fuse_tiny,
+    make_tiny,
+    quantize_tiny,
+    relative_l2,
+    token_rows,
+    wide_llama,
+)
 from tests.tolerances import LINEAR
 
 
@@ -68,10 +85,12 @@ def test_a_cache_alone_has_a_nearest_boundary_too(kv: str) -> None:
 
 def test_the_nearest_value_is_put_on_the_other_side_of_its_boundary() -> None:
     scale = torch.tensor(0.5)
-    tie = _nearest_tie(torch.tensor([[0.1, 0.76, 3.6, -500.0]]), scale, None, INT8)  # ratios 0.2, 1.52, 7.2, saturated
+    # ratios 0.2, 1.52, 7.2, saturated
+    tie = _nearest_tie(torch.tensor([[0.1, 0.76, 3.6, -500.0]]), scale, None, INT8)
     assert (tie.index, tie.other) == (1, 0.5)
     assert tie.distance == pytest.approx(0.02, abs=1e-6)  # float32
-    tie = _nearest_tie(torch.tensor([4.6, 1.0, 7.5]), torch.tensor(1.0), None, FLOAT4)  # 4 and 6 surround 4.6
+    # 4 and 6 surround 4.6
+    tie = _nearest_tie(torch.tensor([4.6, 1.0, 7.5]), torch.tensor(1.0), None, FLOAT4)
     assert (tie.index, tie.other) == (0, 6.0)
     assert tie.distance == pytest.approx(0.2, abs=1e-6)
 
@@ -85,11 +104,17 @@ def test_a_zero_point_moves_the_ends_but_no_boundary() -> None:
 
 
 def test_values_behind_a_zero_point_flip_too() -> None:
-    """With static scales and zero points, the range of x / s alone says nothing of what is clamped."""
-    linear = build_reference(quantize_tiny(CONFIGS["llama"](), "int8")).get_submodule("model.layers.0.self_attn.q_proj")
+    """With static scales and zero points, the range of x / s alone says nothing of what is
+    clamped.
+    """
+    linear = build_reference(quantize_tiny(CONFIGS["llama"](), "int8")).get_submodule(
+        "model.layers.0.self_attn.q_proj"
+    )
     assert isinstance(linear, ReferenceLinear)
     scale, width = torch.tensor(0.01), linear.source.weight.shape[1]
-    linear.source = replace(linear.source, input_scale=scale, input_zero_point=torch.tensor(-128, dtype=torch.int8))
+    linear.source = replace(
+        linear.source, input_scale=scale, input_zero_point=torch.tensor(-128, dtype=torch.int8)
+    )
     tied = torch.full((1, 1, width), 200.3 * 0.01)
     tied[0, 0, 5] = (200.5 - 1e-6) * scale
     above = tied.clone()
@@ -100,7 +125,9 @@ def test_values_behind_a_zero_point_flip_too() -> None:
 
 
 def test_an_input_on_a_boundary_may_be_rounded_to_either_side_and_no_other_may() -> None:
-    linear = build_reference(quantize_tiny(CONFIGS["llama"](), "int8")).get_submodule("model.layers.0.self_attn.q_proj")
+    linear = build_reference(quantize_tiny(CONFIGS["llama"](), "int8")).get_submodule(
+        "model.layers.0.self_attn.q_proj"
+    )
     assert isinstance(linear, ReferenceLinear)
     assert linear.source.input_scale is not None
     scale, width = linear.source.input_scale, linear.source.weight.shape[1]
@@ -114,7 +141,8 @@ def test_an_input_on_a_boundary_may_be_rounded_to_either_side_and_no_other_may()
     expected, flips = settled(linear, tied, flipped)
     assert flips == 1
     assert relative_l2(expected, flipped) < LINEAR
-    assert torch.equal(settled(linear, tied, 1.01 * plain)[0][0, 0], plain[0, 0])  # no flip explains a wrong scale
+    # no flip explains a wrong scale
+    assert torch.equal(settled(linear, tied, 1.01 * plain)[0][0, 0], plain[0, 0])
     apart = tied.clone()
     apart[0, 1, 7] = 3.499 * scale
     expected, flips = settled(linear, apart, flipped)
@@ -137,7 +165,8 @@ def test_where_nothing_is_rounded_nothing_flips() -> None:
     reference = build_reference(quantized)
     rows = token_rows([24, 20])
     assert one_flip_floor(reference, rows) == 0
-    # Two orders of float32 summation over a few layers: some 1e-7 a matmul, and nothing that amplifies it.
+    # Two orders of float32 summation over a few layers: some 1e-7 a matmul, and nothing that
+    # amplifies it.
     floor = split_sum_floor(quantized, reference, rows)
     assert 0 < floor.value < UNFLIPPED
     assert floor.flipped == 0

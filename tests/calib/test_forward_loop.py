@@ -42,7 +42,9 @@ class Watch:
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.ids: list[Tensor] = []
-        model.model.embed_tokens.register_forward_pre_hook(lambda module, args: self.ids.append(args[0]))
+        model.model.embed_tokens.register_forward_pre_hook(
+            lambda module, args: self.ids.append(args[0])
+        )
 
 
 def test_runs_the_rows_of_a_file_without_padding(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -63,7 +65,8 @@ def test_runs_the_rows_of_a_file_without_padding(model: LlamaForCausalLM, tmp_pa
     watch = Watch(model)
     model.train()
     loop(model)
-    assert [tuple(ids.shape) for ids in watch.ids] == [(1, 16), (2, 4), (1, 4)]  # 16: the model's positions
+    # 16: the model's positions
+    assert [tuple(ids.shape) for ids in watch.ids] == [(1, 16), (2, 4), (1, 4)]
     assert (loop.rows, loop.tokens) == (4, 28)
     assert steps == [0, 1, 2, 3]
     assert model.training
@@ -94,7 +97,13 @@ def test_an_empty_loop_is_refused(model: LlamaForCausalLM, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.v_proj", "model.embed_tokens", "lm_head"]
+    "name",
+    [
+        "model.layers.1.mlp.up_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.embed_tokens",
+        "lm_head",
+    ],
 )
 def test_the_first_module_that_is_not_finite_is_named(model: LlamaForCausalLM, name: str) -> None:
     module = model.get_submodule(name)
@@ -125,7 +134,9 @@ class NanForZero(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids: Tensor, use_cache: bool, attention_mask: Tensor | None = None) -> SimpleNamespace:
+    def forward(
+        self, input_ids: Tensor, use_cache: bool, attention_mask: Tensor | None = None
+    ) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.where(input_ids == 0, torch.nan, 1.0).unsqueeze(-1))
 
 
@@ -137,7 +148,9 @@ def test_what_stands_at_a_pad_position_means_nothing() -> None:
 
 
 def test_modelopt_calibrates_with_it(model: LlamaForCausalLM) -> None:
-    """The amax that ModelOpt finds is the largest absolute input over exactly the rows of the loop."""
+    """The amax that ModelOpt finds is the largest absolute input over exactly the rows of the
+    loop.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on import and on use: other people's deprecations
         mtq = pytest.importorskip("modelopt.torch.quantization")

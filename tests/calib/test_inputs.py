@@ -1,4 +1,6 @@
-"""What quantized linears do to their inputs: each granularity against arithmetic written out row by row."""
+"""What quantized linears do to their inputs: each granularity against arithmetic written out row by
+row.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ from calib.schemes import (
 
 
 def activations(seed: int = 0) -> Tensor:
-    """Tokens of very different size, one of them all zero, with an offset so that a zero point matters."""
+    """Tokens of very different size, one of them all zero, with an offset so that a zero point
+    matters.
+    """
     generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(2, 5, 64, generator=generator) + 0.7) * 10.0 ** torch.randn(2, 5, 1, generator=generator)
+    x = (torch.randn(2, 5, 64, generator=generator) + 0.7) * 10.0 ** torch.randn(
+        2, 5, 1, generator=generator
+    )
     x[1, 2] = 0.0
     return x
 
@@ -50,7 +56,8 @@ def test_an_asymmetric_token_uses_all_levels(fmt: object) -> None:
     found = fake_quantize_input(x, scheme)
     levels = scheme.format.qmax - scheme.format.qmin
     span = x.amax(-1, keepdim=True).clamp(min=0) - x.amin(-1, keepdim=True).clamp(max=0)
-    # half a step of rounding and half a step by which the rounded zero point moves the ends; float32 adds its own eps
+    # half a step of rounding and half a step by which the rounded zero point moves the ends;
+    # float32 adds its own eps
     assert bool(((found - x).abs() <= span / levels * (1 + 1e-5)).all())
     assert not found[1, 2].any()
 
@@ -58,10 +65,13 @@ def test_an_asymmetric_token_uses_all_levels(fmt: object) -> None:
 def test_a_zero_point_pays_for_one_sided_tokens() -> None:
     x = torch.rand(64, 128, generator=torch.Generator().manual_seed(0))
     symmetric, asymmetric = (
-        (fake_quantize_input(x, TensorScheme(INT4, PerToken(), symmetric=flag, dynamic=True)) - x).square().mean()
+        (fake_quantize_input(x, TensorScheme(INT4, PerToken(), symmetric=flag, dynamic=True)) - x)
+        .square()
+        .mean()
         for flag in (True, False)
     )
-    assert float(symmetric / asymmetric) == pytest.approx((15 / 7) ** 2, rel=0.1)  # 8192 values: good to some per cent
+    # 8192 values: good to some per cent
+    assert float(symmetric / asymmetric) == pytest.approx((15 / 7) ** 2, rel=0.1)
 
 
 def test_a_cluster_has_its_own_static_scale() -> None:
@@ -91,9 +101,15 @@ def test_blocks_do_not_see_each_other(name: str) -> None:
     assert isinstance(scheme.granularity, PerBlock)
     size = scheme.granularity.size
     x = activations()
-    second = input_grid(x.amin(), x.amax(), scheme, torch.float32).scale if scheme.scale_format == "e4m3" else None
+    second = (
+        input_grid(x.amin(), x.amax(), scheme, torch.float32).scale
+        if scheme.scale_format == "e4m3"
+        else None
+    )
     found = fake_quantize_input(x, scheme, second)
-    alone = [fake_quantize_input(part.contiguous(), scheme, second) for part in x.split(size, dim=-1)]
+    alone = [
+        fake_quantize_input(part.contiguous(), scheme, second) for part in x.split(size, dim=-1)
+    ]
     assert torch.equal(found, torch.cat(alone, dim=-1))
 
 
@@ -101,7 +117,9 @@ def test_nvfp4_takes_its_second_level_from_calibration() -> None:
     scheme = SCHEMES["nvfp4"].activation
     assert scheme is not None
     amax = torch.tensor(12.0)
-    assert float(input_grid(-amax, amax, scheme, torch.float16).scale) == pytest.approx(12 / (6 * 448), rel=1e-6)
+    assert float(input_grid(-amax, amax, scheme, torch.float16).scale) == pytest.approx(
+        12 / (6 * 448), rel=1e-6
+    )
     with pytest.raises(QuantizationError, match="needs a calibrated scale"):
         fake_quantize_input(activations(), scheme)
 

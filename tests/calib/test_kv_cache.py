@@ -1,4 +1,6 @@
-"""The quantized KV cache: what is observed is what attention reads, and rounding it is rounding keys and values."""
+"""The quantized KV cache: what is observed is what attention reads, and rounding it is rounding
+keys and values.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,17 @@ def loop() -> Any:
 
 
 def cached(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values that transformers itself puts into its cache, of every layer, over all rows."""
+    """Keys and values that transformers itself puts into its cache, of every layer, over all
+    rows.
+    """
     found: list[list[tuple[Tensor, Tensor]]] = []
     for row in token_rows():
         cache = model(input_ids=row[None], use_cache=True).past_key_values
         found.append([(layer.keys, layer.values) for layer in cache.layers])
     layers = zip(*found, strict=True)
-    return [tuple(torch.cat([pair[i].flatten() for pair in layer]) for i in (0, 1)) for layer in layers]  # type: ignore[misc]
+    return [
+        tuple(torch.cat([pair[i].flatten() for pair in layer]) for i in (0, 1)) for layer in layers
+    ]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -56,16 +62,20 @@ def test_scales_are_the_amax_of_what_is_cached(name: str) -> None:
 def test_the_reference_rounds_keys_and_values(kind: str) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r3"])
     plain = resolve(scheme_named("int8-weight-only"), fused.architecture, fused.config)
-    with_cache = resolve(scheme_named("int8-weight-only"), fused.architecture, fused.config, kv=kind)
+    with_cache = resolve(
+        scheme_named("int8-weight-only"), fused.architecture, fused.config, kv=kind
+    )
     ids = torch.stack(token_rows([11, 11]))
     logits = {}
     for how in (plain, with_cache):
         quantized = quantize_model(fused, how, loop(), PROVENANCE)
         logits[how.cache is None] = [
-            build_reference(quantized, split_sum=split)(input_ids=ids).logits for split in (False, True)
+            build_reference(quantized, split_sum=split)(input_ids=ids).logits
+            for split in (False, True)
         ]
     error = relative_l2(logits[False][0], logits[True][0])
-    low, high = {"int8": (1e-4, 0.05), "int4": (0.01, 1.0), "float8": (1e-3, 0.3)}[kind]  # by steps of 1/127, 1/7, 1/16
+    # by steps of 1/127, 1/7, 1/16
+    low, high = {"int8": (1e-4, 0.05), "int4": (0.01, 1.0), "float8": (1e-3, 0.3)}[kind]
     assert low < error < high
     # the split sum rounds the same cache: it differs by a few flips, not by what the cache costs
     assert relative_l2(logits[False][1], logits[False][0]) < error / 2 or kind == "int8"

@@ -30,13 +30,19 @@ def test_paths_through_lists_dictionaries_and_attributes(tree: nn.Module) -> Non
     [
         ("blocks.2", "'blocks' has no submodule '2'", "0, 1"),
         ("blocks.x", "'blocks' has no submodule 'x'", "0, 1"),
-        ("blocks.0.0.bias", r"'blocks.0.0' has no submodule 'bias' \(wanted 'blocks.0.0.bias'\)", "none"),
+        (
+            "blocks.0.0.bias",
+            r"'blocks.0.0' has no submodule 'bias' \(wanted 'blocks.0.0.bias'\)",
+            "none",
+        ),
         ("by_name.values", "'by_name' has no submodule 'values'", "first"),
         ("scale", "'Module' has no submodule 'scale'", "blocks, by_name"),
         ("no.such", "'Module' has no submodule 'no'", "blocks, by_name"),
     ],
 )
-def test_a_missing_part_is_named_with_what_exists(tree: nn.Module, path: str, message: str, hint: str) -> None:
+def test_a_missing_part_is_named_with_what_exists(
+    tree: nn.Module, path: str, message: str, hint: str
+) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         get_submodule(tree, path)
     assert caught.value.hint == f"its submodules are: {hint}"

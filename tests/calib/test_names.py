@@ -1,4 +1,6 @@
-"""The functions that users know from elsewhere are in ``calib`` under these names, and importing it stays light."""
+"""The functions that users know from elsewhere are in ``calib`` under these names, and importing it
+stays light.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import calib
 
 
 @pytest.mark.parametrize(
-    "name", ["create_forward_loop", "modelopt_quantize", "convert_to_scale", "get_submodule", "compute_scale"]
+    "name",
+    [
+        "create_forward_loop",
+        "modelopt_quantize",
+        "convert_to_scale",
+        "get_submodule",
+        "compute_scale",
+    ],
 )
 def test_a_known_function_says_shapes_errors_and_source(name: str) -> None:
     function = getattr(calib, name)
@@ -27,7 +36,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_importing_the_packages_loads_nothing_heavy() -> None:
     code = (
-        "import sys, calib, backends, exporter; print([m for m in ('torch', 'modelopt', 'onnx') if m in sys.modules])"
+        "import sys, calib, backends, exporter; print([m for m in ('torch', 'modelopt', 'onnx') if"
+        " m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

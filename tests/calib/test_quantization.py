@@ -1,4 +1,6 @@
-"""Resolving a scheme for one model: finer controls, overrides by pattern, and everything that is refused."""
+"""Resolving a scheme for one model: finer controls, overrides by pattern, and everything that is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,19 @@ def test_without_overrides_every_decoder_linear_gets_the_scheme() -> None:
 
 
 def test_the_last_pattern_that_matches_counts() -> None:
-    overrides = {"*.down_proj": "int8-weight-only", "model.layers.0.*": "float", "*.0.mlp.down_proj": "float8"}
+    overrides = {
+        "*.down_proj": "int8-weight-only",
+        "model.layers.0.*": "float",
+        "*.0.mlp.down_proj": "float8",
+    }
     found = resolved(overrides=overrides)
     assert found.linears["model.layers.0.mlp.down_proj"] == scheme_named("float8").linear
     assert found.linears["model.layers.1.mlp.down_proj"] == scheme_named("int8-weight-only").linear
     assert found.linears["model.layers.1.mlp.up_proj"] == scheme_named("int8").linear
     assert "model.layers.0.mlp.up_proj" not in found.linears
-    assert set(found.kept) == {name for name in resolved().linears if ".0." in name and "down" not in name}
+    assert set(found.kept) == {
+        name for name in resolved().linears if ".0." in name and "down" not in name
+    }
     assert set(found.kept.values()) == {KEPT_BY_OVERRIDE}
 
 
@@ -42,7 +50,8 @@ def test_the_scheme_float_quantizes_what_an_override_names_and_nothing_else() ->
     assert set(nothing.kept) == set(resolved().linears)
     assert set(nothing.kept.values()) == {KEPT_BY_SCHEME}
     found = resolved(
-        scheme="float", overrides={"lm_head": "int8-weight-only", "*.0.mlp.*": "w4a8", "*.0.mlp.up_proj": "float"}
+        scheme="float",
+        overrides={"lm_head": "int8-weight-only", "*.0.mlp.*": "w4a8", "*.0.mlp.up_proj": "float"},
     )
     assert found.linears == {
         "model.layers.0.mlp.gate_proj": scheme_named("w4a8").linear,
@@ -55,7 +64,9 @@ def test_the_scheme_float_quantizes_what_an_override_names_and_nothing_else() ->
 
 def test_head_and_embeddings_are_quantized_only_by_their_full_name() -> None:
     assert set(resolved(overrides={"*": "int8-weight-only"}).linears) == set(resolved().linears)
-    found = resolved(overrides={"lm_head": "int8-weight-only", "model.embed_tokens": "int4-weight-only"})
+    found = resolved(
+        overrides={"lm_head": "int8-weight-only", "model.embed_tokens": "int4-weight-only"}
+    )
     names = list(found.linears)
     assert names[0] == "model.embed_tokens"
     assert names[-1] == "lm_head"
@@ -89,8 +100,15 @@ def test_finer_controls_change_one_thing_each() -> None:
     assert customised(int4, weight_symmetric=False).weight.symmetric is False
     activation = customised(int8, activation_symmetric=False).activation
     assert activation is not None
-    assert (activation.symmetric, activation.dynamic, activation.granularity) == (False, False, PerTensor())
-    for text, granularity, dynamic in (("token", PerToken(), True), ("cluster:4", PerCluster(4), False)):
+    assert (activation.symmetric, activation.dynamic, activation.granularity) == (
+        False,
+        False,
+        PerTensor(),
+    )
+    for text, granularity, dynamic in (
+        ("token", PerToken(), True),
+        ("cluster:4", PerCluster(4), False),
+    ):
         activation = customised(int8, activation_granularity=text).activation
         assert activation is not None
         assert (activation.granularity, activation.dynamic) == (granularity, dynamic)
@@ -110,7 +128,9 @@ def test_finer_controls_change_one_thing_each() -> None:
         ("float", {"activation_symmetric": True}, "'float' quantizes nothing"),
     ],
 )
-def test_controls_that_a_scheme_does_not_have_are_refused(scheme: str, settings: dict[str, Any], message: str) -> None:
+def test_controls_that_a_scheme_does_not_have_are_refused(
+    scheme: str, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(QuantizationError, match=message) as caught:
         customised(scheme_named(scheme), **settings)
     assert caught.value.hint

@@ -34,17 +34,31 @@ from tests.tiny import (
 )
 from tests.tolerances import half_step
 
-MODELS = ["llama", "llama-bias-tied-headdim", "llama-odd", "gpt2", "gpt2-untied-inner", "qwen2", "opt-nobias"]
+MODELS = [
+    "llama",
+    "llama-bias-tied-headdim",
+    "llama-odd",
+    "gpt2",
+    "gpt2-untied-inner",
+    "qwen2",
+    "opt-nobias",
+]
 
 
-@pytest.fixture(scope="module", params=[("int8", name) for name in MODELS] + [("int4-weight-only", "gpt2")], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[("int8", name) for name in MODELS] + [("int4-weight-only", "gpt2")],
+    ids=str,
+)
 def pair(request: pytest.FixtureRequest) -> tuple[FusedModel, QuantizedModel]:
     scheme, name = request.param
     fused = fuse_tiny(make_tiny(CONFIGS[name]()), ["r1", "r2", "r4"])
     return fused, quantize_fused(fused, scheme)
 
 
-def test_weights_are_within_half_a_step_of_the_fused_ones(pair: tuple[FusedModel, QuantizedModel]) -> None:
+def test_weights_are_within_half_a_step_of_the_fused_ones(
+    pair: tuple[FusedModel, QuantizedModel],
+) -> None:
     fused, quantized = pair
     for spec in fused.architecture.all_linears(fused.config):
         if spec.name not in quantized.linears:
@@ -52,10 +66,13 @@ def test_weights_are_within_half_a_step_of_the_fused_ones(pair: tuple[FusedModel
         linear = quantized.linears[spec.name]
         stored = fused.state[spec.weight]
         weight = stored.T if spec.layout == "conv1d" else stored
-        assert linear.weight.shape == weight.shape  # [out, in], also where the model stores [in, out]
+        # [out, in], also where the model stores [in, out]
+        assert linear.weight.shape == weight.shape
         steps, _ = expand_grid(linear.grid, weight.shape, linear.weight_scheme.granularity)
         error = (linear.values() - weight).abs()
-        assert bool((error <= steps * half_step(linear.weight_scheme.format.maxbound)).all()), spec.name
+        assert bool((error <= steps * half_step(linear.weight_scheme.format.maxbound)).all()), (
+            spec.name
+        )
         bias = fused.state.get(f"{spec.name}.bias")
         assert (linear.bias is None) == (bias is None)
         assert bias is None or (linear.bias is not None and torch.equal(linear.bias, bias))
@@ -93,7 +110,9 @@ def test_input_scales_are_amax_over_127(pair: tuple[FusedModel, QuantizedModel])
         assert float(linear.input_scale) == pytest.approx(maxima[name] / 127, rel=1e-4), name
 
 
-def test_only_down_projections_name_an_online_rotation(pair: tuple[FusedModel, QuantizedModel]) -> None:
+def test_only_down_projections_name_an_online_rotation(
+    pair: tuple[FusedModel, QuantizedModel],
+) -> None:
     fused, quantized = pair
     for spec in fused.architecture.all_linears(fused.config):
         if spec.name in quantized.linears:
@@ -105,7 +124,9 @@ def test_only_down_projections_name_an_online_rotation(pair: tuple[FusedModel, Q
 def test_every_tensor_is_either_quantized_or_float(pair: tuple[FusedModel, QuantizedModel]) -> None:
     fused, quantized = pair
     linear = {f"{name}.weight" for name in quantized.linears}
-    linear |= {f"{name}.bias" for name, entry in quantized.linears.items() if entry.bias is not None}
+    linear |= {
+        f"{name}.bias" for name, entry in quantized.linears.items() if entry.bias is not None
+    }
     assert set(quantized.floats) | linear == set(fused.state)
     assert not set(quantized.floats) & linear
     assert quantized.config["tie_word_embeddings"] is False
@@ -113,7 +134,9 @@ def test_every_tensor_is_either_quantized_or_float(pair: tuple[FusedModel, Quant
 
 
 def test_without_r4_no_linear_names_a_rotation() -> None:
-    quantized = quantize_fused(fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r1", "r2"]), "int8-weight-only")
+    quantized = quantize_fused(
+        fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r1", "r2"]), "int8-weight-only"
+    )
     assert {linear.online_rotation for linear in quantized.linears.values()} == {None}
 
 
@@ -154,7 +177,9 @@ def test_a_dead_output_channel_keeps_a_positive_scale() -> None:
 def test_a_weight_that_is_not_finite_is_named() -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
     fused.state["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    with pytest.raises(QuantizationError, match=r"weights of 'model\.layers\.1\.mlp\.up_proj' hold NaN or Inf"):
+    with pytest.raises(
+        QuantizationError, match=r"weights of 'model\.layers\.1\.mlp\.up_proj' hold NaN or Inf"
+    ):
         quantize_fused(fused, "int8-weight-only")
 
 
@@ -174,10 +199,17 @@ def test_the_scheme_decides_and_survives_saving(tmp_path: Path) -> None:
         quantized.save(folder)
         loaded = build_reference(QuantizedModel.load(folder))(input_ids=ids).logits
         assert torch.equal(loaded, build_reference(quantized)(input_ids=ids).logits)
-        # these weights are random and large: what counts is that coarser formats are worse, in this order
+        # these weights are random and large: what counts is that coarser formats are worse, in this
+        # order
         errors[name] = relative_l2(loaded, expected)
     assert errors["float"] < 1e-5  # the fold and the online rotation alone
-    assert errors["int8-weight-only"] < errors["int8"] < errors["float8"] < errors["w4a8"] < errors["w4a4"]
+    assert (
+        errors["int8-weight-only"]
+        < errors["int8"]
+        < errors["float8"]
+        < errors["w4a8"]
+        < errors["w4a4"]
+    )
     assert errors["int8-dynamic"] < errors["int8"]
     assert errors["mxfp8"] < errors["nvfp4"] < errors["mxfp4"]
 
@@ -186,13 +218,16 @@ def test_the_scheme_decides_and_survives_saving(tmp_path: Path) -> None:
 def test_formats_with_fixed_blocks_name_the_linears_that_do_not_fit(scheme: str) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
     with pytest.raises(
-        QuantizationError, match=r"do not divide the .* input features of .*layers\.1\.mlp\.down_proj"
+        QuantizationError,
+        match=r"do not divide the .* input features of .*layers\.1\.mlp\.down_proj",
     ) as e:
         quantize_fused(fused, scheme)
     assert "--override" in str(e.value.hint)
 
 
-def quantized_with(config: Any, scheme: str = "int8", **settings: Any) -> tuple[FusedModel, QuantizedModel]:
+def quantized_with(
+    config: Any, scheme: str = "int8", **settings: Any
+) -> tuple[FusedModel, QuantizedModel]:
     fused = fuse_tiny(make_tiny(config), ["r1", "r2"])
     how = resolve(scheme_named(scheme), fused.architecture, fused.config, **settings)
     loop = forward_loop_over(length_batches(token_rows(), 4))
@@ -205,7 +240,8 @@ def test_overrides_reach_the_artifact_and_survive_saving(tmp_path: Path) -> None
     fused, quantized = quantized_with(CONFIGS["llama"](), overrides=overrides)
     assert "model.layers.0.mlp.up_proj" in quantized.kept
     assert torch.equal(
-        quantized.floats["model.layers.0.mlp.up_proj.weight"], fused.state["model.layers.0.mlp.up_proj.weight"]
+        quantized.floats["model.layers.0.mlp.up_proj.weight"],
+        fused.state["model.layers.0.mlp.up_proj.weight"],
     )
     assert quantized.linears["model.layers.1.mlp.up_proj"].input_scheme is None
     assert "lm_head" not in quantized.kept
@@ -218,14 +254,18 @@ def test_overrides_reach_the_artifact_and_survive_saving(tmp_path: Path) -> None
     assert torch.equal(found, build_reference(quantized)(input_ids=ids).logits)
     table = build_reference(loaded).get_input_embeddings().weight  # type: ignore[operator, union-attr]
     step = quantized.linears["model.embed_tokens"].weight_scale[:, None]
-    assert bool(((table - fused.state["model.embed_tokens.weight"]).abs() <= step * half_step(127)).all())
+    assert bool(
+        ((table - fused.state["model.embed_tokens.weight"]).abs() <= step * half_step(127)).all()
+    )
 
 
 def test_zero_points_survive_saving(tmp_path: Path) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r1", "r2"])
     scheme = customised(scheme_named("int8"), weight_symmetric=False, activation_symmetric=False)
     how = resolve(scheme, fused.architecture, fused.config)
-    quantized = quantize_model(fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+    quantized = quantize_model(
+        fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+    )
     for linear in quantized.linears.values():
         assert linear.weight_zero_point is not None
         assert linear.input_zero_point is not None

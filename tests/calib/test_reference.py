@@ -1,4 +1,6 @@
-"""The torch model that an export must reproduce: every part of it against arithmetic written out by hand."""
+"""The torch model that an export must reproduce: every part of it against arithmetic written out by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from calib.fusing import materialize
 from calib.reference import ReferenceLinear, build_reference
 from calib.rotations.rotation_set import hadamard_rotation
 from calib.schemes import INT4, INT8, PerBlock, PerChannel, PerCluster, PerTensor, TensorScheme
-from tests.tiny import CONFIGS, fuse_tiny, make_tiny, quantize_fused, quantize_tiny, relative_l2, token_rows
+from tests.tiny import (
+    CONFIGS,
+    fuse_tiny,
+    make_tiny,
+    quantize_fused,
+    quantize_tiny,
+    relative_l2,
+    token_rows,
+)
 from tests.tolerances import SAME_SUMS, WEIGHT_ONLY
 
 INPUT = TensorScheme(INT8, PerTensor())
@@ -45,7 +55,9 @@ def test_a_linear_is_the_arithmetic_of_its_docstring() -> None:
     integers = torch.clamp(torch.round(x / linear.input_scale), -128, 127)
     assert int((integers == 127).sum()) > 0  # some saturate
     exact = integers.double() @ linear.weight.double().T  # integer sums
-    expected = exact * linear.input_scale.double() * linear.weight_scale.double() + linear.bias.double()
+    expected = (
+        exact * linear.input_scale.double() * linear.weight_scale.double() + linear.bias.double()
+    )
     found = ReferenceLinear(linear, None, split_sum=False)(x)
     assert found.dtype == torch.float32
     assert relative_l2(found, expected) <= SAME_SUMS
@@ -67,15 +79,19 @@ def test_the_online_rotation_comes_before_the_quantizer() -> None:
     found = ReferenceLinear(linear, rotation, split_sum=False)(x)
     rotated = x @ rotation.dense().float()
     plain = ReferenceLinear(linear, None, split_sum=False)
-    # a different summation may round a few inputs to the next integer; without the rotation all differ
+    # a different summation may round a few inputs to the next integer; without the rotation all
+    # differ
     assert relative_l2(found, plain(rotated)) < 0.01
     assert relative_l2(found, plain(x)) > 0.5
 
 
 def test_scales_follow_the_input_to_its_device() -> None:
     clustered = TensorScheme(INT8, PerCluster(2))
-    linear = dataclasses.replace(one_linear(), input_scheme=clustered, input_scale=torch.ones(inputs().shape[-1]))
-    module = ReferenceLinear(linear, None, split_sum=False).to("meta")  # as good as any device but the CPU
+    linear = dataclasses.replace(
+        one_linear(), input_scheme=clustered, input_scale=torch.ones(inputs().shape[-1])
+    )
+    # as good as any device but the CPU
+    module = ReferenceLinear(linear, None, split_sum=False).to("meta")
     assert module.quantize(inputs().to("meta")).device.type == "meta"
 
 
@@ -104,13 +120,16 @@ def test_weight_only_the_split_sum_differs_by_rounding_only(name: str, scheme: s
 
 
 def test_the_split_sum_masks_padding_as_the_reference_does() -> None:
-    quantized = quantize_tiny(CONFIGS["mistral"](), "int8-weight-only")  # with a sliding window of 4
+    # with a sliding window of 4
+    quantized = quantize_tiny(CONFIGS["mistral"](), "int8-weight-only")
     ids = torch.stack(token_rows([11, 11]))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     found = [
-        build_reference(quantized, split_sum=split)(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        build_reference(quantized, split_sum=split)(
+            input_ids=ids, attention_mask=mask, position_ids=positions
+        ).logits
         for split in (True, False)
     ]
     kept = mask.bool()
@@ -123,7 +142,10 @@ def test_it_is_close_to_the_float_model_that_was_quantized(name: str) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS[name]()), ["r1", "r2", "r3", "r4"])
     reference = build_reference(quantize_fused(fused, "int8-weight-only"))
     ids = token_rows()[1][None]
-    assert relative_l2(reference(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits) < 0.05
+    assert (
+        relative_l2(reference(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits)
+        < 0.05
+    )
 
 
 def test_a_head_with_the_bias_of_its_norm_is_in_the_reference() -> None:
@@ -133,11 +155,16 @@ def test_a_head_with_the_bias_of_its_norm_is_in_the_reference() -> None:
     assert fused.refusals
     reference = build_reference(quantize_fused(fused, "int8-weight-only"))
     ids = token_rows()[1][None]
-    assert relative_l2(reference(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits) < 0.05
+    assert (
+        relative_l2(reference(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits)
+        < 0.05
+    )
 
 
 def test_it_is_float32_whatever_the_artifact_computes_in() -> None:
-    quantized = quantize_fused(fuse_tiny(make_tiny(CONFIGS["llama"]()), dtype=torch.bfloat16), "int8")
+    quantized = quantize_fused(
+        fuse_tiny(make_tiny(CONFIGS["llama"]()), dtype=torch.bfloat16), "int8"
+    )
     reference = build_reference(quantized)
     assert {parameter.dtype for parameter in reference.parameters()} == {torch.float32}
     assert reference(input_ids=token_rows()[0][None]).logits.dtype == torch.float32

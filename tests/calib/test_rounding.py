@@ -1,4 +1,6 @@
-"""Rounding to float formats: every value of the tables, every tie, and the scales of OCP's and ModelOpt's rules."""
+"""Rounding to float formats: every value of the tables, every tie, and the scales of OCP's and
+ModelOpt's rules.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.rounding import E2M1_MAGNITUDES, decode, e8m0_exponent, encode, neighbours, round_e4m3_scale, round_to_format
+from calib.rounding import (
+    E2M1_MAGNITUDES,
+    decode,
+    e8m0_exponent,
+    encode,
+    neighbours,
+    round_e4m3_scale,
+    round_to_format,
+)
 from calib.schemes import FLOAT4, FLOAT8, FORMATS, INT4, NumberFormat
 
 # OCP MX specification 1.0, table 5: exponent bias 1, one mantissa bit, no infinities and no NaN.
@@ -69,7 +79,9 @@ def test_no_representable_value_is_nearer(ratio: float, name: str) -> None:
     elif fmt.bits == 4:
         table = torch.tensor([*E2M1_MAGNITUDES, *(-value for value in E2M1_MAGNITUDES)])
     else:
-        every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        every = (
+            torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        )
         table = every[every.isfinite()]
     x = torch.tensor([ratio])
     found = round_to_format(x, fmt)
@@ -78,7 +90,9 @@ def test_no_representable_value_is_nearer(ratio: float, name: str) -> None:
 
 
 @given(st.floats(1e-30, 1e30), st.sampled_from([FLOAT4, FLOAT8]))
-def test_the_ceil_rule_clips_nothing_and_wastes_less_than_a_power_of_two(amax: float, fmt: NumberFormat) -> None:
+def test_the_ceil_rule_clips_nothing_and_wastes_less_than_a_power_of_two(
+    amax: float, fmt: NumberFormat
+) -> None:
     exponent = int(e8m0_exponent(torch.tensor([amax], dtype=torch.float64), fmt, floor=False))
     assert amax <= 2.0**exponent * fmt.maxbound
     assert amax > 2.0 ** (exponent - 1) * fmt.maxbound
@@ -95,7 +109,8 @@ def test_the_floor_rule_is_ocps(amax: float, case: tuple[NumberFormat, int]) -> 
 def test_exponents_at_the_ends(floor: bool) -> None:
     amax = torch.tensor([0.0, 1e-45, 6.0, 3.4e38])
     low, tiny, six, huge = e8m0_exponent(amax, FLOAT4, floor=floor).tolist()
-    assert (low, tiny, six) == (-127, -127, 0)  # a dead block, one below the format's least scale, and exactly maxbound
+    # a dead block, one below the format's least scale, and exactly maxbound
+    assert (low, tiny, six) == (-127, -127, 0)
     assert huge <= 127
 
 
@@ -105,7 +120,13 @@ def test_scales_in_e4m3_stay_positive_and_saturate() -> None:
 
 
 def test_integers_clamp_before_they_are_stored() -> None:
-    assert round_to_format(torch.tensor([-99.0, -8.5, 2.5, 3.5, 99.0]), INT4).tolist() == [-8, -8, 2, 4, 7]
+    assert round_to_format(torch.tensor([-99.0, -8.5, 2.5, 3.5, 99.0]), INT4).tolist() == [
+        -8,
+        -8,
+        2,
+        4,
+        7,
+    ]
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
@@ -118,4 +139,5 @@ def test_neighbours_are_the_next_representable_numbers(fmt: NumberFormat) -> Non
     assert torch.equal(round_to_format(below, fmt), below)
     assert bool((below[1:] < values[1:]).all())
     assert bool((above[:-1] > values[:-1]).all())
-    assert (float(below[0]), float(above[-1])) == (fmt.qmin, fmt.qmax)  # the ends have no further neighbour
+    # the ends have no further neighbour
+    assert (float(below[0]), float(above[-1])) == (fmt.qmin, fmt.qmax)

@@ -20,7 +20,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @settings(deadline=None)
 @given(
-    st.lists(st.floats(1e-2, 6e4), min_size=1, max_size=8), st.sampled_from(DTYPES), st.sampled_from(sorted(FORMATS))
+    st.lists(st.floats(1e-2, 6e4), min_size=1, max_size=8),
+    st.sampled_from(DTYPES),
+    st.sampled_from(sorted(FORMATS)),
 )
 def test_scale_times_maxbound_is_amax(values: list[float], dtype: torch.dtype, fmt: str) -> None:
     amax = torch.tensor(values, dtype=torch.float64)
@@ -30,7 +32,9 @@ def test_scale_times_maxbound_is_amax(values: list[float], dtype: torch.dtype, f
     assert scale.shape == amax.squeeze().shape
     normal = amax.squeeze() / maxbound >= torch.finfo(dtype).tiny
     back = scale.double() * maxbound
-    assert bool(((back - amax.squeeze()).abs() <= rounded_once(dtype) * amax.squeeze())[normal].all())
+    assert bool(
+        ((back - amax.squeeze()).abs() <= rounded_once(dtype) * amax.squeeze())[normal].all()
+    )
     assert bool((scale > 0).all())
 
 
@@ -46,7 +50,9 @@ def test_a_range_that_underflows_float16_keeps_a_positive_scale() -> None:
     """1e-6 / 127 is 8e-9, which float16 rounds to zero; float32 has no trouble with it."""
     amax = torch.tensor(1e-6)
     assert float((amax / 127).half()) == 0
-    assert float(convert_to_scale(amax, 127, dtype=torch.float16)) == torch.finfo(torch.float16).tiny
+    assert (
+        float(convert_to_scale(amax, 127, dtype=torch.float16)) == torch.finfo(torch.float16).tiny
+    )
     assert float(convert_to_scale(amax, 127)) == pytest.approx(1e-6 / 127, rel=1e-6)
 
 
@@ -57,7 +63,9 @@ def test_broken_statistics_are_refused(bad: float) -> None:
 
 
 def test_an_overflowing_scale_is_refused_with_its_amax() -> None:
-    with pytest.raises(QuantizationError, match=r"overflows torch.float16: the largest amax is 1e\+08"):
+    with pytest.raises(
+        QuantizationError, match=r"overflows torch.float16: the largest amax is 1e\+08"
+    ):
         convert_to_scale(torch.tensor([1.0, 1e8]), 7, dtype=torch.float16)
 
 

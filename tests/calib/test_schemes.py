@@ -39,7 +39,8 @@ def test_a_scheme_is_consistent(scheme: Scheme) -> None:
     assert (scheme.weight is None) == (scheme.linear is None) == (scheme.name not in LINEAR_SCHEMES)
     assert scheme.weight is None or not scheme.weight.dynamic
     if scheme.activation is not None and not scheme.activation.dynamic:
-        assert scheme.activation.granularity == PerTensor()  # static scales of activations are per tensor
+        # static scales of activations are per tensor
+        assert scheme.activation.granularity == PerTensor()
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
@@ -51,7 +52,9 @@ def test_a_format_reaches_its_bound_on_both_sides(fmt: NumberFormat) -> None:
 
 
 def test_the_documented_presets() -> None:
-    assert {name: (s.weight.format.name, s.weight.granularity) for name, s in LINEAR_SCHEMES.items()} == {
+    assert {
+        name: (s.weight.format.name, s.weight.granularity) for name, s in LINEAR_SCHEMES.items()
+    } == {
         "int8": ("int8", PerChannel(0)),
         "int8-dynamic": ("int8", PerChannel(0)),
         "int8-weight-only": ("int8", PerChannel(0)),
@@ -68,12 +71,19 @@ def test_the_documented_presets() -> None:
     assert SCHEMES.keys() - LINEAR_SCHEMES.keys() == {FLOAT}
 
 
-SOME = [TensorScheme(INT8, PerCluster(4)), TensorScheme(INT4, PerToken(), symmetric=False, dynamic=True)]
+SOME = [
+    TensorScheme(INT8, PerCluster(4)),
+    TensorScheme(INT4, PerToken(), symmetric=False, dynamic=True),
+]
 
 
 @pytest.mark.parametrize(
     "scheme",
-    [*SOME, *(s.weight for s in LINEAR_SCHEMES.values()), *(s.activation for s in SCHEMES.values() if s.activation)],
+    [
+        *SOME,
+        *(s.weight for s in LINEAR_SCHEMES.values()),
+        *(s.activation for s in SCHEMES.values() if s.activation),
+    ],
 )
 def test_a_tensor_scheme_survives_json(scheme: TensorScheme) -> None:
     assert tensor_scheme_from_dict(json.loads(json.dumps(tensor_scheme_to_dict(scheme)))) == scheme

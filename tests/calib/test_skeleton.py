@@ -18,13 +18,20 @@ def llama() -> FusedModel:
     return fuse_tiny(make_tiny(CONFIGS["llama"]()))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "phi3-partial-rope", "gpt_neox", "granite"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma", "gpt2", "phi3-partial-rope", "gpt_neox", "granite"]
+)
 def test_the_skeleton_with_all_weights_is_the_model(name: str) -> None:
-    """Rotary frequencies, embedding scales and attention masks are real, though no checkpoint holds them."""
+    """Rotary frequencies, embedding scales and attention masks are real, though no checkpoint holds
+    them.
+    """
     fused = fuse_tiny(make_tiny(CONFIGS[name]()))
     skeleton = build_skeleton(fused.config.to_dict(), fused.state, skip=())
     ids = token_rows()[1][None]
-    assert relative_l2(skeleton(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits) <= SAME_SUMS
+    assert (
+        relative_l2(skeleton(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits)
+        <= SAME_SUMS
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -66,7 +73,9 @@ def test_a_weight_that_the_model_has_not_is_named(llama: FusedModel, name: str) 
 
 def test_a_weight_of_another_shape_is_named(llama: FusedModel) -> None:
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
-        build_skeleton(llama.config.to_dict(), llama.state | {"model.norm.weight": torch.ones(7)}, skip=())
+        build_skeleton(
+            llama.config.to_dict(), llama.state | {"model.norm.weight": torch.ones(7)}, skip=()
+        )
 
 
 def test_a_head_that_took_the_bias_of_its_norm_keeps_it() -> None:
@@ -76,5 +85,8 @@ def test_a_head_that_took_the_bias_of_its_norm_keeps_it() -> None:
     assert fused.refusals
     skeleton = build_skeleton(fused.config.to_dict(), fused.state, skip=())
     ids = token_rows()[1][None]
-    assert relative_l2(skeleton(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits) <= SAME_SUMS
+    assert (
+        relative_l2(skeleton(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits)
+        <= SAME_SUMS
+    )
     assert float(fused.state["lm_head.bias"].abs().max()) > 0.1  # so that losing it would show

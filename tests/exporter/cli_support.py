@@ -1,4 +1,6 @@
-"""Helpers of the front door's tests: running ``rotq`` as a user does, and building small inputs for it."""
+"""Helpers of the front door's tests: running ``rotq`` as a user does, and building small inputs for
+it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ LLAMA_CONFIG = {
 }
 
 
-def rotq(*arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def rotq(
+    *arguments: object, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, offline."""
     environment = {
         **os.environ,
@@ -46,12 +50,17 @@ def rotq(*arguments: object, cwd: Path | None = None, **variables: str) -> subpr
         **variables,
     }
     command = [sys.executable, "-m", "exporter.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False
+    )
 
 
 def llama_shapes(layers: int = 2) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of the model that :data:`LLAMA_CONFIG` describes, untied."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100, 64), "lm_head.weight": (100, 64)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (100, 64),
+        "lm_head.weight": (100, 64),
+    }
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         shapes |= {
@@ -69,14 +78,20 @@ def llama_shapes(layers: int = 2) -> dict[str, tuple[int, ...]]:
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Write bf16 zeros by hand, straight from the format's definition; returns the bytes of the tensors."""
+    """Write bf16 zeros by hand, straight from the format's definition; returns the bytes of the
+    tensors.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
         size = 2
         for length in shape:
             size *= length
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
@@ -110,18 +125,24 @@ def sample_report(status: Status = "passed", **changes: object) -> Report:
         target="ort",
         scheme="int8",
         rotate="r1,r2,r4",
-        model=ModelSummary(source="embedded", model_type="llama", parameters=5_478_656, fingerprint="f" * 64),
+        model=ModelSummary(
+            source="embedded", model_type="llama", parameters=5_478_656, fingerprint="f" * 64
+        ),
         layers=LayerSummary(
             quantized=42,
             kept=[KeptLayer(name="lm_head", reason="the scheme keeps the output head in float")],
             bytes_before=10_957_312,
             bytes_after=8_650_000,
         ),
-        calibration=CalibrationSummary(dataset="embedded", rows=128, tokens=60_000, sha256="c" * 64),
+        calibration=CalibrationSummary(
+            dataset="embedded", rows=128, tokens=60_000, sha256="c" * 64
+        ),
         rotations=[
             RotationSummary(name="r1", space="residual", order=256, online=False, origin="trained"),
             *(
-                RotationSummary(name=f"r2[{i}]", space=f"value[{i}]", order=32, online=False, origin="trained")
+                RotationSummary(
+                    name=f"r2[{i}]", space=f"value[{i}]", order=32, online=False, origin="trained"
+                )
                 for i in range(6)
             ),
             RotationSummary(name="r4", space="ffn", order=704, online=True, origin="hadamard"),
@@ -132,7 +153,9 @@ def sample_report(status: Status = "passed", **changes: object) -> Report:
             GateRow(rotate="r1,r2,r4", kl=0.004, top1=0.97, perplexity=14.46, chosen=True),
         ],
         parity=[
-            ParityRow(rung=1, name="rotated", metric="relative L2", measured=2e-7, bound=1e-5, passed=True),
+            ParityRow(
+                rung=1, name="rotated", metric="relative L2", measured=2e-7, bound=1e-5, passed=True
+            ),
             ParityRow(
                 rung=2,
                 name="end to end",
@@ -143,7 +166,13 @@ def sample_report(status: Status = "passed", **changes: object) -> Report:
             ),
             ParityRow(rung=3, name="a|b", metric="KL", measured=0.004, bound=None, passed=None),
             ParityRow(
-                rung=3, name="decode", metric="KL", measured=None, bound=None, passed=None, note="no cache outputs"
+                rung=3,
+                name="decode",
+                metric="KL",
+                measured=None,
+                bound=None,
+                passed=None,
+                note="no cache outputs",
             ),
         ],
         seconds={"capture": 4.2, "calibrate": 75.0},

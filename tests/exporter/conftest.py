@@ -1,4 +1,6 @@
-"""Fixtures of the front door's tests: an installed backend that writes nothing, and a stand-in for the pipeline."""
+"""Fixtures of the front door's tests: an installed backend that writes nothing, and a stand-in for
+the pipeline.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.plugins import install_plugins
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths in these tests mean an empty folder, not the checkout, where a user's output may lie."""
+    """Relative paths in these tests mean an empty folder, not the checkout, where a user's output
+    may lie.
+    """
     monkeypatch.chdir(tmp_path)
 
 
@@ -39,7 +43,9 @@ def clean_logging() -> Iterator[None]:
 
 
 @pytest.fixture
-def pipeline(monkeypatch: pytest.MonkeyPatch, clean_logging: None, plugins: str) -> types.ModuleType:
+def pipeline(
+    monkeypatch: pytest.MonkeyPatch, clean_logging: None, plugins: str
+) -> types.ModuleType:
     """Stands in for ``exporter.pipeline``; a test gives it the function it needs."""
     module = types.ModuleType("exporter.pipeline")
     monkeypatch.setitem(sys.modules, "exporter.pipeline", module)

@@ -1,4 +1,6 @@
-"""Artifacts opened again: the figures are those of the model that was calibrated, and the recipe is its own."""
+"""Artifacts opened again: the figures are those of the model that was calibrated, and the recipe is
+its own.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,27 @@ from exporter.workdir import ARTIFACT, WALK
 from tests.checkpoints import write_checkpoint
 
 FEW = {"calibration.nsamples": 8, "calibration.seqlen": 64, "evaluation.nsamples": 2}
-MIXED = {"rotate": "r4", "scheme": "int8", "smoothing": "smoothquant:0.5", "weights.algorithm": "gptq"}
+MIXED = {
+    "rotate": "r4",
+    "scheme": "int8",
+    "smoothing": "smoothquant:0.5",
+    "weights.algorithm": "gptq",
+}
 
 
 def few(**changes: Any) -> Recipe:
-    return load_recipe(None, {**FEW, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return load_recipe(
+        None, {**FEW, **{key.replace("__", "."): value for key, value in changes.items()}}
+    )
 
 
 def of_rungs(rows: list[ParityRow], *rungs: int) -> dict[str, bool | None]:
     return {row.name: row.passed for row in rows if row.rung in rungs and row.bound is not None}
 
 
-def test_a_smoothed_artifact_with_a_float_linear_passes_when_it_is_written_and_verified(tmp_path: Path) -> None:
+def test_a_smoothed_artifact_with_a_float_linear_passes_when_it_is_written_and_verified(
+    tmp_path: Path,
+) -> None:
     made = load_recipe(None, {**FEW, **MIXED, "overrides": {"*.0.mlp.down_proj": "float"}})
     calibrate(made, RunOptions(tmp_path / "artifact"))
     other = few(evaluation__nsamples=3)  # says nothing of smoothing, rotations or overrides
@@ -49,7 +60,9 @@ def test_another_original_is_refused_before_anything_is_written(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resume_notices_that_the_model_was_replaced_and_removes_what_was_left_over(tmp_path: Path) -> None:
+def test_a_resume_notices_that_the_model_was_replaced_and_removes_what_was_left_over(
+    tmp_path: Path,
+) -> None:
     model = write_checkpoint(tmp_path / "model", seed=0)
     recipe = few(model=str(model), rotate="none", scheme="int8-weight-only")
     calibrate(recipe, RunOptions(tmp_path / "out", work_dir=tmp_path / "work"))

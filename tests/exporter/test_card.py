@@ -1,4 +1,6 @@
-"""The model card tells a stranger everything that matters, and first of all whether the model may be used."""
+"""The model card tells a stranger everything that matters, and first of all whether the model may
+be used.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_the_metadata_is_what_the_hub_reads() -> None:
 
 @pytest.mark.parametrize("source", ["embedded", "/data/models/mine", "./mine"])
 def test_a_base_model_that_is_no_hub_id_is_left_out(source: str) -> None:
-    report = sample_report(model=ModelSummary(source=source, model_type="llama", parameters=1, fingerprint="f"))
+    report = sample_report(
+        model=ModelSummary(source=source, model_type="llama", parameters=1, fingerprint="f")
+    )
     card = ModelCard(render_card(Recipe(), report))
     assert "base_model" not in card.data.to_dict()
     assert "license" not in card.data.to_dict()
@@ -64,7 +68,9 @@ def test_the_gate_is_shown_with_what_did_not_help() -> None:
 def test_the_candidates_of_each_rotation_are_shown_with_what_was_kept() -> None:
     measure = "held-out activations, int8"
     rows = [
-        RotationGateRow(rotation="R1", candidate="hadamard", error=1e-4, measure=measure, chosen=True),
+        RotationGateRow(
+            rotation="R1", candidate="hadamard", error=1e-4, measure=measure, chosen=True
+        ),
         RotationGateRow(rotation="R1", candidate="trained", error=3e-4, measure=measure),
     ]
     text = render_card(Recipe(), sample_report(rotation_gate=rows))
@@ -75,11 +81,21 @@ def test_the_candidates_of_each_rotation_are_shown_with_what_was_kept() -> None:
 @pytest.mark.parametrize(
     ("kv_buffer", "first", "next"),
     [
-        ("grown", "(1, heads, 0, size)", "feed the `present.*` outputs back as `past_key_values.*`."),
-        ("shared", "(1, heads, ids.shape[1], size)", "bind each `present.*` output to the memory of its input"),
+        (
+            "grown",
+            "(1, heads, 0, size)",
+            "feed the `present.*` outputs back as `past_key_values.*`.",
+        ),
+        (
+            "shared",
+            "(1, heads, ids.shape[1], size)",
+            "bind each `present.*` output to the memory of its input",
+        ),
     ],
 )
-def test_how_to_run_is_told_for_the_buffer_that_was_written(kv_buffer: str, first: str, next: str) -> None:
+def test_how_to_run_is_told_for_the_buffer_that_was_written(
+    kv_buffer: str, first: str, next: str
+) -> None:
     text = render_card(load_recipe(None, {"kv_buffer": kv_buffer}), sample_report())
     usage = text.split("## How to run")[1].split("## Layers")[0]
     assert first in usage

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: exit codes, what goes to which stream, and what is never imported."""
+"""The command line as a user meets it: exit codes, what goes to which stream, and what is never
+imported.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,18 @@ from cli_support import ROOT, rotq, write_llama
 from exporter.recipe import load_recipe
 
 HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "onnx_ir", "datasets")
-COMMANDS = ("export", "capture", "calibrate", "rotate", "stats", "verify", "inspect", "eval", "backends", "env")
+COMMANDS = (
+    "export",
+    "capture",
+    "calibrate",
+    "rotate",
+    "stats",
+    "verify",
+    "inspect",
+    "eval",
+    "backends",
+    "env",
+)
 
 
 def command_line(value: object) -> str:
@@ -30,9 +43,17 @@ def imported(*arguments: str, path: str = "") -> tuple[set[str], int]:
         "import sys; from exporter.cli import main; code = main(sys.argv[1:]); "
         f"print('MODULES', *(name for name in {HEAVY!r} if name in sys.modules)); sys.exit(code)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)])), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)])),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     return set(done.stdout.split("MODULES")[-1].split()), done.returncode
 
@@ -58,7 +79,9 @@ def imported(*arguments: str, path: str = "") -> tuple[set[str], int]:
     ],
     ids=command_line,
 )
-def test_what_needs_no_model_imports_no_library(arguments: list[str], code: int, plugins: str) -> None:
+def test_what_needs_no_model_imports_no_library(
+    arguments: list[str], code: int, plugins: str
+) -> None:
     assert imported(*arguments, path=plugins) == (set(), code)
 
 
@@ -97,7 +120,10 @@ def test_an_unknown_option_is_answered_with_the_known() -> None:
         (["export", "-o", "x", "--kv-buffer", "ring"], "--kv-buffer"),
         (["export", "-o", "x", "--r1-lr", "0.1"], "--r1-lr has no effect"),
         (["export", "-o", "x", "--backend", "stub", "--resume"], "--resume needs --work-dir"),
-        (["export", "-o", "x", "--from-artifact", "a", "--rotate", "none"], "--rotate has no effect"),
+        (
+            ["export", "-o", "x", "--from-artifact", "a", "--rotate", "none"],
+            "--rotate has no effect",
+        ),
         (["export", "-o", "x", "-v", "-q"], "exclude each other"),
         (["eval", "x", "--device", "gpu"], "unknown --device 'gpu'"),
         (["verify"], "FOLDER"),
@@ -121,8 +147,14 @@ def test_wrong_usage_is_code_2_and_leaves_stdout_empty(
         (["export", "--recipe", "nothing", "--dry-run"], "cannot read the recipe 'nothing'"),
         (["export", "--recipe", "bad.yaml", "--dry-run"], "unknown recipe key 'scheem'"),
         (["export", "--recipe", "scheme.yaml", "--dry-run"], "unknown scheme 'int9'"),
-        (["export", "--scheme", "float8", "--dry-run"], "cannot express scheme 'float8': no float8 kernels"),
-        (["export", "--target", "two", "--kv-buffer", "shared", "--dry-run"], "its caches only grow"),
+        (
+            ["export", "--scheme", "float8", "--dry-run"],
+            "cannot express scheme 'float8': no float8 kernels",
+        ),
+        (
+            ["export", "--target", "two", "--kv-buffer", "shared", "--dry-run"],
+            "its caches only grow",
+        ),
         (["export", "-o", "exists"], "'exists' exists already"),
         (["capture", "-o", "exists"], "'exists' exists already"),
         (["calibrate", "-o", "bad.yaml"], "is a file"),
@@ -149,24 +181,54 @@ def test_known_failures_are_code_1_and_two_lines(
 
 def test_a_dry_run_prints_plan_and_recipe(plugins: str, tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "model")
-    done = rotq("export", "--backend", "stub", "-m", folder, "--seed", "9", "-o", "out", "--dry-run", path=plugins)
+    done = rotq(
+        "export",
+        "--backend",
+        "stub",
+        "-m",
+        folder,
+        "--seed",
+        "9",
+        "-o",
+        "out",
+        "--dry-run",
+        path=plugins,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(done.stdout.split("\nrecipe:\n")[1])
-    assert load_recipe(recipe) == load_recipe(None, {"backend": "stub", "model": str(folder), "seed": 9})
-    document = rotq("export", "--backend", "stub", "-m", folder, "-o", "out", "--dry-run", "--json", path=plugins)
+    assert load_recipe(recipe) == load_recipe(
+        None, {"backend": "stub", "model": str(folder), "seed": 9}
+    )
+    document = rotq(
+        "export",
+        "--backend",
+        "stub",
+        "-m",
+        folder,
+        "-o",
+        "out",
+        "--dry-run",
+        "--json",
+        path=plugins,
+    )
     assert json.loads(document.stdout)["model_type"] == "llama"
     assert not Path("out").exists()
 
 
 def test_the_embedded_model_is_named_as_such(plugins: str) -> None:
-    assert "the embedded example model" in rotq("export", "--backend", "stub", "--dry-run", path=plugins).stdout
+    assert (
+        "the embedded example model"
+        in rotq("export", "--backend", "stub", "--dry-run", path=plugins).stdout
+    )
 
 
 def test_backends_lists_the_able_and_warns_of_the_broken(plugins: str) -> None:
     done = rotq("backends", path=plugins)
     assert done.returncode == 0
-    table, _, notes = done.stdout[done.stdout.index("stub (stub 1.0), target one unless") :].partition("\n(1)")
+    table, _, notes = done.stdout[
+        done.stdout.index("stub (stub 1.0), target one unless") :
+    ].partition("\n(1)")
     notes = "(1)" + notes.split("\n\n")[0]
     assert re.search(r" one +two +own", table)
     assert re.search(r"\n int8 +yes +yes +yes", table)
@@ -179,13 +241,19 @@ def test_backends_lists_the_able_and_warns_of_the_broken(plugins: str) -> None:
     ):
         found = re.search(rf"\n {row} " + r" +(yes|no)(?: \((\d+)\))?" * 3 + " ", table)
         assert found, row
-        numbers = [number and re.search(rf"^\({number}\) (.*)$", notes, re.M) for number in found.groups()[1::2]]
+        numbers = [
+            number and re.search(rf"^\({number}\) (.*)$", notes, re.M)
+            for number in found.groups()[1::2]
+        ]
         said = zip(found.groups()[::2], numbers, strict=True)
         assert tuple(f"{answer}: {note[1]}" if note else answer for answer, note in said) == answers
-    assert notes.count("no float8 kernels") == 1  # said once, however many schemes it is the reason for
+    # said once, however many schemes it is the reason for
+    assert notes.count("no float8 kernels") == 1
     assert "broken" not in done.stdout
     assert "warning: backend 'broken' of stub 1.0 does not load: ModuleNotFoundError" in done.stderr
-    found = {info["name"]: info for info in json.loads(rotq("backends", "--json", path=plugins).stdout)}
+    found = {
+        info["name"]: info for info in json.loads(rotq("backends", "--json", path=plugins).stdout)
+    }
     assert found["stub"]["schemes"]["two"]["float8"] is None
     assert found["stub"]["rotations"]["two"]["r4"] == "it has no place for one"
     assert "no_such_module" in found["broken"]["error"]
@@ -208,15 +276,14 @@ def test_output_that_the_terminal_cannot_encode_does_not_kill_it(plugins: str) -
 def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     script = (
         # a shell that runs the tests in the background has its children ignore interrupts
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import sys, time, types; from exporter.output import atomic_folder; import exporter.cli.session as session\n"
-        "session._silence_libraries = lambda: None\n"
-        "def run_capture(recipe, options, *, progress):\n"
-        "    with atomic_folder(options.output) as folder:\n"
-        "        (folder / 'half').write_text('x'); print('ready', file=sys.stderr, flush=True); time.sleep(60)\n"
-        "module = types.ModuleType('exporter.pipeline'); module.run_capture = run_capture\n"
-        "sys.modules['exporter.pipeline'] = module\n"
-        "from exporter.cli import main; sys.exit(main(['capture', '-o', 'out', '-q']))\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport sys, time,"
+        " types; from exporter.output import atomic_folder; import exporter.cli.session as"
+        " session\nsession._silence_libraries = lambda: None\ndef run_capture(recipe, options, *,"
+        " progress):\n    with atomic_folder(options.output) as folder:\n        (folder /"
+        " 'half').write_text('x'); print('ready', file=sys.stderr, flush=True);"
+        " time.sleep(60)\nmodule = types.ModuleType('exporter.pipeline'); module.run_capture ="
+        " run_capture\nsys.modules['exporter.pipeline'] = module\nfrom exporter.cli import main;"
+        " sys.exit(main(['capture', '-o', 'out', '-q']))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],

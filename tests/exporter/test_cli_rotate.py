@@ -1,4 +1,6 @@
-"""``rotq rotate`` and ``--rotations`` on the command line, with the run replaced by a known result."""
+"""``rotq rotate`` and ``--rotations`` on the command line, with the run replaced by a known
+result.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,27 @@ def sample() -> RotateReport:
         rotate="r2",
         rotations=[rotation for rotation in exported.rotations if rotation.name.startswith("r2")],
         rotation_gate=[
-            RotationGateRow(rotation="R1", candidate="identity", error=1e-4, measure=measure, chosen=True),
+            RotationGateRow(
+                rotation="R1", candidate="identity", error=1e-4, measure=measure, chosen=True
+            ),
             RotationGateRow(rotation="R1", candidate="trained", error=2e-4, measure=measure),
             RotationGateRow(
-                rotation="R2", candidate="hadamard", error=3e-4, layers=[1e-4, 5e-4], measure=measure, chosen=True
+                rotation="R2",
+                candidate="hadamard",
+                error=3e-4,
+                layers=[1e-4, 5e-4],
+                measure=measure,
+                chosen=True,
             ),
-            RotationGateRow(rotation="R2", candidate="trained", error=6e-4, layers=[6e-4, 6e-4], measure=measure),
+            RotationGateRow(
+                rotation="R2", candidate="trained", error=6e-4, layers=[6e-4, 6e-4], measure=measure
+            ),
         ],
-        parity=[ParityRow(rung=1, name="rotated", metric="relative L2", measured=3e-7, bound=1e-5, passed=True)],
+        parity=[
+            ParityRow(
+                rung=1, name="rotated", metric="relative L2", measured=3e-7, bound=1e-5, passed=True
+            )
+        ],
         seconds={"train": 1.0},
         versions={"rotq": "0.1.0"},
     )
@@ -102,6 +117,18 @@ def test_the_plan_of_a_rotation_quantizes_nothing() -> None:
     given = json.loads(rotq("rotate", "--rotations", "r1.pt", "--dry-run", "--json").stdout)
     assert trained["quantized_parameters"] == 0
     assert trained["bytes_after"] == trained["bytes_before"]  # untied already, in its own dtype
-    assert [stage["name"] for stage in trained["stages"]][-5:] == ["train R1", "train R2", "fuse", "write", "compare"]
-    assert [stage["name"] for stage in given["stages"]] == ["start", "load", "fuse", "write", "compare"]
+    assert [stage["name"] for stage in trained["stages"]][-5:] == [
+        "train R1",
+        "train R2",
+        "fuse",
+        "write",
+        "compare",
+    ]
+    assert [stage["name"] for stage in given["stages"]] == [
+        "start",
+        "load",
+        "fuse",
+        "write",
+        "compare",
+    ]
     assert "rotation_report.json" in trained["files"]

@@ -1,4 +1,6 @@
-"""What the command line makes of a run, with the pipeline replaced by a known result or a known failure."""
+"""What the command line makes of a run, with the pipeline replaced by a known result or a known
+failure.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def succeed(report: Report) -> object:
 def calibrated(*kinds: str) -> object:
     """A calibration that ends with rotations of ``kinds``."""
 
-    def calibrate(recipe: Recipe, options: RunOptions, *, progress: Progress) -> types.SimpleNamespace:
+    def calibrate(
+        recipe: Recipe, options: RunOptions, *, progress: Progress
+    ) -> types.SimpleNamespace:
         rotations = types.SimpleNamespace(kinds=lambda: set(kinds))
         quantized = types.SimpleNamespace(rotations=rotations)
         return types.SimpleNamespace(output=options.output, recipe=recipe, quantized=quantized)
@@ -68,7 +72,11 @@ def test_a_run_puts_the_summary_on_stdout_and_the_rest_on_stderr(
     out, err = capsys.readouterr()
     assert "parity passed" in out
     assert "chatter" not in out
-    for expected in ("the embedded example model (no -m/--model given)", "calibrate: ", "rotq verify 'out dir'"):
+    for expected in (
+        "the embedded example model (no -m/--model given)",
+        "calibrate: ",
+        "rotq verify 'out dir'",
+    ):
         assert expected in err
         assert expected not in out
 
@@ -82,7 +90,9 @@ def test_a_shared_buffer_is_among_the_settings(
     assert ("one that goes in and out, written in place" in capsys.readouterr().err) == shown
 
 
-def test_json_is_one_document_and_nothing_else(pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_one_document_and_nothing_else(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline.export = succeed(sample_report())  # type: ignore[attr-defined]
     assert main([*ARGUMENTS, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -97,10 +107,15 @@ def test_several_targets_are_one_document_and_fail_together(
 
     def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
         seen.append(recipe)
-        return ExportResult(options.output, recipe, {"one": sample_report(), "two": sample_report("failed")})
+        return ExportResult(
+            options.output, recipe, {"one": sample_report(), "two": sample_report("failed")}
+        )
 
     pipeline.export = export  # type: ignore[attr-defined]
-    assert main([*ARGUMENTS, "--target", "one", "--target", "two", "--dtype", "float32", "--json"]) == 3
+    assert (
+        main([*ARGUMENTS, "--target", "one", "--target", "two", "--dtype", "float32", "--json"])
+        == 3
+    )
     assert seen[0].targets == ("one", "two")
     out, err = capsys.readouterr()
     document = json.loads(out)
@@ -114,7 +129,13 @@ def test_what_could_not_be_run_is_warned_of_and_is_no_failure(
     pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = ParityRow(
-        rung=2, name="x", metric="relative L2", measured=None, bound=None, passed=None, note="not run: no GPU here"
+        rung=2,
+        name="x",
+        metric="relative L2",
+        measured=None,
+        bound=None,
+        passed=None,
+        note="not run: no GPU here",
     )
     pipeline.export = succeed(sample_report("unverified", parity=[row]))  # type: ignore[attr-defined]
     assert main(ARGUMENTS) == 0
@@ -123,7 +144,9 @@ def test_what_could_not_be_run_is_warned_of_and_is_no_failure(
     assert "warning: 'out dir' was not verified: not run: no GPU here; run 'rotq verify'" in err
 
 
-def test_quiet_prints_the_path_only(pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_the_path_only(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline.export = succeed(sample_report())  # type: ignore[attr-defined]
     assert main([*ARGUMENTS, "-q"]) == 0
     out, err = capsys.readouterr()
@@ -143,7 +166,8 @@ def test_other_libraries_are_heard_only_under_v(
             warnings.warn("numpy moved something", DeprecationWarning, stacklevel=1)
         return result_of(options.output, recipe, sample_report())
 
-    logging.getLogger("onnxscript").setLevel(logging.NOTSET)  # an earlier run in this process has silenced it
+    # an earlier run in this process has silenced it
+    logging.getLogger("onnxscript").setLevel(logging.NOTSET)
     pipeline.export = export  # type: ignore[attr-defined]
     assert main([*ARGUMENTS, *([flag] if flag else [])]) == 0
     err = capsys.readouterr().err
@@ -152,7 +176,9 @@ def test_other_libraries_are_heard_only_under_v(
     assert "numpy moved" not in err
 
 
-def test_v_shows_where_a_known_failure_happened(pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_v_shows_where_a_known_failure_happened(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline.export = fail(BackendError("cyclic"))  # type: ignore[attr-defined]
     assert main([*ARGUMENTS, "-v"]) == 1
     err = capsys.readouterr().err
@@ -177,16 +203,32 @@ class OutOfMemoryError(RuntimeError):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (BackendError("the graph\nis cyclic", hint="cut it"), 1, "error: the graph is cyclic\nhint: cut it\n"),
+        (
+            BackendError("the graph\nis cyclic", hint="cut it"),
+            1,
+            "error: the graph is cyclic\nhint: cut it\n",
+        ),
         (MemoryError(), 1, "error: out of memory\nhint: lower --batch-size"),
-        (OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory\nhint: lower --batch-size"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "error: the disk is full\nhint: free some space"),
+        (
+            OutOfMemoryError("CUDA out of memory"),
+            1,
+            "error: out of memory\nhint: lower --batch-size",
+        ),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            1,
+            "error: the disk is full\nhint: free some space",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=["known", "memory", "device memory", "disk", "interrupt"],
 )
 def test_failures_of_a_run_have_their_code(
-    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+    pipeline: types.ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
 ) -> None:
     pipeline.export = fail(error)  # type: ignore[attr-defined]
     assert main([*ARGUMENTS, "-q"]) == code
@@ -195,8 +237,12 @@ def test_failures_of_a_run_have_their_code(
     assert err.startswith(message)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("bug"), OSError(errno.EIO, "bad disk"), AssertionError("x")])
-def test_an_unforeseen_exception_keeps_its_traceback(pipeline: types.ModuleType, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("bug"), OSError(errno.EIO, "bad disk"), AssertionError("x")]
+)
+def test_an_unforeseen_exception_keeps_its_traceback(
+    pipeline: types.ModuleType, error: Exception
+) -> None:
     pipeline.export = fail(error)  # type: ignore[attr-defined]
     with pytest.raises(type(error)) as caught:
         main([*ARGUMENTS, "-q"])
@@ -216,14 +262,15 @@ def test_options_become_recipe_values_over_the_recipe_file(
     file = tmp_path / "recipe.yaml"
     file.write_text("seed: 5\ncalibration: {nsamples: 9, seqlen: 33}\n")
     arguments = (
-        f"export -m some/model --revision v1 --backend stub --target own --scheme int8-weight-only --rotate r2,r1 "
-        f"--recipe {file} --calib-dataset c4 --eval-dataset ptb --nsamples 7 --batch-size 2 --device cpu "
-        f"--dtype bfloat16 --logits last --kv-buffer shared --max-shard-size 5GB "
-        f"--trust-remote-code --rotation-optimizer qr --r1-lr 0.5 --r1-epochs 3 --r2-lr 0.25 "
-        f"--r2-epochs 4 --work-dir w --resume --from-capture c --overwrite --no-verify -o out -q"
+        "export -m some/model --revision v1 --backend stub --target own --scheme int8-weight-only"
+        f" --rotate r2,r1 --recipe {file} --calib-dataset c4 --eval-dataset ptb --nsamples 7"
+        " --batch-size 2 --device cpu --dtype bfloat16 --logits last --kv-buffer shared"
+        " --max-shard-size 5GB --trust-remote-code --rotation-optimizer qr --r1-lr 0.5 --r1-epochs"
+        " 3 --r2-lr 0.25 --r2-epochs 4 --work-dir w --resume --from-capture c --overwrite"
+        " --no-verify -o out -q"
     )
     assert main(arguments.split()) == 0
-    (recipe, options) = seen[0]
+    recipe, options = seen[0]
     assert recipe == load_recipe(
         None,
         {
@@ -287,8 +334,14 @@ def test_capture_and_calibrate_print_their_folder(
 @pytest.mark.parametrize(
     ("options", "suggested"),
     [
-        (["--scheme", "int8"], "rotq export --from-artifact cal --backend stub --target one -o OUT"),
-        (["--scheme", "float8"], "rotq export --from-artifact cal --backend stub --target two -o OUT"),
+        (
+            ["--scheme", "int8"],
+            "rotq export --from-artifact cal --backend stub --target one -o OUT",
+        ),
+        (
+            ["--scheme", "float8"],
+            "rotq export --from-artifact cal --backend stub --target two -o OUT",
+        ),
         (
             ["--scheme", "float", "--target", "own"],
             "rotq export --from-artifact cal --backend stub --target own -o OUT",
@@ -296,16 +349,24 @@ def test_capture_and_calibrate_print_their_folder(
     ],
 )
 def test_what_can_be_done_with_an_artifact_is_said_after_calibrating(
-    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], options: list[str], suggested: str
+    pipeline: types.ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    suggested: str,
 ) -> None:
     pipeline.calibrate = calibrated()  # type: ignore[attr-defined]
     assert main(["calibrate", "--backend", "stub", "-o", "cal", *options]) == 0
     assert suggested in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kinds", "target"), [((), "two"), (("r1",), "two"), (("r1", "r4"), "one")])
+@pytest.mark.parametrize(
+    ("kinds", "target"), [((), "two"), (("r1",), "two"), (("r1", "r4"), "one")]
+)
 def test_a_target_that_cannot_express_what_was_chosen_is_not_suggested(
-    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], kinds: tuple[str, ...], target: str
+    pipeline: types.ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    kinds: tuple[str, ...],
+    target: str,
 ) -> None:
     pipeline.calibrate = calibrated(*kinds)  # type: ignore[attr-defined]
     assert main(["calibrate", "--backend", "stub", "--target", "two", "-o", "cal"]) == 0
@@ -313,20 +374,29 @@ def test_a_target_that_cannot_express_what_was_chosen_is_not_suggested(
 
 
 @pytest.mark.usefixtures("pipeline")
-def test_rotations_that_a_target_cannot_express_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*ARGUMENTS, "--target", "two", "--rotate", "r1,r4"]) == 1  # a stand-in has no export to call
+def test_rotations_that_a_target_cannot_express_are_refused_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # a stand-in has no export to call
+    assert main([*ARGUMENTS, "--target", "two", "--rotate", "r1,r4"]) == 1
     assert "cannot express R4: it has no place for one" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("pipeline")
-def test_ways_of_writing_that_a_target_has_not_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ways_of_writing_that_a_target_has_not_are_refused_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main([*ARGUMENTS, "--target", "two", "--logits", "last"]) == 1
     assert "cannot be written with --logits last: it computes them all" in capsys.readouterr().err
     assert main([*ARGUMENTS, "--target", "two", "--kv-buffer", "shared"]) == 1
-    assert "cannot be written with --kv-buffer shared: its caches only grow" in capsys.readouterr().err
+    assert (
+        "cannot be written with --kv-buffer shared: its caches only grow" in capsys.readouterr().err
+    )
 
 
-def test_what_no_target_takes_is_not_suggested_to_be_exported(plugins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_target_takes_is_not_suggested_to_be_exported(
+    plugins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(plugins)
     recipe = load_recipe(None, {"backend": "stub", "kv": "float8", "scheme": "float8"})
     assert ("stub", "two") not in targets_for(recipe, ["r1"])
@@ -334,7 +404,10 @@ def test_what_no_target_takes_is_not_suggested_to_be_exported(plugins: str, monk
 
 
 def test_verify_repeats_the_verdict(
-    pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    pipeline: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     sample_report().save(tmp_path)
     module = types.ModuleType("exporter.verification")
@@ -358,7 +431,10 @@ def test_eval_prints_a_perplexity(
     module.evaluate = lambda source, text, **settings: EvalResult()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "exporter.evaluation", module)
     assert main(["eval", "out"]) == 0
-    assert capsys.readouterr().out == "perplexity 14.5000 (nll 2.67400 nats per token, 1,000 tokens, in onnxruntime)\n"
+    assert (
+        capsys.readouterr().out
+        == "perplexity 14.5000 (nll 2.67400 nats per token, 1,000 tokens, in onnxruntime)\n"
+    )
     assert main(["eval", "out", "-q"]) == 0
     assert capsys.readouterr().out == "14.5\n"
     assert main(["eval", "out", "--json"]) == 0

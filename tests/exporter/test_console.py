@@ -1,4 +1,6 @@
-"""What a person sees: bars only on a terminal, plain lines elsewhere, ASCII where nothing else can be shown."""
+"""What a person sees: bars only on a terminal, plain lines elsewhere, ASCII where nothing else can
+be shown.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from exporter.summary import human_bytes, human_seconds
 def console(*, terminal: bool = False, encoding: str = "utf-8") -> tuple[Console, io.BytesIO]:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
-    return Console(file=stream, width=160, force_terminal=terminal, highlight=False, markup=False, _environ={}), raw
+    return Console(
+        file=stream, width=160, force_terminal=terminal, highlight=False, markup=False, _environ={}
+    ), raw
 
 
 def summary_text(encoding: str = "utf-8", **changes: object) -> str:
@@ -77,7 +81,9 @@ def test_on_a_terminal_there_is_one_bar_a_stage(encoding: str) -> None:
         list(track(range(2), "open end", None, progress))
         progress("unfinished", 1, 4)
     drawn = raw.getvalue().decode(encoding)
-    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn).replace("\r", "\n").strip().splitlines()[-3:]
+    last = (
+        re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn).replace("\r", "\n").strip().splitlines()[-3:]
+    )
     assert [line.split()[0] for line in last[:1]] == ["capture"]
     assert "4/4" in last[0]
     assert "2/2" in last[1]
@@ -104,7 +110,9 @@ def test_the_summary_says_everything_once() -> None:
 
 
 def test_a_rotation_that_hurts_is_called_that() -> None:
-    gate = [row.model_copy(update={"chosen": row.rotate == "none"}) for row in sample_report().gate][:2]
+    gate = [
+        row.model_copy(update={"chosen": row.rotate == "none"}) for row in sample_report().gate
+    ][:2]
     text = summary_text(gate=gate, rotations=[])
     assert "no rotation was applied: none of the candidates was better" in text
     assert "rotations: none" in text
@@ -119,7 +127,9 @@ def test_a_failed_parity_stands_out() -> None:
 
 def test_growing_is_not_called_shrinking() -> None:
     layers = sample_report().layers.model_copy(update={"bytes_after": 2 * 10_957_312})
-    assert "(2.00 x larger: 'rotq inspect' says what is stored in which dtype)" in summary_text(layers=layers)
+    assert "(2.00 x larger: 'rotq inspect' says what is stored in which dtype)" in summary_text(
+        layers=layers
+    )
 
 
 def test_ascii_streams_get_ascii_only() -> None:
@@ -132,7 +142,8 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**41, "2.0 TiB")]
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**41, "2.0 TiB")],
 )
 def test_bytes_in_words(count: int, text: str) -> None:
     assert human_bytes(count) == text
@@ -140,7 +151,13 @@ def test_bytes_in_words(count: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 0 s"), (75, "1 min 15 s"), (7260, "2 h 1 min")],
+    [
+        (0.04, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (75, "1 min 15 s"),
+        (7260, "2 h 1 min"),
+    ],
 )
 def test_seconds_in_words(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text

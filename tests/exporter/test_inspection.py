@@ -55,27 +55,40 @@ def test_an_export_is_described_from_its_files(tmp_path: Path) -> None:
     }
     assert found.unfused == ["model.layers.0.mlp.up_proj"]
     assert found.kernels == {"MatMul": 12, "Dequantize": 1}
-    online = {linear.name: linear.online_rotation for linear in found.linears if linear.online_rotation}
+    online = {
+        linear.name: linear.online_rotation for linear in found.linears if linear.online_rotation
+    }
     assert set(online) == {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
     assert found.cache == "int8"
-    assert (found.backend, found.target, found.dtype, found.status) == ("torch", "plain", "float32", "unverified")
+    assert (found.backend, found.target, found.dtype, found.status) == (
+        "torch",
+        "plain",
+        "float32",
+        "unverified",
+    )
     assert "model.layers.1.mlp.up_proj" in found.kept
     assert found.edited == {}
     assert found.nbytes == Report.load(folder).layers.bytes_after
     stored = {(part.kind, part.dtype): part for part in found.contents}
-    assert stored["quantized weight", "int8"].nbytes == sum(linear.weight.numel() for linear in linears.values())
+    assert stored["quantized weight", "int8"].nbytes == sum(
+        linear.weight.numel() for linear in linears.values()
+    )
     assert found.bytes_before == Report.load(folder).layers.bytes_before
 
 
 def test_an_artifact_is_described_too(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model")
-    calibrate(load_recipe(None, {**SETTINGS, "model": str(model)}), RunOptions(tmp_path / "artifact"))
+    calibrate(
+        load_recipe(None, {**SETTINGS, "model": str(model)}), RunOptions(tmp_path / "artifact")
+    )
     found = inspect_folder(tmp_path / "artifact")
     assert (found.what, found.backend, found.cache) == ("calibrated", None, "int8")
     assert found.fusion_note == "no runtime has shaped it yet"
     assert len(found.linears) == 13
     assert {linear.fused for linear in found.linears} == {None}
-    kinds = Counter({part.kind: part.tensors for part in found.contents if part.kind != "float weight"})
+    kinds = Counter(
+        {part.kind: part.tensors for part in found.contents if part.kind != "float weight"}
+    )
     assert kinds == {"quantized weight": 13, "scale": 13 + 12}
 
 
@@ -90,7 +103,10 @@ def test_edited_files_are_a_finding_and_damaged_ones_end_it(tmp_path: Path) -> N
     (folder / "tokenizer.json").unlink()
     manifest = folder / WEIGHTS / "quantized_model.json"
     manifest.write_text(manifest.read_text() + " ")
-    assert inspect_folder(folder).edited == {"missing": ["tokenizer.json"], "changed": [f"{WEIGHTS}/{manifest.name}"]}
+    assert inspect_folder(folder).edited == {
+        "missing": ["tokenizer.json"],
+        "changed": [f"{WEIGHTS}/{manifest.name}"],
+    }
     manifest.write_text("{")
     found = inspect_folder(folder)
     assert "is damaged" in found.unreadable
@@ -98,13 +114,17 @@ def test_edited_files_are_a_finding_and_damaged_ones_end_it(tmp_path: Path) -> N
     report = Report.load(folder)
     from exporter.output import sha256_tree
 
-    report.model_copy(update={"checksums": sha256_tree(folder, exclude=("report.json",))}).save(folder)
+    report.model_copy(update={"checksums": sha256_tree(folder, exclude=("report.json",))}).save(
+        folder
+    )
     with pytest.raises((BackendError, CheckpointError), match="is damaged"):
         inspect_folder(folder)
 
 
 @pytest.mark.usefixtures("clean_logging")
-def test_the_command_prints_tables_json_or_one_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_tables_json_or_one_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = exported(tmp_path)
     found = inspect_folder(folder)
     capsys.readouterr()

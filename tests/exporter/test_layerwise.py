@@ -1,4 +1,6 @@
-"""Layer-wise runs of the pipeline: equal to whole-model runs, resumable, and refused where they must be."""
+"""Layer-wise runs of the pipeline: equal to whole-model runs, resumable, and refused where they
+must be.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,12 @@ FEW = {"calibration.nsamples": 4, "calibration.seqlen": 32, "rotate": "r1,r2,r4"
 
 
 def quantized(tmp_path: Path, name: str, **settings: Any) -> QuantizedModel:
-    options = RunOptions(tmp_path / name, work_dir=settings.pop("work", None), resume=settings.pop("resume", False))
-    recipe = load_recipe(None, {**FEW, **{key.replace("__", "."): value for key, value in settings.items()}})
+    options = RunOptions(
+        tmp_path / name, work_dir=settings.pop("work", None), resume=settings.pop("resume", False)
+    )
+    recipe = load_recipe(
+        None, {**FEW, **{key.replace("__", "."): value for key, value in settings.items()}}
+    )
     calibrate(recipe, options)
     return QuantizedModel.load(options.output)
 
@@ -38,7 +44,10 @@ def test_a_layerwise_run_is_the_whole_model_run(tmp_path: Path) -> None:
     assert layerwise.kept == whole.kept
     result = evaluate(str(tmp_path / "one"), None, nsamples=2, window=64)
     assert result.runtime == "torch, fake-quantized"
-    assert result.perplexity == evaluate(str(tmp_path / "other"), None, nsamples=2, window=64).perplexity
+    assert (
+        result.perplexity
+        == evaluate(str(tmp_path / "other"), None, nsamples=2, window=64).perplexity
+    )
 
 
 def test_a_work_folder_keeps_the_walk_until_it_is_whole(tmp_path: Path) -> None:
@@ -70,7 +79,14 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512", 512), ("1KB", 1000), ("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("2g", 2 * 10**9), (" 3 MiB ", 3 * 2**20)],
+    [
+        ("512", 512),
+        ("1KB", 1000),
+        ("2GB", 2 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("2g", 2 * 10**9),
+        (" 3 MiB ", 3 * 2**20),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size

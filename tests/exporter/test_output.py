@@ -54,7 +54,9 @@ def test_a_finished_folder_appears_under_its_name_and_nothing_else_does(tmp_path
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("x"), SystemExit(1)], ids=repr)
-def test_any_exception_leaves_nothing_behind_not_even_parents(tmp_path: Path, error: BaseException) -> None:
+def test_any_exception_leaves_nothing_behind_not_even_parents(
+    tmp_path: Path, error: BaseException
+) -> None:
     with pytest.raises(type(error)):
         write_and_raise(tmp_path / "a" / "b" / "out", error)
     assert names(tmp_path) == []
@@ -165,7 +167,9 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "report.json").read_text() == "new"
 
 
-def test_a_parent_without_write_permission_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_without_write_permission_is_refused_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Patched rather than chmod-ed: the superuser, who runs tests in containers, may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match="no permission"):
@@ -173,7 +177,10 @@ def test_a_parent_without_write_permission_is_refused_early(tmp_path: Path, monk
 
 
 def test_a_write_that_is_denied_later_is_a_known_failure(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot write"), atomic_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(OutputError, match="cannot write"),
+        atomic_folder(tmp_path / "out") as folder,
+    ):
         raise PermissionError(errno.EACCES, "Permission denied", str(folder / "weights"))
 
 

@@ -1,4 +1,6 @@
-"""The parity check over any backend: what it judges, by which bound, and what it says where nothing can be run."""
+"""The parity check over any backend: what it judges, by which bound, and what it says where nothing
+can be run.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def few(model: str, **changes: Any) -> Recipe:
-    return load_recipe(None, {**FEW, "model": model, **{key.replace("__", "."): v for key, v in changes.items()}})
+    return load_recipe(
+        None, {**FEW, "model": model, **{key.replace("__", "."): v for key, v in changes.items()}}
+    )
 
 
 def exported(recipe: Recipe, folder: Path) -> Report:
@@ -53,8 +57,12 @@ def found(report: Report, name: str, metric: str = "relative L2") -> ParityRow:
 END_TO_END = ("prefill, exact", "prefill, default", "decode with cache", "left-padded")
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-weight-only", "int8-dynamic", "float8-dynamic", "float"])
-def test_a_runtime_that_computes_what_the_artifact_says_passes(model: str, tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize(
+    "scheme", ["int8", "int8-weight-only", "int8-dynamic", "float8-dynamic", "float"]
+)
+def test_a_runtime_that_computes_what_the_artifact_says_passes(
+    model: str, tmp_path: Path, scheme: str
+) -> None:
     report = exported(few(model, scheme=scheme, target="own", dtype="float32"), tmp_path / "out")
     assert [row.name for row in report.parity if row.passed is False] == []
     assert report.status == "passed"
@@ -66,7 +74,9 @@ def test_a_runtime_that_computes_what_the_artifact_says_passes(model: str, tmp_p
     assert verify(tmp_path / "out").status == "passed"
 
 
-def test_a_mode_with_a_note_is_reported_and_one_without_is_judged(model: str, tmp_path: Path) -> None:
+def test_a_mode_with_a_note_is_reported_and_one_without_is_judged(
+    model: str, tmp_path: Path
+) -> None:
     report = exported(few(model, scheme="int8-weight-only"), tmp_path / "one")
     default = found(report, "prefill, default")
     assert (default.passed, default.note) == (None, "rounds inputs of its own accord")
@@ -85,7 +95,8 @@ def test_a_short_dtype_is_held_to_twice_what_the_naive_path_loses(
     naive = found(report, "naive floor").measured
     eps = torch.finfo(getattr(torch, dtype)).eps
     assert naive is not None
-    assert eps / 10 < naive < 100 * eps  # of the order of one rounding, and of nothing that a wrong scale makes
+    # of the order of one rounding, and of nothing that a wrong scale makes
+    assert eps / 10 < naive < 100 * eps
     for name in END_TO_END:
         row = found(report, name)
         assert row.bound == (None if row.note else pytest.approx(2 * naive))
@@ -98,11 +109,14 @@ def test_a_short_dtype_is_held_to_twice_what_the_naive_path_loses(
         assert linear.bound is not None
         assert linear.measured is not None
         assert linear.bound < 10 * eps
-        assert linear.bound == pytest.approx(2 * linear.measured)  # this runtime *is* the naive path
+        # this runtime *is* the naive path
+        assert linear.bound == pytest.approx(2 * linear.measured)
 
 
 @pytest.mark.parametrize("target", ["half", "own"])
-def test_a_scale_lost_on_the_way_fails_in_every_dtype(model: str, tmp_path: Path, target: str) -> None:
+def test_a_scale_lost_on_the_way_fails_in_every_dtype(
+    model: str, tmp_path: Path, target: str
+) -> None:
     recipe = few(model, scheme="int8-weight-only", backend="wrong", target=target)
     report = exported(recipe, tmp_path / "out")
     assert report.status == "failed"
@@ -111,7 +125,9 @@ def test_a_scale_lost_on_the_way_fails_in_every_dtype(model: str, tmp_path: Path
     assert found(report, "prefill, exact").passed is False
 
 
-def test_a_runtime_that_is_missing_leaves_the_folder_unverified_with_the_reason(model: str, tmp_path: Path) -> None:
+def test_a_runtime_that_is_missing_leaves_the_folder_unverified_with_the_reason(
+    model: str, tmp_path: Path
+) -> None:
     report = exported(few(model, scheme="int8", target="absent"), tmp_path / "out")
     assert report.status == "unverified"
     assert found(report, "original float vs rotated").passed
@@ -123,32 +139,47 @@ def test_a_runtime_that_is_missing_leaves_the_folder_unverified_with_the_reason(
     assert "its runtime is not installed" in card
 
 
-def test_logits_of_the_last_token_are_compared_where_there_are_no_others(model: str, tmp_path: Path) -> None:
-    report = exported(few(model, scheme="int8", logits="last", target="own", dtype="float32"), tmp_path / "out")
+def test_logits_of_the_last_token_are_compared_where_there_are_no_others(
+    model: str, tmp_path: Path
+) -> None:
+    report = exported(
+        few(model, scheme="int8", logits="last", target="own", dtype="float32"), tmp_path / "out"
+    )
     assert report.status == "passed"
     for name in END_TO_END:
         assert found(report, name).passed
-    everything = exported(few(model, scheme="int8", target="own", dtype="float32"), tmp_path / "all")
+    everything = exported(
+        few(model, scheme="int8", target="own", dtype="float32"), tmp_path / "all"
+    )
     ratios = [found(each, "exported", "perplexity ratio").measured for each in (report, everything)]
-    assert ratios[0] == pytest.approx(ratios[1], rel=1e-5)  # the same predictions, token by token from the cache
+    # the same predictions, token by token from the cache
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-5)
 
 
-def test_a_quantized_cache_is_rounded_on_the_way_and_held_to_a_floor(model: str, tmp_path: Path) -> None:
-    report = exported(few(model, scheme="int8-weight-only", kv="int8", target="own", dtype="float32"), tmp_path / "out")
+def test_a_quantized_cache_is_rounded_on_the_way_and_held_to_a_floor(
+    model: str, tmp_path: Path
+) -> None:
+    report = exported(
+        few(model, scheme="int8-weight-only", kv="int8", target="own", dtype="float32"),
+        tmp_path / "out",
+    )
     assert report.status == "passed"
     assert report.layers.cache == "int8"
     assert found(report, "split-sum floor").measured is not None
     assert verify(tmp_path / "out").status == "passed"  # the cache is read back
 
 
-def test_linears_that_were_warned_of_may_stay_unfused_and_others_may_not(model: str, tmp_path: Path) -> None:
+def test_linears_that_were_warned_of_may_stay_unfused_and_others_may_not(
+    model: str, tmp_path: Path
+) -> None:
     recipe = few(model, scheme="int8", overrides={"*.0.mlp.*": "w4a8"}, target="plain")
     report = exported(recipe, tmp_path / "out")
     row = found(report, "dequantize", "unfused")
     assert (row.passed, row.measured) == (True, 0)
     assert "3 not fused, as warned" in row.note
     assert report.warnings == [
-        "3 linears with int4 weights in blocks of 128, int8 inputs per tensor: int4 weights are unpacked on every run"
+        "3 linears with int4 weights in blocks of 128, int8 inputs per tensor: int4 weights are"
+        " unpacked on every run"
     ]
     assert report.warnings[0] in (tmp_path / "out" / "README.md").read_text()
     report = exported(recipe.model_copy(update={"target": "half"}), tmp_path / "silent")
@@ -157,7 +188,9 @@ def test_linears_that_were_warned_of_may_stay_unfused_and_others_may_not(model: 
     assert "not fused: model.layers.0.mlp.gate_proj" in row.note
 
 
-def test_a_config_that_the_backend_wrote_is_kept_and_read_without_what_is_its_own(model: str, tmp_path: Path) -> None:
+def test_a_config_that_the_backend_wrote_is_kept_and_read_without_what_is_its_own(
+    model: str, tmp_path: Path
+) -> None:
     exported(few(model, scheme="int8-weight-only", target="own"), tmp_path / "out")
     assert "quantization_config" in (tmp_path / "out" / "config.json").read_text()
     exported(few(model, scheme="int8-weight-only", target="plain"), tmp_path / "other")

@@ -1,4 +1,6 @@
-"""``--dry-run``: sizes from headers alone, refusals that the run itself would make, and estimates that scale."""
+"""``--dry-run``: sizes from headers alone, refusals that the run itself would make, and estimates
+that scale.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ NORMS = 5 * 64
 CHANNELS = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
 
 
-def planned(folder: Path, *, goal: Goal = "export", options: RunOptions | None = None, **overrides: object) -> Plan:
-    recipe = load_recipe(None, {"model": str(folder), "dtype": "float32", "device": "cpu", **overrides})
+def planned(
+    folder: Path, *, goal: Goal = "export", options: RunOptions | None = None, **overrides: object
+) -> Plan:
+    recipe = load_recipe(
+        None, {"model": str(folder), "dtype": "float32", "device": "cpu", **overrides}
+    )
     return plan(recipe, options or RunOptions(output=Path("out")), goal=goal)
 
 
@@ -66,7 +72,18 @@ def test_four_bit_weights_take_half_a_byte_and_one_scale_a_block(tmp_path: Path)
 
 def test_the_stages_are_those_of_the_settings(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "model")
-    everything = ["start", "load", "capture", "train R1", "train R2", "fuse", "calibrate", "gate", "write", "verify"]
+    everything = [
+        "start",
+        "load",
+        "capture",
+        "train R1",
+        "train R2",
+        "fuse",
+        "calibrate",
+        "gate",
+        "write",
+        "verify",
+    ]
     assert list(stages(planned(folder))) == everything
     plain = planned(folder, rotate="none", options=RunOptions(output=Path("out"), verify=False))
     assert list(stages(plain)) == ["start", "load", "fuse", "calibrate", "write"]
@@ -75,7 +92,12 @@ def test_the_stages_are_those_of_the_settings(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "capture" not in stages(planned(folder, rotate="r4"))
     assert list(stages(planned(folder, goal="capture"))) == ["start", "load", "capture"]
-    assert list(stages(planned(folder, goal="calibrate", rotate="none"))) == ["start", "load", "fuse", "calibrate"]
+    assert list(stages(planned(folder, goal="calibrate", rotate="none"))) == [
+        "start",
+        "load",
+        "fuse",
+        "calibrate",
+    ]
 
 
 def test_what_is_reused_costs_no_time(tmp_path: Path) -> None:
@@ -84,7 +106,9 @@ def test_what_is_reused_costs_no_time(tmp_path: Path) -> None:
     assert stages(planned(tmp_path / "model", scheme="int8-weight-only"))["calibrate"] == 0
 
 
-def test_time_grows_with_the_rows_and_the_total_is_the_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_grows_with_the_rows_and_the_total_is_the_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("exporter.plan.matmul_flops", lambda: 1e10)
     folder = write_llama(tmp_path / "model")
     few, many = (planned(folder, **{"calibration.nsamples": rows}) for rows in (16, 64))
@@ -132,7 +156,9 @@ def test_every_target_has_its_own_dtype_and_bytes(
     folder = write_llama(tmp_path / "model")  # bfloat16
 
     def bytes_after(*targets: str, dtype: str = "auto", **settings: object) -> int:
-        found = planned(folder, backend="stub", target=list(targets), dtype=dtype, scheme="float", **settings)
+        found = planned(
+            folder, backend="stub", target=list(targets), dtype=dtype, scheme="float", **settings
+        )
         assert found.quantized_parameters == 0
         return found.bytes_after
 
@@ -149,14 +175,20 @@ def test_a_plan_refuses_and_warns_as_the_run_would(
 ) -> None:
     monkeypatch.syspath_prepend(plugins)
     folder = write_llama(tmp_path / "model")
-    found = planned(folder, backend="stub", target="two", scheme="int8", overrides={"*.0.mlp.*": "w4a8"})
+    found = planned(
+        folder, backend="stub", target="two", scheme="int8", overrides={"*.0.mlp.*": "w4a8"}
+    )
     assert found.warnings == (
-        "target 'two': 3 linears with int4 weights in blocks of 128, int8 inputs per tensor: int4 weights are "
-        "unpacked first",
+        (
+            "target 'two': 3 linears with int4 weights in blocks of 128, int8 inputs per tensor:"
+            " int4 weights are unpacked first"
+        ),
     )
     with pytest.raises(BackendError, match="cannot express 'lm_head': no float8 kernels"):
         planned(folder, backend="stub", target="one", overrides={"lm_head": "float8"})
-    with pytest.raises(BackendError, match="'two' of backend 'stub' cannot express R4: it has no place for one"):
+    with pytest.raises(
+        BackendError, match="'two' of backend 'stub' cannot express R4: it has no place for one"
+    ):
         planned(folder, backend="stub", target="two", rotate="r1,r4")
     planned(folder, backend="stub", target="two", rotate="auto")
     odd = write_llama(tmp_path / "odd", vocab_size=101)
@@ -184,13 +216,21 @@ def test_an_unknown_architecture_is_refused_with_the_list(tmp_path: Path) -> Non
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "model", shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks the weight file 'model-00002-of-00002.safetensors'"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks the weight file 'model-00002-of-00002.safetensors'"
+    ):
         planned(folder)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"1234567", struct.pack("<Q", 10**12) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 4) + b"nope"],
+    [
+        b"",
+        b"1234567",
+        struct.pack("<Q", 10**12) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 4) + b"nope",
+    ],
     ids=["empty", "shorter than the length", "absurd length", "not an object", "not JSON"],
 )
 def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -225,7 +265,9 @@ def test_headers_agree_with_the_library_that_reads_them(tmp_path: Path) -> None:
         ("some-org/some-model", "hub cannot be reached"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused(model: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_not_there_is_refused(
+    model: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=message):
         read_headers(model)

@@ -22,7 +22,10 @@ def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path
     path = write(tmp_path, "seed: 3\ncalibration:\n  nsamples: 16\n  seqlen: 64\n")
     recipe = load_recipe(path, {"calibration.nsamples": 8, "rotation.r1.epochs": 2, "scheme": None})
     assert (recipe.seed, recipe.calibration.nsamples, recipe.calibration.seqlen) == (3, 8, 64)
-    assert (recipe.rotation.r1.epochs, recipe.rotation.r2.epochs) == (2, Recipe().rotation.r2.epochs)
+    assert (recipe.rotation.r1.epochs, recipe.rotation.r2.epochs) == (
+        2,
+        Recipe().rotation.r2.epochs,
+    )
     assert recipe.scheme == "int8"
 
 
@@ -71,7 +74,9 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_saved_recipe_reads_back_equal_and_complete(tmp_path: Path) -> None:
-    recipe = load_recipe("int8-reference", {"model": "some/model", "rotate": "R4, r1", "kv_buffer": "shared"})
+    recipe = load_recipe(
+        "int8-reference", {"model": "some/model", "rotate": "R4, r1", "kv_buffer": "shared"}
+    )
     assert recipe.rotate == "r1,r4"
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
@@ -86,4 +91,6 @@ def test_presets_load_and_int8_is_the_default() -> None:
 def test_the_reference_preset_holds_the_published_values(kind: str) -> None:
     published = TrainConfig.reference(rotation=kind)
     preset = getattr(load_recipe("int8-reference").rotation, kind)
-    assert preset.model_dump() == {name: getattr(published, name) for name in type(preset).model_fields}
+    assert preset.model_dump() == {
+        name: getattr(published, name) for name in type(preset).model_fields
+    }

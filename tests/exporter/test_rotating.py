@@ -37,7 +37,10 @@ SMALL = {
 
 
 def recipe(model: Path, **changes: Any) -> Recipe:
-    return load_recipe(None, {**SMALL, "model": str(model), **{k.replace("__", "."): v for k, v in changes.items()}})
+    return load_recipe(
+        None,
+        {**SMALL, "model": str(model), **{k.replace("__", "."): v for k, v in changes.items()}},
+    )
 
 
 def logits(folder: Path) -> Tensor:
@@ -73,8 +76,18 @@ def test_the_folder_computes_what_the_original_does(source: Path, rotated: Rotat
 
 def test_the_folder_is_complete(rotated: RotateResult) -> None:
     names = {path.name for path in rotated.output.iterdir()}
-    wanted = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", RECIPE_FILE, "README.md"}
-    assert wanted | {"rotations.safetensors", "rotations.json", ROTATE_REPORT_FILE, "r1.pt", "r2.pt"} <= names
+    wanted = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        RECIPE_FILE,
+        "README.md",
+    }
+    assert (
+        wanted | {"rotations.safetensors", "rotations.json", ROTATE_REPORT_FILE, "r1.pt", "r2.pt"}
+        <= names
+    )
     config = json.loads((rotated.output / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert config["dtype"] == "float32"  # the source's own
@@ -90,12 +103,21 @@ def test_the_folder_is_complete(rotated: RotateResult) -> None:
         assert expected in card
 
 
-def test_rotations_from_files_give_the_same_weights(source: Path, rotated: RotateResult, tmp_path: Path) -> None:
-    files = [str(rotated.output / name) for name in ("r1.pt", "r2.pt") if (rotated.output / name).is_file()]
+def test_rotations_from_files_give_the_same_weights(
+    source: Path, rotated: RotateResult, tmp_path: Path
+) -> None:
+    files = [
+        str(rotated.output / name)
+        for name in ("r1.pt", "r2.pt")
+        if (rotated.output / name).is_file()
+    ]
     again = rotate(recipe(source, rotation__files=files), RunOptions(tmp_path / "again"))
-    before, after = (load_file(folder / "model.safetensors") for folder in (rotated.output, again.output))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (rotated.output, again.output)
+    )
     for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-6)  # float64 folds, rounded once
+        # float64 folds, rounded once
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-6)
     assert again.report.rotation_gate == []
     assert {rotation.origin for rotation in again.report.rotations} <= {
         "DartQuant, from r1.pt",
@@ -110,7 +132,8 @@ def test_bfloat16_is_held_to_the_models_own_rounding(source: Path, tmp_path: Pat
     assert own.measured is not None
     assert ours.measured is not None
     assert ours.bound == pytest.approx(2 * own.measured)
-    assert 1e-4 < ours.measured <= ours.bound  # above what float32 leaves: it is bfloat16 that was compared
+    # above what float32 leaves: it is bfloat16 that was compared
+    assert 1e-4 < ours.measured <= ours.bound
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118 - no mapping
 
@@ -118,7 +141,12 @@ def test_bfloat16_is_held_to_the_models_own_rounding(source: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_head=4, n_layer=2, n_positions=128), "h.0.attn"),
+        (
+            transformers.GPT2Config(
+                vocab_size=VOCABULARY, n_embd=32, n_head=4, n_layer=2, n_positions=128
+            ),
+            "h.0.attn",
+        ),
         (
             transformers.MixtralConfig(**TINY, num_local_experts=2, num_experts_per_tok=1),
             "model.layers.1.block_sparse_moe.experts.1.w2.weight",
@@ -127,7 +155,9 @@ def test_bfloat16_is_held_to_the_models_own_rounding(source: Path, tmp_path: Pat
     ],
     ids=["gpt2", "mixtral", "gemma2"],
 )
-def test_other_families_keep_their_published_names(config: Any, expected: str, tmp_path: Path) -> None:
+def test_other_families_keep_their_published_names(
+    config: Any, expected: str, tmp_path: Path
+) -> None:
     source = write_checkpoint(tmp_path / "source", config)
     result = rotate(recipe(source), RunOptions(tmp_path / "out"))
     with (
@@ -141,7 +171,9 @@ def test_other_families_keep_their_published_names(config: Any, expected: str, t
 
 
 @pytest.mark.parametrize("asked", ["r1,r4", "r3"])
-def test_online_rotations_are_refused_with_the_reason(source: Path, tmp_path: Path, asked: str) -> None:
+def test_online_rotations_are_refused_with_the_reason(
+    source: Path, tmp_path: Path, asked: str
+) -> None:
     with pytest.raises(RotationError, match=r"stock folder cannot carry R[34]: online") as caught:
         rotate(recipe(source, rotate=asked), RunOptions(tmp_path / "out"))
     assert caught.value.hint is not None
@@ -150,13 +182,17 @@ def test_online_rotations_are_refused_with_the_reason(source: Path, tmp_path: Pa
 
 
 def test_a_norm_bias_that_no_stock_model_can_hold_is_refused(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_head=4, n_layer=1, n_positions=128)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_head=4, n_layer=1, n_positions=128
+    )
     source = write_checkpoint(tmp_path / "source", config)
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = 1e-30
     model.save_pretrained(source)
-    with pytest.raises(UnsupportedModelError, match=r"transformer\.ln_f would have to stay in the norm"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"transformer\.ln_f would have to stay in the norm"
+    ):
         rotate(recipe(source, rotate="r1"), RunOptions(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

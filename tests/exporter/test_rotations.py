@@ -37,7 +37,11 @@ def test_a_model_is_judged_by_its_weights_too_where_they_are_at_hand() -> None:
     folded = fuse_tiny(make_tiny(transformers.LlamaConfig(**SIZES)))
     scheme = scheme_named("w4a4")
     judge = judge_of(scheme, folded)
-    assert (judge.activations, judge.weights, set(judge.rows)) == (scheme.activation, scheme.weight, {"r1", "r2"})
+    assert (judge.activations, judge.weights, set(judge.rows)) == (
+        scheme.activation,
+        scheme.weight,
+        {"r1", "r2"},
+    )
     assert (judge.trained_on, judge.quantizer) == ("both", ActivationScheme(4))
     assert judge_of(scheme, None).weights is None
     only = judge_of(scheme_named("int4-weight-only"), folded)
@@ -53,4 +57,7 @@ def test_a_zero_point_reaches_the_judge() -> None:
     asymmetric = replace(scheme, activation=replace(scheme.activation, symmetric=False))
     folded = fuse_tiny(make_tiny(transformers.LlamaConfig(**SIZES)))
     assert judge_of(asymmetric, folded).quantizer == ActivationScheme(4, symmetric=False)
-    assert all(bool(torch.isfinite(rows.values).all()) for rows in judge_of(asymmetric, folded).rows.values())
+    assert all(
+        bool(torch.isfinite(rows.values).all())
+        for rows in judge_of(asymmetric, folded).rows.values()
+    )

@@ -1,4 +1,6 @@
-"""``quantization_config``: what every module of a checkpoint is, written by the classes of the library itself."""
+"""``quantization_config``: what every module of a checkpoint is, written by the classes of the
+library itself.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ from backends.safetensors.names import Names
 from calib.artifact import QuantizedModel
 
 _EVERY_LINEAR = "Linear"
-"""The target that names a class: whatever no other group names. vLLM also takes its experts for linears."""
+"""The target that names a class: whatever no other group names. vLLM also takes its experts for
+linears.
+"""
 
 
 def quantization_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
-    """The value of ``quantization_config`` in ``config.json``; empty where nothing is quantized or rotated online.
+    """The value of ``quantization_config`` in ``config.json``; empty where nothing is quantized or
+    rotated online.
 
     Raises:
-        BackendError: something of ``model`` has no place in the format, or the library is not installed.
+        BackendError: something of ``model`` has no place in the format, or the library is not
+            installed.
     """
     transforms = transform_config(transforms_of(model, names))
     if not model.linears and model.cache is None and not transforms:
@@ -29,7 +35,10 @@ def quantization_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
     formats = {form.compression for form in groups}
     library = require("compressed_tensors.quantization")
     config = library.QuantizationConfig(
-        config_groups={f"group_{index}": form.group(targets) for index, (form, targets) in enumerate(groups.items())},
+        config_groups={
+            f"group_{index}": form.group(targets)
+            for index, (form, targets) in enumerate(groups.items())
+        },
         kv_cache_scheme=None if model.cache is None else cache_arguments(model.cache.scheme),
         format=MIXED if len(formats) > 1 else next(iter(formats), "dense"),
         quantization_status=library.QuantizationStatus.COMPRESSED,
@@ -46,15 +55,20 @@ def quantization_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
 
 
 def _groups(model: QuantizedModel, names: Names) -> dict[Form, list[str]]:
-    """Targets by form: the commonest one of the decoder is every linear's, others name their modules.
+    """Targets by form: the commonest one of the decoder is every linear's, others name their
+    modules.
 
-    Head and embeddings are named always: vLLM's modules of these are no linears. Readers take the group of a name
-    before that of a class.
+    Head and embeddings are named always: vLLM's modules of these are no linears. Readers take the
+    group of a name before that of a class.
     """
     members: dict[Form, list[tuple[str, str]]] = {}
     for name, linear in model.linears.items():
-        members.setdefault(form_of(linear), []).extend((name, module) for module in names.modules(name))
-    inside = Counter({form: sum(name in names.specs for name, _ in found) for form, found in members.items()})
+        members.setdefault(form_of(linear), []).extend(
+            (name, module) for module in names.modules(name)
+        )
+    inside = Counter(
+        {form: sum(name in names.specs for name, _ in found) for form, found in members.items()}
+    )
     default = inside.most_common(1)[0][0] if inside else None
     groups = {}
     for form, found in members.items():

@@ -27,7 +27,9 @@ class CompressedTensorsLayout:
 
     target = "compressed-tensors"
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+    ) -> tuple[str, str] | None:
         """See :meth:`backends.base.Backend.model_refusal`."""
         names = Names.of(config)
         table, apart = names.quantized_table(linears), names.experts_apart(linears)
@@ -47,7 +49,9 @@ class CompressedTensorsLayout:
         """See :meth:`backends.safetensors.layout.Layout.entries`."""
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
-            yield from (_entry(stored, "float weight", part) for stored, part in names.stored(key, tensor))
+            yield from (
+                _entry(stored, "float weight", part) for stored, part in names.stored(key, tensor)
+            )
         for linear in model.linears.values():
             transposed = names.transposed(linear.name)
             for module, rows in names.rows(linear):
@@ -61,12 +65,17 @@ class CompressedTensorsLayout:
                     yield _entry(key, "scale", scale.reshape(1))
 
     def files(self, model: QuantizedModel) -> Mapping[str, str]:
-        """See :meth:`backends.safetensors.layout.Layout.files`: ``config.json`` with a ``quantization_config``."""
+        """See :meth:`backends.safetensors.layout.Layout.files`: ``config.json`` with a
+        ``quantization_config``.
+        """
         config = with_quantization(model, Names.of(model.config))
         return {"config.json": json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"}
 
     def linears(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, QuantizedLinear]:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names, parts = Names.of(config), _by_module(tensors)
@@ -75,17 +84,24 @@ class CompressedTensorsLayout:
             rows = []
             for module in names.modules(name):
                 stored = {part: tensors[f"{module}.{part}"] for part in parts.get(module, ())}
-                rows.append(linear_from(name, description, stored, transposed=names.transposed(name)))
+                rows.append(
+                    linear_from(name, description, stored, transposed=names.transposed(name))
+                )
             found[name] = joined(rows)
         return found
 
     def floats(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, Tensor]:
         """See :meth:`backends.safetensors.layout.Layout.floats`."""
         names = Names.of(config)
         quantized = {module for name in described for module in names.modules(name)}
-        skipped = {key for key in tensors if key.rpartition(".")[0] in quantized} | transform_keys(tensors)
+        skipped = {key for key in tensors if key.rpartition(".")[0] in quantized} | transform_keys(
+            tensors
+        )
         for layer in range(names.architecture.dimensions(names.config).layers):
             skipped.update(_cache_keys(names, layer))
         return names.gathered({key: tensors[key] for key in tensors if key not in skipped})

@@ -1,16 +1,21 @@
-"""Running a bundle in transformers, which reads the compressed-tensors format through the library of that name.
+"""Running a bundle in transformers, which reads the compressed-tensors format through the library
+of that name.
 
-Weights are dequantized after loading, activations are rounded in float before each matmul. Three things of that differ
-from the artifact by convention, not by rounding:
+Weights are dequantized after loading, activations are rounded in float before each matmul. Three
+things of that differ from the artifact by convention, not by rounding:
 
-* Scales of integers that are computed while running: ``amax / 127.5`` (half the number of levels) for INT8 and
-  ``amax / 7.5`` for INT4, where rotq, ModelOpt and vLLM divide by 127 and 7. The file does not say which.
-* MXFP4's scales of activations: a power of two by the rule ``floor(log2(amax)) - 2``, one more from ``1.75 · 2^k`` on,
-  so that what lies between ``6 s`` and ``7 s`` is clipped; rotq, as ModelOpt, takes the least one that clips nothing.
-* NVFP4 and MX weights are dequantized to bfloat16. For MX, whose scales are powers of two, that is exact.
+* Scales of integers that are computed while running: ``amax / 127.5`` (half the number of levels)
+  for INT8 and ``amax / 7.5`` for INT4, where rotq, ModelOpt and vLLM divide by 127 and 7. The file
+  does not say which.
+* MXFP4's scales of activations: a power of two by the rule ``floor(log2(amax)) - 2``, one more from
+  ``1.75 · 2^k`` on, so that what lies between ``6 s`` and ``7 s`` is clipped; rotq, as ModelOpt,
+  takes the least one that clips nothing.
+* NVFP4 and MX weights are dequantized to bfloat16. For MX, whose scales are powers of two, that is
+  exact.
 
-Asked to be exact, a bundle with one of the first two is refused, so that it is run in torch from the file; NVFP4's
-weights are dequantized in float32, by the library's functions, and everything is computed in float32.
+Asked to be exact, a bundle with one of the first two is refused, so that it is run in torch from
+the file; NVFP4's weights are dequantized in float32, by the library's functions, and everything is
+computed in float32.
 """
 
 from __future__ import annotations
@@ -45,11 +50,17 @@ class TransformersModel:
         self.note = note
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`~backends.base.RuntimeModel`."""
         stored = [tensor.to(self._network.dtype) for tensor in past or ()]
-        logits, present = cached_pass(self._network, input_ids, attention_mask, position_ids, stored)
+        logits, present = cached_pass(
+            self._network, input_ids, attention_mask, position_ids, stored
+        )
         return logits.float(), [tensor.float() for tensor in present]
 
 
@@ -58,17 +69,21 @@ def load(folder: Path, *, exact: bool) -> TransformersModel:
 
     Args:
         folder: holds ``config.json`` and the weights.
-        exact: compute in float32, and refuse what transformers rounds by another convention; else as a user runs it.
+        exact: compute in float32, and refuse what transformers rounds by another convention; else
+            as a user runs it.
 
     Raises:
-        RuntimeMissing: the library is not installed, or transformers does not run what this bundle says.
+        RuntimeMissing: the library is not installed, or transformers does not run what this bundle
+            says.
     """
     import transformers  # here, because it takes seconds to import
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described = config.pop("quantization_config", None)
     if described is None:
-        raise RuntimeMissing(f"'{folder}' holds no quantization_config: nothing of it is quantized", hint=_HINT)
+        raise RuntimeMissing(
+            f"'{folder}' holds no quantization_config: nothing of it is quantized", hint=_HINT
+        )
     try:
         version = require("compressed_tensors").__version__
     except BackendError as error:
@@ -77,7 +92,9 @@ def load(folder: Path, *, exact: bool) -> TransformersModel:
     reason = _unread(described, Names.of(config)) or (note if exact else "")
     if reason:
         raise RuntimeMissing(f"transformers does not run '{folder}' as it is: {reason}", hint=_HINT)
-    rounded = any(group["format"] in _BFLOAT16_ONLY for group in described["config_groups"].values())
+    rounded = any(
+        group["format"] in _BFLOAT16_ONLY for group in described["config_groups"].values()
+    )
     as_is = torch.bfloat16 if rounded else getattr(torch, config["dtype"])
     with _quiet():
         network = transformers.AutoModelForCausalLM.from_pretrained(
@@ -95,9 +112,14 @@ def _unread(described: Mapping[str, Any], names: Names) -> str:
     if any(spec.layout == "conv1d" for spec in names.specs.values()):
         return "its GPT-2 is made of Conv1D, which the library does not quantize"
     if names.experts and not _takes_experts(described):
-        return "of experts it loads packed integer weights without zero points alone, all of one scheme"
+        return (
+            "of experts it loads packed integer weights without zero points alone, all of one"
+            " scheme"
+        )
     if described["kv_cache_scheme"] is not None and not _has_key_projection(names):
-        return "of caches it quantizes those of attention with projections of keys of their own alone"
+        return (
+            "of caches it quantizes those of attention with projections of keys of their own alone"
+        )
     return ""
 
 
@@ -106,14 +128,22 @@ def _note(described: Mapping[str, Any]) -> str:
     inputs = [group["input_activations"] for group in described["config_groups"].values()]
     running = [given for given in inputs if given is not None and given["dynamic"] is True]
     if any(given["type"] == "int" for given in running):
-        return "takes half the number of levels, not the largest integer, for scales computed while running"
+        return (
+            "takes half the number of levels, not the largest integer, for scales computed while"
+            " running"
+        )
     if any(given["num_bits"] == 4 for given in running):
-        return "takes powers of two for the scales of MXFP4 activations that may clip the largest value of a block"
+        return (
+            "takes powers of two for the scales of MXFP4 activations that may clip the largest"
+            " value of a block"
+        )
     return ""
 
 
 def _takes_experts(described: Mapping[str, Any]) -> bool:
-    """Whether transformers' converter of expert weights (``DecompressExperts``) suits this bundle."""
+    """Whether transformers' converter of expert weights (``DecompressExperts``) suits this
+    bundle.
+    """
     groups = list(described["config_groups"].values())
     return (
         len(groups) == 1
@@ -125,12 +155,16 @@ def _takes_experts(described: Mapping[str, Any]) -> bool:
 
 
 def _has_key_projection(names: Names) -> bool:
-    """Whether the library finds the attention modules, by what it asks of them (``is_cached_attention_module``)."""
+    """Whether the library finds the attention modules, by what it asks of them
+    (``is_cached_attention_module``).
+    """
     return any(name.endswith((".k_proj", ".qkv_proj")) for name in names.specs)
 
 
 def _decompress(network: Any, *, exact: bool) -> None:
-    """Dequantize every weight, as the library does before the first pass; where ``exact``, to float32."""
+    """Dequantize every weight, as the library does before the first pass; where ``exact``, to
+    float32.
+    """
     library = require("compressed_tensors.compressors")
     for module in network.modules():
         scheme = getattr(module, "quantization_scheme", None)
@@ -146,10 +180,15 @@ def _decompress(network: Any, *, exact: bool) -> None:
 
 def _float32_nvfp4(module: Any) -> Tensor:
     """The NVFP4 weight of a compressed module in float32; the library rounds it to bfloat16."""
-    compressors, quantization = require("compressed_tensors.compressors"), require("compressed_tensors.quantization")
+    compressors, quantization = (
+        require("compressed_tensors.compressors"),
+        require("compressed_tensors.quantization"),
+    )
     packed = module.weight_packed.data
     weight: Tensor = quantization.dequantize(
-        compressors.unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], torch.float32),
+        compressors.unpack_fp4_from_uint8(
+            packed, packed.shape[0], 2 * packed.shape[1], torch.float32
+        ),
         module.weight_scale.data.float(),
         args=module.quantization_scheme.weights,
         global_scale=module.weight_global_scale.data,

@@ -1,22 +1,25 @@
-"""rotq's schemes in the words of compressed-tensors: the compression of a linear, and its ``QuantizationScheme``.
+"""rotq's schemes in the words of compressed-tensors: the compression of a linear, and its
+``QuantizationScheme``.
 
-===================  ==========================  ====================================================================
-compression          weights                     stored as
-===================  ==========================  ====================================================================
-int-quantized        INT8, quantized inputs      ``weight`` int8
-pack-quantized       INT4; INT8 weight-only or   ``weight_packed`` int32, ``weight_shape`` int64; zero points packed too
+===================  ==========================
+==================================================================== compression          weights
+stored as ===================  ==========================
+==================================================================== int-quantized        INT8,
+quantized inputs      ``weight`` int8 pack-quantized       INT4; INT8 weight-only or
+``weight_packed`` int32, ``weight_shape`` int64; zero points packed too
                      in blocks
-float-quantized      FP8, quantized inputs       ``weight`` float8_e4m3fn
-naive-quantized      FP8 weight-only             the same
-nvfp4-pack-          NVFP4                       ``weight_packed`` uint8, ``weight_scale`` float8_e4m3fn, and
-quantized                                        ``weight_global_scale`` float32, the inverse of rotq's second level
-mxfp4-pack-          MXFP4                       ``weight_packed`` uint8, ``weight_scale`` uint8, a biased exponent
-quantized
-mxfp8-quantized      MXFP8                       ``weight`` float8_e4m3fn, ``weight_scale`` uint8, a biased exponent
-===================  ==========================  ====================================================================
+float-quantized      FP8, quantized inputs       ``weight`` float8_e4m3fn naive-quantized      FP8
+weight-only             the same nvfp4-pack-          NVFP4                       ``weight_packed``
+uint8, ``weight_scale`` float8_e4m3fn, and quantized
+``weight_global_scale`` float32, the inverse of rotq's second level mxfp4-pack-          MXFP4
+``weight_packed`` uint8, ``weight_scale`` uint8, a biased exponent quantized mxfp8-quantized
+MXFP8                       ``weight`` float8_e4m3fn, ``weight_scale`` uint8, a biased exponent
+===================  ==========================
+====================================================================
 
-INT4 and blocked weights are packed with quantized inputs as well: the format also has them unpacked, in up to twice the
-space, but vLLM 0.33 has kernels of packed ones alone (``_is_wNaM_int``).
+INT4 and blocked weights are packed with quantized inputs as well: the format also has them
+unpacked, in up to twice the space, but vLLM 0.33 has kernels of packed ones alone
+(``_is_wNaM_int``).
 """
 
 from __future__ import annotations
@@ -29,7 +32,15 @@ from backends.safetensors.compressed_tensors.library import require
 from backends.safetensors.source import block_size
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
-from calib.schemes import INT4, LinearScheme, PerBlock, PerChannel, PerTensor, PerToken, TensorScheme
+from calib.schemes import (
+    INT4,
+    LinearScheme,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    TensorScheme,
+)
 
 Compression = Literal[
     "int-quantized",
@@ -58,7 +69,8 @@ class Form:
 
     scheme: LinearScheme
     whole_rows: bool
-    """Blocks at least as long as a row: one scale for each output channel, as the format puts it."""
+    """Blocks at least as long as a row: one scale for each output channel, as the format puts it.
+    """
 
     @property
     def compression(self) -> Compression:
@@ -69,7 +81,11 @@ class Form:
         if weight.format.kind == "float":
             return "naive-quantized" if given is None else "float-quantized"
         blocked = isinstance(weight.granularity, PerBlock) and not self.whole_rows
-        return "pack-quantized" if given is None or blocked or weight.format == INT4 else "int-quantized"
+        return (
+            "pack-quantized"
+            if given is None or blocked or weight.format == INT4
+            else "int-quantized"
+        )
 
     def group(self, targets: Sequence[str]) -> Any:
         """The library's ``QuantizationScheme`` for the modules ``targets``."""
@@ -92,22 +108,33 @@ def form_of(linear: QuantizedLinear) -> Form:
     name, width = linear.name, linear.weight.shape[1]
     if linear.weight_order is not None:
         raise BackendError(
-            f"the blocks of '{name}' follow an order of the input features of their own (GPTQ's act-order), "
-            "which compressed-tensors no longer stores (g_idx, until 0.19)",
-            hint="leave static_groups on: groups of neighbouring input features, as in --weight-algorithm gptq",
+            f"the blocks of '{name}' follow an order of the input features of their own (GPTQ's"
+            " act-order), which compressed-tensors no longer stores (g_idx, until 0.19)",
+            hint=(
+                "leave static_groups on: groups of neighbouring input features, as in"
+                " --weight-algorithm gptq"
+            ),
         )
     refusal = short_blocks(name, width, linear.weight_scheme)
     if refusal is not None:
         raise BackendError(refusal[0], hint=refusal[1])
-    return Form(LinearScheme(linear.weight_scheme, linear.input_scheme), _whole_rows(width, linear.weight_scheme))
+    return Form(
+        LinearScheme(linear.weight_scheme, linear.input_scheme),
+        _whole_rows(width, linear.weight_scheme),
+    )
 
 
 def short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
-    """Why the blocks of the linear ``name`` of ``width`` input features do not fit, and what to do; or ``None``."""
+    """Why the blocks of the linear ``name`` of ``width`` input features do not fit, and what to do;
+    or ``None``.
+    """
     size = block_size(scheme)
     if size is None or width % size == 0 or _whole_rows(width, scheme):
         return None
-    reason = f"blocks of {size} do not divide the {width} input features of '{name}', and compressed-tensors has "
+    reason = (
+        f"blocks of {size} do not divide the {width} input features of '{name}', and"
+        " compressed-tensors has "
+    )
     leave = f"leave the linear in float with --override '{name}=float'"
     if scheme.scale_format != "compute":
         return f"{reason}blocks of no other size for this format", leave

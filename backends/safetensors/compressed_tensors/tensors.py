@@ -1,12 +1,13 @@
-"""The tensors of one linear: what :mod:`backends.safetensors.compressed_tensors.schemes` says, key by key, and back.
+"""The tensors of one linear: what :mod:`backends.safetensors.compressed_tensors.schemes` says, key
+by key, and back.
 
-    per tensor    weight_scale [1]            NVFP4:  weight_global_scale = 1 / s2,  input_global_scale = 1 / s2
-    per channel   weight_scale [out, 1]       MX:     weight_scale = 127 + log2(s)
-    per block     weight_scale [out, blocks]
+    per tensor    weight_scale [1]            NVFP4:  weight_global_scale = 1 / s2,
+    input_global_scale = 1 / s2 per channel   weight_scale [out, 1]       MX:     weight_scale = 127
+    + log2(s) per block     weight_scale [out, blocks]
 
-Scales are in the artifact's dtype. Zero points of packed weights are packed as well, along the outputs. A reciprocal in
-float32 is not undone by another one to the last bit: what comes back of NVFP4's second level is ``1 / (1 / s2)``, which
-is what a reader of the format computes with.
+Scales are in the artifact's dtype. Zero points of packed weights are packed as well, along the
+outputs. A reciprocal in float32 is not undone by another one to the last bit: what comes back of
+NVFP4's second level is ``1 / (1 / s2)``, which is what a reader of the format computes with.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from backends.safetensors.compressed_tensors.packing import (
 from backends.safetensors.compressed_tensors.schemes import Compression, form_of
 from backends.safetensors.layout import Entry, in_parts
 from calib.artifact import QuantizedLinear
-from calib.schemes import FLOAT4, Granularity, PerBlock, PerTensor, TensorScheme, tensor_scheme_from_dict
+from calib.schemes import (
+    FLOAT4,
+    Granularity,
+    PerBlock,
+    PerTensor,
+    TensorScheme,
+    tensor_scheme_from_dict,
+)
 
 _EXPONENT_BIAS = 127
 _E4M3 = torch.float8_e4m3fn
@@ -72,7 +80,11 @@ def parts_of(linear: QuantizedLinear, *, transposed: bool = False) -> Iterator[P
 
 
 def linear_from(
-    name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor], *, transposed: bool = False
+    name: str,
+    described: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    transposed: bool = False,
 ) -> QuantizedLinear:
     """The inverse of :func:`parts_of`.
 
@@ -86,7 +98,9 @@ def linear_from(
         KeyError: a tensor is missing.
     """
     scheme = tensor_scheme_from_dict(dict(described["weight"]))
-    given = None if described["input"] is None else tensor_scheme_from_dict(dict(described["input"]))
+    given = (
+        None if described["input"] is None else tensor_scheme_from_dict(dict(described["input"]))
+    )
     weight = _unpacked(tensors, scheme)
     if transposed and "weight" in tensors:
         weight = weight.T.contiguous()
@@ -100,14 +114,20 @@ def linear_from(
         bias=bias,
         input_scheme=given,
         online_rotation=described["online_rotation"],
-        weight_zero_point=_unpacked_zero_points(tensors.get("weight_zero_point"), scheme, scale, weight.shape[0]),
+        weight_zero_point=_unpacked_zero_points(
+            tensors.get("weight_zero_point"), scheme, scale, weight.shape[0]
+        ),
         weight_second_scale=None if second is None else second.reciprocal().reshape(()),
         **_input_from(tensors, given),
     )
 
 
 def _stored(
-    name: str, kind: ContentKind, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    name: str,
+    kind: ContentKind,
+    source: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
 ) -> Part:
     """``source`` in another shape and, where ``dtype`` is given, exactly converted to it."""
     wanted = source.dtype if dtype is None else dtype
@@ -118,14 +138,20 @@ def _reciprocal(name: str, source: Tensor) -> Part:
     return Part(name, "scale", torch.float32, (1,), lambda: source.float().reciprocal().reshape(1))
 
 
-def _weight(linear: QuantizedLinear, compression: Compression, *, transposed: bool) -> Iterator[Part]:
+def _weight(
+    linear: QuantizedLinear, compression: Compression, *, transposed: bool
+) -> Iterator[Part]:
     weight, bits = linear.weight, linear.weight_scheme.format.bits
     rows, columns = weight.shape
     if compression in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         yield _packed(weight, columns // 2, torch.uint8, pack_nibbles)
     elif compression == "pack-quantized":
-        yield _packed(weight, -(-columns * bits // 32), torch.int32, partial(pack_integers, bits=bits))
-        yield Part("weight_shape", "other", torch.int64, (2,), lambda: torch.tensor([rows, columns]))
+        yield _packed(
+            weight, -(-columns * bits // 32), torch.int32, partial(pack_integers, bits=bits)
+        )
+        yield Part(
+            "weight_shape", "other", torch.int64, (2,), lambda: torch.tensor([rows, columns])
+        )
     elif transposed:
         shape, dtype = (columns, rows), weight.dtype
         read = partial(in_parts, rows, shape, dtype, lambda part: weight[part].T, axis=1)
@@ -134,7 +160,9 @@ def _weight(linear: QuantizedLinear, compression: Compression, *, transposed: bo
         yield _stored("weight", "quantized weight", weight, (rows, columns))
 
 
-def _packed(weight: Tensor, words: int, dtype: torch.dtype, pack: Callable[[Tensor], Tensor]) -> Part:
+def _packed(
+    weight: Tensor, words: int, dtype: torch.dtype, pack: Callable[[Tensor], Tensor]
+) -> Part:
     rows = weight.shape[0]
     read = partial(in_parts, rows, (rows, words), dtype, lambda part: pack(weight[part]))
     return Part("weight_packed", "quantized weight", dtype, (rows, words), read)
@@ -160,7 +188,13 @@ def _zero_points(linear: QuantizedLinear, zero: Tensor, compression: Compression
     def packed() -> Tensor:
         return pack_integers(zero.to(torch.int8).reshape(shape).T, bits).T.contiguous()
 
-    return Part("weight_zero_point", "zero point", torch.int32, (-(-shape[0] * bits // 32), shape[1]), packed)
+    return Part(
+        "weight_zero_point",
+        "zero point",
+        torch.int32,
+        (-(-shape[0] * bits // 32), shape[1]),
+        packed,
+    )
 
 
 def _input(linear: QuantizedLinear) -> Iterator[Part]:
@@ -180,7 +214,9 @@ def _stored_shape(scale: Tensor) -> tuple[int, ...]:
 
 
 def _exponents(scale: Tensor) -> Tensor:
-    """``127 + k`` of powers of two ``2^k``, uint8; by ``frexp``, ``2^k = 2^(k + 1) / 2``, exactly."""
+    """``127 + k`` of powers of two ``2^k``, uint8; by ``frexp``, ``2^k = 2^(k + 1) / 2``,
+    exactly.
+    """
     return (torch.frexp(scale.float()).exponent + (_EXPONENT_BIAS - 1)).to(torch.uint8)
 
 
@@ -201,7 +237,9 @@ def _unpacked_scale(stored: Tensor, scheme: TensorScheme) -> Tensor:
     return stored.reshape(_shape(scheme.granularity, stored))
 
 
-def _unpacked_zero_points(stored: Tensor | None, scheme: TensorScheme, scale: Tensor, rows: int) -> Tensor | None:
+def _unpacked_zero_points(
+    stored: Tensor | None, scheme: TensorScheme, scale: Tensor, rows: int
+) -> Tensor | None:
     if stored is None:
         return None
     if stored.dtype == torch.int32:
@@ -209,19 +247,26 @@ def _unpacked_zero_points(stored: Tensor | None, scheme: TensorScheme, scale: Te
     return stored.to(scale.dtype).reshape(scale.shape)
 
 
-def _input_from(tensors: Mapping[str, Tensor], scheme: TensorScheme | None) -> dict[str, Tensor | None]:
+def _input_from(
+    tensors: Mapping[str, Tensor], scheme: TensorScheme | None
+) -> dict[str, Tensor | None]:
     """Arguments of :class:`QuantizedLinear`."""
     if scheme is None or not scheme.needs_calibration:
         return {"input_scale": None, "input_zero_point": None}
     if scheme.scale_format == "e4m3":
-        return {"input_scale": tensors["input_global_scale"].reciprocal().reshape(()), "input_zero_point": None}
+        return {
+            "input_scale": tensors["input_global_scale"].reciprocal().reshape(()),
+            "input_zero_point": None,
+        }
     scale = tensors["input_scale"].reshape(())
     zero = None if scheme.symmetric else tensors["input_zero_point"].to(scale.dtype).reshape(())
     return {"input_scale": scale, "input_zero_point": zero}
 
 
 def _shape(granularity: Granularity, stored: Tensor) -> tuple[int, ...]:
-    """The artifact's shape: ``[]`` per tensor, ``[out, blocks]`` per block, ``[out]`` per channel."""
+    """The artifact's shape: ``[]`` per tensor, ``[out, blocks]`` per block, ``[out]`` per
+    channel.
+    """
     match granularity:
         case PerTensor():
             return ()

@@ -1,13 +1,15 @@
-"""Online rotations in the words of compressed-tensors: ``transform_config`` and the matrices that it speaks of.
+"""Online rotations in the words of compressed-tensors: ``transform_config`` and the matrices that
+it speaks of.
 
-R4 is a transform at the input of the down projections, ``x -> x M / sqrt(n)``, whose matrix ``M = sqrt(n) R4`` is
-stored with the first of the modules that share it, under ``{module}.{group}_input.weight``. Its type is the format's
-``random-hadamard``: the one whose matrix a reader takes from the checkpoint (vLLM 0.33 multiplies by it; ``hadamard``
-would stand for Sylvester's matrix and nothing else). The down projections hold the inverse already, so no transform of
-weights is listed.
+R4 is a transform at the input of the down projections, ``x -> x M / sqrt(n)``, whose matrix ``M =
+sqrt(n) R4`` is stored with the first of the modules that share it, under
+``{module}.{group}_input.weight``. Its type is the format's ``random-hadamard``: the one whose
+matrix a reader takes from the checkpoint (vLLM 0.33 multiplies by it; ``hadamard`` would stand for
+Sylvester's matrix and nothing else). The down projections hold the inverse already, so no transform
+of weights is listed.
 
-R3 is left out where the cache is float: ``(q R3) (k R3)^T = q k^T``. A quantized cache would need it, and no reader
-of the format applies one: vLLM 0.33 passes over transforms of queries and keys.
+R3 is left out where the cache is float: ``(q R3) (k R3)^T = q k^T``. A quantized cache would need
+it, and no reader of the format applies one: vLLM 0.33 passes over transforms of queries and keys.
 """
 
 from __future__ import annotations
@@ -62,15 +64,17 @@ def transforms_of(model: QuantizedModel, names: Names) -> list[Transform]:
     """
     if model.cache is not None and "r3" in model.rotations.kinds():
         raise BackendError(
-            "R3 with a quantized KV cache: vLLM 0.33 and transformers apply no rotation of queries and keys, and the "
-            "scales of rotated keys would clip plain ones",
+            "R3 with a quantized KV cache: vLLM 0.33 and transformers apply no rotation of queries"
+            " and keys, and the scales of rotated keys would clip plain ones",
             hint="leave r3 out of --rotate, or leave --kv out",
         )
     shared: dict[tuple[int | None, int | None], list[tuple[Rotation, str]]] = {}
     for rotation, module in _down_projections(model, names):
         shared.setdefault((rotation.order, rotation.seed), []).append((rotation, module))
     return [
-        Transform("R4" if index == 0 else f"R4_{index}", found[0][0], tuple(module for _, module in found))
+        Transform(
+            "R4" if index == 0 else f"R4_{index}", found[0][0], tuple(module for _, module in found)
+        )
         for index, found in enumerate(shared.values())
     ]
 
@@ -100,12 +104,14 @@ def _down_projections(model: QuantizedModel, names: Names) -> Iterator[tuple[Rot
                 continue
             if spec.layout == "experts":
                 raise BackendError(
-                    f"R4 before the experts of '{spec.name}': vLLM 0.33 applies transforms to linears alone",
+                    f"R4 before the experts of '{spec.name}': vLLM 0.33 applies transforms to"
+                    " linears alone",
                     hint="leave r4 out of --rotate",
                 )
             if _has_bias(model, spec.name):
                 raise BackendError(
-                    f"R4 before '{spec.name}', which has a bias: vLLM 0.33 refuses a transform of such a linear",
+                    f"R4 before '{spec.name}', which has a bias: vLLM 0.33 refuses a transform of"
+                    " such a linear",
                     hint="leave r4 out of --rotate",
                 )
             yield rotation, names.published(spec.name)

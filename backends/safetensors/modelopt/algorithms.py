@@ -1,8 +1,9 @@
-"""The names of ModelOpt's formats (``quant_algo``), the schemes of rotq that they stand for, and who loads them.
+"""The names of ModelOpt's formats (``quant_algo``), the schemes of rotq that they stand for, and
+who loads them.
 
-Torch-free. Names, keys and settings are those of ModelOpt 0.47's ``export_hf_checkpoint``. Who loads what was read from
-vLLM 0.33 (``model_executor/layers/quantization/modelopt.py``) and from ``get_quant_method`` in TensorRT-LLM's
-``_torch/modules/linear.py``; nothing was run in either.
+Torch-free. Names, keys and settings are those of ModelOpt 0.47's ``export_hf_checkpoint``. Who
+loads what was read from vLLM 0.33 (``model_executor/layers/quantization/modelopt.py``) and from
+``get_quant_method`` in TensorRT-LLM's ``_torch/modules/linear.py``; nothing was run in either.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Algorithm:
         weight: bits and type of the weights as ``config_groups`` has them.
         inputs: the same of the inputs; ``None``: not quantized.
         grouped: whether ``group_size`` is stated.
-        awq: whether it is stated that inputs are multiplied by a ``pre_quant_scale`` where there is one.
+        awq: whether it is stated that inputs are multiplied by a ``pre_quant_scale`` where there is
+            one.
         per_channel: whether the weights' ``strategy`` is stated.
         names_linears: whether a checkpoint of this format alone has ``config_groups``.
         readers: who loads it.
@@ -62,8 +64,14 @@ class Algorithm:
     def group(self, block: int | None) -> dict[str, Any]:
         """An entry of ``config_groups`` without its targets."""
         grouping = {"group_size": block} if self.grouped else {}
-        found = {} if self.inputs is None else {"input_activations": _numbers(*self.inputs) | grouping}
-        weights = _numbers(*self.weight) | grouping | ({"strategy": "channel"} if self.per_channel else {})
+        found = (
+            {} if self.inputs is None else {"input_activations": _numbers(*self.inputs) | grouping}
+        )
+        weights = (
+            _numbers(*self.weight)
+            | grouping
+            | ({"strategy": "channel"} if self.per_channel else {})
+        )
         return {**found, "weights": weights}
 
 
@@ -91,7 +99,9 @@ _ALGORITHMS: dict[LinearScheme, Algorithm] = {
     LinearScheme(_FP8, _FP8): Algorithm(
         "FP8", (8, "float"), (8, "float"), names_linears=True, readers=("vLLM", "TensorRT-LLM")
     ),
-    LinearScheme(TensorScheme(FLOAT8, PerChannel(0)), TensorScheme(FLOAT8, PerToken(), dynamic=True)): Algorithm(
+    LinearScheme(
+        TensorScheme(FLOAT8, PerChannel(0)), TensorScheme(FLOAT8, PerToken(), dynamic=True)
+    ): Algorithm(
         "FP8_PER_CHANNEL_PER_TOKEN",
         (8, "float"),
         (8, "float"),
@@ -99,7 +109,12 @@ _ALGORITHMS: dict[LinearScheme, Algorithm] = {
         readers=("vLLM", "TensorRT-LLM"),
     ),
     LinearScheme(_NVFP4, replace(_NVFP4, dynamic=True)): Algorithm(
-        "NVFP4", (4, "float"), (4, "float"), grouped=True, names_linears=True, readers=("vLLM", "TensorRT-LLM")
+        "NVFP4",
+        (4, "float"),
+        (4, "float"),
+        grouped=True,
+        names_linears=True,
+        readers=("vLLM", "TensorRT-LLM"),
     ),
     LinearScheme(_NVFP4, None): Algorithm(
         "W4A16_NVFP4", (4, "float"), None, grouped=True, names_linears=True, readers=("vLLM",)

@@ -1,4 +1,6 @@
-"""``hf_quant_config.json`` and the ``quantization_config`` of ``config.json``, as ModelOpt's export writes both."""
+"""``hf_quant_config.json`` and the ``quantization_config`` of ``config.json``, as ModelOpt's export
+writes both.
+"""
 
 from __future__ import annotations
 
@@ -55,14 +57,22 @@ def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     found: dict[str, Any] = _groups(_formats(model, names))
     if "quantized_layers" in quantization:
         found["quantized_layers"] = quantization["quantized_layers"]
-    found |= {"ignore": quantization.get("exclude_modules", []), "quant_algo": quantization["quant_algo"]}
+    found |= {
+        "ignore": quantization.get("exclude_modules", []),
+        "quant_algo": quantization["quant_algo"],
+    }
     if model.cache is not None:
         found["kv_cache_scheme"] = _CACHE_SCHEME
-    return {**config, "quantization_config": found | {"producer": _PRODUCER, "quant_method": "modelopt"}}
+    return {
+        **config,
+        "quantization_config": found | {"producer": _PRODUCER, "quant_method": "modelopt"},
+    }
 
 
 def _groups(layers: Mapping[str, _Format]) -> dict[str, Any]:
-    """``config_groups``: of one format that has them for all linears, of several by the modules of each."""
+    """``config_groups``: of one format that has them for all linears, of several by the modules of
+    each.
+    """
     members: dict[_Format, list[str]] = defaultdict(list)
     for name, found in layers.items():
         members[found].append(name)
@@ -81,13 +91,18 @@ def _groups(layers: Mapping[str, _Format]) -> dict[str, Any]:
 
 
 def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> tuple[str, str] | None:
-    """Why the experts of a layer, which have one entry in the settings, have no one format; else ``None``."""
+    """Why the experts of a layer, which have one entry in the settings, have no one format; else
+    ``None``.
+    """
     found: dict[str, LinearScheme] = {}
     for name, scheme in linears.items():
         module = _module(name, names)
         if found.setdefault(module, scheme) != scheme:
             return (
-                f"the experts '{module}' are quantized in several ways, and ModelOpt has one format for a layer's",
+                (
+                    f"the experts '{module}' are quantized in several ways, and ModelOpt has one"
+                    " format for a layer's"
+                ),
                 "give all experts the same --override",
             )
     return None
@@ -102,13 +117,17 @@ def _formats(model: QuantizedModel, names: Names) -> dict[str, _Format]:
 
 
 def _module(name: str, names: Names) -> str:
-    """What the settings call the linear ``name``: its module, or that of all experts of the layer."""
+    """What the settings call the linear ``name``: its module, or that of all experts of the
+    layer.
+    """
     parameter = names.parameter(name)
     return names.published(name if parameter is None else _container(parameter))
 
 
 def _floats(model: QuantizedModel, names: Names) -> list[str]:
-    """Modules whose weight is a matrix and is not quantized: linears, embeddings, routers, and experts as one."""
+    """Modules whose weight is a matrix and is not quantized: linears, embeddings, routers, and
+    experts as one.
+    """
     found = []
     for key, tensor in model.floats.items():
         if key in names.experts:
@@ -123,9 +142,11 @@ def _container(parameter: str) -> str:
 
 
 def _summarised(floats: Iterable[str], quantized: Sequence[str]) -> set[str]:
-    """``floats`` with ``a.b*`` or ``a.b.*`` in place of all that begins so, where nothing quantized does.
+    """``floats`` with ``a.b*`` or ``a.b.*`` in place of all that begins so, where nothing quantized
+    does.
 
-    The shortest prefix is taken, which ends before a dot; ``a.b*`` where nothing quantized begins with ``a.b`` at all.
+    The shortest prefix is taken, which ends before a dot; ``a.b*`` where nothing quantized begins
+    with ``a.b`` at all.
     """
 
     def pattern(name: str) -> str:

@@ -1,8 +1,9 @@
 """Bundles in ModelOpt's unified Hugging Face layout, for TensorRT-LLM and vLLM.
 
-Keys of linears are in :mod:`backends.safetensors.modelopt.tensors`. Everything else is as the Hugging Face model has
-it, but for GPT-2's Conv1D, which ModelOpt turns to ``[out, in]`` whether it is quantized or not. A quantized cache has
-``{attention}.k_proj.k_scale`` and ``{attention}.v_proj.v_scale``, float32 ``[]``.
+Keys of linears are in :mod:`backends.safetensors.modelopt.tensors`. Everything else is as the
+Hugging Face model has it, but for GPT-2's Conv1D, which ModelOpt turns to ``[out, in]`` whether it
+is quantized or not. A quantized cache has ``{attention}.k_proj.k_scale`` and
+``{attention}.v_proj.v_scale``, float32 ``[]``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class ModelOptLayout:
 
     target = "modelopt"
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+    ) -> tuple[str, str] | None:
         """See :meth:`backends.base.Backend.model_refusal`."""
         names = Names.of(config)
         table, apart = names.quantized_table(linears), names.experts_apart(linears)
@@ -46,7 +49,10 @@ class ModelOptLayout:
             )
         if apart is not None:
             return (
-                f"ModelOpt's layout has all experts in one format, and those of '{apart}' are left in float",
+                (
+                    f"ModelOpt's layout has all experts in one format, and those of '{apart}' are"
+                    " left in float"
+                ),
                 "quantize all experts, or none",
             )
         return mixed_experts(linears, names) or block_refusal(config, linears, _short_blocks)
@@ -73,17 +79,24 @@ class ModelOptLayout:
             for layer, key_scale in model.cache.key_scale.items():
                 scales = (key_scale, model.cache.value_scale[layer])
                 for key, scale in zip(_cache_keys(names, layer), scales, strict=True):
-                    yield Entry(key, "scale", torch.float32, (), scale.float().reshape(()).contiguous)
+                    yield Entry(
+                        key, "scale", torch.float32, (), scale.float().reshape(()).contiguous
+                    )
 
     def files(self, model: QuantizedModel) -> Mapping[str, str]:
-        """``config.json`` with a ``quantization_config``, and ``hf_quant_config.json``; errors as :meth:`entries`."""
+        """``config.json`` with a ``quantization_config``, and ``hf_quant_config.json``; errors as
+        :meth:`entries`.
+        """
         names = Names.of(model.config)
         written, config = quant_config(model, names), with_quantization(model, names)
         files = {"config.json": _json(config)}
         return files | ({"hf_quant_config.json": _json(written)} if written else {})
 
     def linears(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, QuantizedLinear]:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names = Names.of(config)
@@ -92,21 +105,36 @@ class ModelOptLayout:
         for name, description in described.items():
             rows = []
             for module in names.modules(name):
-                stored = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
+                stored = {
+                    part: tensors[f"{module}.{part}"]
+                    for part in PARTS
+                    if f"{module}.{part}" in tensors
+                }
                 rows.append(linear_from(name, description, stored, dtype))
             found[name] = joined(rows)
         return found
 
     def floats(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, Tensor]:
         """See :meth:`backends.safetensors.layout.Layout.floats`."""
         names = Names.of(config)
-        skipped = {f"{module}.{part}" for name in described for module in names.modules(name) for part in PARTS}
+        skipped = {
+            f"{module}.{part}"
+            for name in described
+            for module in names.modules(name)
+            for part in PARTS
+        }
         for layer in range(names.architecture.dimensions(names.config).layers):
             skipped.update(_cache_keys(names, layer))
         found = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
-        return {key: tensor.T.contiguous() if _turned(key, names) else tensor for key, tensor in found.items()}
+        return {
+            key: tensor.T.contiguous() if _turned(key, names) else tensor
+            for key, tensor in found.items()
+        }
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -115,7 +143,10 @@ class ModelOptLayout:
         names = Names.of(config)
         dtype = _dtype(tensors)
         keys, values = (
-            {layer: tensors[_cache_keys(names, layer)[part]].to(dtype) for layer in described["layers"]}
+            {
+                layer: tensors[_cache_keys(names, layer)[part]].to(dtype)
+                for layer in described["layers"]
+            }
             for part in (0, 1)
         )
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
@@ -126,16 +157,22 @@ def _short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str
     if size is None or width % size == 0:
         return None
     return (
-        f"blocks of {size} do not divide the {width} input features of '{name}', and ModelOpt has no short blocks",
-        "choose a --block-size that divides them, where the format leaves a choice, or leave the linear in float with "
-        f"--override '{name}=float'",
+        (
+            f"blocks of {size} do not divide the {width} input features of '{name}', and ModelOpt"
+            " has no short blocks"
+        ),
+        (
+            "choose a --block-size that divides them, where the format leaves a choice, or leave"
+            f" the linear in float with --override '{name}=float'"
+        ),
     )
 
 
 def _check(model: QuantizedModel) -> None:
     if model.cache is not None and not model.linears:
         raise BackendError(
-            "ModelOpt's layout has no name for a quantized KV cache with float linears, and vLLM 0.33 fails on it",
+            "ModelOpt's layout has no name for a quantized KV cache with float linears, and vLLM"
+            " 0.33 fails on it",
             hint="quantize the linears as well, or leave --kv out",
         )
     for kind in model.rotations.kinds():
@@ -145,7 +182,8 @@ def _check(model: QuantizedModel) -> None:
 
 
 def _merged(model: QuantizedModel, names: Names) -> dict[str, list[QuantizedLinear]]:
-    """By linear, those that readers make one matrix of: all that read the residual stream within one module.
+    """By linear, those that readers make one matrix of: all that read the residual stream within
+    one module.
 
     An expert's gate and up are one linear here as well.
     """
@@ -163,7 +201,13 @@ def _group(name: str, names: Names) -> str:
 
 def _float(key: str, tensor: Tensor, *, turned: bool) -> Entry:
     shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
-    return Entry(key, "float weight", tensor.dtype, shape, lambda: (tensor.T if turned else tensor).contiguous())
+    return Entry(
+        key,
+        "float weight",
+        tensor.dtype,
+        shape,
+        lambda: (tensor.T if turned else tensor).contiguous(),
+    )
 
 
 def _turned(key: str, names: Names) -> bool:

@@ -1,19 +1,20 @@
 """The tensors of one linear in ModelOpt's unified layout, and back.
 
-    weight            int8 or float8_e4m3fn [out, in]
-                      INT4: uint8 [out / 2, in], byte_{ji} = (q_{2j,i} & 15) | (q_{2j+1,i} & 15) << 4
-                      NVFP4: uint8 [out, in / 2], byte_{oj} = c_{o,2j} | c_{o,2j+1} << 4
-    weight_scale      float32 [out], [] or [out, in / block]; NVFP4: float8_e4m3fn; MXFP8: uint8, 127 + log2(s)
-    weight_scale_2    float32 []: NVFP4's second level; for W4A8_AWQ max |w| / 448 over the linears that readers merge
-    input_scale       float32 []: s; NVFP4: amax / (6 * 448)
-    pre_quant_scale   [in], dtype of the model: ones, for AWQ where readers merge nothing
-    bias              [out]
+    weight            int8 or float8_e4m3fn [out, in] INT4: uint8 [out / 2, in], byte_{ji} =
+                      (q_{2j,i} & 15) | (q_{2j+1,i} & 15) << 4 NVFP4: uint8 [out, in / 2], byte_{oj}
+                      = c_{o,2j} | c_{o,2j+1} << 4
+    weight_scale      float32 [out], [] or [out, in / block]; NVFP4: float8_e4m3fn; MXFP8: uint8,
+    127 + log2(s) weight_scale_2    float32 []: NVFP4's second level; for W4A8_AWQ max |w| / 448
+    over the linears that readers merge input_scale       float32 []: s; NVFP4: amax / (6 * 448)
+    pre_quant_scale   [in], dtype of the model: ones, for AWQ where readers merge nothing bias
+    [out]
 
-Scales are the artifact's in float32, whatever the model's dtype: nothing is rounded, so all comes back to the last bit.
+Scales are the artifact's in float32, whatever the model's dtype: nothing is rounded, so all comes
+back to the last bit.
 
-W4A8_AWQ's second scale is no factor of the others: a reader divides the INT4 scales by it to have weights within FP8's
-range. TensorRT-LLM asks for a ``pre_quant_scale`` where it merges nothing, because ModelOpt's AWQ always leaves one
-there; rotq's smoothing is folded, so its own is one.
+W4A8_AWQ's second scale is no factor of the others: a reader divides the INT4 scales by it to have
+weights within FP8's range. TensorRT-LLM asks for a ``pre_quant_scale`` where it merges nothing,
+because ModelOpt's AWQ always leaves one there; rotq's smoothing is folded, so its own is one.
 """
 
 from __future__ import annotations
@@ -47,13 +48,17 @@ def format_of(linear: QuantizedLinear) -> Algorithm:
     found = algorithm_of(LinearScheme(linear.weight_scheme, linear.input_scheme))
     if found is None:
         raise BackendError(
-            f"ModelOpt has no format for '{linear.name}'", hint="`rotq backends` says which schemes each target takes"
+            f"ModelOpt has no format for '{linear.name}'",
+            hint="`rotq backends` says which schemes each target takes",
         )
     if linear.weight_order is not None:
         raise BackendError(
-            f"the blocks of '{linear.name}' follow an order of the input features of their own (GPTQ's act-order), "
-            "and ModelOpt's have none",
-            hint="leave static_groups on: groups of neighbouring input features, as in --weight-algorithm gptq",
+            f"the blocks of '{linear.name}' follow an order of the input features of their own"
+            " (GPTQ's act-order), and ModelOpt's have none",
+            hint=(
+                "leave static_groups on: groups of neighbouring input features, as in"
+                " --weight-algorithm gptq"
+            ),
         )
     rows = linear.weight.shape[0]
     if linear.weight_scheme.format == INT4 and rows % 2:
@@ -81,12 +86,18 @@ def entries_of(
     algorithm = format_of(linear)
 
     def entry(
-        part: str, kind: ContentKind, form: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]
+        part: str,
+        kind: ContentKind,
+        form: torch.dtype,
+        shape: tuple[int, ...],
+        read: Callable[[], Tensor],
     ) -> Entry:
         return Entry(f"{module}.{part}", kind, form, shape, read)
 
     def scale(part: str, source: Tensor) -> Entry:
-        return entry(part, "scale", torch.float32, tuple(source.shape), lambda: source.float().contiguous())
+        return entry(
+            part, "scale", torch.float32, tuple(source.shape), lambda: source.float().contiguous()
+        )
 
     yield entry("weight", "quantized weight", *_weight(linear))
     yield entry("weight_scale", "scale", *_scales(linear))
@@ -98,9 +109,17 @@ def entries_of(
         yield scale("input_scale", linear.input_scale.reshape(()))
     if algorithm.awq and len(merged) == 1:
         width = (linear.weight.shape[1],)
-        yield entry("pre_quant_scale", "scale", dtype, width, partial(torch.ones, width, dtype=dtype))
+        yield entry(
+            "pre_quant_scale", "scale", dtype, width, partial(torch.ones, width, dtype=dtype)
+        )
     if linear.bias is not None:
-        yield entry("bias", "float weight", linear.bias.dtype, tuple(linear.bias.shape), linear.bias.contiguous)
+        yield entry(
+            "bias",
+            "float weight",
+            linear.bias.dtype,
+            tuple(linear.bias.shape),
+            linear.bias.contiguous,
+        )
 
 
 def linear_from(
@@ -118,7 +137,9 @@ def linear_from(
         KeyError: a tensor is missing.
     """
     scheme = tensor_scheme_from_dict(dict(described["weight"]))
-    given = None if described["input"] is None else tensor_scheme_from_dict(dict(described["input"]))
+    given = (
+        None if described["input"] is None else tensor_scheme_from_dict(dict(described["input"]))
+    )
     seen = None
     if given is not None and given.needs_calibration:
         seen = tensors["input_scale"].to(torch.float32 if given.scale_format == "e4m3" else dtype)
@@ -143,15 +164,25 @@ def _weight(linear: QuantizedLinear) -> _Content:
     weight, (rows, columns) = linear.weight, linear.weight.shape
     if linear.weight_scheme.format == INT4:
         shape = (rows // 2, columns)
-        return torch.uint8, shape, partial(in_parts, rows // 2, shape, torch.uint8, partial(_pairs_of_rows, weight))
+        return (
+            torch.uint8,
+            shape,
+            partial(in_parts, rows // 2, shape, torch.uint8, partial(_pairs_of_rows, weight)),
+        )
     if linear.weight_scheme.format == FLOAT4:
         shape = (rows, columns // 2)
-        return torch.uint8, shape, partial(in_parts, rows, shape, torch.uint8, lambda part: pack_nibbles(weight[part]))
+        return (
+            torch.uint8,
+            shape,
+            partial(in_parts, rows, shape, torch.uint8, lambda part: pack_nibbles(weight[part])),
+        )
     return weight.dtype, (rows, columns), weight.contiguous
 
 
 def _pairs_of_rows(weight: Tensor, part: slice) -> Tensor:
-    low, high = (weight[2 * part.start + offset : 2 * part.stop : 2].view(torch.uint8) for offset in (0, 1))
+    low, high = (
+        weight[2 * part.start + offset : 2 * part.stop : 2].view(torch.uint8) for offset in (0, 1)
+    )
     return (low & 0x0F) | (high << 4)
 
 
@@ -160,7 +191,8 @@ def _unpacked(stored: Tensor, scheme: TensorScheme) -> Tensor:
         return unpack_nibbles(stored)
     if scheme.format != INT4:
         return stored
-    rows = torch.stack([stored << 4, stored & 0xF0], dim=1).flatten(0, 1)  # each value in the high half of its byte
+    # each value in the high half of its byte
+    rows = torch.stack([stored << 4, stored & 0xF0], dim=1).flatten(0, 1)
     return rows.view(torch.int8) >> 4  # which this brings down with its sign
 
 
@@ -175,7 +207,9 @@ def _scales(linear: QuantizedLinear) -> _Content:
 
 
 def _exponents(scale: Tensor) -> Tensor:
-    """``127 + k`` of powers of two ``2^k``, uint8; by ``frexp``, ``2^k = 2^(k + 1) / 2``, exactly."""
+    """``127 + k`` of powers of two ``2^k``, uint8; by ``frexp``, ``2^k = 2^(k + 1) / 2``,
+    exactly.
+    """
     return (torch.frexp(scale.float()).exponent + (_EXPONENT_BIAS - 1)).to(torch.uint8).contiguous()
 
 

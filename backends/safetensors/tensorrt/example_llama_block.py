@@ -1,12 +1,14 @@
-"""Example: one decoder layer of a rotated, quantized Llama, from a ``tensorrt`` bundle to an engine, and its run.
+"""Example: one decoder layer of a rotated, quantized Llama, from a ``tensorrt`` bundle to an
+engine, and its run.
 
     from backends.safetensors.tensorrt.example_llama_block import build_block, run_block
 
-    plan = build_block("bundle", layer=0, tokens=128, capabilities=("SM86", "SM89"))  # with tensorrt_rtx, no GPU needed
-    y = run_block(plan, x)                                                            # on a GPU
+    plan = build_block("bundle", layer=0, tokens=128, capabilities=("SM86", "SM89"))  # with
+    tensorrt_rtx, no GPU needed y = run_block(plan, x)
+    # on a GPU
 
-The layer takes hidden states ``[T, D]`` of the rotated stream in the bundle's dtype and returns them. T = tokens,
-D = model width, H = query heads, K = key and value heads, d = head width.
+The layer takes hidden states ``[T, D]`` of the rotated stream in the bundle's dtype and returns
+them. T = tokens, D = model width, H = query heads, K = key and value heads, d = head width.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def build_block(
         folder: a ``tensorrt`` bundle of a Llama, Mistral or Qwen2 model.
         layer: which one.
         tokens: length of the sequence.
-        capabilities: GPUs to build for (``SM86``, ``SM89``, ``SM120``), with ``tensorrt_rtx`` whether there is one or
-            not; by default the one at hand.
+        capabilities: GPUs to build for (``SM86``, ``SM89``, ``SM120``), with ``tensorrt_rtx``
+            whether there is one or not; by default the one at hand.
         refit: let weights be changed later; needs a GPU.
         trt: ``tensorrt`` or ``tensorrt_rtx``; by default the one that is installed.
 
@@ -56,14 +58,16 @@ def build_block(
         The serialized engine.
 
     Raises:
-        BackendError: the bundle is damaged or of another model, or TensorRT cannot build it; its log says why.
+        BackendError: the bundle is damaged or of another model, or TensorRT cannot build it; its
+            log says why.
     """
     weights = open_weights(folder, trt)
     trt = weights.trt
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(_strongly_typed(trt))
-    block = add_block(network, weights, layer=layer, tokens=tokens)  # holds what TensorRT does not copy
+    # holds what TensorRT does not copy
+    block = add_block(network, weights, layer=layer, tokens=tokens)
     config = builder.create_builder_config()
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
@@ -75,14 +79,16 @@ def build_block(
     del block
     if plan is None:
         raise BackendError(
-            f"TensorRT cannot build layer {layer} of '{folder}' for {', '.join(capabilities) or 'this GPU'}",
+            f"TensorRT cannot build layer {layer} of '{folder}' for"
+            f" {', '.join(capabilities) or 'this GPU'}",
             hint="its log says why; float8 and MXFP8 need SM89, NVFP4 needs SM120",
         )
     return bytes(plan)
 
 
 def add_block(network: Any, weights: BundleWeights, *, layer: int, tokens: int) -> NetworkBuilder:
-    """Add input, decoder layer and output to an empty network; the arguments of :func:`build_block`.
+    """Add input, decoder layer and output to an empty network; the arguments of
+    :func:`build_block`.
 
     Returns:
         What holds the memory of constants; keep it until the engine is built.
@@ -90,7 +96,9 @@ def add_block(network: Any, weights: BundleWeights, *, layer: int, tokens: int) 
     config, _ = source_model(weights.bundle.manifest.config)
     refusal = _refusal(config, layer)
     if refusal is not None:
-        raise BackendError(refusal, hint="write yours with backends.safetensors.tensorrt.network.NetworkBuilder")
+        raise BackendError(
+            refusal, hint="write yours with backends.safetensors.tensorrt.network.NetworkBuilder"
+        )
     block = _Block(NetworkBuilder(network, weights), layer, tokens)
     x = network.add_input("hidden_states", block.net.dtype, (tokens, block.config.hidden_size))
     x = block.net.binary("SUM", x, block.attention(block.norm(x, "input_layernorm")))
@@ -112,7 +120,9 @@ def run_block(plan: bytes, x: Tensor, trt: Any = None) -> Tensor:
         RuntimeMissing: there is no CUDA device.
     """
     if not torch.cuda.is_available():
-        raise RuntimeMissing("an engine runs on a GPU, and there is none", hint="build here, run there")
+        raise RuntimeMissing(
+            "an engine runs on a GPU, and there is none", hint="build here, run there"
+        )
     trt = trt or tensorrt_module()
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
     context = engine.create_execution_context()
@@ -130,11 +140,17 @@ def run_block(plan: bytes, x: Tensor, trt: Any = None) -> Tensor:
 def _refusal(config: Any, layer: int) -> str | None:
     """Why this example does not build a layer of a model, if so."""
     if config.model_type not in _MODEL_TYPES:
-        return f"this example builds layers of {', '.join(_MODEL_TYPES)} models, not of '{config.model_type}'"
+        return (
+            f"this example builds layers of {', '.join(_MODEL_TYPES)} models, not of"
+            f" '{config.model_type}'"
+        )
     if config.hidden_act != "silu":
         return f"this example builds MLPs with silu, not with '{config.hidden_act}'"
     if (config.rope_parameters or {}).get("rope_type", "default") in _VARYING_ROPE:
-        return "this example has constant rotary frequencies, and those of this model change with the sequence"
+        return (
+            "this example has constant rotary frequencies, and those of this model change with the"
+            " sequence"
+        )
     if not 0 <= layer < config.num_hidden_layers:
         return f"the model has layers 0 to {config.num_hidden_layers - 1}, and no layer {layer}"
     return None
@@ -155,11 +171,17 @@ class _Block:
         """``x / rms(x) g`` in float32."""
         net, trt = self.net, self.net.trt
         wide = net.cast(x, trt.DataType.FLOAT)
-        mean = net.network.add_reduce(net.binary("PROD", wide, wide), trt.ReduceOperation.AVG, 1 << 1, True)
+        mean = net.network.add_reduce(
+            net.binary("PROD", wide, wide), trt.ReduceOperation.AVG, 1 << 1, True
+        )
         eps = net.array(np.full((1, 1), self.config.rms_norm_eps, np.float32), trt.DataType.FLOAT)
-        root = net.network.add_unary(net.binary("SUM", mean.get_output(0), eps), trt.UnaryOperation.SQRT)
+        root = net.network.add_unary(
+            net.binary("SUM", mean.get_output(0), eps), trt.UnaryOperation.SQRT
+        )
         scaled = net.cast(net.binary("DIV", wide, root.get_output(0)), net.dtype)
-        return net.binary("PROD", scaled, net.constant(f"{self.prefix}.{name}.weight", (1, self.sizes.hidden)))
+        return net.binary(
+            "PROD", scaled, net.constant(f"{self.prefix}.{name}.weight", (1, self.sizes.hidden))
+        )
 
     def attention(self, x: Any) -> Any:
         """Causal attention over grouped heads ``[K, H / K, T, d]``."""
@@ -167,7 +189,9 @@ class _Block:
         query = self._heads(net.linear(x, f"{self.prefix}.self_attn.q_proj"), sizes.heads)
         key = self._heads(net.linear(x, f"{self.prefix}.self_attn.k_proj"), sizes.kv_heads)
         value = self._heads(net.linear(x, f"{self.prefix}.self_attn.v_proj"), sizes.kv_heads)
-        scores = net.cast(net.matmul(self._rope(query), self._rope(key), transposed=True), net.trt.DataType.FLOAT)
+        scores = net.cast(
+            net.matmul(self._rope(query), self._rope(key), transposed=True), net.trt.DataType.FLOAT
+        )
         scale = np.full((1, 1, 1, 1), sizes.head_dim**-0.5, np.float32)
         scores = net.binary("PROD", scores, net.array(scale, net.trt.DataType.FLOAT))
         scores = net.binary("SUM", scores, net.array(self._mask(), net.trt.DataType.FLOAT))
@@ -185,12 +209,19 @@ class _Block:
         gate = net.linear(x, f"{self.prefix}.mlp.gate_proj")
         sigmoid = net.network.add_activation(gate, net.trt.ActivationType.SIGMOID).get_output(0)
         up = net.linear(x, f"{self.prefix}.mlp.up_proj")
-        return net.linear(net.binary("PROD", net.binary("PROD", gate, sigmoid), up), f"{self.prefix}.mlp.down_proj")
+        return net.linear(
+            net.binary("PROD", net.binary("PROD", gate, sigmoid), up),
+            f"{self.prefix}.mlp.down_proj",
+        )
 
     def _heads(self, x: Any, count: int) -> Any:
-        """``[T, count d]`` to ``[K, count / K, T, d]``; query head ``k H / K + g`` belongs to key head ``k``."""
+        """``[T, count d]`` to ``[K, count / K, T, d]``; query head ``k H / K + g`` belongs to key
+        head ``k``.
+        """
         kv_heads, width = self.sizes.kv_heads, self.sizes.head_dim
-        return self.net.reshape(x, (self.tokens, kv_heads, count // kv_heads, width), permuted=(1, 2, 0, 3))
+        return self.net.reshape(
+            x, (self.tokens, kv_heads, count // kv_heads, width), permuted=(1, 2, 0, 3)
+        )
 
     def _rope(self, x: Any) -> Any:
         """``x cos + x P sin`` where ``P`` takes ``(x1, x2)`` to ``(-x2, x1)``."""
@@ -212,13 +243,17 @@ class _Block:
         return net.binary("SUM", net.binary("PROD", x, cosines), net.binary("PROD", turned, sines))
 
     def _mask(self) -> Any:
-        """0 where a token sees another, else a score that vanishes in the softmax; float32 ``[1, 1, T, T]``."""
+        """0 where a token sees another, else a score that vanishes in the softmax; float32 ``[1, 1,
+        T, T]``.
+        """
         back = np.arange(self.tokens)[:, None] - np.arange(self.tokens)[None]
         window = sliding_window(self.config, self.layer) or self.tokens
         return np.where((back >= 0) & (back < window), 0, _HIDDEN).astype(np.float32)[None, None]
 
 
 def _strongly_typed(trt: Any) -> int:
-    """Flags of ``create_network``; newer TensorRT knows no other kind of network, and no flag for it."""
+    """Flags of ``create_network``; newer TensorRT knows no other kind of network, and no flag for
+    it.
+    """
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)

@@ -1,9 +1,11 @@
-"""Keys and packing of a ``tensorrt`` bundle: what a network built with TensorRT's Python API takes as constants.
+"""Keys and packing of a ``tensorrt`` bundle: what a network built with TensorRT's Python API takes
+as constants.
 
     {linear}.weight           [in, out], so that ``x W`` needs no transpose: int8, float8_e4m3fn;
-                              int4 and E2M1 packed as :mod:`backends.safetensors.tensorrt.packing` says, uint8
-    {linear}.weight_scale     [out], [] or [in / block, out]: dtype of the model; NVFP4 float8_e4m3fn;
-                              MXFP8 float8_e8m0fnu
+                              int4 and E2M1 packed as :mod:`backends.safetensors.tensorrt.packing`
+                              says, uint8
+    {linear}.weight_scale     [out], [] or [in / block, out]: dtype of the model; NVFP4
+                              float8_e4m3fn; MXFP8 float8_e8m0fnu
     {linear}.weight_scale_2   []: float32, the factor of NVFP4's scales
     {linear}.input_scale      []: dtype of the model; NVFP4 float32
     {linear}.input_order      [in] where scales follow another order of the input features; int32
@@ -12,10 +14,11 @@
     {attention}.k_scale, {attention}.v_scale      [] where the KV cache is quantized, and
     {attention}.rotation.*    where its keys are rotated
 
-Linears left in float are ``[in, out]`` as well. An embedding is ``[vocabulary, width]``, its scales by row. Everything
-else is as the Hugging Face model has it, under its key there.
+Linears left in float are ``[in, out]`` as well. An embedding is ``[vocabulary, width]``, its scales
+by row. Everything else is as the Hugging Face model has it, under its key there.
 
-``[in, out]`` because INT8 inputs with INT4 weights do not build in TensorRT-RTX 1.7.1 with a transposed weight.
+``[in, out]`` because INT8 inputs with INT4 weights do not build in TensorRT-RTX 1.7.1 with a
+transposed weight.
 """
 
 from __future__ import annotations
@@ -45,7 +48,11 @@ from calib.schemes import FLOAT4, INT4, LinearScheme, PerBlock, tensor_scheme_fr
 
 _PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", "input_order", "bias")
 _PACKED = (INT4, FLOAT4)
-_SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "e8m0-floor": torch.float8_e8m0fnu}
+_SCALE_DTYPES = {
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.float8_e8m0fnu,
+    "e8m0-floor": torch.float8_e8m0fnu,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ class TensorRTLayout:
 
     target = "tensorrt"
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+    ) -> tuple[str, str] | None:
         """Blocks that do not fit; whoever builds the network builds any model."""
         return block_refusal(config, linears, uneven)
 
@@ -85,13 +94,17 @@ class TensorRTLayout:
         for key, tensor in model.floats.items():
             flip = key in names.upright
             shape = tuple(reversed(tensor.shape)) if flip else tuple(tensor.shape)
-            yield Entry(key, "float weight", tensor.dtype, shape, _float_reader(model.floats, key, flip))
+            yield Entry(
+                key, "float weight", tensor.dtype, shape, _float_reader(model.floats, key, flip)
+            )
         for linear in model.linears.values():
             yield from _linear_entries(linear, linear.name not in names.tables)
         if model.cache is not None:
             for layer, scale in model.cache.key_scale.items():
                 yield _held(f"{names.attentions[layer]}.k_scale", "scale", scale)
-                yield _held(f"{names.attentions[layer]}.v_scale", "scale", model.cache.value_scale[layer])
+                yield _held(
+                    f"{names.attentions[layer]}.v_scale", "scale", model.cache.value_scale[layer]
+                )
         yield from rotation_entries(model)
 
     def files(self, model: QuantizedModel) -> Mapping[str, str]:
@@ -99,21 +112,35 @@ class TensorRTLayout:
         return {}
 
     def linears(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, QuantizedLinear]:
         """See :class:`~backends.safetensors.layout.Layout`."""
         tables = _Names.of(config).tables
-        return {name: _read_linear(name, tensors, entry, name not in tables) for name, entry in described.items()}
+        return {
+            name: _read_linear(name, tensors, entry, name not in tables)
+            for name, entry in described.items()
+        }
 
     def floats(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, Tensor]:
         """See :class:`~backends.safetensors.layout.Layout`."""
         names = _Names.of(config)
         taken = {f"{name}.{part}" for name in described for part in _PARTS}
-        taken |= {f"{attention}.{part}_scale" for attention in names.attentions.values() for part in "kv"}
+        taken |= {
+            f"{attention}.{part}_scale" for attention in names.attentions.values() for part in "kv"
+        }
         keys = [key for key in tensors if key not in taken and not is_rotation_key(key)]
-        return {key: tensors[key].T.contiguous() if key in names.upright else tensors[key] for key in keys}
+        return {
+            key: tensors[key].T.contiguous() if key in names.upright else tensors[key]
+            for key in keys
+        }
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -121,13 +148,16 @@ class TensorRTLayout:
         """See :class:`~backends.safetensors.layout.Layout`."""
         attentions = _Names.of(config).attentions
         keys, values = (
-            {layer: tensors[f"{attentions[layer]}.{part}_scale"] for layer in described["layers"]} for part in "kv"
+            {layer: tensors[f"{attentions[layer]}.{part}_scale"] for layer in described["layers"]}
+            for part in "kv"
         )
         return QuantizedCache(tensor_scheme_from_dict(described["scheme"]), keys, values)
 
 
 def unpacked_shape(nbytes: int, scales: Sequence[int], flip: bool) -> tuple[int, int]:
-    """Shape of a packed weight, which is in blocks, from that of its scales; ``flip``: ``[in, out]``."""
+    """Shape of a packed weight, which is in blocks, from that of its scales; ``flip``: ``[in,
+    out]``.
+    """
     out = scales[1 if flip else 0]
     width = 2 * nbytes // out
     return (width, out) if flip else (out, width)
@@ -146,16 +176,25 @@ def _linear_entries(linear: QuantizedLinear, flip: bool) -> Iterator[Entry]:
         return (tensor.T if flip else tensor).contiguous()
 
     def packed_weight() -> Tensor:
-        if not flip or out % 2:  # a stored row that ends in the middle of a byte runs on into the next
+        # a stored row that ends in the middle of a byte runs on into the next
+        if not flip or out % 2:
             return pack(oriented(linear.weight))
         pairs = (width, out // 2)
-        return in_parts(out // 2, pairs, torch.uint8, lambda part: _pairs(linear.weight, part).T, axis=1).reshape(-1)
+        return in_parts(
+            out // 2, pairs, torch.uint8, lambda part: _pairs(linear.weight, part).T, axis=1
+        ).reshape(-1)
 
     if scheme.format in _PACKED:
         packed = (packed_size(out * width),)
         yield Entry(f"{name}.weight", "quantized weight", torch.uint8, packed, packed_weight)
     else:
-        yield Entry(f"{name}.weight", "quantized weight", linear.weight.dtype, stored, lambda: oriented(linear.weight))
+        yield Entry(
+            f"{name}.weight",
+            "quantized weight",
+            linear.weight.dtype,
+            stored,
+            lambda: oriented(linear.weight),
+        )
     scale = linear.weight_scale
     if isinstance(scheme.granularity, PerBlock):
         dtype = _SCALE_DTYPES.get(scheme.scale_format, scale.dtype)
@@ -163,7 +202,11 @@ def _linear_entries(linear: QuantizedLinear, flip: bool) -> Iterator[Entry]:
         count = width // even_block(name, width, scheme)
         shape = (count, out) if flip else (out, count)
         yield Entry(
-            f"{name}.weight_scale", "scale", dtype, shape, lambda: oriented(even_scales(scale, width, size).to(dtype))
+            f"{name}.weight_scale",
+            "scale",
+            dtype,
+            shape,
+            lambda: oriented(even_scales(scale, width, size).to(dtype)),
         )
     else:
         yield _held(f"{name}.weight_scale", "scale", scale)
@@ -178,7 +221,9 @@ def _linear_entries(linear: QuantizedLinear, flip: bool) -> Iterator[Entry]:
 
 
 def _pairs(weight: Tensor, part: slice) -> Tensor:
-    """Two neighbouring rows each of codes ``[out, in]`` in one of bytes, ``[pairs, in]``; turned, they are packed."""
+    """Two neighbouring rows each of codes ``[out, in]`` in one of bytes, ``[pairs, in]``; turned,
+    they are packed.
+    """
     rows = weight[2 * part.start : 2 * part.stop].view(torch.uint8)
     return (rows[0::2] & 0xF) | (rows[1::2] << 4)
 
@@ -187,14 +232,22 @@ def _held(key: str, kind: ContentKind, tensor: Tensor) -> Entry:
     return Entry(key, kind, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
 
-def _read_linear(name: str, tensors: Mapping[str, Tensor], described: Mapping[str, Any], flip: bool) -> QuantizedLinear:
+def _read_linear(
+    name: str, tensors: Mapping[str, Tensor], described: Mapping[str, Any], flip: bool
+) -> QuantizedLinear:
     scheme = tensor_scheme_from_dict(described["weight"])
     weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
     if isinstance(scheme.granularity, PerBlock):
         if scheme.format in _PACKED:
-            weight = unpack(weight, unpacked_shape(weight.numel(), scale.shape, flip), signed=scheme.format == INT4)
+            weight = unpack(
+                weight,
+                unpacked_shape(weight.numel(), scale.shape, flip),
+                signed=scheme.format == INT4,
+            )
         width = weight.shape[0 if flip else 1]
-        scale = original_scales(scale.T if flip else scale, width, scheme.granularity.size).contiguous()
+        scale = original_scales(
+            scale.T if flip else scale, width, scheme.granularity.size
+        ).contiguous()
         scale = scale if scheme.scale_format == "compute" else scale.float()
     order = tensors.get(f"{name}.input_order")
     return QuantizedLinear(
@@ -203,7 +256,9 @@ def _read_linear(name: str, tensors: Mapping[str, Tensor], described: Mapping[st
         weight_scale=scale,
         weight_scheme=scheme,
         bias=tensors.get(f"{name}.bias"),
-        input_scheme=None if described["input"] is None else tensor_scheme_from_dict(described["input"]),
+        input_scheme=None
+        if described["input"] is None
+        else tensor_scheme_from_dict(described["input"]),
         input_scale=tensors.get(f"{name}.input_scale"),
         online_rotation=described["online_rotation"],
         weight_second_scale=tensors.get(f"{name}.weight_scale_2"),

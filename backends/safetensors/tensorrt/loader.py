@@ -1,7 +1,9 @@
-"""The tensors of a ``tensorrt`` bundle as TensorRT's weights: filling a network, refitting an engine.
+"""The tensors of a ``tensorrt`` bundle as TensorRT's weights: filling a network, refitting an
+engine.
 
-Networks and engines name their weights; here the names are the bundle's keys. Everything is compared before the first
-weight is set. TensorRT does not copy what it is given: a :class:`BundleWeights` has to live until the engine is built.
+Networks and engines name their weights; here the names are the bundle's keys. Everything is
+compared before the first weight is set. TensorRT does not copy what it is given: a
+:class:`BundleWeights` has to live until the engine is built.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def tensorrt_module() -> Any:
             return import_module(name)
         except ImportError:
             continue
-    raise RuntimeMissing("neither tensorrt nor tensorrt_rtx is installed", hint="pip install tensorrt-rtx")
+    raise RuntimeMissing(
+        "neither tensorrt nor tensorrt_rtx is installed", hint="pip install tensorrt-rtx"
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Form:
 
 @dataclass(frozen=True)
 class Scales:
-    """What the Q/DQ layers of one linear take, as :mod:`backends.safetensors.tensorrt.layout` has it."""
+    """What the Q/DQ layers of one linear take, as :mod:`backends.safetensors.tensorrt.layout` has
+    it.
+    """
 
     weight: Tensor
     weight_second: Tensor | None
@@ -108,7 +114,9 @@ class BundleWeights:
         """
         self.bundle.manifest.linears[linear]
         tensors = self.bundle.tensors
-        second, given = (tensors.get(f"{linear}.{part}") for part in ("weight_scale_2", "input_scale"))
+        second, given = (
+            tensors.get(f"{linear}.{part}") for part in ("weight_scale_2", "input_scale")
+        )
         return Scales(tensors[f"{linear}.weight_scale"], second, given)
 
 
@@ -130,16 +138,18 @@ def open_weights(folder: Path | str, trt: Any = None) -> BundleWeights:
 def fill_network(network: Any, weights: BundleWeights, *, partial: bool = False) -> None:
     """Set the weights of every constant layer of ``network`` whose name is a key of the bundle.
 
-    A constant under another name is the network's own if it has values, and lacks them if it has none.
+    A constant under another name is the network's own if it has values, and lacks them if it has
+    none.
 
     Args:
-        network: a ``trt.INetworkDefinition`` with a constant layer for each tensor, of its dtype and shape.
+        network: a ``trt.INetworkDefinition`` with a constant layer for each tensor, of its dtype
+            and shape.
         weights: the bundle; it must live until the engine is built.
         partial: the network may lack constants, as that of a single block does.
 
     Raises:
-        BackendError: naming every constant that is missing, has no tensor, or is of another dtype or shape. The network
-            is as it was then.
+        BackendError: naming every constant that is missing, has no tensor, or is of another dtype
+            or shape. The network is as it was then.
     """
     layers = _constants(network, weights.trt)
     empty = {name for name, layer in layers.items() if _size(layer) == 0}
@@ -157,14 +167,14 @@ def refit_engine(engine: Any, weights: BundleWeights, logger: Any) -> None:
     """Give a refittable engine the weights of the bundle, by name. Needs a GPU.
 
     Args:
-        engine: a ``trt.ICudaEngine`` built with refitting on; its weights are named by the bundle's keys
-            (``network.set_weights_name``).
+        engine: a ``trt.ICudaEngine`` built with refitting on; its weights are named by the bundle's
+            keys (``network.set_weights_name``).
         weights: the bundle.
         logger: a ``trt.ILogger``.
 
     Raises:
-        BackendError: naming every weight without a tensor, or of another dtype or size; or TensorRT refuses. The engine
-            is as it was then.
+        BackendError: naming every weight without a tensor, or of another dtype or size; or TensorRT
+            refuses. The engine is as it was then.
     """
     refitter = weights.trt.Refitter(engine, logger)
     names = list(refitter.get_all_weights())
@@ -175,7 +185,10 @@ def refit_engine(engine: Any, weights: BundleWeights, logger: Any) -> None:
         if form is None:
             wrong.append(f"{name} is not in the bundle")
         elif (form.dtype, weights.weights(name).size) != (prototype.dtype.name, prototype.size):
-            wrong.append(f"{name} is {form} and the engine has {prototype.size} values of {prototype.dtype.name}")
+            wrong.append(
+                f"{name} is {form} and the engine has {prototype.size} values of"
+                f" {prototype.dtype.name}"
+            )
     if wrong:
         raise _does_not_fit("engine", "; ".join(wrong), weights)
     if not all(refitter.set_named_weights(name, weights.weights(name)) for name in names):
@@ -195,7 +208,9 @@ def _constants(network: Any, trt: Any) -> dict[str, Any]:
 
 
 def _size(layer: Any) -> int:
-    """Values of a constant layer: numpy has no dtype for some of TensorRT's, which come as ``trt.Weights``."""
+    """Values of a constant layer: numpy has no dtype for some of TensorRT's, which come as
+    ``trt.Weights``.
+    """
     return int(layer.weights.size)
 
 
@@ -211,15 +226,21 @@ def _check(what: str, found: Mapping[str, Form], weights: BundleWeights, *, part
         problems["without a constant"] = sorted(weights.forms.keys() - found.keys())
     if problems:
         raise _does_not_fit(
-            what, "; ".join(f"{text}: {', '.join(grouped(names))}" for text, names in problems.items()), weights
+            what,
+            "; ".join(f"{text}: {', '.join(grouped(names))}" for text, names in problems.items()),
+            weights,
         )
 
 
 def _does_not_fit(what: str, problems: str, weights: BundleWeights) -> BackendError:
     bundle = weights.bundle
     return BackendError(
-        f"the bundle '{bundle.folder}' of a '{bundle.manifest.model_type}' model does not fit the {what}: {problems}",
-        hint="name constants by the bundle's keys, with its dtypes and shapes (rotq inspect lists them)",
+        f"the bundle '{bundle.folder}' of a '{bundle.manifest.model_type}' model does not fit the"
+        f" {what}: {problems}",
+        hint=(
+            "name constants by the bundle's keys, with its dtypes and shapes (rotq inspect lists"
+            " them)"
+        ),
     )
 
 
@@ -233,7 +254,10 @@ def _forms(bundle: Bundle) -> dict[str, Form]:
             name = key.removesuffix(".weight")
             scheme = tensor_scheme_from_dict(manifest.linears[name]["weight"])
             scales = manifest.tensors[f"{name}.weight_scale"].shape
-            forms[key] = Form(_PACKED[scheme.format.name], unpacked_shape(entry.shape[0], scales, name not in tables))
+            forms[key] = Form(
+                _PACKED[scheme.format.name],
+                unpacked_shape(entry.shape[0], scales, name not in tables),
+            )
         else:
             forms[key] = Form(_NAMES[entry.torch_dtype], tuple(entry.shape))
     return forms

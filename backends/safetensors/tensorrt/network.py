@@ -2,13 +2,13 @@
 
 A quantized linear becomes
 
-    static input        x  -> Quantize(s_x) -> Dequantize(s_x)
-    NVFP4, MXFP8 input  x  -> DynamicQuantize -> Dequantize by the scales it computed
-    weight              Constant -> Dequantize(s_w)          NVFP4: s_w = Dequantize(e4m3 scales, s_2)
-    output              MatrixMultiply, bias
+    static input        x  -> Quantize(s_x) -> Dequantize(s_x) NVFP4, MXFP8 input  x  ->
+    DynamicQuantize -> Dequantize by the scales it computed weight              Constant ->
+    Dequantize(s_w)          NVFP4: s_w = Dequantize(e4m3 scales, s_2) output
+    MatrixMultiply, bias
 
-which are the explicit Q/DQ pairs that TensorRT fuses into its integer, float8 and float4 kernels. Every constant is
-named by its key in the bundle, so that the engine can be refitted.
+which are the explicit Q/DQ pairs that TensorRT fuses into its integer, float8 and float4 kernels.
+Every constant is named by its key in the bundle, so that the engine can be refitted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from calib.schemes import PerChannel, TensorScheme, tensor_scheme_from_dict
 
 @dataclass
 class NetworkBuilder:
-    """Adds layers to ``network`` with the weights of a bundle. Everything takes and returns ``trt.ITensor``.
+    """Adds layers to ``network`` with the weights of a bundle. Everything takes and returns
+    ``trt.ITensor``.
 
     Attributes:
         network: a ``trt.INetworkDefinition``.
@@ -51,7 +52,9 @@ class NetworkBuilder:
     def constant(self, key: str, shape: tuple[int, ...] | None = None) -> Any:
         """The tensor of the bundle under ``key``, as ``shape`` where one is given."""
         values = self.weights.weights(key)
-        layer = self.network.add_constant(self.weights.forms[key].shape if shape is None else shape, values)
+        layer = self.network.add_constant(
+            self.weights.forms[key].shape if shape is None else shape, values
+        )
         layer.name = key
         self.network.set_weights_name(values, key)
         return layer.get_output(0)
@@ -77,7 +80,8 @@ class NetworkBuilder:
             ``[tokens, out]``.
         """
         parameter, _, last = name.rpartition(".")
-        rotated = parameter if last.isdigit() else name  # the experts of a 3-D parameter share a rotation
+        # the experts of a 3-D parameter share a rotation
+        rotated = parameter if last.isdigit() else name
         if rotated in self._rotated:
             x = self.rotate(x, rotated)
         described = self._described.get(name)
@@ -85,7 +89,9 @@ class NetworkBuilder:
             weight = self.constant(f"{name}.weight")
         else:
             if f"{name}.input_order" in self.weights.forms:
-                x = self.network.add_gather(x, self.constant(f"{name}.input_order"), 1).get_output(0)
+                x = self.network.add_gather(x, self.constant(f"{name}.input_order"), 1).get_output(
+                    0
+                )
             if described["input"] is not None:
                 x = self._quantized_input(x, name, tensor_scheme_from_dict(described["input"]))
             weight = self._dequantized_weight(name, tensor_scheme_from_dict(described["weight"]))
@@ -100,7 +106,8 @@ class NetworkBuilder:
 
         Args:
             x: ``[rows, width]``: the input of a linear, or the heads of queries or keys.
-            name: a linear (of experts: their 3-D parameter), or an attention whose cache is quantized.
+            name: a linear (of experts: their 3-D parameter), or an attention whose cache is
+                quantized.
         """
         keys = [f"{name}.rotation.factors.{k}" for k in range(self._rotated[name])]
         orders = [self.weights.forms[key].shape[0] for key in keys]
@@ -111,23 +118,34 @@ class NetworkBuilder:
         for key, order in zip(keys, orders, strict=True):
             rest //= order
             if rest == 1:
-                x = self.matmul(self.reshape(x, (-1, done, order)), self.constant(key, (1, order, order)))
+                x = self.matmul(
+                    self.reshape(x, (-1, done, order)), self.constant(key, (1, order, order))
+                )
             else:
-                x = self.matmul(self.constant(key, (1, 1, order, order)), self.reshape(x, (-1, done, order, rest)))
+                x = self.matmul(
+                    self.constant(key, (1, 1, order, order)),
+                    self.reshape(x, (-1, done, order, rest)),
+                )
             done *= order
         return self.reshape(x, (-1, width))
 
     def matmul(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
         """``a b`` or ``a bᵀ``."""
         kinds = self.trt.MatrixOperation
-        layer = self.network.add_matrix_multiply(a, kinds.NONE, b, kinds.TRANSPOSE if transposed else kinds.NONE)
+        layer = self.network.add_matrix_multiply(
+            a, kinds.NONE, b, kinds.TRANSPOSE if transposed else kinds.NONE
+        )
         return layer.get_output(0)
 
     def binary(self, operation: str, a: Any, b: Any) -> Any:
         """An elementwise operation, by its name in ``trt.ElementWiseOperation``."""
-        return self.network.add_elementwise(a, b, getattr(self.trt.ElementWiseOperation, operation)).get_output(0)
+        return self.network.add_elementwise(
+            a, b, getattr(self.trt.ElementWiseOperation, operation)
+        ).get_output(0)
 
-    def reshape(self, x: Any, shape: tuple[int, ...], *, permuted: tuple[int, ...] | None = None) -> Any:
+    def reshape(
+        self, x: Any, shape: tuple[int, ...], *, permuted: tuple[int, ...] | None = None
+    ) -> Any:
         """``x`` as ``shape`` (-1: inferred, 0: kept), and then with its dimensions ``permuted``."""
         layer = self.network.add_shuffle(x)
         layer.reshape_dims = shape
@@ -145,7 +163,9 @@ class NetworkBuilder:
         size: Any = scheme.granularity
         if scheme.scale_format != "e4m3":
             layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP8, types.E8M0)
-            return self.network.add_dequantize(layer.get_output(0), layer.get_output(1), self.dtype).get_output(0)
+            return self.network.add_dequantize(
+                layer.get_output(0), layer.get_output(1), self.dtype
+            ).get_output(0)
         second = self.constant(f"{name}.input_scale")
         layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP4, types.FP8)
         layer.set_input(1, second)

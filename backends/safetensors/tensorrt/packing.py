@@ -1,4 +1,6 @@
-"""Four-bit values as TensorRT reads them: flat, in row-major order, two in a byte, the first in the low nibble."""
+"""Four-bit values as TensorRT reads them: flat, in row-major order, two in a byte, the first in the
+low nibble.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ def unpack(packed: Tensor, shape: Sequence[int], *, signed: bool) -> Tensor:
     """
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (packed_size(count),):
-        raise ValueError(f"{list(shape)} four-bit values are no {packed.dtype} {list(packed.shape)}")
-    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=1).reshape(-1)[:count].reshape(tuple(shape))
+        raise ValueError(
+            f"{list(shape)} four-bit values are no {packed.dtype} {list(packed.shape)}"
+        )
+    nibbles = (
+        torch.stack([packed & 0xF, packed >> 4], dim=1).reshape(-1)[:count].reshape(tuple(shape))
+    )
     # shifting left and back again copies the sign bit
     return (nibbles << 4).view(torch.int8) >> 4 if signed else nibbles
 

@@ -1,7 +1,7 @@
 """What TensorRT's Q/DQ layers express, as data. Torch-free, for ``rotq backends``.
 
-Each form was built with TensorRT-RTX 1.7.1 through its network API, for SM86, SM89 and SM120: int8 and int4 everywhere,
-float8 and MXFP8 from SM89 on, NVFP4 for SM120.
+Each form was built with TensorRT-RTX 1.7.1 through its network API, for SM86, SM89 and SM120: int8
+and int4 everywhere, float8 and MXFP8 from SM89 on, NVFP4 for SM120.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ RULES: tuple[Rule, ...] = (
             for tensor in tensor_schemes(scheme)
             if tensor.format == FLOAT4 or tensor.scale_format != "compute"
         ),
-        "of formats with scales of their own TensorRT has NVFP4 (blocks of 16) and MXFP8 (blocks of 32)",
+        "of formats with scales of their own TensorRT has NVFP4 (blocks of 16) and MXFP8 (blocks"
+        " of 32)",
     ),
     Rule(
-        lambda scheme: scheme.input is not None and scheme.input.dynamic and not _is_block_format(scheme.input),
+        lambda scheme: (
+            scheme.input is not None and scheme.input.dynamic and not _is_block_format(scheme.input)
+        ),
         "TensorRT computes scales while running for NVFP4 and MXFP8 inputs only",
     ),
     Rule(
@@ -62,11 +65,16 @@ RULES: tuple[Rule, ...] = (
         "TensorRT has one calibrated scale for an activation",
     ),
     Rule(
-        lambda scheme: isinstance(scheme.weight.granularity, PerChannel) and scheme.weight.granularity.axis != 0,
+        lambda scheme: (
+            isinstance(scheme.weight.granularity, PerChannel)
+            and scheme.weight.granularity.axis != 0
+        ),
         "its integer kernels have scales per output channel",
     ),
     Rule(
-        lambda scheme: scheme.weight.format == INT4 and not isinstance(scheme.weight.granularity, PerBlock),
+        lambda scheme: (
+            scheme.weight.format == INT4 and not isinstance(scheme.weight.granularity, PerBlock)
+        ),
         "TensorRT's INT4 kernels take scales in blocks",
     ),
     Rule(
@@ -79,7 +87,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _mixes_formats,
-        "TensorRT takes INT8 inputs of INT8 and INT4 weights, and else inputs in the format of the weights",
+        "TensorRT takes INT8 inputs of INT8 and INT4 weights, and else inputs in the format of the"
+        " weights",
     ),
 )
 """What it cannot express; the first that applies is the reason."""

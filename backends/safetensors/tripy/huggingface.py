@@ -1,4 +1,6 @@
-"""From a Hugging Face model to a filled Tripy module in one call: read, calibrate, quantize, fill."""
+"""From a Hugging Face model to a filled Tripy module in one call: read, calibrate, quantize,
+fill.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,15 @@ def load_quant_weights_from_hf(
     """Quantize a Hugging Face model and fill a Tripy module with its weights and scales.
 
     The model is quantized as it is, without rotations; for a rotated one, export a bundle and use
-    :func:`~backends.safetensors.tripy.loader.load_bundle`. Linears that ``model`` leaves in float stay in float.
+    :func:`~backends.safetensors.tripy.loader.load_bundle`. Linears that ``model`` leaves in float
+    stay in float.
 
     Args:
         model: a ``tp.Module`` with the keys of the Hugging Face model.
         model_type: a hub id such as ``gpt2``, or a folder.
         dtype: Tripy's dtype of weights and scales.
-        quant_mode: ``int8-weight-only``, ``int4-weight-only``, ``float8``, or another scheme that Tripy can express.
+        quant_mode: ``int8-weight-only``, ``int4-weight-only``, ``float8``, or another scheme that
+            Tripy can express.
         tokenizer: of calibration text; by default the model's own.
         dataset_name: data set or local file of calibration text. Weight-only modes read none.
         num_samples: the most rows of it.
@@ -65,7 +69,8 @@ def load_quant_weights_from_hf(
         ``model``, which is left as it was if anything fails.
 
     Raises:
-        BackendError: Tripy cannot express the mode, the dtype or the model, or the module does not fit.
+        BackendError: Tripy cannot express the mode, the dtype or the model, or the module does not
+            fit.
         RotqError: the model or the calibration text cannot be read.
 
     Source: ``load_quant_weights_from_hf`` of the nanoGPT example in NVIDIA's TensorRT-Incubator.
@@ -73,7 +78,8 @@ def load_quant_weights_from_hf(
     scheme, layout = scheme_named(quant_mode), TripyLayout()
     if scheme.linear is None:
         raise BackendError(
-            f"'{quant_mode}' quantizes nothing", hint="choose int8-weight-only, int4-weight-only, float8"
+            f"'{quant_mode}' quantizes nothing",
+            hint="choose int8-weight-only, int4-weight-only, float8",
         )
     check_target(get_backend("safetensors"), {quant_mode: scheme.linear}, "tripy")
     compute_dtype = float_dtype(dtype)
@@ -106,22 +112,32 @@ def _quantized_linears(model: Any, quant_mode: str, wanted: str) -> set[str]:
     """Names of the linears of ``model`` that are quantized.
 
     Raises:
-        BackendError: there are none, or some have another format than ``wanted``: the module was built for another
-            mode, and calibrating for this one would be in vain.
+        BackendError: there are none, or some have another format than ``wanted``: the module was
+            built for another mode, and calibrating for this one would be in vain.
     """
     found = quantized_modules(model)
     others = [name for name, dtype in found.items() if dtype != wanted]
     if found and not others:
         return set(found)
-    reason = f"quantized otherwise are {', '.join(grouped(others))}" if found else "none of its linears is quantized"
+    reason = (
+        f"quantized otherwise are {', '.join(grouped(others))}"
+        if found
+        else "none of its linears is quantized"
+    )
     raise BackendError(
-        f"the {type(model).__name__} module is not one for '{quant_mode}', which has {wanted} weights: {reason}",
-        hint="backends.safetensors.tripy.modules.build.module_for_config(config, dtype, quant_mode) builds one",
+        f"the {type(model).__name__} module is not one for '{quant_mode}', which has {wanted}"
+        f" weights: {reason}",
+        hint=(
+            "backends.safetensors.tripy.modules.build.module_for_config(config, dtype, quant_mode)"
+            " builds one"
+        ),
     )
 
 
 def _as_it_is(model_type: str, config: Any, dtype: torch.dtype) -> FusedModel:
-    """The float model in ``dtype`` with nothing folded into it, under the names of the module tree."""
+    """The float model in ``dtype`` with nothing folded into it, under the names of the module
+    tree.
+    """
     architecture = architecture_for(config)
     expected = expected_tensors(config)
     tensors = SourceTensors(open_checkpoint(model_type), config, architecture, expected)
@@ -129,7 +145,9 @@ def _as_it_is(model_type: str, config: Any, dtype: torch.dtype) -> FusedModel:
     untied.tie_word_embeddings = False
     untied.dtype = dtype
     state = {name: tensors.read(name).to(dtype) for name in expected}
-    return FusedModel(state, untied, architecture, RotationSet(), dtype, tuple(tensors.unused()), ())
+    return FusedModel(
+        state, untied, architecture, RotationSet(), dtype, tuple(tensors.unused()), ()
+    )
 
 
 def _quantized(
@@ -140,7 +158,9 @@ def _quantized(
     device: torch.device | str,
     progress: Progress,
 ) -> QuantizedModel:
-    quantization = resolve(scheme_named(quant_mode), source.architecture, source.config, overrides=overrides)
+    quantization = resolve(
+        scheme_named(quant_mode), source.architecture, source.config, overrides=overrides
+    )
     # The artifact only lives until the module is filled, so nobody asks where it came from.
     provenance = Provenance("", "", {}, 0, 0, 0, 0, "", {})
     return quantize_model(source, quantization, loop, provenance, device=device, progress=progress)
@@ -151,7 +171,8 @@ def _tokenizer(model_type: str) -> Tokenizer:
 
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model_type)
-    except Exception as error:  # transformers raises OSError, ValueError or a tokenizers exception of its own
+    # transformers raises OSError, ValueError or a tokenizers exception of its own
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"cannot load the tokenizer of '{model_type}': {reason}", hint="pass tokenizer="

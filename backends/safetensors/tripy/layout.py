@@ -1,4 +1,5 @@
-"""Tripy's keys: those of the Hugging Face model. NVIDIA's nanoGPT example has them for GPT-2, the modules here for all.
+"""Tripy's keys: those of the Hugging Face model. NVIDIA's nanoGPT example has them for GPT-2, the
+modules here for all.
 
     {linear}.weight          [out, in], blocks of input features: [in, out]      dtype of the model
     {linear}.weight_scale    [out] int8, [] float8, [in / block, out] int4       the same
@@ -8,14 +9,15 @@
     norms                    float32: the example and the modules here normalise in float32
     {linear}.rotation.*      online rotations; see :mod:`backends.safetensors.source`
 
-A Tripy linear quantizes its weight while running, so the weight is held as the float values ``q s``, each rounded to
-the model's dtype once. Quantizing these with the same scale gives ``q`` again: with the rounding unit ``u``, half an
-eps,
+A Tripy linear quantizes its weight while running, so the weight is held as the float values ``q
+s``, each rounded to the model's dtype once. Quantizing these with the same scale gives ``q`` again:
+with the rounding unit ``u``, half an eps,
 
-    |fl(q s) / s - q| <= |q| u / (1 + u) <= 127 / 257 < 1/2     (int8 in bfloat16, u = 2^-8; -128 s is exact)
+    |fl(q s) / s - q| <= |q| u / (1 + u) <= 127 / 257 < 1/2
+                                             (int8 in bfloat16, u = 2^-8; -128 s is exact)
 
-and the other formats and dtypes have more room. Int8 in bfloat16 needs a quotient in float32 for that: rounded to
-bfloat16 itself, that of 127 may become 126.5.
+and the other formats and dtypes have more room. Int8 in bfloat16 needs a quotient in float32 for
+that: rounded to bfloat16 itself, that of 127 may become 126.5.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class TripyLayout:
 
     target = "tripy"
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+    ) -> tuple[str, str] | None:
         """No module for the model, a quantized embedding, or blocks that do not fit."""
         found, architecture = source_model(config)
         tables = [table.name for table in architecture.embeddings if table.name in linears]
@@ -75,7 +79,9 @@ class TripyLayout:
             flip = key in transposed
             dtype = torch.float32 if key in norms else tensor.dtype
             shape = tuple(reversed(tensor.shape)) if flip else tuple(tensor.shape)
-            yield Entry(key, "float weight", dtype, shape, _float_reader(model.floats, key, dtype, flip))
+            yield Entry(
+                key, "float weight", dtype, shape, _float_reader(model.floats, key, dtype, flip)
+            )
         for linear in model.linears.values():
             yield from linear_entries(linear, model.dtype)
         yield from rotation_entries(model)
@@ -87,15 +93,23 @@ class TripyLayout:
         return {STATEMENT_FILE: json.dumps(statement, indent=1) + "\n"}
 
     def linears(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, QuantizedLinear]:
         """See :class:`~backends.safetensors.layout.Layout`."""
         return {name: _read_linear(name, tensors, entry) for name, entry in described.items()}
 
     def floats(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, Tensor]:
-        """See :class:`~backends.safetensors.layout.Layout`. Norms become the dtype of the embedding again, exactly."""
+        """See :class:`~backends.safetensors.layout.Layout`. Norms become the dtype of the embedding
+        again, exactly.
+        """
         _, architecture = source_model(config)
         transposed, norms = transposed_weights(config), norm_keys(config)
         dtype = tensors[architecture.embeddings[0].weight].dtype
@@ -115,7 +129,9 @@ class TripyLayout:
         raise ValueError("a Tripy bundle holds no KV cache")
 
 
-def _float_reader(floats: Mapping[str, Tensor], key: str, dtype: torch.dtype, flip: bool) -> Callable[[], Tensor]:
+def _float_reader(
+    floats: Mapping[str, Tensor], key: str, dtype: torch.dtype, flip: bool
+) -> Callable[[], Tensor]:
     def read() -> Tensor:
         tensor = floats[key]
         return (tensor.T if flip else tensor).to(dtype).contiguous()
@@ -132,11 +148,27 @@ def linear_entries(linear: QuantizedLinear, dtype: torch.dtype) -> Iterator[Entr
         size = granularity.size
         blocks = (width // even_block(name, width, linear.weight_scheme), out)
         yield Entry(
-            f"{name}.weight", "quantized weight", dtype, (width, out), lambda: _products(linear, dtype, turned=True)
+            f"{name}.weight",
+            "quantized weight",
+            dtype,
+            (width, out),
+            lambda: _products(linear, dtype, turned=True),
         )
-        yield Entry(f"{name}.weight_scale", "scale", dtype, blocks, lambda: even_scales(scale.to(dtype), width, size).T)
+        yield Entry(
+            f"{name}.weight_scale",
+            "scale",
+            dtype,
+            blocks,
+            lambda: even_scales(scale.to(dtype), width, size).T,
+        )
     else:
-        yield Entry(f"{name}.weight", "quantized weight", dtype, (out, width), lambda: _products(linear, dtype))
+        yield Entry(
+            f"{name}.weight",
+            "quantized weight",
+            dtype,
+            (out, width),
+            lambda: _products(linear, dtype),
+        )
         yield _held(f"{name}.weight_scale", "scale", scale.to(dtype))
     if linear.input_scale is not None:
         yield _held(f"{name}.input_scale", "scale", linear.input_scale.to(dtype).reshape(()))
@@ -160,13 +192,19 @@ def _products(linear: QuantizedLinear, dtype: torch.dtype, *, turned: bool = Fal
         weight = dequantize(linear.weight[rows], grid, linear.weight_scheme).to(dtype)
         if not math.isfinite(weight.abs().amax()):
             name = str(dtype).removeprefix("torch.")
-            raise BackendError(f"the weights of '{linear.name}' overflow {name}", hint="use --dtype bfloat16")
+            raise BackendError(
+                f"the weights of '{linear.name}' overflow {name}", hint="use --dtype bfloat16"
+            )
         return weight.T if turned else weight
 
-    return in_parts(out, (width, out) if turned else (out, width), dtype, part, axis=1 if turned else 0)
+    return in_parts(
+        out, (width, out) if turned else (out, width), dtype, part, axis=1 if turned else 0
+    )
 
 
-def _read_linear(name: str, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> QuantizedLinear:
+def _read_linear(
+    name: str, tensors: Mapping[str, Tensor], described: Mapping[str, Any]
+) -> QuantizedLinear:
     scheme = tensor_scheme_from_dict(described["weight"])
     weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
     if isinstance(scheme.granularity, PerBlock):
@@ -179,7 +217,9 @@ def _read_linear(name: str, tensors: Mapping[str, Tensor], described: Mapping[st
         weight_scale=scale,
         weight_scheme=scheme,
         bias=tensors.get(f"{name}.bias"),
-        input_scheme=None if described["input"] is None else tensor_scheme_from_dict(described["input"]),
+        input_scheme=(
+            None if described["input"] is None else tensor_scheme_from_dict(described["input"])
+        ),
         input_scale=tensors.get(f"{name}.input_scale"),
         online_rotation=described["online_rotation"],
         weight_order=None if order is None else order.long(),
@@ -194,7 +234,11 @@ def _statement(linear: QuantizedLinear) -> dict[str, Any]:
         "input_dtype": None if linear.input_scheme is None else tripy_dtype(linear.input_scheme),
         "orientation": "in, out" if blocked else "out, in",
         "axis": 0 if blocked or linear.weight_scale.dim() else None,
-        "block_size": math.gcd(linear.weight.shape[1], granularity.size) if isinstance(granularity, PerBlock) else None,
+        "block_size": (
+            math.gcd(linear.weight.shape[1], granularity.size)
+            if isinstance(granularity, PerBlock)
+            else None
+        ),
     }
 
 

@@ -1,7 +1,7 @@
 """Filling a Tripy module, from a bundle or straight from a Hugging Face model.
 
-Everything is compared before the first parameter is set: a module that does not fit stays as it was. nvtripy is
-imported when a module is filled, which can only be where there is one.
+Everything is compared before the first parameter is set: a module that does not fit stays as it
+was. nvtripy is imported when a module is filled, which can only be where there is one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from backends.safetensors.read import Form, open_bundle
 from calib.errors import BackendError
 
 _HINT = (
-    "backends.safetensors.tripy.modules.build.module_for_bundle(folder) builds the module that a bundle fills; "
-    "or export the model that you have"
+    "backends.safetensors.tripy.modules.build.module_for_bundle(folder) builds the module that a"
+    " bundle fills; or export the model that you have"
 )
 _QUANTIZED = {"int8": "int8", "int4": "int4", "float8_e4m3": "float8"}
 """Tripy's names of number formats."""
@@ -38,7 +38,10 @@ def float_dtype(dtype: Any) -> torch.dtype:
     if found is None:
         raise BackendError(
             f"weights and scales of a Tripy module cannot be '{dtype}'",
-            hint=f"choose {', '.join(f'tp.{name}' for name in _FLOATS)}; what is quantized to is the mode's concern",
+            hint=(
+                f"choose {', '.join(f'tp.{name}' for name in _FLOATS)}; what is quantized to is the"
+                " mode's concern"
+            ),
         )
     return found
 
@@ -47,23 +50,25 @@ def load_bundle(model: Any, folder: Path | str) -> Any:
     """Fill a Tripy module with the weights and scales of a bundle.
 
     Args:
-        model: a ``tp.Module`` with the bundle's keys: one of :mod:`backends.safetensors.tripy.modules`, or one like
-            that of NVIDIA's nanoGPT example.
+        model: a ``tp.Module`` with the bundle's keys: one of
+            :mod:`backends.safetensors.tripy.modules`, or one like that of NVIDIA's nanoGPT example.
         folder: what ``rotq export --backend safetensors --target tripy`` wrote.
 
     Returns:
         ``model``, which is left as it was if anything fails.
 
     Raises:
-        BackendError: the bundle is damaged, written for another target or by a newer version; or it does not fit the
-            module, with everything that does not fit.
+        BackendError: the bundle is damaged, written for another target or by a newer version; or it
+            does not fit the module, with everything that does not fit.
     """
     bundle = open_bundle(Path(folder), target="tripy", verify=True)
     what = f"the bundle '{bundle.folder}' of a '{bundle.manifest.model_type}' model"
     return fill(model, bundle.tensors, bundle.manifest.linears, what)
 
 
-def fill(model: Any, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], what: str) -> Any:
+def fill(
+    model: Any, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], what: str
+) -> Any:
     """Fill a Tripy module through ``load_state_dict(strict=True)``.
 
     Tensors that a module made itself (the causal mask of NVIDIA's example) are left alone.
@@ -71,7 +76,8 @@ def fill(model: Any, tensors: Mapping[str, Tensor], described: Mapping[str, Mapp
     Args:
         model: the ``tp.Module``.
         tensors: what to fill it with, by key.
-        described: :meth:`~calib.artifact.QuantizedLinear.description` of every quantized linear, by its key.
+        described: :meth:`~calib.artifact.QuantizedLinear.description` of every quantized linear, by
+            its key.
         what: the source of the tensors, as the error calls it.
 
     Returns:
@@ -89,7 +95,9 @@ def fill(model: Any, tensors: Mapping[str, Tensor], described: Mapping[str, Mapp
     problems = [differences(found, expected), *_other_quantization(owners, described)]
     if any(problems):
         raise BackendError(
-            f"{what} does not fit the {type(model).__name__} module: {'; '.join(filter(None, problems))}", hint=_HINT
+            f"{what} does not fit the {type(model).__name__} module:"
+            f" {'; '.join(filter(None, problems))}",
+            hint=_HINT,
         )
     loaded = {key: tp.Tensor(tensor.detach().cpu().contiguous()) for key, tensor in tensors.items()}
     model.load_state_dict({**{key: state[key] for key in own}, **loaded}, strict=True)
@@ -103,7 +111,9 @@ def quantized_modules(model: Any) -> dict[str, str]:
         BackendError: ``model`` is no Tripy module.
     """
     _nvtripy_of(model)
-    dtypes = {name: getattr(module, "quant_dtype", None) for name, module in _modules(model).items()}
+    dtypes = {
+        name: getattr(module, "quant_dtype", None) for name, module in _modules(model).items()
+    }
     return {name: dtype.name for name, dtype in dtypes.items() if dtype is not None}
 
 
@@ -116,7 +126,9 @@ def _nvtripy_of(model: Any) -> Any:
             f"nvtripy cannot be imported: {error}", hint="install it as its documentation says"
         ) from error
     if not isinstance(model, tp.Module):
-        raise BackendError(f"only a tp.Module can be filled, and this is a '{type(model).__name__}'", hint=_HINT)
+        raise BackendError(
+            f"only a tp.Module can be filled, and this is a '{type(model).__name__}'", hint=_HINT
+        )
     return tp
 
 
@@ -128,10 +140,14 @@ def _modules(model: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _made_by_the_module(state: Mapping[str, Any], owners: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
-    """Keys of tensors that a module set itself and that nobody is to load: they belong to no layer of Tripy's own.
+def _made_by_the_module(
+    state: Mapping[str, Any], owners: Mapping[str, Any], given: Mapping[str, Any]
+) -> set[str]:
+    """Keys of tensors that a module set itself and that nobody is to load: they belong to no layer
+    of Tripy's own.
 
-    A parameter of a layer stays one when it has been filled: a second bundle that lacks it does not fit.
+    A parameter of a layer stays one when it has been filled: a second bundle that lacks it does not
+    fit.
     """
     import nvtripy as tp  # here, because the package is optional
 
@@ -142,12 +158,16 @@ def _made_by_the_module(state: Mapping[str, Any], owners: Mapping[str, Any], giv
     return {
         key
         for key, value in state.items()
-        if key not in given and isinstance(value, tp.Tensor) and not isinstance(_owner(key, owners), layers)
+        if key not in given
+        and isinstance(value, tp.Tensor)
+        and not isinstance(_owner(key, owners), layers)
     }
 
 
 def _owner(key: str, owners: Mapping[str, Any]) -> Any:
-    """The innermost module that the parameter ``key`` belongs to; parameters in lists have another number behind."""
+    """The innermost module that the parameter ``key`` belongs to; parameters in lists have another
+    number behind.
+    """
     while key not in owners:
         key = key.rpartition(".")[0]
     return owners[key]
@@ -161,15 +181,20 @@ def _expected(state: Mapping[str, Any], found: Mapping[str, Form]) -> dict[str, 
     for key, value in state.items():
         if isinstance(value, OptionalParameter) and key not in found:
             continue
-        # Tripy leaves scales per tensor without a shape, and refuses any but [] only when it traces.
+        # Tripy leaves scales per tensor without a shape, and refuses any but [] only when it
+        # traces.
         shape = () if value.shape is None else value.shape
         name = "float8_e4m3fn" if value.dtype.name == "float8" else value.dtype.name
         expected[key] = (getattr(torch, name), tuple(int(size) for size in shape))
     return expected
 
 
-def _other_quantization(owners: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Linears that the module quantizes in another way than they were calibrated for, which shapes need not show."""
+def _other_quantization(
+    owners: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Linears that the module quantizes in another way than they were calibrated for, which shapes
+    need not show.
+    """
     import nvtripy as tp  # here, because the package is optional
 
     wanted = {name: _QUANTIZED[entry["weight"]["format"]] for name, entry in described.items()}
@@ -179,7 +204,9 @@ def _other_quantization(owners: Mapping[str, Any], described: Mapping[str, Mappi
             continue
         has = None if module.quant_dtype is None else module.quant_dtype.name
         if has == "int4" and isinstance(module, tp.Linear):
-            wrong.setdefault("tp.Linear with int4 blocks its output features, use BlockLinear", []).append(name)
+            wrong.setdefault(
+                "tp.Linear with int4 blocks its output features, use BlockLinear", []
+            ).append(name)
         elif has != wanted.get(name):
             text = f"quantized as {has or 'float'} instead of {wanted.get(name, 'float')}"
             wrong.setdefault(text, []).append(name)

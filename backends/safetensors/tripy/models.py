@@ -25,9 +25,14 @@ LLAMA = Family(
     "Llama",
     ("llama", "mistral", "qwen2"),
     (
-        Refusal(lambda config: config.hidden_act not in ACTIVATIONS, "its activation has no Tripy function here"),
         Refusal(
-            lambda config: (config.rope_parameters or {}).get("rope_type", "default") in _VARYING_ROPE,
+            lambda config: config.hidden_act not in ACTIVATIONS,
+            "its activation has no Tripy function here",
+        ),
+        Refusal(
+            lambda config: (
+                (config.rope_parameters or {}).get("rope_type", "default") in _VARYING_ROPE
+            ),
             "its rotary frequencies change with the length of the sequence",
         ),
     ),
@@ -37,7 +42,8 @@ GPT2 = Family(
     ("gpt2",),
     (
         Refusal(
-            lambda config: config.activation_function not in ACTIVATIONS, "its activation has no Tripy function here"
+            lambda config: config.activation_function not in ACTIVATIONS,
+            "its activation has no Tripy function here",
         ),
         Refusal(
             lambda config: config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights,
@@ -55,7 +61,9 @@ def family_of(model_type: str) -> Family | None:
 
 
 def refusal_of(config: Any) -> tuple[str, str] | None:
-    """Why the modules cannot run the model of a transformers ``config``, and what to do; ``None`` if they can."""
+    """Why the modules cannot run the model of a transformers ``config``, and what to do; ``None``
+    if they can.
+    """
     family = family_of(config.model_type)
     known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
     hint = f"there are modules for {known}; `--target tensorrt` writes any dense model"

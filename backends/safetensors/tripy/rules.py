@@ -1,8 +1,9 @@
 """What Tripy's modules express, as data. Torch-free, for ``rotq backends``.
 
-``tp.Linear`` of nvtripy 0.1.7 takes one format for weight and input, per tensor or per channel, and blocks along axis 0
-alone, which are its outputs. :class:`backends.safetensors.tripy.modules.linear.BlockLinear` is what blocks of input
-features need.
+``tp.Linear`` of nvtripy 0.1.7 takes one format for weight and input, per tensor or per channel, and
+blocks along axis 0 alone, which are its outputs.
+:class:`backends.safetensors.tripy.modules.linear.BlockLinear` is what blocks of input features
+need.
 """
 
 from __future__ import annotations
@@ -33,22 +34,36 @@ def _input_of_another_format(scheme: LinearScheme) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(
-            tensor.format == FLOAT4 or tensor.scale_format != "compute" for tensor in tensor_schemes(scheme)
+            tensor.format == FLOAT4 or tensor.scale_format != "compute"
+            for tensor in tensor_schemes(scheme)
         ),
         "Tripy has int8, int4 and float8, and no scales of a format of their own",
     ),
-    Rule(is_dynamic, "Tripy quantizes with constant scales, not with scales computed while running"),
-    Rule(lambda scheme: any(not tensor.symmetric for tensor in tensor_schemes(scheme)), "Tripy has no zero points"),
     Rule(
-        lambda scheme: scheme.input is not None and not isinstance(scheme.input.granularity, PerTensor),
+        is_dynamic, "Tripy quantizes with constant scales, not with scales computed while running"
+    ),
+    Rule(
+        lambda scheme: any(not tensor.symmetric for tensor in tensor_schemes(scheme)),
+        "Tripy has no zero points",
+    ),
+    Rule(
+        lambda scheme: (
+            scheme.input is not None and not isinstance(scheme.input.granularity, PerTensor)
+        ),
         "a Tripy linear has one scale for its input",
     ),
     Rule(
-        lambda scheme: not isinstance(scheme.weight.granularity, _GRANULARITY[scheme.weight.format]),
-        "Tripy has int8 weights per output channel, int4 weights in blocks and float8 weights per tensor",
+        lambda scheme: (
+            not isinstance(scheme.weight.granularity, _GRANULARITY[scheme.weight.format])
+        ),
+        "Tripy has int8 weights per output channel, int4 weights in blocks and float8 weights per"
+        " tensor",
     ),
     Rule(
-        lambda scheme: isinstance(scheme.weight.granularity, PerChannel) and scheme.weight.granularity.axis != 0,
+        lambda scheme: (
+            isinstance(scheme.weight.granularity, PerChannel)
+            and scheme.weight.granularity.axis != 0
+        ),
         "Tripy's scales of int8 weights are per output channel",
     ),
     Rule(

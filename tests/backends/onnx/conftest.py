@@ -1,4 +1,6 @@
-"""Exports of tiny models. Tracing one takes seconds, so each is made once and shared by all tests that only look."""
+"""Exports of tiny models. Tracing one takes seconds, so each is made once and shared by all tests
+that only look.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ WIDE = SIZES | {"intermediate_size": 150}
 
 @dataclass(frozen=True)
 class Exported:
-    """A tiny model as artifact, as the torch model it must equal, and as the folder that was written."""
+    """A tiny model as artifact, as the torch model it must equal, and as the folder that was
+    written.
+    """
 
     quantized: QuantizedModel
     reference: nn.Module
@@ -44,21 +48,31 @@ class Exported:
 
     @property
     def products(self) -> dict[str, list[QuantizedLinear]]:
-        """The quantized linears by the name of the MatMul that computes them; those of a pack share one."""
+        """The quantized linears by the name of the MatMul that computes them; those of a pack share
+        one.
+        """
         weights = [node.name for node in self.graph.node if node.name.endswith("/DequantizeWeight")]
         names = [name.removesuffix("/DequantizeWeight") for name in weights]
-        found = {name: [self.quantized.linears[member] for member in members(name)] for name in names}
-        assert sorted(linear.name for pack in found.values() for linear in pack) == sorted(self.quantized.linears)
+        found = {
+            name: [self.quantized.linears[member] for member in members(name)] for name in names
+        }
+        assert sorted(linear.name for pack in found.values() for linear in pack) == sorted(
+            self.quantized.linears
+        )
         return found
 
     def runtime(self) -> OnnxModel:
         """In ONNX Runtime, with arithmetic as written."""
         return OnnxBackend().load(self.folder, "ort", exact=True)
 
-    def logits(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def logits(
+        self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Of the torch reference."""
         with torch.no_grad():
-            found: Tensor = self.reference(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+            found: Tensor = self.reference(
+                input_ids=ids, attention_mask=mask, position_ids=positions
+            ).logits
         return found
 
 

@@ -1,4 +1,6 @@
-"""Graphs of one linear, of every scheme that the command line can ask for. They are made in milliseconds."""
+"""Graphs of one linear, of every scheme that the command line can ask for. They are made in
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -68,14 +70,22 @@ def schemes() -> dict[str, LinearScheme]:
             continue  # a control that this preset does not have
         if scheme is None:
             continue
-        scales = "" if scheme.weight.scale_format == "compute" else f", {scheme.weight.scale_format} scales"
+        scales = (
+            ""
+            if scheme.weight.scale_format == "compute"
+            else f", {scheme.weight.scale_format} scales"
+        )
         found.setdefault(linear_words(scheme) + scales, scheme)
     return found
 
 
 def accepted(target: str) -> dict[str, LinearScheme]:
     """Those that ``target`` takes."""
-    return {words: scheme for words, scheme in schemes().items() if TARGETS[target].refusal(scheme) is None}
+    return {
+        words: scheme
+        for words, scheme in schemes().items()
+        if TARGETS[target].refusal(scheme) is None
+    }
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,9 @@ class Single:
         return found
 
     def graph(self, target: str, copies: int = 1) -> ir.Model:
-        """``x -> y``, or several times the same linear on one ``x``, in the dtype of the linear's scales."""
+        """``x -> y``, or several times the same linear on one ``x``, in the dtype of the linear's
+        scales.
+        """
         dtype = self.inputs.dtype
         kind = ir.TensorType(ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT)
         leading = ["batch", "sequence"][: self.inputs.dim() - 1]
@@ -105,13 +117,21 @@ class Single:
         for index, name in enumerate(_names(copies)):
             node = ir.Node(DOMAIN, LINEAR, [x], [ir.AttrString(MODULE_ATTRIBUTE, name)])
             y = node.outputs[0]
-            y.name, y.type, y.shape = f"y{index or ''}", kind, ir.Shape([*leading, self.linear.weight.shape[0]])
+            y.name, y.type, y.shape = (
+                f"y{index or ''}",
+                kind,
+                ir.Shape([*leading, self.linear.weight.shape[0]]),
+            )
             nodes.append(node)
         outputs = [node.outputs[0] for node in nodes]
-        graph = ir.Graph([x], outputs, nodes=nodes, opset_imports={"": TARGETS[target].opset}, name="single")
+        graph = ir.Graph(
+            [x], outputs, nodes=nodes, opset_imports={"": TARGETS[target].opset}, name="single"
+        )
         model = ir.Model(graph, ir_version=10)
         lower(model, self.model(copies), TARGETS[target])
-        model.metadata_props[METADATA_KEY] = json.dumps({name: self.linear.description() for name in _names(copies)})
+        model.metadata_props[METADATA_KEY] = json.dumps(
+            {name: self.linear.description() for name in _names(copies)}
+        )
         return model
 
     def bytes(self, target: str, copies: int = 1) -> bytes:
@@ -138,7 +158,11 @@ def _names(copies: int) -> list[str]:
 
 
 def single(
-    scheme: LinearScheme, dtype: torch.dtype = torch.float32, *, width: int = WIDTH, order: bool = False
+    scheme: LinearScheme,
+    dtype: torch.dtype = torch.float32,
+    *,
+    width: int = WIDTH,
+    order: bool = False,
 ) -> Single:
     """A linear with random weights and a bias, rounded to nearest.
 

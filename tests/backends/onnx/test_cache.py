@@ -23,13 +23,17 @@ def cached() -> QuantizedModel:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> None:
-    """Weights only: but keys are rounded, so that a flip of one of them is possible as with quantized activations."""
+    """Weights only: but keys are rounded, so that a flip of one of them is possible as with
+    quantized activations.
+    """
     found = compare(quantized(CONFIGS[name](), kv="int8"), tmp_path)
     assert found.error <= FLIPS
     assert {tensor.dtype for tensor in found.cache} == {torch.int8}
 
 
-def test_the_cache_is_stored_as_integers_and_every_projection_is_fused(cached: QuantizedModel, tmp_path: Path) -> None:
+def test_the_cache_is_stored_as_integers_and_every_projection_is_fused(
+    cached: QuantizedModel, tmp_path: Path
+) -> None:
     compare(cached, tmp_path)
     graph = onnx.load(tmp_path / MODEL_FILE, load_external_data=False).graph
     values = (*graph.input, *graph.output)
@@ -42,7 +46,9 @@ def test_the_cache_is_stored_as_integers_and_every_projection_is_fused(cached: Q
 
 
 def test_cached_integers_are_the_rounded_keys(cached: QuantizedModel, tmp_path: Path) -> None:
-    """Without the quantized cache the model gives the keys; those of the first layer depend on nothing rounded."""
+    """Without the quantized cache the model gives the keys; those of the first layer depend on
+    nothing rounded.
+    """
     assert cached.cache is not None
     rows = batch()
     stored = compare(cached, tmp_path).cache
@@ -69,7 +75,9 @@ def test_the_cache_is_read_back(cached: QuantizedModel, tmp_path: Path) -> None:
         assert torch.equal(found.value_scale[layer], cached.cache.value_scale[layer])
 
 
-def test_a_scale_that_the_graph_cannot_hold_is_refused(cached: QuantizedModel, tmp_path: Path) -> None:
+def test_a_scale_that_the_graph_cannot_hold_is_refused(
+    cached: QuantizedModel, tmp_path: Path
+) -> None:
     from dataclasses import replace
 
     assert cached.cache is not None

@@ -21,7 +21,8 @@ class TestTensorRT(TestOnnxRuntime):
     """In ONNX Runtime, which takes its graphs as far as they are of the standard domain."""
 
     targets = ("tensorrt",)
-    families = ("llama", "gpt2")  # qwen2 has the operators of llama, and a trace in float16 of its own takes seconds
+    # qwen2 has the operators of llama, and a trace in float16 of its own takes seconds
+    families = ("llama", "gpt2")
 
 
 @pytest.mark.runtimes

@@ -21,16 +21,22 @@ def contents(exported: Exported) -> list[StoredTensor]:
 
 def test_every_tensor_is_counted_at_its_packed_size(exported: Exported) -> None:
     found = contents(exported)
-    assert [tensor.name for tensor in found] == [tensor.name for tensor in exported.graph.initializer]
+    assert [tensor.name for tensor in found] == [
+        tensor.name for tensor in exported.graph.initializer
+    ]
     for tensor in found:
-        assert tensor.nbytes == math.ceil(math.prod(tensor.shape) * BITS[tensor.dtype] / 8), tensor.name
+        assert tensor.nbytes == math.ceil(math.prod(tensor.shape) * BITS[tensor.dtype] / 8), (
+            tensor.name
+        )
 
 
 def test_external_tensors_take_what_the_graph_says(exported: Exported) -> None:
     sizes = {tensor.name: tensor.nbytes for tensor in contents(exported)}
     lengths = {
         name: place.length
-        for name, place in data_ranges(onnx.load(exported.folder / MODEL_FILE, load_external_data=False))
+        for name, place in data_ranges(
+            onnx.load(exported.folder / MODEL_FILE, load_external_data=False)
+        )
     }
     assert {name: sizes[name] for name in lengths} == lengths
     assert sum(lengths.values()) <= (exported.folder / DATA_FILE).stat().st_size
@@ -49,4 +55,8 @@ def test_kinds_are_those_of_the_artifact(exported: Exported) -> None:
         if name in found:
             assert found[name].kind == "float weight", name
             assert math.prod(found[name].shape) == tensor.numel()
-    assert by_kind["float weight"] >= len([name for name in exported.quantized.floats if name in found]) > 0
+    assert (
+        by_kind["float weight"]
+        >= len([name for name in exported.quantized.floats if name in found])
+        > 0
+    )

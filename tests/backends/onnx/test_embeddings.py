@@ -16,7 +16,16 @@ from backends.onnx.trace_cache import cached_trace
 from backends.onnx.write import build
 from calib.errors import BackendError
 from calib.progress import silent
-from calib.schemes import FLOAT8, INT4, INT8, LinearScheme, PerBlock, PerChannel, PerTensor, TensorScheme
+from calib.schemes import (
+    FLOAT8,
+    INT4,
+    INT8,
+    LinearScheme,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    TensorScheme,
+)
 from calib.skeleton import portable_config
 from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS
@@ -50,7 +59,9 @@ def test_rows_are_looked_up_before_they_are_dequantized_where_the_runtime_can(ta
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_embeddings_that_have_no_operators_are_refused_before_anything_is_calibrated(target: str) -> None:
+def test_embeddings_that_have_no_operators_are_refused_before_anything_is_calibrated(
+    target: str,
+) -> None:
     name, config = "model.embed_tokens", portable_config(CONFIGS["llama"]())
     rows = TensorScheme(INT8, PerChannel())
     refused = [
@@ -61,18 +72,24 @@ def test_embeddings_that_have_no_operators_are_refused_before_anything_is_calibr
         TensorScheme(INT8, PerChannel(), symmetric=False),
     ]
     for scheme in refused:
-        found = {name: LinearScheme(scheme, None), "model.layers.0.mlp.up_proj": LinearScheme(rows, None)}
+        found = {
+            name: LinearScheme(scheme, None),
+            "model.layers.0.mlp.up_proj": LinearScheme(rows, None),
+        }
         reason, hint = OnnxBackend().model_refusal(config, found, target) or ("", "")
         assert "rows of int8" in reason
         assert name in hint
-        linears = {"model.layers.0.mlp.up_proj": LinearScheme(scheme, None)}  # a linear is no embedding
+        # a linear is no embedding
+        linears = {"model.layers.0.mlp.up_proj": LinearScheme(scheme, None)}
         assert OnnxBackend().model_refusal(config, linears, target) is None
     assert OnnxBackend().model_refusal(config, {name: LinearScheme(rows, None)}, target) is None
 
 
 def test_an_artifact_with_such_an_embedding_is_not_written(tmp_path: Path) -> None:
     model = quantized(CONFIGS["llama"](), overrides={"model.embed_tokens": "int4-weight-only"})
-    with pytest.raises(BackendError, match=r"'model.embed_tokens' cannot be written as ONNX.*one scale"):
+    with pytest.raises(
+        BackendError, match=r"'model.embed_tokens' cannot be written as ONNX.*one scale"
+    ):
         compare(model, tmp_path)
 
 
@@ -90,5 +107,9 @@ def test_logits_of_the_last_token_alone(name: str, tmp_path: Path) -> None:
     found = compare(quantized(CONFIGS[name]()), tmp_path, logits="last")
     assert found.prefill.shape == (3, 1, 97)
     assert found.error <= WEIGHT_ONLY
-    head = OnnxBackend().load_probed(tmp_path, "ort").probe(torch.arange(5, 12)[None], ["lm_head"])["lm_head"]
+    head = (
+        OnnxBackend()
+        .load_probed(tmp_path, "ort")
+        .probe(torch.arange(5, 12)[None], ["lm_head"])["lm_head"]
+    )
     assert head[0].shape[:2] == (1, 1)  # the head multiplies one row

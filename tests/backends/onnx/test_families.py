@@ -16,13 +16,26 @@ from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS
 from tests.tolerances import WEIGHT_ONLY
 
-RUN_ELSEWHERE = {"llama", "llama-bias-tied-headdim", "llama-odd", "mistral", "qwen2", "qwen3", "gpt2", "opt"}
+RUN_ELSEWHERE = {
+    "llama",
+    "llama-bias-tied-headdim",
+    "llama-odd",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "opt",
+}
 """Configs that the cases of ``conftest.py`` run in every way; a trace takes seconds."""
 
 
 def test_the_others_are_run_elsewhere() -> None:
-    configs = {json.dumps(portable_config(CONFIGS[name]()), sort_keys=True) for name in RUN_ELSEWHERE}
-    assert configs <= {json.dumps(portable_config(case[0]()), sort_keys=True) for case in CASES.values()}
+    configs = {
+        json.dumps(portable_config(CONFIGS[name]()), sort_keys=True) for name in RUN_ELSEWHERE
+    }
+    assert configs <= {
+        json.dumps(portable_config(case[0]()), sort_keys=True) for case in CASES.values()
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in RUN_ELSEWHERE])

@@ -54,7 +54,9 @@ def test_one_missing_byte_is_noticed(copied: Path) -> None:
     refused(copied, rf"'{DATA_FILE}' is truncated")
 
 
-@pytest.mark.parametrize("location", ["../model.onnx.data", "/etc/hostname", "sub/model.onnx.data", ""])
+@pytest.mark.parametrize(
+    "location", ["../model.onnx.data", "/etc/hostname", "sub/model.onnx.data", ""]
+)
 def test_data_outside_the_folder_is_not_read(copied: Path, location: str) -> None:
     def elsewhere(entry: onnx.StringStringEntryProto) -> None:
         if entry.key == "location":

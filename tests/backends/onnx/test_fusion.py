@@ -1,4 +1,6 @@
-"""What runtimes make of the linears, looked at in the runtimes: everything but plain decoder linears."""
+"""What runtimes make of the linears, looked at in the runtimes: everything but plain decoder
+linears.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ HEAD, TABLE = "lm_head", "model.embed_tokens"
 DOWN = "*.down_proj"
 
 
-def export(folder: Path, name: str, scheme: str, overrides: Mapping[str, str], target: str = "ort") -> int:
+def export(
+    folder: Path, name: str, scheme: str, overrides: Mapping[str, str], target: str = "ort"
+) -> int:
     """Write a tiny model; the number of its quantized linears, embeddings aside."""
     fused = fuse_tiny(make_tiny(CONFIGS[name]()))
-    plan = resolve(scheme_named(scheme), fused.architecture, fused.config, overrides=dict(overrides))
-    quantized = quantize_model(fused, plan, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+    plan = resolve(
+        scheme_named(scheme), fused.architecture, fused.config, overrides=dict(overrides)
+    )
+    quantized = quantize_model(
+        fused, plan, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+    )
     OnnxBackend().write(quantized, folder, WriteOptions(target))
     return len(quantized.linears) - (TABLE in quantized.linears)
 
@@ -57,8 +65,10 @@ def test_experts_are_counted_one_by_one(tmp_path: Path) -> None:
     count = export(tmp_path, "qwen3_moe", "int8-weight-only", {})
     found = fusion(tmp_path)
     assert (found.quantized, found.unfused) == (count, [])
-    assert count == 2 * 4 + 3 + 2 * 4  # two layers' attention, one dense MLP, gate_up and down of four experts
-    assert found.kernels["MatMulNBits"] == 2 * 2 + 2 + 2 * 4  # query, key and value are one, and gate and up
+    # two layers' attention, one dense MLP, gate_up and down of four experts
+    assert count == 2 * 4 + 3 + 2 * 4
+    # query, key and value are one, and gate and up
+    assert found.kernels["MatMulNBits"] == 2 * 2 + 2 + 2 * 4
 
 
 def test_what_is_dequantized_on_every_run_is_named(tmp_path: Path) -> None:
@@ -77,7 +87,13 @@ class TestOpenVino:
         pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
     def test_head_embedding_and_linears_are_fused(self, tmp_path: Path) -> None:
-        count = export(tmp_path, "llama", "int8", {HEAD: "int8-weight-only", TABLE: "int8-weight-only"}, "openvino")
+        count = export(
+            tmp_path,
+            "llama",
+            "int8",
+            {HEAD: "int8-weight-only", TABLE: "int8-weight-only"},
+            "openvino",
+        )
         found = fusion(tmp_path, "openvino")
         assert (found.quantized, found.unfused) == (count, [])
 

@@ -1,7 +1,9 @@
-"""Golden graphs: the nodes of a few linears of a one-layer Llama in ONNX text, for each scheme and target.
+"""Golden graphs: the nodes of a few linears of a one-layer Llama in ONNX text, for each scheme and
+target.
 
-``pytest tests/backends/onnx/test_golden.py --regenerate-golden`` writes the files anew. Values are named after the node
-that makes them, so that nothing but these nodes changes a file, and initializers are shown by dtype and shape.
+``pytest tests/backends/onnx/test_golden.py --regenerate-golden`` writes the files anew. Values are
+named after the node that makes them, so that nothing but these nodes changes a file, and
+initializers are shown by dtype and shape.
 """
 
 from __future__ import annotations
@@ -29,10 +31,21 @@ GOLDEN = Path(__file__).parent / "golden"
 SCHEMES: dict[str, Scheme] = {
     **{
         name: scheme_named(name)
-        for name in ("float", "int8", "int8-weight-only", "int4-weight-only", "w4a8", "float8", "nvfp4", "mxfp8")
+        for name in (
+            "float",
+            "int8",
+            "int8-weight-only",
+            "int4-weight-only",
+            "w4a8",
+            "float8",
+            "nvfp4",
+            "mxfp8",
+        )
     },
     "int8-cluster": customised(scheme_named("int8"), activation_granularity="cluster:2"),
-    "int8-zero-points": customised(scheme_named("int8"), weight_symmetric=False, activation_symmetric=False),
+    "int8-zero-points": customised(
+        scheme_named("int8"), weight_symmetric=False, activation_symmetric=False
+    ),
     "int4-short-block": customised(scheme_named("int4-weight-only"), block_size=40),
 }
 _LAYER = "model.layers.0."
@@ -44,7 +57,12 @@ def expressed(target: str, scheme: Scheme) -> bool:
     return scheme.linear is None or TARGETS[target].refusal(scheme.linear) is None
 
 
-CASES = [(target, name) for target in TARGETS for name, scheme in SCHEMES.items() if expressed(target, scheme)]
+CASES = [
+    (target, name)
+    for target in TARGETS
+    for name, scheme in SCHEMES.items()
+    if expressed(target, scheme)
+]
 
 
 @cache
@@ -53,7 +71,9 @@ def quantized(name: str, dtype: torch.dtype) -> QuantizedModel:
     config.num_hidden_layers = 1
     fused = fuse_tiny(make_tiny(config), ["r4"], dtype=dtype)
     how = resolve(SCHEMES[name], fused.architecture, fused.config)
-    return quantize_model(fused, how, forward_loop_over(length_batches(token_rows((9,)), 1)), PROVENANCE)
+    return quantize_model(
+        fused, how, forward_loop_over(length_batches(token_rows((9,)), 1)), PROVENANCE
+    )
 
 
 def described(model: ir.Model) -> str:

@@ -1,4 +1,6 @@
-"""What runtimes make of a node that writes new keys into the buffer of the old ones: the reasons of the targets."""
+"""What runtimes make of a node that writes new keys into the buffer of the old ones: the reasons of
+the targets.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,18 @@ def value(name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> ir
 
 
 def scatter(room: int | str, dtype: ir.DataType = ir.DataType.FLOAT) -> bytes:
-    """TensorScatter of new keys ``[B, H, S, D]`` into a buffer ``[B, H, room, D]`` from row ``index`` on."""
+    """TensorScatter of new keys ``[B, H, S, D]`` into a buffer ``[B, H, room, D]`` from row
+    ``index`` on.
+    """
     buffer: Shape = ["batch", HEADS, room, SIZE]
     inputs = [
         value("past", buffer, dtype),
         value("new", ["batch", HEADS, "sequence", SIZE], dtype),
         value("index", ["batch"], ir.DataType.INT64),
     ]
-    return model(ir.node("TensorScatter", inputs, {"axis": 2}, outputs=[ir.Value(name="present")]), [buffer])
+    return model(
+        ir.node("TensorScatter", inputs, {"axis": 2}, outputs=[ir.Value(name="present")]), [buffer]
+    )
 
 
 def attention() -> bytes:
@@ -60,13 +66,25 @@ def attention() -> bytes:
 
 
 def attention_feeds() -> dict[str, np.ndarray]:
-    """One more token, where the buffers of one row hold :data:`FILLED` tokens and have room for :data:`ROOM`."""
+    """One more token, where the buffers of one row hold :data:`FILLED` tokens and have room for
+    :data:`ROOM`.
+    """
     rng = np.random.default_rng(0)
-    new = {name: rng.normal(size=(1, 1, HEADS * SIZE)).astype(np.float32) for name in ("query", "key", "value")}
-    buffers = {name: np.zeros((1, HEADS, ROOM, SIZE), np.float32) for name in ("past_key", "past_value")}
+    new = {
+        name: rng.normal(size=(1, 1, HEADS * SIZE)).astype(np.float32)
+        for name in ("query", "key", "value")
+    }
+    buffers = {
+        name: np.zeros((1, HEADS, ROOM, SIZE), np.float32) for name in ("past_key", "past_value")
+    }
     for buffer in buffers.values():
         buffer[:, :, :FILLED] = rng.normal(size=(1, HEADS, FILLED, SIZE))
-    return {**new, **buffers, "last": np.array([FILLED], np.int32), "total": np.array([FILLED + 1], np.int32)}
+    return {
+        **new,
+        **buffers,
+        "last": np.array([FILLED], np.int32),
+        "total": np.array([FILLED + 1], np.int32),
+    }
 
 
 def session(data: bytes) -> onnxruntime.InferenceSession:
@@ -77,7 +95,9 @@ def test_onnx_runtime_writes_into_a_buffer_of_any_length() -> None:
     assert TARGETS["ort"].shared_buffer is None
     running = session(scatter("room"))
     for room in (ROOM, 2 * ROOM):
-        buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, HEADS, room, SIZE), np.float32))
+        buffer = onnxruntime.OrtValue.ortvalue_from_numpy(
+            np.zeros((1, HEADS, room, SIZE), np.float32)
+        )
         binding = running.io_binding()
         binding.bind_ortvalue_input("past", buffer)
         binding.bind_ortvalue_output("present", buffer)
@@ -96,11 +116,15 @@ def test_onnx_runtime_keeps_the_room_of_an_attention() -> None:
 
 @pytest.mark.runtimes
 def test_openvino_has_nothing_that_writes_into_a_buffer() -> None:
-    """The refusal is about the runtime: forced, one graph does not load, and the other gives a grown cache."""
+    """The refusal is about the runtime: forced, one graph does not load, and the other gives a
+    grown cache.
+    """
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     assert TARGETS["openvino"].shared_buffer is not None
     core = openvino.Core()
-    with pytest.raises(Exception, match="No conversion rule found for operations: TensorScatter-24"):
+    with pytest.raises(
+        Exception, match="No conversion rule found for operations: TensorScatter-24"
+    ):
         core.read_model(scatter("room"))
     found = core.compile_model(core.read_model(attention()), "CPU")(attention_feeds())
     assert [found[index].shape[2] for index in (1, 2)] == [FILLED + 1, FILLED + 1]

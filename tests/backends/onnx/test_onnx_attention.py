@@ -19,19 +19,29 @@ HEADS, WIDTH = 6, 8
 SCALE, CAP = 0.3, 5.0
 
 
-def graph(kv_heads: int, softcap: float | None, layers: int = 2, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+def graph(
+    kv_heads: int, softcap: float | None, layers: int = 2, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
     """``layers`` placeholders that share one mask."""
-    attributes = {SCALE_ATTRIBUTE: SCALE} | ({} if softcap is None else {SOFTCAP_ATTRIBUTE: softcap})
+    attributes = {SCALE_ATTRIBUTE: SCALE} | (
+        {} if softcap is None else {SOFTCAP_ATTRIBUTE: softcap}
+    )
     mask = _value("mask", ["B", 1, "S", "T"], ir.DataType.BOOL)
     inputs, outputs, builder = [mask], [], ir.tape.Tape()
     for layer in range(layers):
         query = _value(f"q{layer}", ["B", HEADS, "S", WIDTH], dtype)
         key, value = (_value(f"{part}{layer}", ["B", kv_heads, "T", WIDTH], dtype) for part in "kv")
         y = builder.op(ATTENTION, [query, key, value, mask], attributes, domain=DOMAIN, version=1)
-        y.name, y.shape, y.type = f"y{layer}", ir.Shape(["B", "S", HEADS, WIDTH]), ir.TensorType(dtype)
+        y.name, y.shape, y.type = (
+            f"y{layer}",
+            ir.Shape(["B", "S", HEADS, WIDTH]),
+            ir.TensorType(dtype),
+        )
         inputs += [query, key, value]
         outputs.append(y)
-    made = ir.Graph(inputs, outputs, nodes=builder.nodes, opset_imports={"": 21, DOMAIN: 1}, name="attention")
+    made = ir.Graph(
+        inputs, outputs, nodes=builder.nodes, opset_imports={"": 21, DOMAIN: 1}, name="attention"
+    )
     return ir.Model(made, ir_version=10)
 
 
@@ -47,10 +57,15 @@ def run(model: ir.Model, feeds: dict[str, Tensor]) -> list[Tensor]:
     options.log_severity_level = 3
     proto = ir.to_proto(model).SerializeToString()
     session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(y) for y in session.run(None, {name: x.numpy() for name, x in feeds.items()})]
+    return [
+        torch.from_numpy(y)
+        for y in session.run(None, {name: x.numpy() for name, x in feeds.items()})
+    ]
 
 
-def feeds(kv_heads: int, sequence: int, total: int, size: float = 1.0, layers: int = 2) -> dict[str, Tensor]:
+def feeds(
+    kv_heads: int, sequence: int, total: int, size: float = 1.0, layers: int = 2
+) -> dict[str, Tensor]:
     """Three rows; the second lacks three tokens on its left, the third all but the last."""
     generator = torch.Generator().manual_seed(3)
 
@@ -68,7 +83,9 @@ def feeds(kv_heads: int, sequence: int, total: int, size: float = 1.0, layers: i
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("softcap", [None, CAP])
-@pytest.mark.parametrize(("sequence", "total"), [(9, 9), (4, 9), (1, 9)], ids=["prefill", "chunk", "step"])
+@pytest.mark.parametrize(
+    ("sequence", "total"), [(9, 9), (4, 9), (1, 9)], ids=["prefill", "chunk", "step"]
+)
 def test_it_is_attention(kv_heads: int, softcap: float | None, sequence: int, total: int) -> None:
     given = feeds(kv_heads, sequence, total, size=3.0)
     for layer, found in enumerate(run(graph(kv_heads, softcap), given)):
@@ -80,7 +97,9 @@ def test_it_is_attention(kv_heads: int, softcap: float | None, sequence: int, to
 
 
 def test_half_precision_stays_finite() -> None:
-    """Scores of thousands below zero and the mask of a query that sees no key do not add up to minus infinity."""
+    """Scores of thousands below zero and the mask of a query that sees no key do not add up to
+    minus infinity.
+    """
     given = {name: x.half() if x.is_floating_point() else x for name, x in feeds(2, 9, 9).items()}
     for layer in range(2):
         given[f"q{layer}"] = torch.full_like(given[f"q{layer}"], 60.0)
@@ -95,7 +114,9 @@ def test_half_precision_stays_finite() -> None:
 
 
 def test_weights_that_round_to_nothing_are_no_denormals() -> None:
-    """Their sum is far below what float32 resolves, and numbers below 1e-38 are slow to multiply."""
+    """Their sum is far below what float32 resolves, and numbers below 1e-38 are slow to
+    multiply.
+    """
     model = graph(2, None, layers=1)
     given = feeds(2, 9, 9, layers=1)
     given["q0"], given["k0"] = torch.zeros_like(given["q0"]), torch.zeros_like(given["k0"])

@@ -28,7 +28,11 @@ def test_an_expert_is_run_on_the_tokens_that_chose_it(tmp_path: Path) -> None:
     model = quantized(CONFIGS["qwen3_moe"]())
     compare(model, tmp_path)
     probed = OnnxBackend().load_probed(tmp_path, "ort")
-    names = [f"model.layers.1.mlp.experts.{part}_proj.{e}" for part in ("gate_up", "down") for e in range(EXPERTS)]
+    names = [
+        f"model.layers.1.mlp.experts.{part}_proj.{e}"
+        for part in ("gate_up", "down")
+        for e in range(EXPERTS)
+    ]
     assert set(names) <= model.linears.keys()
     found = probed.probe(batch().ids[:1, :1], names)
     rows = {name: entering.shape[-2] for name, (entering, _) in found.items()}

@@ -45,7 +45,11 @@ def test_the_checker_passes_and_only_the_standard_domain_is_used(exported: Expor
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", ROTARY_OPSET)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
-    assert sorted(path.name for path in exported.folder.iterdir()) == [GENAI_FILE, MODEL_FILE, DATA_FILE]
+    assert sorted(path.name for path in exported.folder.iterdir()) == [
+        GENAI_FILE,
+        MODEL_FILE,
+        DATA_FILE,
+    ]
 
 
 def test_each_linear_has_exactly_the_planned_q_and_dq(exported: Exported) -> None:
@@ -73,18 +77,30 @@ def test_weights_are_integer_initializers_in_front_of_their_matmul(exported: Exp
         linear = pack[0]
         dequantize = nodes[f"{name}/DequantizeWeight"]
         weight = stored[dequantize.input[0]]
-        assert tuple(weight.dims) == (linear.weight.shape[1], sum(len(each.weight) for each in pack))  # [K, N]
-        assert weight.data_type == onnx.TensorProto.DataType.Value(linear.weight_scheme.format.name.upper())
+        # [K, N]
+        assert tuple(weight.dims) == (
+            linear.weight.shape[1],
+            sum(len(each.weight) for each in pack),
+        )
+        assert weight.data_type == onnx.TensorProto.DataType.Value(
+            linear.weight_scheme.format.name.upper()
+        )
         assert nodes[f"{name}/MatMul"].input[1] == dequantize.output[0]
         attributes = {attribute.name: attribute.i for attribute in dequantize.attribute}
         granularity = linear.weight_scheme.granularity
         blocked = isinstance(granularity, PerBlock)
-        assert attributes == ({"axis": 0, "block_size": granularity.size} if blocked else {"axis": 1})
+        assert attributes == (
+            {"axis": 0, "block_size": granularity.size} if blocked else {"axis": 1}
+        )
         assert len(dequantize.input) == 2  # no zero point
 
 
 def test_symmetric_inputs_are_unsigned_around_128_and_scales_positive(exported: Exported) -> None:
-    pairs = [node for node in exported.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    pairs = [
+        node
+        for node in exported.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ]
     zeros = list(values_of(exported, *{node.input[2] for node in pairs if len(node.input) > 2}))
     assert all(array.dtype == np.uint8 and (array == 128).all() for array in zeros)
     assert bool(zeros) == any(node.op_type == "QuantizeLinear" for node in pairs)
@@ -107,30 +123,48 @@ def test_large_initializers_are_external_and_the_file_itself_is_small(exported: 
             assert int(entries["length"]) == elements * bits // 8 + (elements * bits % 8 > 0)
             external += 1
     assert external > 5  # the tables and all but the smallest weights
-    assert not [node for node in exported.graph.node if any(len(a.t.raw_data) > INLINE_BYTES for a in node.attribute)]
+    assert not [
+        node
+        for node in exported.graph.node
+        if any(len(a.t.raw_data) > INLINE_BYTES for a in node.attribute)
+    ]
 
 
 def test_inputs_and_outputs_have_the_documented_names_and_axes(exported: Exported) -> None:
     config = exported.quantized.config
     cache = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
     graph = exported.graph
-    assert [value.name for value in graph.input] == [*FIXED_INPUTS, *(f"past_key_values.{name}" for name in cache)]
-    assert [value.name for value in graph.output] == ["logits", *(f"present.{name}" for name in cache)]
+    assert [value.name for value in graph.input] == [
+        *FIXED_INPUTS,
+        *(f"past_key_values.{name}" for name in cache),
+    ]
+    assert [value.name for value in graph.output] == [
+        "logits",
+        *(f"present.{name}" for name in cache),
+    ]
     found = {value.name: axes(value) for value in (*graph.input, *graph.output)}
     assert found["input_ids"] == found["position_ids"] == ["batch", "sequence"]
     assert found["attention_mask"] == ["batch", "total"]
     assert found["logits"] == ["batch", "sequence", config["vocab_size"]]
     for name in cache:
-        assert (found[f"past_key_values.{name}"][0], found[f"past_key_values.{name}"][2]) == ("batch", "past")
+        assert (found[f"past_key_values.{name}"][0], found[f"past_key_values.{name}"][2]) == (
+            "batch",
+            "past",
+        )
         assert (found[f"present.{name}"][0], found[f"present.{name}"][2]) == ("batch", "total")
-        assert found[f"present.{name}"][1::2] == found[f"past_key_values.{name}"][1::2]  # heads, head_dim
+        # heads, head_dim
+        assert found[f"present.{name}"][1::2] == found[f"past_key_values.{name}"][1::2]
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "r4" in case[2]])
-def test_an_online_rotation_is_a_small_matmul_per_factor(name: str, export_of: Callable[[str], Exported]) -> None:
+def test_an_online_rotation_is_a_small_matmul_per_factor(
+    name: str, export_of: Callable[[str], Exported]
+) -> None:
     exported = export_of(name)
     constants = {tensor.name: tuple(tensor.dims) for tensor in exported.graph.initializer}
-    nodes = [node for node in exported.graph.node if "/Factor" in node.name and node.op_type == "MatMul"]
+    nodes = [
+        node for node in exported.graph.node if "/Factor" in node.name and node.op_type == "MatMul"
+    ]
     for linear in exported.quantized.linears.values():
         if linear.online_rotation is None:
             continue
@@ -139,7 +173,9 @@ def test_an_online_rotation_is_a_small_matmul_per_factor(name: str, export_of: C
         orders = factor_order(block_order(rotation.order))
         assert orders is not None
         own = [node for node in nodes if node.name.startswith(f"{rotation.name}/")]
-        shapes = [next(constants[value] for value in node.input if value in constants) for node in own]
+        shapes = [
+            next(constants[value] for value in node.input if value in constants) for node in own
+        ]
         assert shapes == [(order, order) for order in orders]
         if len(orders) > 1:
             assert (rotation.order, rotation.order) not in constants.values()
@@ -147,7 +183,9 @@ def test_an_online_rotation_is_a_small_matmul_per_factor(name: str, export_of: C
         assert len(signs) == (rotation.seed is not None)
 
 
-def test_the_cases_cover_two_factors_blocks_and_no_signs(export_of: Callable[[str], Exported]) -> None:
+def test_the_cases_cover_two_factors_blocks_and_no_signs(
+    export_of: Callable[[str], Exported],
+) -> None:
     def rotation(name: str) -> tuple[int | None, int | None]:
         found = export_of(name).quantized.rotations["R4.0"]
         return found.order, found.seed
@@ -164,7 +202,12 @@ def test_the_cases_cover_two_factors_blocks_and_no_signs(export_of: Callable[[st
 
 def test_the_file_names_no_place_on_this_machine(exported: Exported) -> None:
     data = (exported.folder / MODEL_FILE).read_bytes()
-    for place in (b"site-packages", b".py", str(Path.home()).encode() + b"/", tempfile.gettempdir().encode() + b"/"):
+    for place in (
+        b"site-packages",
+        b".py",
+        str(Path.home()).encode() + b"/",
+        tempfile.gettempdir().encode() + b"/",
+    ):
         assert place not in data
     assert str(Path(__file__).parents[3]).encode() not in data
     assert not any(node.metadata_props or node.doc_string for node in exported.graph.node)

@@ -1,4 +1,6 @@
-"""Written graphs, run in ONNX Runtime: they compute what the artifact says, in every way a model is run."""
+"""Written graphs, run in ONNX Runtime: they compute what the artifact says, in every way a model is
+run.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,11 @@ def test_every_linear_runs_as_an_integer_kernel(exported: Exported) -> None:
     found = OnnxBackend().fusion(exported.folder, "ort")
     assert found.quantized == len(exported.quantized.linears)
     assert found.unfused == []
-    integer = ("MatMulNBits",) if exported.quantized.scheme.weight_only else ("MatMulIntegerToFloat", "QLinearMatMul")
+    integer = (
+        ("MatMulNBits",)
+        if exported.quantized.scheme.weight_only
+        else ("MatMulIntegerToFloat", "QLinearMatMul")
+    )
     assert sum(found.kernels.get(kernel, 0) for kernel in integer) == len(exported.products)
 
 
@@ -94,7 +100,9 @@ def test_left_padded_rows_are_the_rows_alone(exported: Exported) -> None:
     rows = ids_of(11, 7, 4)
     runtime = exported.runtime()
     ids = torch.stack([torch.nn.functional.pad(row, (11 - row.numel(), 0)) for row in rows])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (11 - row.numel(), 0)) for row in rows])
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones_like(row), (11 - row.numel(), 0)) for row in rows]
+    )
     logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     for row, found in zip(rows, logits, strict=True):
         alone, _ = prefill(runtime, row[None])
@@ -102,14 +110,20 @@ def test_left_padded_rows_are_the_rows_alone(exported: Exported) -> None:
 
 
 def test_the_default_session_runs_too(exported: Exported) -> None:
-    """It may quantize activations of weight-only linears to int8 by itself, which costs about a percent."""
+    """It may quantize activations of weight-only linears to int8 by itself, which costs about a
+    percent.
+    """
     ids = ids_of(12)[0][None]
     logits, _ = prefill(OnnxBackend().load(exported.folder, "ort", exact=False), ids)
     assert relative_l2(logits, exported.logits(ids)) <= FLIPS
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "r4" in case[2] and name != "odd"])
-def test_the_online_rotation_acts_on_its_input(name: str, export_of: Callable[[str], Exported], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if "r4" in case[2] and name != "odd"]
+)
+def test_the_online_rotation_acts_on_its_input(
+    name: str, export_of: Callable[[str], Exported], tmp_path: Path
+) -> None:
     """Nothing of it is folded into a constant: its output is the rotation of whatever comes in."""
     exported = export_of(name)
     rotation = exported.quantized.rotations["R4.1"]
@@ -122,7 +136,9 @@ def test_the_online_rotation_acts_on_its_input(name: str, export_of: Callable[[s
     onnx.save(model, tmp_path / "probed.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(tmp_path / "probed.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "probed.onnx", options, providers=["CPUExecutionProvider"]
+    )
     caches = cache_inputs(model.graph)
     outputs = []
     for row in ids_of(9, 9):
@@ -176,7 +192,10 @@ def test_a_damaged_folder_is_named(copied: Path, damage: str, opener: str) -> No
 
 
 def test_a_graph_of_someone_else_is_refused(tmp_path: Path) -> None:
-    text = '<ir_version: 10, opset_import: ["": 21]> g (float[n] x) => (float[n] y) { y = Identity (x) }'
+    text = (
+        '<ir_version: 10, opset_import: ["": 21]> g (float[n] x) => (float[n] y) { y = Identity'
+        " (x) }"
+    )
     onnx.save(onnx.parser.parse_model(text), tmp_path / MODEL_FILE)
     with pytest.raises(BackendError, match="not a graph of rotq"):
         OnnxBackend().read_linears(tmp_path, "ort")

@@ -12,7 +12,16 @@ BACKEND = OnnxBackend()
 TAKEN = {
     "ort": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "w4a8-float8", "float8"},
     "openvino": {"int8", "int8-weight-only", "int4-weight-only", "w4a8"},
-    "tensorrt": {"int8", "int8-weight-only", "int4-weight-only", "w4a8", "w4a8-float8", "float8", "nvfp4", "mxfp8"},
+    "tensorrt": {
+        "int8",
+        "int8-weight-only",
+        "int4-weight-only",
+        "w4a8",
+        "w4a8-float8",
+        "float8",
+        "nvfp4",
+        "mxfp8",
+    },
 }
 WARNED = {
     "ort": {"w4a8", "w4a8-float8", "float8"},
@@ -25,7 +34,9 @@ QUANTIZING = {name: scheme.linear for name, scheme in SCHEMES.items() if scheme.
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_presets_that_are_taken(target: str) -> None:
-    assert {name for name, scheme in QUANTIZING.items() if BACKEND.refusal(scheme, target) is None} == TAKEN[target]
+    assert {
+        name for name, scheme in QUANTIZING.items() if BACKEND.refusal(scheme, target) is None
+    } == TAKEN[target]
 
 
 @pytest.mark.parametrize("target", TARGETS)

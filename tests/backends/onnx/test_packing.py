@@ -1,4 +1,6 @@
-"""Packs of linears that read one value: which there are, and that nothing of a linear changes in one."""
+"""Packs of linears that read one value: which there are, and that nothing of a linear changes in
+one.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ ROWS = {"q": 12, "k": 4, "v": 4}
 
 
 def linear(
-    name: str, scheme: str = "int8", weight: TensorScheme | None = None, rows: int | None = None, **changes: Any
+    name: str,
+    scheme: str = "int8",
+    weight: TensorScheme | None = None,
+    rows: int | None = None,
+    **changes: Any,
 ) -> QuantizedLinear:
     """A random linear that reads 40 features, with a bias; its input scale is the same for all."""
     form, inputs = weight or LINEAR_SCHEMES[scheme].weight, LINEAR_SCHEMES[scheme].input
-    values = torch.randn(rows or ROWS[name], WIDTH, generator=torch.Generator().manual_seed(ord(name)))
+    values = torch.randn(
+        rows or ROWS[name], WIDTH, generator=torch.Generator().manual_seed(ord(name))
+    )
     grid = weight_grid(values, form)
     made = QuantizedLinear(
         name=name,
@@ -102,31 +110,50 @@ SIZES = {
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("scheme", ["int8", "w4a8"])
-def test_rounded_inputs_are_packed_for_small_matrices_only(scheme: str, sizes: tuple[int, int]) -> None:
+def test_rounded_inputs_are_packed_for_small_matrices_only(
+    scheme: str, sizes: tuple[int, int]
+) -> None:
     pair = [linear(name, scheme, rows=rows) for name, rows in zip("qk", sizes, strict=True)]
     assert packs(pair) == ([pair] if SIZES[sizes] else [[each] for each in pair])
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_weight_only_linears_are_packed_whatever_their_sizes(sizes: tuple[int, int]) -> None:
-    pair = [linear(name, "int8-weight-only", rows=rows) for name, rows in zip("qk", sizes, strict=True)]
+    pair = [
+        linear(name, "int8-weight-only", rows=rows) for name, rows in zip("qk", sizes, strict=True)
+    ]
     assert packs(pair) == [pair]
 
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-GRAPHS = {"llama": GATE_UP, "block-diagonal": ("|".join(f"model.layers.0.{name}" for name in GATE_UP),)}
-"""The MatMuls of gate and up in a graph with rounded inputs and in a weight-only one, without ``model.layers.0.``."""
+GRAPHS = {
+    "llama": GATE_UP,
+    "block-diagonal": ("|".join(f"model.layers.0.{name}" for name in GATE_UP),),
+}
+"""The MatMuls of gate and up in a graph with rounded inputs and in a weight-only one, without
+``model.layers.0.``.
+"""
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_packed_graph_has_one_matmul_for_what_is_packed(name: str, export_of: Callable[[str], Exported]) -> None:
-    """What it computes, what is read back from it and what its probes show is tested with every other graph."""
+def test_a_packed_graph_has_one_matmul_for_what_is_packed(
+    name: str, export_of: Callable[[str], Exported]
+) -> None:
+    """What it computes, what is read back from it and what its probes show is tested with every
+    other graph.
+    """
     layer = "model.layers.0."
-    products = [node.name for node in export_of(name).graph.node if node.op_type == "MatMul" and "_proj" in node.name]
+    products = [
+        node.name
+        for node in export_of(name).graph.node
+        if node.op_type == "MatMul" and "_proj" in node.name
+    ]
     expected = [
         "|".join(f"{layer}self_attn.{part}_proj" for part in "qkv"),
         f"{layer}self_attn.o_proj",
         *(f"{layer}{part.removeprefix(layer)}" for part in GRAPHS[name]),
         f"{layer}mlp.down_proj",
     ]
-    assert [name for name in products if name.startswith(layer)] == [f"{name}/MatMul" for name in expected]
+    assert [name for name in products if name.startswith(layer)] == [
+        f"{name}/MatMul" for name in expected
+    ]

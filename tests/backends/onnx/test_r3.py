@@ -1,4 +1,6 @@
-"""R3 in the exported graph: standard nodes after RoPE, rotated keys in the cache, and logits that do not change."""
+"""R3 in the exported graph: standard nodes after RoPE, rotated keys in the cache, and logits that
+do not change.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 def prefill(path: Path, row: Tensor) -> tuple[Tensor, list[Tensor]]:
     ids = row.unsqueeze(0)
-    return OnnxModel(path, exact=True).forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])
+    return OnnxModel(path, exact=True).forward(
+        ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None]
+    )
 
 
 def factor_products(graph: ir.Model, order: int) -> list[ir.Node]:
@@ -72,7 +76,9 @@ def factor_products(graph: ir.Model, order: int) -> list[ir.Node]:
     ]
 
 
-def test_queries_and_keys_meet_one_small_product_per_factor(rotated: Written, plain: Written) -> None:
+def test_queries_and_keys_meet_one_small_product_per_factor(
+    rotated: Written, plain: Written
+) -> None:
     for order in (16, 8):
         assert len(factor_products(rotated.graph, order)) == 2 * LAYERS
         assert not factor_products(plain.graph, order)
@@ -82,7 +88,10 @@ def test_queries_and_keys_meet_one_small_product_per_factor(rotated: Written, pl
 
 def test_keys_are_rotated_and_logits_are_not(rotated: Written, plain: Written) -> None:
     row = token_rows()[0]
-    (with_r3, cache), (without, keys_and_values) = prefill(rotated.path, row), prefill(plain.path, row)
+    (with_r3, cache), (without, keys_and_values) = (
+        prefill(rotated.path, row),
+        prefill(plain.path, row),
+    )
     assert relative_l2(with_r3, without) <= WEIGHT_ONLY
     for layer in range(LAYERS):
         rotation = rotated.quantized.rotations[f"R3.{layer}"]
@@ -96,7 +105,9 @@ def test_the_logits_depend_on_the_nodes(rotated: Written, tmp_path: Path) -> Non
     row = token_rows()[0]
     model = ir.load(rotated.path)
     for node in factor_products(model, 16)[:1]:
-        constant = next(value for value in node.inputs if value is not None and value.const_value is not None)
+        constant = next(
+            value for value in node.inputs if value is not None and value.const_value is not None
+        )
         constant.const_value = ir.tensor(np.eye(16, dtype=np.float32) * 0.5, name=constant.name)
     ir.save(model, tmp_path / "changed.onnx")
     before, _ = prefill(rotated.path, row)
@@ -112,7 +123,9 @@ def test_decoding_with_the_cache_equals_prefill(rotated: Written) -> None:
     steps = []
     for position in range(row.numel()):
         mask = torch.ones(1, position + 1, dtype=torch.int64)
-        logits, cache = model.forward(row[position].reshape(1, 1), mask, torch.tensor([[position]]), cache)
+        logits, cache = model.forward(
+            row[position].reshape(1, 1), mask, torch.tensor([[position]]), cache
+        )
         steps.append(logits[:, -1])
     assert relative_l2(torch.stack(steps, dim=1), wanted) <= WEIGHT_ONLY
 
@@ -125,4 +138,7 @@ def test_the_reference_rotates_the_same(rotated: Written, plain: Written) -> Non
         other = build_reference(plain.quantized)(input_ids=row[None], use_cache=True)
     assert relative_l2(logits, output.logits) <= WEIGHT_ONLY
     assert relative_l2(cache[0], output.past_key_values.layers[0].keys) <= WEIGHT_ONLY
-    assert relative_l2(output.past_key_values.layers[0].keys, other.past_key_values.layers[0].keys) > 0.5
+    assert (
+        relative_l2(output.past_key_values.layers[0].keys, other.past_key_values.layers[0].keys)
+        > 0.5
+    )

@@ -20,7 +20,12 @@ CASES = [(target, words) for target in TARGETS for words in accepted(target)]
 
 
 def written(case: Single, target: str, folder: Path) -> Path:
-    ir.save(case.graph(target), folder / MODEL_FILE, external_data="model.onnx.data", size_threshold_bytes=1024)
+    ir.save(
+        case.graph(target),
+        folder / MODEL_FILE,
+        external_data="model.onnx.data",
+        size_threshold_bytes=1024,
+    )
     return folder
 
 
@@ -49,11 +54,17 @@ def test_linears_are_read_back_to_the_last_bit(target: str, words: str, tmp_path
 def test_orders_and_short_blocks_are_read_back(target: str, tmp_path: Path) -> None:
     dtype = getattr(torch, TARGETS[target].compute_dtype)
     case = single(schemes()["int4 weights in blocks of 64, float inputs"], dtype, order=True)
-    assert_same(OnnxBackend().read_linears(written(case, target, tmp_path), target)[NAME], case.linear)
+    assert_same(
+        OnnxBackend().read_linears(written(case, target, tmp_path), target)[NAME], case.linear
+    )
 
 
 def test_a_dead_block_keeps_the_smallest_power_of_two(tmp_path: Path) -> None:
-    case = single(schemes()["float8_e4m3 weights in blocks of 32, float8_e4m3 inputs in blocks of 32, e8m0 scales"])
+    case = single(
+        schemes()[
+            "float8_e4m3 weights in blocks of 32, float8_e4m3 inputs in blocks of 32, e8m0 scales"
+        ]
+    )
     scale = case.linear.weight_scale.clone()
     scale[0, 0], scale[0, 1] = 2.0**-127, 2.0**127
     linear = dataclasses.replace(case.linear, weight_scale=scale)

@@ -17,7 +17,8 @@ WIDTH = 8
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
 norms (float[B, S, 8] a, float[%s] b) => (float[B, S, 8] x, float[B, S, 8] y)
-<float[8] weight = {0.5, -1, 2, 1, 1, 3, -2, 0.25}, float two = {2}, float epsilon = {0.01}, int64[1] axes = {-1}> {
+<float[8] weight = {0.5, -1, 2, 1, 1, 3, -2, 0.25}, float two = {2}, float epsilon = {0.01},
+ int64[1] axes = {-1}> {
     x = Add(%s)
     square = Pow(x, two)
     mean = ReduceMean(square, axes)
@@ -29,7 +30,9 @@ norms (float[B, S, 8] a, float[%s] b) => (float[B, S, 8] x, float[B, S, 8] y)
 """
 
 
-def fused(inputs: str, shape: str = "B, S, 8", product: str = "weight, unit") -> tuple[ir.Model, onnx.ModelProto]:
+def fused(
+    inputs: str, shape: str = "B, S, 8", product: str = "weight, unit"
+) -> tuple[ir.Model, onnx.ModelProto]:
     proto = onnx.parser.parse_model(TEXT % (shape, inputs, product))
     onnx.checker.check_model(proto)
     model = ir.from_proto(proto)
@@ -38,7 +41,9 @@ def fused(inputs: str, shape: str = "B, S, 8", product: str = "weight, unit") ->
 
 
 def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     found: list[np.ndarray] = session.run(["x", "y"], feeds)
     return found
 
@@ -47,7 +52,9 @@ def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray
 @pytest.mark.parametrize("product", ["weight, unit", "unit, weight"])
 def test_sum_and_norm_are_what_they_were(inputs: str, product: str) -> None:
     model, before = fused(inputs, product=product)
-    assert [(node.domain, node.op_type) for node in model.graph] == [(MICROSOFT, "SkipSimplifiedLayerNormalization")]
+    assert [(node.domain, node.op_type) for node in model.graph] == [
+        (MICROSOFT, "SkipSimplifiedLayerNormalization")
+    ]
     generator = np.random.default_rng(0)
     feeds = {name: generator.normal(size=(2, 3, WIDTH)).astype(np.float32) for name in "ab"}
     for found, wanted in zip(run(ir.to_proto(model), feeds), run(before, feeds), strict=True):

@@ -28,10 +28,16 @@ def stored(weight: Tensor, dtype: ir.DataType | None, rows: int | None = None) -
     return value.const_value
 
 
-@pytest.mark.parametrize("dtype", [ir.DataType.INT8, ir.DataType.INT4, None], ids=["int8", "int4", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [ir.DataType.INT8, ir.DataType.INT4, None], ids=["int8", "int4", "float16"]
+)
 @pytest.mark.parametrize("rows", [ROWS, ROWS + 4])
-def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: ir.DataType | None, rows: int) -> None:
-    weight = torch.randint(-7, 8, (COLUMNS, ROWS), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+def test_parts_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, dtype: ir.DataType | None, rows: int
+) -> None:
+    weight = torch.randint(
+        -7, 8, (COLUMNS, ROWS), generator=torch.Generator().manual_seed(0), dtype=torch.int8
+    )
     source = weight.float() if dtype is None else weight
     whole = stored(source, dtype, rows)
     monkeypatch.setattr(row_tensor, "PART_BYTES", 1)  # two rows, the least
@@ -51,6 +57,8 @@ def test_only_a_part_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return ir.tensor(torch.zeros(stop - start, COLUMNS, dtype=torch.int8))
 
     shape = ir.Shape([ROWS, COLUMNS])
-    tensor = row_tensor.RowTensor(read, dtype=ir.DataType.INT8, shape=shape, name="w", sources=[torch.zeros(1)])
+    tensor = row_tensor.RowTensor(
+        read, dtype=ir.DataType.INT8, shape=shape, name="w", sources=[torch.zeros(1)]
+    )
     assert len(written(tensor)) == ROWS * COLUMNS
     assert made == [(0, 4), (4, 8), (8, 11)]

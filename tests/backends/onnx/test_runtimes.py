@@ -1,4 +1,6 @@
-"""Which runtime opens a folder, what it says of itself, and what it does without the one that the folder is for."""
+"""Which runtime opens a folder, what it says of itself, and what it does without the one that the
+folder is for.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ from tests.tolerances import FLIPS, LINEAR, WEIGHT_ONLY
 
 ORT = f"ONNX Runtime {onnxruntime.__version__} (CPU)"
 STATIC, WEIGHTS = "llama", "short-block"
-"""Cases with int8 activations, and with 4-bit weights alone, in blocks of which the last is short."""
+"""Cases with int8 activations, and with 4-bit weights alone, in blocks of which the last is short.
+"""
 Export = Callable[[str], Exported]
 
 
 @pytest.fixture(scope="module")
-def written(export_of: Export, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Exported]:
+def written(
+    export_of: Export, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Exported]:
     """A case, written for a target; made on first use."""
     made: dict[tuple[str, str], Exported] = {}
 
@@ -76,10 +81,15 @@ def test_what_is_approximated_is_noted(export_of: Export) -> None:
 
 
 def test_the_note_is_true(export_of: Export) -> None:
-    """Where there is one, the default session computes other numbers than the file says; where there is none, not."""
+    """Where there is one, the default session computes other numbers than the file says; where
+    there is none, not.
+    """
     ids = token_rows((12,))[0][None]
     for name, differs in ((STATIC, False), (WEIGHTS, True)):
-        exact, default = (prefill(OnnxBackend().load(export_of(name).folder, "ort", exact=e), ids)[0] for e in (1, 0))
+        exact, default = (
+            prefill(OnnxBackend().load(export_of(name).folder, "ort", exact=e), ids)[0]
+            for e in (1, 0)
+        )
         assert (relative_l2(default, exact) > 10 * WEIGHT_ONLY) == differs, name
 
 
@@ -115,7 +125,9 @@ class TestOpenVino:
         assert {tuple(tensor.shape[::2]) for tensor in present} == {(2, 12)}
 
     @pytest.mark.parametrize("name", [STATIC, WEIGHTS])
-    def test_each_linear_on_the_same_input_is_the_reference(self, written: Written, name: str) -> None:
+    def test_each_linear_on_the_same_input_is_the_reference(
+        self, written: Written, name: str
+    ) -> None:
         case = written(name, "openvino")
         check_linears(OnnxBackend().load_probed(case.folder, "openvino"), case)
 
@@ -127,7 +139,9 @@ class TestOpenVino:
         steps = [logits]
         for step in range(4, 9):
             mask = torch.ones(2, step + 1, dtype=torch.long)
-            logits, past = runtime.forward(ids[:, step : step + 1], mask, torch.full((2, 1), step), past)
+            logits, past = runtime.forward(
+                ids[:, step : step + 1], mask, torch.full((2, 1), step), past
+            )
             steps.append(logits)
         assert relative_l2(torch.cat(steps, dim=1), whole) <= WEIGHT_ONLY
         assert all(relative_l2(a, b) <= WEIGHT_ONLY for a, b in zip(past, cache, strict=True))
@@ -143,7 +157,8 @@ class TestOpenVino:
 
     def test_what_is_approximated_is_noted(self, written: Written) -> None:
         static, weights = (
-            OnnxBackend().load(written(name, "openvino").folder, "openvino", exact=False) for name in (STATIC, WEIGHTS)
+            OnnxBackend().load(written(name, "openvino").folder, "openvino", exact=False)
+            for name in (STATIC, WEIGHTS)
         )
         assert static.note == ""
         assert "dynamic quantization" in weights.note
@@ -188,13 +203,18 @@ def half(export_of: Export, tmp_path_factory: pytest.TempPathFactory) -> Exporte
     return Exported(case.quantized, case.reference, folder)
 
 
-FOREIGN = '<ir_version: 10, opset_import: ["": 21, "trt": 1]> g (float[n] x) => (float[n] y) { y = trt.TRT_Any(x) }'
+FOREIGN = (
+    '<ir_version: 10, opset_import: ["": 21, "trt": 1]> g (float[n] x) => (float[n] y) { y ='
+    " trt.TRT_Any(x) }"
+)
 FLOAT4 = """<ir_version: 11, opset_import: ["": 23]> g (float[n] x) => (float[2] y)
     <float4e2m1[2] w = {1, 2}, float s = {0.5}> { y = DequantizeLinear(w, s) }"""
 
 
 @pytest.mark.parametrize(("graph", "what"), [(FOREIGN, "trt::TRT_Any"), (FLOAT4, "4-bit floats")])
-def test_what_only_tensorrt_runs_is_said_to_be_missing(tmp_path: Path, graph: str, what: str) -> None:
+def test_what_only_tensorrt_runs_is_said_to_be_missing(
+    tmp_path: Path, graph: str, what: str
+) -> None:
     onnx.save(onnx.parser.parse_model(graph), tmp_path / MODEL_FILE)
     with pytest.raises(RuntimeMissing, match=what) as caught:
         OnnxBackend().load(tmp_path, "tensorrt", exact=True)
@@ -203,7 +223,10 @@ def test_what_only_tensorrt_runs_is_said_to_be_missing(tmp_path: Path, graph: st
 
 def test_operators_of_a_custom_library_are_refused(tmp_path: Path) -> None:
     """Nothing registers such a library, even if one lies in the folder."""
-    graph = '<ir_version: 10, opset_import: ["": 21, "mine": 1]> g (float[n] x) => (float[n] y) { y = mine.Own(x) }'
+    graph = (
+        '<ir_version: 10, opset_import: ["": 21, "mine": 1]> g (float[n] x) => (float[n] y) { y ='
+        " mine.Own(x) }"
+    )
     onnx.save(onnx.parser.parse_model(graph), tmp_path / MODEL_FILE)
     (tmp_path / "libmine.so").write_bytes(b"\x7fELF")
     with pytest.raises(BackendError, match=r"mine:Own"):

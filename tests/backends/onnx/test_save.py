@@ -1,4 +1,6 @@
-"""Writing graphs and weights: in one file or several, one tensor in memory at a time, the same bytes every time."""
+"""Writing graphs and weights: in one file or several, one tensor in memory at a time, the same
+bytes every time.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def arrays_of(folder: Path) -> dict[str, np.ndarray]:
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
-    return {tensor.name: onnx.numpy_helper.to_array(tensor, base_dir=str(folder)) for tensor in graph.initializer}
+    return {
+        tensor.name: onnx.numpy_helper.to_array(tensor, base_dir=str(folder))
+        for tensor in graph.initializer
+    }
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,9 @@ def test_shards_are_numbered_and_as_large_as_allowed(sharded: tuple[Exported, Pa
     _, folder = sharded
     shards = sorted(folder.glob("*.data"))
     assert len(shards) > 2
-    names = [f"model-{index:05d}-of-{len(shards):05d}.onnx.data" for index in range(1, len(shards) + 1)]
+    names = [
+        f"model-{index:05d}-of-{len(shards):05d}.onnx.data" for index in range(1, len(shards) + 1)
+    ]
     assert [path.name for path in shards] == names
     held: dict[str, list[int]] = {}
     for _, place in data_ranges(onnx.load(folder / MODEL_FILE, load_external_data=False)):
@@ -77,7 +84,9 @@ def test_shards_load_in_openvino(sharded: tuple[Exported, Path]) -> None:
     llama, folder = sharded
     ids = token_rows((9,))[0][None]
     inputs = (ids, torch.ones_like(ids), torch.arange(9)[None])
-    found, one_file = (OnnxBackend().load(path, "openvino", exact=True) for path in (folder, llama.folder))
+    found, one_file = (
+        OnnxBackend().load(path, "openvino", exact=True) for path in (folder, llama.folder)
+    )
     assert torch.equal(found.forward(*inputs)[0], one_file.forward(*inputs)[0])
 
 
@@ -86,7 +95,9 @@ def test_a_limit_that_is_not_reached_leaves_one_file(llama: Exported, tmp_path: 
     assert files_of(tmp_path) == files_of(llama.folder)
 
 
-def test_the_same_model_gives_the_same_shards(sharded: tuple[Exported, Path], tmp_path: Path) -> None:
+def test_the_same_model_gives_the_same_shards(
+    sharded: tuple[Exported, Path], tmp_path: Path
+) -> None:
     llama, folder = sharded
     OnnxBackend().write(llama.quantized, tmp_path, WriteOptions("ort", max_shard_bytes=SHARD))
     assert files_of(tmp_path) == files_of(folder)
@@ -102,7 +113,9 @@ def test_large_weights_begin_at_a_page(llama: Exported) -> None:
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """However many there are: what a tensor was read into is gone before the next one but one is read."""
+    """However many there are: what a tensor was read into is gone before the next one but one is
+    read.
+    """
     alive: list[weakref.ref[np.ndarray]] = []
     most = 0
 
@@ -115,7 +128,12 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
     graph, count = _graph_of(read), 40
     done: list[tuple[str, int, int]] = []
-    save(graph, tmp_path / MODEL_FILE, max_shard_bytes=None, progress=lambda stage, n, of: done.append((stage, n, of)))
+    save(
+        graph,
+        tmp_path / MODEL_FILE,
+        max_shard_bytes=None,
+        progress=lambda stage, n, of: done.append((stage, n, of)),
+    )
     assert len(alive) == count
     assert most <= 2
     assert done == [("write", index + 1, count) for index in range(count)]
@@ -139,7 +157,9 @@ def _graph_of(read: object, count: int = 40) -> ir.Model:
         nodes.append(ir.node("MatMul", [value, initializers[-1]], name=f"n{index}"))
         value = nodes[-1].outputs[0]
         value.name, value.shape, value.type = f"y{index}", shape, kind
-    graph = ir.Graph([x], [value], nodes=nodes, initializers=initializers, opset_imports={"": 21}, name="g")
+    graph = ir.Graph(
+        [x], [value], nodes=nodes, initializers=initializers, opset_imports={"": 21}, name="g"
+    )
     return ir.Model(graph, ir_version=10)
 
 

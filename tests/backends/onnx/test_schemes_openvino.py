@@ -1,4 +1,6 @@
-"""Every scheme that target ``openvino`` takes, as a graph of one linear in OpenVINO: its numbers, and its kernels."""
+"""Every scheme that target ``openvino`` takes, as a graph of one linear in OpenVINO: its numbers,
+and its kernels.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,14 @@ def output(core: Any, case: Single, target: str = "openvino") -> torch.Tensor:
 
 def factors(core: Any, case: Single) -> tuple[str, str]:
     """What a default session multiplies: types of input and weight."""
-    model = compiled(core, case.bytes("openvino"), INFERENCE_PRECISION_HINT="f32").get_runtime_model()
-    products = [op for op in model.get_ordered_ops() if op.get_rt_info()["layerType"].astype(str) == "FullyConnected"]
+    model = compiled(
+        core, case.bytes("openvino"), INFERENCE_PRECISION_HINT="f32"
+    ).get_runtime_model()
+    products = [
+        op
+        for op in model.get_ordered_ops()
+        if op.get_rt_info()["layerType"].astype(str) == "FullyConnected"
+    ]
     (product,) = products
     first, second = (source.get_element_type().get_type_name() for source in product.inputs()[:2])
     return first, second
@@ -47,7 +55,9 @@ def test_the_graph_computes_what_the_artifact_says(core: Any, words: str) -> Non
 
 
 @pytest.mark.parametrize("words", accepted("openvino"))
-def test_a_linear_runs_in_a_kernel_of_its_own_unless_there_is_a_warning(core: Any, words: str) -> None:
+def test_a_linear_runs_in_a_kernel_of_its_own_unless_there_is_a_warning(
+    core: Any, words: str
+) -> None:
     scheme = schemes()[words]
     entering, weight = factors(core, single(scheme))
     fused = weight in ("i8", "i4") and entering == ("f32" if scheme.input is None else "i8")
@@ -55,13 +65,21 @@ def test_a_linear_runs_in_a_kernel_of_its_own_unless_there_is_a_warning(core: An
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 48])
-def test_the_sizes_of_blocks_that_are_fused_are_those_that_are_not_warned_of(core: Any, size: int) -> None:
+def test_the_sizes_of_blocks_that_are_fused_are_those_that_are_not_warned_of(
+    core: Any, size: int
+) -> None:
     scheme = preset(f"int4/{size}")
-    assert (factors(core, single(scheme))[1] == "i4") == (TARGETS["openvino"].warning(scheme) is None)
+    assert (factors(core, single(scheme))[1] == "i4") == (
+        TARGETS["openvino"].warning(scheme) is None
+    )
 
 
 @pytest.mark.parametrize(
-    "words", ["int4 weights in blocks of 64, float inputs", "int4 weights in blocks of 64, int8 inputs per tensor"]
+    "words",
+    [
+        "int4 weights in blocks of 64, float inputs",
+        "int4 weights in blocks of 64, int8 inputs per tensor",
+    ],
 )
 def test_columns_in_an_order_of_their_own_and_a_short_block(core: Any, words: str) -> None:
     case = single(schemes()[words], order=True)

@@ -1,4 +1,6 @@
-"""Every scheme that target ``ort`` takes, as a graph of one linear in ONNX Runtime: its numbers, and its kernels."""
+"""Every scheme that target ``ort`` takes, as a graph of one linear in ONNX Runtime: its numbers,
+and its kernels.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ INTEGER = ("MatMulIntegerToFloat", "QLinearMatMul")
 WEIGHT_ONLY = ("MatMulNBits",)
 
 
-def session(data: bytes, *, exact: bool, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def session(
+    data: bytes, *, exact: bool, optimized: Path | None = None
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if exact:
@@ -52,18 +56,24 @@ def test_the_graph_computes_what_the_artifact_says(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", accepted("ort"))
-def test_a_linear_runs_in_a_kernel_of_its_own_unless_there_is_a_warning(words: str, tmp_path: Path) -> None:
+def test_a_linear_runs_in_a_kernel_of_its_own_unless_there_is_a_warning(
+    words: str, tmp_path: Path
+) -> None:
     scheme = schemes()[words]
     found = kernels(single(scheme).bytes("ort"), tmp_path)
     fused = WEIGHT_ONLY if scheme.input is None else INTEGER
     warning = TARGETS["ort"].warning(scheme)
-    assert (sum(found[kernel] for kernel in fused) == 1 and not found["DequantizeLinear"]) == (warning is None)
+    assert (sum(found[kernel] for kernel in fused) == 1 and not found["DequantizeLinear"]) == (
+        warning is None
+    )
     if warning is not None:  # what the warning says that it falls back to, it does fall back to
         assert found["MatMulNBits" if "MatMulNBits)" in warning else "MatMul"] == 1
 
 
 @pytest.mark.parametrize("size", [8, 16, 24, 32, 64, 128, 256, 512])
-def test_the_sizes_of_blocks_that_are_fused_are_those_that_are_not_warned_of(size: int, tmp_path: Path) -> None:
+def test_the_sizes_of_blocks_that_are_fused_are_those_that_are_not_warned_of(
+    size: int, tmp_path: Path
+) -> None:
     scheme = preset(f"int4/{size}")
     found = kernels(single(scheme, width=2 * size).bytes("ort"), tmp_path)
     assert (found["MatMulNBits"] == 1) == (TARGETS["ort"].warning(scheme) is None)
@@ -89,7 +99,8 @@ SHARED = {
     "int8 weights per channel, int8 inputs in 2 clusters": ("MatMulNBits", 3),
     "int4 weights in blocks of 128, int8 inputs per tensor": ("MatMulNBits", 1),
 }
-"""The kernel that unpacked linears run in, and how often three of them quantize what they all read."""
+"""The kernel that unpacked linears run in, and how often three of them quantize what they all read.
+"""
 
 
 @pytest.mark.parametrize("words", SHARED)
@@ -102,7 +113,9 @@ def test_linears_that_share_their_input_are_fused_each(
     assert (found[kernel], found["QuantizeLinear"]) == (3, quantizers)
 
 
-def test_signed_pairs_that_are_merged_would_not_be_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signed_pairs_that_are_merged_would_not_be_fused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Why inputs are stored in uint8."""
     monkeypatch.setitem(TARGETS, "ort", replace(TARGETS["ort"], packs=False, unsigned_inputs=False))  # type: ignore[arg-type]
     found = kernels(single(preset("int8")).bytes("ort", copies=3), tmp_path)

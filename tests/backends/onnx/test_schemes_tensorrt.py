@@ -1,4 +1,6 @@
-"""What target ``tensorrt`` takes, by TensorRT-RTX's parser and builder: no engine is run, as that needs a GPU."""
+"""What target ``tensorrt`` takes, by TensorRT-RTX's parser and builder: no engine is run, as that
+needs a GPU.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,14 @@ def test_formats_are_built_from_the_gpus_on_that_have_them(name: str, tmp_path: 
 
 
 REFUSED = {
-    "zero points of weights": ("int8 weights per channel with zero points, float inputs", "zero point"),
-    "zero points of inputs": ("int8 weights per channel, int8 inputs per tensor with zero points", "zero point"),
+    "zero points of weights": (
+        "int8 weights per channel with zero points, float inputs",
+        "zero point",
+    ),
+    "zero points of inputs": (
+        "int8 weights per channel, int8 inputs per tensor with zero points",
+        "zero point",
+    ),
 }
 
 
@@ -91,7 +99,10 @@ def test_without_the_barrier_nothing_is_built(tmp_path: Path) -> None:
 
 
 MODELS: dict[str, tuple[str, dict[str, str], str | None]] = {
-    **{name: (name, {}, None) for name in ("float", "int8", "int4-weight-only", "w4a8", "float8", "nvfp4", "mxfp8")},
+    **{
+        name: (name, {}, None)
+        for name in ("float", "int8", "int4-weight-only", "w4a8", "float8", "nvfp4", "mxfp8")
+    },
     "cache": ("int8", {}, "int8"),
     "float8 cache": ("float8", {}, "float8"),
     "head and embedding": (
@@ -99,7 +110,11 @@ MODELS: dict[str, tuple[str, dict[str, str], str | None]] = {
         {"model.embed_tokens": "int8-weight-only", "lm_head": "int4-weight-only"},
         None,
     ),
-    "mixed": ("nvfp4", {"*.mlp.*": "float8", "*.q_proj": "float", "*.k_proj": "w4a8", "*.v_proj": "mxfp8"}, None),
+    "mixed": (
+        "nvfp4",
+        {"*.mlp.*": "float8", "*.q_proj": "float", "*.k_proj": "w4a8", "*.v_proj": "mxfp8"},
+        None,
+    ),
 }
 
 
@@ -110,7 +125,11 @@ def test_a_whole_model_is_built(name: str, tmp_path: Path) -> None:
     config.num_hidden_layers = 1
     fused = fuse_tiny(make_tiny(config), ["r1", "r2", "r3", "r4"], dtype=torch.float16)
     how = resolve(scheme_named(base), fused.architecture, fused.config, overrides=overrides, kv=kv)
-    quantized = quantize_model(fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+    quantized = quantize_model(
+        fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+    )
     OnnxBackend().write(quantized, tmp_path, WriteOptions("tensorrt"))
-    capability = max([least(scheme) for scheme in quantized.schemes().values()], key=float, default="8.6")
+    capability = max(
+        [least(scheme) for scheme in quantized.schemes().values()], key=float, default="8.6"
+    )
     assert tensorrt_rtx.build(tmp_path / MODEL_FILE, capability)

@@ -1,4 +1,6 @@
-"""Whole models in schemes that are not uniform: head and embedding quantized, linears in float, a quantized cache."""
+"""Whole models in schemes that are not uniform: head and embedding quantized, linears in float, a
+quantized cache.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ INTEGER, BLOCKS = "MatMulIntegerToFloat", "MatMulNBits"
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked for, and how many products ONNX Runtime then computes by which kernel; all others are in float.
+    """What is asked for, and how many products ONNX Runtime then computes by which kernel; all
+    others are in float.
 
-    Query, key and value are one product, and where inputs are not rounded gate and up as well: four or five in a layer.
+    Query, key and value are one product, and where inputs are not rounded gate and up as well: four
+    or five in a layer.
     """
 
     scheme: str
@@ -44,7 +48,9 @@ class Case:
     def bound(self) -> float:
         """Integers of activations flip; nothing else does."""
         names = (self.scheme, *(name for name in self.overrides.values() if name != "float"))
-        rounds = self.kv is not None or any(scheme_named(name).activation is not None for name in names)
+        rounds = self.kv is not None or any(
+            scheme_named(name).activation is not None for name in names
+        )
         return FLIPS if rounds else WEIGHT_ONLY
 
 
@@ -54,7 +60,9 @@ CASES = {
     "float8": Case("float8", {}, unfused=14),
     "one linear": Case("float", {BLOCKS: 1}, {"*.1.mlp.down_proj": "int8-weight-only"}),
     "int8 head": Case("int8", {INTEGER: 11}, {"lm_head": "int8"}),
-    "int8 weight-only head": Case("int8", {INTEGER: 10, BLOCKS: 1}, {"lm_head": "int8-weight-only"}),
+    "int8 weight-only head": Case(
+        "int8", {INTEGER: 10, BLOCKS: 1}, {"lm_head": "int8-weight-only"}
+    ),
     "int4 head": Case("int8-weight-only", {BLOCKS: 9}, {"lm_head": "int4-weight-only"}),
     "embedding": Case("int4-weight-only", {BLOCKS: 8}, {"model.embed_tokens": "int8-weight-only"}),
     "mixed": Case(
@@ -91,7 +99,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Wr
         if (name, target) not in made:
             case = CASES[name]
             scheme = scheme_named(case.scheme)
-            how = resolve(scheme, fused.architecture, fused.config, overrides=case.overrides, kv=case.kv)
+            how = resolve(
+                scheme, fused.architecture, fused.config, overrides=case.overrides, kv=case.kv
+            )
             loop = forward_loop_over(length_batches(token_rows(), 4))
             quantized = quantize_model(fused, how, loop, PROVENANCE)
             folder = tmp_path_factory.mktemp("written")
@@ -116,19 +126,25 @@ def check(case: Case, found: Written) -> None:
     reference, read = found.reference, BACKEND.read_linears(found.folder, found.target)
     assert list(read) == list(found.quantized.linears)
     modules = {name: reference.get_submodule(name) for name in read}
-    linears = {name: module for name, module in modules.items() if isinstance(module, ReferenceLinear)}
+    linears = {
+        name: module for name, module in modules.items() if isinstance(module, ReferenceLinear)
+    }
     assert set(read) - set(linears) <= {"model.embed_tokens"}
     for name, linear in found.quantized.linears.items():
         assert torch.equal(read[name].values(), linear.values()), name
     if linears:
-        probed = BACKEND.load_probed(found.folder, found.target).probe(inputs()[0][:1], list(linears))
+        probed = BACKEND.load_probed(found.folder, found.target).probe(
+            inputs()[0][:1], list(linears)
+        )
         for name, (entering, leaving) in probed.items():
             module = linears[name]
             assert relative_l2(leaving, module.matmul(module.quantize(entering))) <= LINEAR, name
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_onnx_runtime_computes_what_the_artifact_says(name: str, written: Callable[[str, str], Written]) -> None:
+def test_onnx_runtime_computes_what_the_artifact_says(
+    name: str, written: Callable[[str, str], Written]
+) -> None:
     check(CASES[name], written(name, "ort"))
 
 
@@ -144,11 +160,15 @@ def test_openvino_computes_the_same(name: str, written: Callable[[str, str], Wri
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_linear_runs_in_the_kernel_it_is_meant_for(name: str, written: Callable[[str, str], Written]) -> None:
+def test_each_linear_runs_in_the_kernel_it_is_meant_for(
+    name: str, written: Callable[[str, str], Written]
+) -> None:
     case = CASES[name]
     found = BACKEND.fusion(written(name, "ort").folder, "ort")
     assert found is not None
-    assert {kernel: found.kernels[kernel] for kernel in (INTEGER, BLOCKS) if kernel in found.kernels} == case.kernels
+    assert {
+        kernel: found.kernels[kernel] for kernel in (INTEGER, BLOCKS) if kernel in found.kernels
+    } == case.kernels
     assert len(found.unfused) == case.unfused
 
 
@@ -162,18 +182,23 @@ def test_the_cache_is_read_back(written: Callable[[str, str], Written]) -> None:
         before, after = getattr(cache, part), getattr(read, part)
         assert list(after) == list(before)
         assert all(
-            torch.equal(after[layer], scale) and after[layer].dtype == scale.dtype for layer, scale in before.items()
+            torch.equal(after[layer], scale) and after[layer].dtype == scale.dtype
+            for layer, scale in before.items()
         )
     assert BACKEND.read_cache(written("w4a8", "ort").folder, "ort") is None
 
 
 def test_online_rotations_act_on_their_input_in_float16(tmp_path: Path) -> None:
-    """Neither R3 nor R4 is folded into a constant: what leaves them is the rotation of whatever comes in."""
+    """Neither R3 nor R4 is folded into a constant: what leaves them is the rotation of whatever
+    comes in.
+    """
     down, found = "model.layers.0.mlp.down_proj", []
     for kinds in (("r3", "r4"), ()):
         fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), kinds, dtype=torch.float16)
         how = resolve(scheme_named("int8-weight-only"), fused.architecture, fused.config)
-        quantized = quantize_model(fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+        quantized = quantize_model(
+            fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+        )
         folder = tmp_path / "-".join(("folder", *kinds))
         folder.mkdir()
         BACKEND.write(quantized, folder, WriteOptions("tensorrt"))

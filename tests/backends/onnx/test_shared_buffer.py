@@ -50,7 +50,9 @@ def operators(graph: onnx.GraphProto) -> Counter[str]:
 
 @pytest.mark.parametrize("name", CHOOSING)
 def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> None:
-    """Rows of several lengths, one and two tokens at a time, which are two ways through the graph."""
+    """Rows of several lengths, one and two tokens at a time, which are two ways through the
+    graph.
+    """
     artifact = quantized(CONFIGS[name]())
     for step in (1, 2):
         assert compare(artifact, tmp_path, kv_buffer="shared", step=step).error <= WEIGHT_ONLY
@@ -75,7 +77,8 @@ def test_one_token_alone_is_a_prompt(model: QuantizedModel, tmp_path: Path) -> N
         runtimes.append(OnnxBackend().load(tmp_path / kind, "ort", exact=True))
     ids = token_rows((1,), seed=4)[0][None]
     (logits, past), (wanted, past_wanted) = (
-        runtime.forward(ids, torch.ones_like(ids), torch.zeros_like(ids)) for runtime in reversed(runtimes)
+        runtime.forward(ids, torch.ones_like(ids), torch.zeros_like(ids))
+        for runtime in reversed(runtimes)
     )
     assert relative_l2(logits, wanted) <= SAME_SUMS
     assert all(relative_l2(*pair) <= SAME_SUMS for pair in zip(past, past_wanted, strict=True))
@@ -134,10 +137,15 @@ def test_it_writes_in_place_and_reads_no_further_than_the_mask(
         here = slice(start, stop)
         mask = rows.mask[:, :stop]
         found.append(
-            buffers.run(input_ids=rows.ids[:, here], attention_mask=mask, position_ids=rows.positions[:, here])
+            buffers.run(
+                input_ids=rows.ids[:, here],
+                attention_mask=mask,
+                position_ids=rows.positions[:, here],
+            )
         )
     assert relative_l2(torch.cat(found, dim=1)[rows.real], whole.wanted) <= WEIGHT_ONLY
-    real = rows.real[:, None, :, None]  # a padded query sees no key, and what it leaves behind means nothing
+    # a padded query sees no key, and what it leaves behind means nothing
+    real = rows.real[:, None, :, None]
     for buffer, wanted in zip(buffers.memory.values(), whole.cache, strict=True):
         held = torch.from_numpy(buffer.numpy())
         assert relative_l2(held[:, :, :length] * real, wanted * real) <= SAME_SUMS

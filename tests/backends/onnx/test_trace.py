@@ -20,7 +20,9 @@ from calib.skeleton import portable_config
 from tests.tiny import CONFIGS, quantize_tiny
 
 SMALL = 128
-"""Elements of the largest constant of a trace: rotary frequencies, and none of the weights of these models."""
+"""Elements of the largest constant of a trace: rotary frequencies, and none of the weights of these
+models.
+"""
 
 
 def request(name: str, **options: Any) -> TraceRequest:
@@ -41,10 +43,18 @@ def test_linears_and_attention_are_placeholders_and_weights_have_no_values(llama
         for name, value in llama.graph.initializers.items()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
-    norms = [f"model.layers.{i}.{norm}_layernorm.weight" for i in range(2) for norm in ("input", "post_attention")]
+    norms = [
+        f"model.layers.{i}.{norm}_layernorm.weight"
+        for i in range(2)
+        for norm in ("input", "post_attention")
+    ]
     assert set(promised) == {"model.embed_tokens.weight", "model.norm.weight", *norms}
     assert {tensor.location for tensor in promised.values()} == {CHECKPOINT}
-    others = [value.const_value for name, value in llama.graph.initializers.items() if name not in promised]
+    others = [
+        value.const_value
+        for name, value in llama.graph.initializers.items()
+        if name not in promised
+    ]
     assert all(tensor is not None and tensor.size <= SMALL for tensor in others)
 
 
@@ -52,9 +62,16 @@ def test_no_large_tensor_is_read_until_the_graph_is_written() -> None:
     """Tensors on the meta device have no data: reading one raises."""
     model = quantize_tiny(CONFIGS["llama"](), "int8-weight-only", ["r1", "r2", "r4"])
     floats = {key: tensor.to("meta") for key, tensor in model.floats.items()}
-    linears = {name: replace(linear, weight=linear.weight.to("meta")) for name, linear in model.linears.items()}
+    linears = {
+        name: replace(linear, weight=linear.weight.to("meta"))
+        for name, linear in model.linears.items()
+    }
     graph = build(replace(model, floats=floats, linears=linears), TARGETS["ort"]).graph
-    for key in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
+    for key in (
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "lm_head.weight",
+    ):
         tensor = graph.initializers[key].const_value
         assert isinstance(tensor, ir.LazyTensor)
         with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
@@ -65,8 +82,14 @@ def test_no_large_tensor_is_read_until_the_graph_is_written() -> None:
     ("change", "message"),
     [
         (lambda floats: floats.pop("model.norm.weight"), "'model.norm.weight' is missing"),
-        (lambda floats: floats.update({"model.norm.weight": torch.ones(47)}), r"'model.norm.weight' is \(47,\)"),
-        (lambda floats: floats.update({"model.norm.weight": torch.ones(48).half()}), r"float16, not \(48,\) FLOAT"),
+        (
+            lambda floats: floats.update({"model.norm.weight": torch.ones(47)}),
+            r"'model.norm.weight' is \(47,\)",
+        ),
+        (
+            lambda floats: floats.update({"model.norm.weight": torch.ones(48).half()}),
+            r"float16, not \(48,\) FLOAT",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(llama: ir.Model, change: Any, message: str) -> None:
@@ -79,7 +102,9 @@ def test_weights_that_do_not_fit_are_named(llama: ir.Model, change: Any, message
 
 @pytest.fixture
 def broken_mlp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the activation of the MLP of every Llama computes: the last entry, where there is one."""
+    """What the activation of the MLP of every Llama computes: the last entry, where there is
+    one.
+    """
     function: list[Any] = []
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -110,5 +135,7 @@ def test_attention_that_no_placeholder_can_hold_is_refused(monkeypatch: pytest.M
         return original(self, *args, **kwargs, s_aux=nn.Parameter(torch.ones(6)))
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
-    with pytest.raises(BackendError, match="LlamaAttention cannot be written as ONNX: it takes s_aux"):
+    with pytest.raises(
+        BackendError, match="LlamaAttention cannot be written as ONNX: it takes s_aux"
+    ):
         trace(request("llama"))

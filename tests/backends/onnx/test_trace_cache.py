@@ -62,7 +62,9 @@ def test_another_scheme_does_not_trace_again(folder: Path, traced: Count, tmp_pa
     for scheme in ("int8-weight-only", "int4-weight-only", "int8-weight-only"):
         out = tmp_path / f"{scheme}{len(list(tmp_path.iterdir()))}"
         out.mkdir()
-        OnnxBackend().write(quantize_tiny(CONFIGS["opt-noaffine"](), scheme), out, WriteOptions("ort"))
+        OnnxBackend().write(
+            quantize_tiny(CONFIGS["opt-noaffine"](), scheme), out, WriteOptions("ort")
+        )
     assert traced() == 1
     first, again = sorted(tmp_path.glob("int8*"))
     assert (first / "model.onnx").read_bytes() == (again / "model.onnx").read_bytes()
@@ -107,7 +109,9 @@ def test_a_damaged_entry_is_made_again(
 
 def test_the_key_holds_all_that_a_trace_depends_on_and_nothing_else() -> None:
     tiny = make_tiny(CONFIGS["llama"]())
-    rotations = [hadamard_rotations(tiny.config, tiny.architecture, ["r3"], seed=seed) for seed in (1, 2)]
+    rotations = [
+        hadamard_rotations(tiny.config, tiny.architecture, ["r3"], seed=seed) for seed in (1, 2)
+    ]
     requests = [
         request("llama"),
         request("llama", dtype=torch.float16),
@@ -131,7 +135,9 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     assert "cannot be kept" in caplog.text
 
 
-def test_a_write_that_fails_leaves_nothing_behind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_write_that_fails_leaves_nothing_behind(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder.mkdir(parents=True)
     (folder / "entry.trace").mkdir()  # a file cannot take its place
     module._write(folder / "entry.trace", b"data")
@@ -158,7 +164,9 @@ def test_the_oldest_entries_go(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(path.stem for path in folder.iterdir()) == ["2", "3"]
 
 
-def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("ROTQ_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("ROTQ_CACHE")

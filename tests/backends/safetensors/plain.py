@@ -1,4 +1,6 @@
-"""The plainest layout there can be: the artifact's own keys, nothing packed. What is tested with it is the bundle."""
+"""The plainest layout there can be: the artifact's own keys, nothing packed. What is tested with it
+is the bundle.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def entry(key: str, kind: ContentKind, tensor: Tensor) -> Entry:
 class PlainLayout:
     target = "plain"
 
-    def model_refusal(self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> tuple[str, str] | None:
+    def model_refusal(
+        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
+    ) -> tuple[str, str] | None:
         return None
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
@@ -44,7 +48,10 @@ class PlainLayout:
         return {"plain.txt": "plain\n"}
 
     def linears(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, QuantizedLinear]:
         return {
             name: QuantizedLinear(
@@ -52,7 +59,9 @@ class PlainLayout:
                 weight=tensors[f"{name}.weight"],
                 weight_scale=tensors[f"{name}.weight_scale"],
                 weight_scheme=tensor_scheme_from_dict(entry["weight"]),
-                input_scheme=None if entry["input"] is None else tensor_scheme_from_dict(entry["input"]),
+                input_scheme=None
+                if entry["input"] is None
+                else tensor_scheme_from_dict(entry["input"]),
                 online_rotation=entry["online_rotation"],
                 **{part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]},
             )
@@ -60,15 +69,23 @@ class PlainLayout:
         }
 
     def floats(
-        self, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Mapping[str, Any]],
+        config: Mapping[str, Any],
     ) -> Mapping[str, Tensor]:
         own = {f"{name}.{part}" for name in described for part in LINEAR_PARTS}
-        return {key: tensors[key] for key in tensors if key not in own and not key.startswith("kv_cache.")}
+        return {
+            key: tensors[key]
+            for key in tensors
+            if key not in own and not key.startswith("kv_cache.")
+        }
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
     ) -> QuantizedCache:
         key, value = (
-            {layer: tensors[cache_key(layer, part)] for layer in described["layers"]} for part in ("key", "value")
+            {layer: tensors[cache_key(layer, part)] for layer in described["layers"]}
+            for part in ("key", "value")
         )
         return QuantizedCache(tensor_scheme_from_dict(described["scheme"]), key, value)

@@ -61,7 +61,9 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
 
 
-def test_safetensors_reads_what_was_written_to_the_last_bit(model: QuantizedModel, written: Path) -> None:
+def test_safetensors_reads_what_was_written_to_the_last_bit(
+    model: QuantizedModel, written: Path
+) -> None:
     found: dict[str, Tensor] = {}
     for path in shards(written):
         found |= load_file(path)
@@ -75,7 +77,9 @@ def test_safetensors_reads_what_was_written_to_the_last_bit(model: QuantizedMode
 def test_shards_are_named_and_indexed_as_the_hub_does(written: Path) -> None:
     names = [path.name for path in shards(written)]
     assert len(names) > 2
-    assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
+    assert names == [
+        f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))
+    ]
     index = json.loads((written / INDEX_FILE).read_text())
     places = {key: path.name for path in shards(written) for key in load_file(path)}
     assert index["weight_map"] == places
@@ -92,7 +96,9 @@ def test_shards_are_named_and_indexed_as_the_hub_does(written: Path) -> None:
 def test_one_shard_has_an_index_too(model: QuantizedModel, tmp_path: Path) -> None:
     """Without one, vLLM loads every safetensors file of the folder, rotations included."""
     write_bundle(model, PlainLayout(), tmp_path, WriteOptions("plain"))
-    assert set(json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"].values()) == {"model.safetensors"}
+    assert set(json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"].values()) == {
+        "model.safetensors"
+    }
 
 
 def test_the_folder_holds_what_the_manifest_lists(written: Path) -> None:
@@ -103,7 +109,9 @@ def test_the_folder_holds_what_the_manifest_lists(written: Path) -> None:
         assert file.bytes == (written / name).stat().st_size
 
 
-def test_the_same_model_gives_the_same_bytes(model: QuantizedModel, written: Path, tmp_path: Path) -> None:
+def test_the_same_model_gives_the_same_bytes(
+    model: QuantizedModel, written: Path, tmp_path: Path
+) -> None:
     write_bundle(model, PlainLayout(), tmp_path, WriteOptions("plain", max_shard_bytes=SHARD))
     assert {path.name: sha256(path) for path in tmp_path.iterdir()} == {
         path.name: sha256(path) for path in written.iterdir()
@@ -136,12 +144,24 @@ def test_the_model_is_read_back_to_the_last_bit(model: QuantizedModel, written: 
 
 
 def test_tensors_are_aligned_to_their_own_size(tmp_path: Path) -> None:
-    """Readers view the mapped bytes as the dtype; an odd number of bytes before a float would make that fail."""
-    tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.ones(2, dtype=torch.float64), "c": torch.tensor(2.0)}
-    tensors |= {"d": torch.zeros(0, 4), "e": torch.ones(1).to(torch.float8_e4m3fn), "f": torch.ones(1).bfloat16()}
+    """Readers view the mapped bytes as the dtype; an odd number of bytes before a float would make
+    that fail.
+    """
+    tensors = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.ones(2, dtype=torch.float64),
+        "c": torch.tensor(2.0),
+    }
+    tensors |= {
+        "d": torch.zeros(0, 4),
+        "e": torch.ones(1).to(torch.float8_e4m3fn),
+        "f": torch.ones(1).bfloat16(),
+    }
     path = tmp_path / "x.safetensors"
     count: list[None] = []
-    digest = write_tensors(path, [entry(k, "other", t) for k, t in tensors.items()], lambda: count.append(None))
+    digest = write_tensors(
+        path, [entry(k, "other", t) for k, t in tensors.items()], lambda: count.append(None)
+    )
     assert digest == sha256(path)
     assert len(count) == len(tensors)
     header = path.read_bytes()
@@ -156,7 +176,9 @@ def test_tensors_are_aligned_to_their_own_size(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_not_what_was_announced_is_a_defect_of_the_layout(tmp_path: Path) -> None:
     wrong = Entry("a", "other", torch.float32, (2,), lambda: torch.zeros(3))
-    with pytest.raises(ValueError, match=r"'a' was announced as torch\.float32 \[2\] and is torch\.float32 \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"'a' was announced as torch\.float32 \[2\] and is torch\.float32 \[3\]"
+    ):
         write_tensors(tmp_path / "x.safetensors", [wrong], lambda: None)
 
 
@@ -176,7 +198,9 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object], *, sealed: bool = True) -> None:
+def edit_manifest(
+    folder: Path, edit: Callable[[dict[str, Any]], object], *, sealed: bool = True
+) -> None:
     """Change the manifest, and by default its checksum with it, as somebody who means it would."""
     path = folder / MANIFEST_FILE
     values = json.loads(path.read_text())
@@ -187,7 +211,9 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object], *, sea
 
 
 def rewrite_shard(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change a shard and the size that the manifest knows of it, so that only its tensors can give it away."""
+    """Change a shard and the size that the manifest knows of it, so that only its tensors can give
+    it away.
+    """
     path = shards(folder)[0]
     tensors = load_file(path)
     edit(tensors)
@@ -212,9 +238,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped-header": (lambda f: flip(shards(f)[1], 0), "00002-of-"),
     "flipped-text": (lambda f: flip(f / "plain.txt", 0), r"plain\.txt was changed"),
     "flipped-manifest": (lambda f: flip(f / MANIFEST_FILE, 300), f"{MANIFEST_FILE}' is damaged"),
-    "short-manifest": (lambda f: (f / MANIFEST_FILE).write_text("{"), f"{MANIFEST_FILE}' is damaged"),
+    "short-manifest": (
+        lambda f: (f / MANIFEST_FILE).write_text("{"),
+        f"{MANIFEST_FILE}' is damaged",
+    ),
     "edited-manifest": (
-        lambda f: edit_manifest(f, lambda values: values["config"].update(rms_norm_eps=1.0), sealed=False),
+        lambda f: edit_manifest(
+            f, lambda values: values["config"].update(rms_norm_eps=1.0), sealed=False
+        ),
         "checksum does not fit",
     ),
     "newer": (
@@ -222,13 +253,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "has format version 99; this rotq reads version 1",
     ),
     "unknown-fields": (
-        lambda f: edit_manifest(f, lambda values: (values.pop("target"), values.update(colour="red"))),
+        lambda f: edit_manifest(
+            f, lambda values: (values.pop("target"), values.update(colour="red"))
+        ),
         "target: Field required; colour: Extra inputs",
     ),
     "escaping": (
         lambda f: (
             (f.parent / "x").write_text("")
-            or edit_manifest(f, lambda values: values["files"].update({"../x": {"sha256": "", "bytes": 0}}))
+            or edit_manifest(
+                f, lambda values: values["files"].update({"../x": {"sha256": "", "bytes": 0}})
+            )
         ),
         r"\.\./x is missing",
     ),
@@ -303,11 +338,13 @@ def test_a_model_that_does_not_fit_hears_everything_at_once(written: Path) -> No
         del expected[f"model.layers.{layer}.self_attn.q_proj.bias"]
     with pytest.raises(BackendError) as caught:
         open_bundle(written).check(expected, "the model")
-    assert caught.value.message == (
-        f"the bundle '{written}' of a 'qwen2' model for target 'plain' does not fit the model: "
-        "missing: model.layers.{0-1}.extra; unexpected: model.layers.{0-1}.self_attn.q_proj.bias; "
-        "dtype float32 instead of int8 and shape [48] instead of [3]: model.norm.weight; "
-        "rank 2 [97, 48] instead of 3 [97, 48, 1]: model.embed_tokens.weight"
+    assert (
+        caught.value.message
+        == f"the bundle '{written}' of a 'qwen2' model for target 'plain' does not fit the model:"
+        " missing: model.layers.{0-1}.extra; unexpected:"
+        " model.layers.{0-1}.self_attn.q_proj.bias; dtype float32 instead of int8 and shape"
+        " [48] instead of [3]: model.norm.weight; rank 2 [97, 48] instead of 3 [97, 48, 1]:"
+        " model.embed_tokens.weight"
     )
 
 
@@ -319,7 +356,9 @@ class Broken(PlainLayout):
 
 
 def test_a_layout_that_misses_a_tensor_names_the_bundle(written: Path) -> None:
-    with pytest.raises(BackendError, match=r"does not hold what its manifest says: .*q_proj\.nothing"):
+    with pytest.raises(
+        BackendError, match=r"does not hold what its manifest says: .*q_proj\.nothing"
+    ):
         read_linears(open_bundle(written), Broken())
 
 
@@ -340,9 +379,13 @@ class SlowDigest:
 def test_memory_holds_one_tensor_or_two_small_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, allowed: int
 ) -> None:
-    """Counted where it can be counted exactly: how many tensors are alive when another one is made."""
+    """Counted where it can be counted exactly: how many tensors are alive when another one is
+    made.
+    """
     monkeypatch.setattr("backends.safetensors.tensor_file._HELD_BYTES", budget)
-    monkeypatch.setattr("backends.safetensors.tensor_file.hashlib", SimpleNamespace(sha256=SlowDigest))
+    monkeypatch.setattr(
+        "backends.safetensors.tensor_file.hashlib", SimpleNamespace(sha256=SlowDigest)
+    )
     alive: set[int] = set()
     most = 0
 
@@ -366,7 +409,9 @@ def test_memory_holds_one_tensor_or_two_small_ones(
 def test_a_cache_and_no_linears_are_read_back(model: QuantizedModel, tmp_path: Path) -> None:
     scales = {layer: torch.tensor(0.5 + layer) for layer in range(2)}
     cached = dataclasses.replace(
-        model, linears={}, cache=QuantizedCache(KV_SCHEMES["int8"], scales, {k: v + 1 for k, v in scales.items()})
+        model,
+        linears={},
+        cache=QuantizedCache(KV_SCHEMES["int8"], scales, {k: v + 1 for k, v in scales.items()}),
     )
     write_bundle(cached, PlainLayout(), tmp_path, WriteOptions("plain"))
     found = read_model(open_bundle(tmp_path, verify=True), PlainLayout())

@@ -1,7 +1,8 @@
-"""Every target with every scheme that it expresses and every kind of model: the bundle is the artifact, bit for bit.
+"""Every target with every scheme that it expresses and every kind of model: the bundle is the
+artifact, bit for bit.
 
-The golden lists say which keys a target gets, with their dtypes and shapes; ``pytest --regenerate-golden`` writes them
-anew.
+The golden lists say which keys a target gets, with their dtypes and shapes; ``pytest
+--regenerate-golden`` writes them anew.
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ MODES = [
     for scheme in LINEAR_SCHEMES
     if SafetensorsBackend().refusal(LINEAR_SCHEMES[scheme], target) is None
     for family in FAMILIES
-    if SafetensorsBackend().model_refusal(FAMILIES[family]().to_dict(), {"a": LINEAR_SCHEMES[scheme]}, target) is None
+    if SafetensorsBackend().model_refusal(
+        FAMILIES[family]().to_dict(), {"a": LINEAR_SCHEMES[scheme]}, target
+    )
+    is None
     for dtype in DTYPES
-    if dtype == "bfloat16" or family == "llama"  # a dtype is handled in one place, whatever the family
+    # a dtype is handled in one place, whatever the family
+    if dtype == "bfloat16" or family == "llama"
 ]
 
 
@@ -48,14 +53,21 @@ class Case:
     target: str
 
     def read(self) -> QuantizedModel:
-        return read_model(open_bundle(self.folder, target=self.target, verify=True), TARGETS[self.target].layout())
+        return read_model(
+            open_bundle(self.folder, target=self.target, verify=True), TARGETS[self.target].layout()
+        )
 
 
 def parametrised(modes: list[tuple[str, ...]]) -> list[Any]:
     """As parameters of tests, skipped where the target's package is missing."""
     absent = {target for target, package in NEEDS.items() if find_spec(package) is None}
-    skip = [pytest.mark.skip(reason="writing for this target needs a package that is not installed")]
-    return [pytest.param(mode, id="-".join(mode), marks=skip if mode[0] in absent else []) for mode in modes]
+    skip = [
+        pytest.mark.skip(reason="writing for this target needs a package that is not installed")
+    ]
+    return [
+        pytest.param(mode, id="-".join(mode), marks=skip if mode[0] in absent else [])
+        for mode in modes
+    ]
 
 
 @pytest.fixture(params=parametrised(MODES))
@@ -78,8 +90,14 @@ def cast_like(linear: QuantizedLinear, found: QuantizedLinear) -> QuantizedLinea
 
 
 def as_stored(second: Tensor | None, target: str) -> Tensor | None:
-    """A second-level scale after the target's form of it: compressed-tensors stores the inverse, in float32."""
-    return second if second is None or target != "compressed-tensors" else second.reciprocal().reciprocal()
+    """A second-level scale after the target's form of it: compressed-tensors stores the inverse, in
+    float32.
+    """
+    return (
+        second
+        if second is None or target != "compressed-tensors"
+        else second.reciprocal().reciprocal()
+    )
 
 
 def test_a_bundle_is_the_artifact_to_the_last_bit(case: Case) -> None:
@@ -87,10 +105,11 @@ def test_a_bundle_is_the_artifact_to_the_last_bit(case: Case) -> None:
     assert list(found.linears) == list(case.model.linears)
     for name, linear in case.model.linears.items():
         back = found.linears[name]
-        # Scales lose nothing by the cast: a target's dtype for them is at least as wide as the artifact's.
-        assert torch.finfo(back.weight_scale.dtype).bits >= torch.finfo(linear.weight_scale.dtype).bits or (
-            back.weight_scale.double().equal(linear.weight_scale.double())
-        ), name
+        # Scales lose nothing by the cast: a target's dtype for them is at least as wide as the
+        # artifact's.
+        assert torch.finfo(back.weight_scale.dtype).bits >= torch.finfo(
+            linear.weight_scale.dtype
+        ).bits or (back.weight_scale.double().equal(linear.weight_scale.double())), name
         second = as_stored(linear.weight_second_scale, case.target)
         expected = dataclasses.replace(cast_like(linear, back), weight_second_scale=second)
         assert torch.equal(back.values(), expected.values()), name
@@ -108,13 +127,17 @@ def test_a_bundle_is_the_artifact_to_the_last_bit(case: Case) -> None:
         assert torch.equal(found.floats[key], tensor), key
 
 
-def test_what_is_read_back_is_written_as_the_same_bytes(case: Case, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_is_read_back_is_written_as_the_same_bytes(
+    case: Case, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     again = tmp_path_factory.mktemp("again")
     SafetensorsBackend().write(case.read(), again, WriteOptions(case.target))
     first, second = Manifest.load(case.folder), Manifest.load(again)
     assert second.tensors == first.tensors
     weights = {entry.file for entry in first.tensors.values()}
-    assert {name: second.files[name] for name in weights} == {name: first.files[name] for name in weights}
+    assert {name: second.files[name] for name in weights} == {
+        name: first.files[name] for name in weights
+    }
 
 
 def lines(manifest: Manifest) -> Iterator[str]:
@@ -126,7 +149,9 @@ GOLDEN_MODES = [mode[:3] for mode in MODES if mode[3] == "bfloat16"]
 
 
 @pytest.mark.parametrize("mode", parametrised(GOLDEN_MODES))
-def test_keys_are_the_golden_ones(mode: tuple[str, str, str], tmp_path: Path, regenerate_golden: bool) -> None:
+def test_keys_are_the_golden_ones(
+    mode: tuple[str, str, str], tmp_path: Path, regenerate_golden: bool
+) -> None:
     target, scheme, family = mode
     model = tiny_model(family, SCHEMES[scheme], rotate=("r1", "r2"), dtype=torch.bfloat16)
     SafetensorsBackend().write(model, tmp_path, WriteOptions(target))
@@ -134,7 +159,9 @@ def test_keys_are_the_golden_ones(mode: tuple[str, str, str], tmp_path: Path, re
     path = GOLDEN / f"{target}-{scheme}-{family}.txt"
     if regenerate_golden:
         path.write_text(text)
-    assert text == path.read_text(), "keys changed; if they should have, run pytest --regenerate-golden"
+    assert text == path.read_text(), (
+        "keys changed; if they should have, run pytest --regenerate-golden"
+    )
 
 
 def test_every_golden_list_belongs_to_something() -> None:

@@ -39,15 +39,34 @@ def test_parts_make_the_whole(monkeypatch: pytest.MonkeyPatch, at_once: int) -> 
 
 
 def test_keys_of_equal_layers_are_named_together() -> None:
-    keys = [f"h.{layer}.a.weight" for layer in (0, 1, 2, 5)] + ["h.7.b", "norm", "x.10.y.3", "x.10.y.4", "r2d2.weight"]
-    assert grouped(keys) == ["h.7.b", "h.{0-2,5}.a.weight", "norm", "r2d2.weight", "x.10.y.3", "x.10.y.4"]
+    keys = [f"h.{layer}.a.weight" for layer in (0, 1, 2, 5)] + [
+        "h.7.b",
+        "norm",
+        "x.10.y.3",
+        "x.10.y.4",
+        "r2d2.weight",
+    ]
+    assert grouped(keys) == [
+        "h.7.b",
+        "h.{0-2,5}.a.weight",
+        "norm",
+        "r2d2.weight",
+        "x.10.y.3",
+        "x.10.y.4",
+    ]
 
 
 def test_differences_come_in_an_order_that_does_not_change() -> None:
     found = {"a": (torch.int8, [2]), "b": (torch.int8, [2]), "extra": (torch.int8, [])}
-    wanted = {"a": (torch.int8, [3]), "b": (torch.float32, (2, 1)), "z": (torch.int8, [1]), "c": (torch.int8, [1])}
-    assert differences(found, wanted) == (
-        "missing: c, z; unexpected: extra; "
-        "dtype int8 instead of float32 and rank 1 [2] instead of 2 [2, 1]: b; shape [2] instead of [3]: a"
+    wanted = {
+        "a": (torch.int8, [3]),
+        "b": (torch.float32, (2, 1)),
+        "z": (torch.int8, [1]),
+        "c": (torch.int8, [1]),
+    }
+    assert (
+        differences(found, wanted)
+        == "missing: c, z; unexpected: extra; dtype int8 instead of float32 and rank 1 [2] instead"
+        " of 2 [2, 1]: b; shape [2] instead of [3]: a"
     )
     assert differences(found, found) == ""

@@ -38,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bundle_is_opened_for_its_own_target_only(folder: Path) -> None:
-    with pytest.raises(BackendError, match="written for target 'compressed-tensors', not for 'tripy'") as caught:
+    with pytest.raises(
+        BackendError, match="written for target 'compressed-tensors', not for 'tripy'"
+    ) as caught:
         SafetensorsBackend().read_linears(folder, "tripy")
     assert "--from-artifact" in str(caught.value.hint)
 
@@ -49,7 +51,9 @@ def test_a_library_of_the_targets_own_is_preferred(folder: Path) -> None:
     assert model.runtime.startswith("transformers")
 
 
-def test_torch_stands_in_where_that_library_cannot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_stands_in_where_that_library_cannot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(self: Target, folder: Path, *, exact: bool) -> TorchModel:
         raise RuntimeMissing("it is not here", hint="install it")
 

@@ -14,13 +14,25 @@ from calib.errors import UnsupportedModelError
 def test_supported_model_types_are_sorted_and_unique() -> None:
     names = supported_model_types()
     assert names == sorted(set(names))
-    assert {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "gemma", "gpt_neox", "gpt2", "opt"} <= {
-        *names
-    }
+    assert {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "granite",
+        "smollm3",
+        "gemma",
+        "gpt_neox",
+        "gpt2",
+        "opt",
+    } <= {*names}
     assert {"mixtral", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text", "olmo2"} <= {*names}
 
 
-@pytest.mark.parametrize("config", [transformers.BertConfig(), transformers.Gemma3Config(), object()])
+@pytest.mark.parametrize(
+    "config", [transformers.BertConfig(), transformers.Gemma3Config(), object()]
+)
 def test_unknown_type_is_named_and_the_supported_ones_listed(config: Any) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         architecture_for(config)
@@ -33,7 +45,10 @@ def test_unknown_type_is_named_and_the_supported_ones_listed(config: Any) -> Non
     ("config", "reason"),
     [
         (transformers.OPTConfig(do_layer_norm_before=False), "OPT-350m"),
-        (transformers.OPTConfig(hidden_size=64, word_embed_proj_dim=32, num_attention_heads=4), "project_in"),
+        (
+            transformers.OPTConfig(hidden_size=64, word_embed_proj_dim=32, num_attention_heads=4),
+            "project_in",
+        ),
         (transformers.GPT2Config(add_cross_attention=True), "cross-attention"),
     ],
 )
@@ -58,7 +73,9 @@ def test_code_that_comes_with_the_model_is_refused() -> None:
 
 
 def test_head_dim_is_read_from_the_config() -> None:
-    config = transformers.Qwen3Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24)
+    config = transformers.Qwen3Config(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24
+    )
     sizes = architecture_for(config).dimensions(config)
     assert (sizes.head_dim, sizes.group) == (24, 2)
     config = transformers.GPT2Config(n_embd=60, n_head=4)

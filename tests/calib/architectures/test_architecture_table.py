@@ -15,7 +15,13 @@ from calib.architectures import Architecture, Space, architecture_for
 from calib.errors import RotationError
 from calib.fusing import expected_tensors
 
-SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
 GATED = SMALL | {"intermediate_size": 24, "num_key_value_heads": 2}
 MOE = {"num_experts": 4, "moe_intermediate_size": 20, "num_experts_per_tok": 2}
 
@@ -48,11 +54,16 @@ def case(request: pytest.FixtureRequest) -> tuple[Architecture, Any, nn.Module]:
     return architecture_for(config), config, model
 
 
-def test_every_linear_of_the_model_is_in_the_table(case: tuple[Architecture, Any, nn.Module]) -> None:
+def test_every_linear_of_the_model_is_in_the_table(
+    case: tuple[Architecture, Any, nn.Module],
+) -> None:
     architecture, config, model = case
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears = {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     table = [spec for spec in architecture.all_linears(config) if spec.layout != "experts"]
-    routers = {spec.name for spec in table if spec.name.endswith(".mlp.gate")}  # a module class of its own
+    # a module class of its own
+    routers = {spec.name for spec in table if spec.name.endswith(".mlp.gate")}
     assert {spec.name for spec in table} - routers == linears
     assert set(architecture.linear_names(config)) == {
         name for name in linears if name != "lm_head" and not name.endswith("shared_expert_gate")
@@ -68,20 +79,35 @@ def test_layout_and_parts_fit_the_weights(case: tuple[Architecture, Any, nn.Modu
         Space.VALUE: sizes.heads * sizes.head_dim,
     }
     for spec in architecture.all_linears(config):
-        out, into = shapes[spec.weight][-2:] if spec.layout != "conv1d" else reversed(shapes[spec.weight])
-        width = architecture.ffn_width(spec, config) if spec.reads is Space.FFN else widths[spec.reads]
+        out, into = (
+            shapes[spec.weight][-2:] if spec.layout != "conv1d" else reversed(shapes[spec.weight])
+        )
+        width = (
+            architecture.ffn_width(spec, config) if spec.reads is Space.FFN else widths[spec.reads]
+        )
         assert into == width
         if spec.writes is Space.RESIDUAL:
             assert out == sizes.hidden
         roles = [part.role for part in spec.parts]
         if roles == ["query", "key", "value"]:
-            rows = [row for role in roles for part in spec.part(role, sizes) for row in range(part.start, part.stop)]
+            rows = [
+                row
+                for role in roles
+                for part in spec.part(role, sizes)
+                for row in range(part.start, part.stop)
+            ]
             assert sorted(rows) == list(range(out))
 
 
-def test_every_norm_of_the_residual_stream_is_in_the_table(case: tuple[Architecture, Any, nn.Module]) -> None:
+def test_every_norm_of_the_residual_stream_is_in_the_table(
+    case: tuple[Architecture, Any, nn.Module],
+) -> None:
     architecture, config, model = case
-    norms = {name for name, module in model.named_modules() if type(module).__name__.endswith(("Norm", "LayerNorm"))}
+    norms = {
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith(("Norm", "LayerNorm"))
+    }
     untouched = {
         name.replace("{i}", str(layer)).removesuffix(".weight")
         for name in architecture.untouched
@@ -98,7 +124,9 @@ def test_sites_are_modules_in_the_order_they_run(case: tuple[Architecture, Any, 
     modules = dict(model.named_modules())
     assert all(site.module in modules for site in sites)
     layers = range(config.num_hidden_layers)
-    assert [(site.layer, site.space) for site in sites if site.rotation == "r2"] == [(i, "value") for i in layers]
+    assert [(site.layer, site.space) for site in sites if site.rotation == "r2"] == [
+        (i, "value") for i in layers
+    ]
     residual = [site.layer for site in sites if site.rotation == "r1"]
     refused = architecture.refusal("r1", config) is not None
     assert residual == ([] if refused else [i for i in layers for _ in ("attention", "mlp")])
@@ -122,9 +150,14 @@ def test_sparse_layers_are_told_from_dense_ones() -> None:
         "model.layers.1.mlp.experts.gate_up_proj",
         "model.layers.1.mlp.experts.down_proj",
     ]
-    widths = [(spec.branch, architecture.ffn_width(spec, config)) for spec in architecture.ffn_readers(config, 1)]
+    widths = [
+        (spec.branch, architecture.ffn_width(spec, config))
+        for spec in architecture.ffn_readers(config, 1)
+    ]
     assert widths == [("", 20), ("shared", config.shared_expert_intermediate_size)]
-    assert [spec.name for spec in architecture.ffn_readers(config, 0)] == ["model.layers.0.mlp.down_proj"]
+    assert [spec.name for spec in architecture.ffn_readers(config, 0)] == [
+        "model.layers.0.mlp.down_proj"
+    ]
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2"])

@@ -1,4 +1,6 @@
-"""A tiny random Llama with grouped heads of a width that is not hidden / heads, and how to capture from it."""
+"""A tiny random Llama with grouped heads of a width that is not hidden / heads, and how to capture
+from it.
+"""
 
 from __future__ import annotations
 

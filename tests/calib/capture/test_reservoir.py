@@ -1,4 +1,6 @@
-"""The reservoir: what it keeps, that nothing but the tokens decides it, and that its weights are unbiased."""
+"""The reservoir: what it keeps, that nothing but the tokens decides it, and that its weights are
+unbiased.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ def keys_of(count: int, seed: int = 0) -> NDArray[np.uint64]:
     return token_keys(seed, "site", np.zeros(count, dtype=np.int64), np.arange(count))
 
 
-def fill(absmax: NDArray[np.float64], keys: NDArray[np.uint64], order: list[list[int]], massive: int) -> TokenReservoir:
-    """A reservoir of 8 that is offered the tokens in the given batches. Token i is the row [i, 2i]."""
+def fill(
+    absmax: NDArray[np.float64], keys: NDArray[np.uint64], order: list[list[int]], massive: int
+) -> TokenReservoir:
+    """A reservoir of 8 that is offered the tokens in the given batches. Token i is the row [i,
+    2i].
+    """
     reservoir = TokenReservoir(torch.empty(8, 2), massive)
     for batch in order:
         rows = torch.tensor([[float(i), 2.0 * i] for i in batch]).reshape(-1, 2)
@@ -27,7 +33,9 @@ def fill(absmax: NDArray[np.float64], keys: NDArray[np.uint64], order: list[list
 
 
 def same(a: ReservoirResult, b: ReservoirResult) -> bool:
-    return torch.equal(a.rows, b.rows) and torch.equal(a.weights, b.weights) and a.massive == b.massive
+    return (
+        torch.equal(a.rows, b.rows) and torch.equal(a.weights, b.weights) and a.massive == b.massive
+    )
 
 
 @settings(deadline=None)
@@ -71,9 +79,9 @@ def test_everything_is_kept_while_there_is_room() -> None:
 def test_weighted_sums_are_unbiased_with_outliers_and_ties() -> None:
     """The mean over many seeds of the estimated sum, against its exact standard error.
 
-    Half of the tokens tie for the massive places, and the quantity summed differs among them. Were ties broken by the
-    keys that also sample the rest, the massive tokens would take the smallest keys away from the tied ones, and the
-    sample of the rest would favour the others.
+    Half of the tokens tie for the massive places, and the quantity summed differs among them. Were
+    ties broken by the keys that also sample the rest, the massive tokens would take the smallest
+    keys away from the tied ones, and the sample of the rest would favour the others.
     """
     count, massive, seeds = 60, 4, 3000
     values = np.random.default_rng(0).lognormal(size=count)
@@ -85,25 +93,30 @@ def test_weighted_sums_are_unbiased_with_outliers_and_ties() -> None:
         got = fill(absmax, keys, [list(range(count))], massive).result()
         kept = got.rows[:, 0].int().numpy()
         estimates.append(float(got.weights.numpy() @ values[kept]))
-        # Given the massive tokens: simple random sampling of k out of n without replacement, Var = n² (1 − k/n) S² / k
+        # Given the massive tokens: simple random sampling of k out of n without replacement, Var =
+        # n² (1 − k/n) S² / k
         rest = np.delete(values, kept[: got.massive])
         n, k = count - massive, 8 - massive
         variances.append(n**2 * (1 - k / n) * rest.var(ddof=1) / k)
     error = abs(np.mean(estimates) - values.sum())
     # five standard errors: a correct sampler fails once in 1.7 million choices of these seeds
     assert error < 5 * np.sqrt(np.mean(variances) / seeds)
-    # and the spread is what theory says, to the 5-sigma error of a variance over this many draws with heavy tails
+    # and the spread is what theory says, to the 5-sigma error of a variance over this many draws
+    # with heavy tails
     assert abs(np.var(estimates) / np.mean(variances) - 1) < 0.2
 
 
 def test_ties_are_broken_independently_of_the_sampling() -> None:
-    """All tokens tie, so every token must be kept equally often: 8 of 40. Keys as tie breakers would favour none."""
+    """All tokens tie, so every token must be kept equally often: 8 of 40. Keys as tie breakers
+    would favour none.
+    """
     count, seeds = 40, 2000
     kept = np.zeros(count)
     for seed in range(seeds):
         got = fill(np.ones(count), keys_of(count, seed), [list(range(count))], 4).result()
         kept[got.rows[:, 0].int().numpy()] += got.weights.numpy()
-    # Each token's summed weight has mean `seeds`; a single weight is 0, 1 or (40 − 4) / 4 = 9 with variance below 9.
+    # Each token's summed weight has mean `seeds`; a single weight is 0, 1 or (40 − 4) / 4 = 9 with
+    # variance below 9.
     assert np.abs(kept - seeds).max() < 6 * np.sqrt(9 * seeds)
 
 

@@ -1,4 +1,6 @@
-"""Capture on a tiny Llama: equal to looking at every activation, whatever the batches, and strict about failures."""
+"""Capture on a tiny Llama: equal to looking at every activation, whatever the batches, and strict
+about failures.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ from calib.data.batches import Batch, length_batches
 from calib.data.tokens import token_hash
 from calib.errors import DataError, QuantizationError, UnsupportedModelError
 
-# Two ways to batch the same rows, or to mask them, differ by the rounding of float32 matmuls through two layers: a few
-# units of 2**-24 for each of about 20 operations, relative to the size of the activations.
+# Two ways to batch the same rows, or to mask them, differ by the rounding of float32 matmuls
+# through two layers: a few units of 2**-24 for each of about 20 operations, relative to the size of
+# the activations.
 FLOAT32 = 20 * 8 * 2.0**-24
 
 
-def every_activation(model: nn.Module, sites: list[CaptureSite], rows: list[Tensor]) -> dict[str, Tensor]:
+def every_activation(
+    model: nn.Module, sites: list[CaptureSite], rows: list[Tensor]
+) -> dict[str, Tensor]:
     """The input of each site, [tokens, n], row by row: what is captured, the memory-hungry way."""
     found: dict[str, list[Tensor]] = {site.module: [] for site in sites}
     for site in sites:
@@ -74,7 +79,8 @@ def test_equals_looking_at_every_activation(
         x = seen[f"model.layers.{layer}.self_attn.o_proj"]
         heads = x.view(-1, HEADS, HEAD_DIM)
         for kv in range(KV):
-            own = torch.cat([heads[:, 2 * kv], heads[:, 2 * kv + 1]]).double()  # two query heads per key/value head
+            # two query heads per key/value head
+            own = torch.cat([heads[:, 2 * kv], heads[:, 2 * kv + 1]]).double()
             assert as_set(got.r2_samples()[layer, kv]) == as_set(own)
             assert close(got.r2[layer].covariance[kv], torch.cov(own.T, correction=0))
             assert torch.equal(got.r2[layer].channels.minimum[kv], own.amin(0))
@@ -125,13 +131,19 @@ def test_padding_enters_nothing(
     assert close(got.r2_samples(), want.r2_samples())
 
 
-def test_massive_tokens_are_kept(llama: LlamaForCausalLM, sites: list[CaptureSite], rows: list[Tensor]) -> None:
+def test_massive_tokens_are_kept(
+    llama: LlamaForCausalLM, sites: list[CaptureSite], rows: list[Tensor]
+) -> None:
     r1 = [site for site in sites if site.rotation == "r1"]
-    largest = torch.cat(list(every_activation(llama, r1, rows).values())).abs().amax(1).topk(16).values
+    largest = (
+        torch.cat(list(every_activation(llama, r1, rows).values())).abs().amax(1).topk(16).values
+    )
     got = run(llama, r1, rows, batch_size=1).r1.samples
     assert got.massive == 16  # a quarter of 64
     assert torch.equal(got.values[:16].abs().amax(1).sort(descending=True).values, largest)
-    torch.testing.assert_close(float(got.weights.sum()), float(4 * sum(map(len, rows))), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        float(got.weights.sum()), float(4 * sum(map(len, rows))), rtol=1e-6, atol=0
+    )
 
 
 def test_same_seed_same_bytes_other_seed_other_tokens(
@@ -141,7 +153,9 @@ def test_same_seed_same_bytes_other_seed_other_tokens(
         run(llama, sites, rows, replace(SMALL, seed=seed)).save(tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    assert (tmp_path / "a" / "r1.safetensors").read_bytes() != (tmp_path / "c" / "r1.safetensors").read_bytes()
+    assert (tmp_path / "a" / "r1.safetensors").read_bytes() != (
+        tmp_path / "c" / "r1.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -150,13 +164,17 @@ def test_values_that_are_not_finite_name_the_module(
 ) -> None:
     with torch.no_grad():
         llama.model.layers[1].input_layernorm.weight[3] = bad
-    with pytest.raises(QuantizationError, match=r"'model\.layers\.1\.self_attn\.q_proj' holds NaN or Inf") as caught:
+    with pytest.raises(
+        QuantizationError, match=r"'model\.layers\.1\.self_attn\.q_proj' holds NaN or Inf"
+    ) as caught:
         run(llama, sites, rows)
     assert caught.value.hint is not None
     assert all(not module._forward_pre_hooks for module in llama.modules())
 
 
-def test_hooks_go_and_modes_stay(llama: LlamaForCausalLM, sites: list[CaptureSite], rows: list[Tensor]) -> None:
+def test_hooks_go_and_modes_stay(
+    llama: LlamaForCausalLM, sites: list[CaptureSite], rows: list[Tensor]
+) -> None:
     llama.train()
     llama.lm_head.eval()
     run(llama, sites, rows)
@@ -175,9 +193,18 @@ def test_sites_that_do_not_fit_are_refused(
     refused(CaptureSite("model.layers.9.mlp", 9, "r1"), r"no module 'model\.layers\.9\.mlp'")
     refused(CaptureSite("lm_head", 0, "r1"), "never calls 'lm_head'")
     refused(CaptureSite("model.layers.0.mlp.down_proj", 0, "r1"), "48 wide, other R1 sites are 32")
-    refused(CaptureSite("model.layers.0.mlp.down_proj", 0, "r2"), "48 wide, which is no multiple of 2 key/value heads")
+    refused(
+        CaptureSite("model.layers.0.mlp.down_proj", 0, "r2"),
+        "48 wide, which is no multiple of 2 key/value heads",
+    )
     with pytest.raises(UnsupportedModelError, match="no R1 or R2 site"):
-        capture(llama, [SimpleNamespace(module="x", layer=0, rotation="r4")], [], num_kv_heads=KV, head_dim=HEAD_DIM)
+        capture(
+            llama,
+            [SimpleNamespace(module="x", layer=0, rotation="r4")],
+            [],
+            num_kv_heads=KV,
+            head_dim=HEAD_DIM,
+        )
 
 
 class Odd(nn.Module):
@@ -206,7 +233,9 @@ def test_no_batches_is_an_error(llama: LlamaForCausalLM, sites: list[CaptureSite
         capture(llama, sites, iter([]), num_kv_heads=KV, head_dim=HEAD_DIM)
 
 
-def test_progress_counts_batches(llama: LlamaForCausalLM, sites: list[CaptureSite], rows: list[Tensor]) -> None:
+def test_progress_counts_batches(
+    llama: LlamaForCausalLM, sites: list[CaptureSite], rows: list[Tensor]
+) -> None:
     calls: list[tuple[str, int, int | None]] = []
     batches = length_batches(rows, 4)
     capture(
@@ -226,7 +255,11 @@ def stored_bytes(got: Capture) -> int:
     tensors = [got.r1.covariance, got.r1.samples.values, got.r1.samples.weights]
     tensors += [got.r2_samples(), got.stacked_r2().weights]
     tensors += [site.covariance for site in got.r2.values()]
-    for channels in (got.r1.channels, *got.sites.values(), *(site.channels for site in got.r2.values())):
+    for channels in (
+        got.r1.channels,
+        *got.sites.values(),
+        *(site.channels for site in got.r2.values()),
+    ):
         tensors += [channels.mean, channels.std, channels.minimum, channels.maximum]
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -237,7 +270,13 @@ def test_size_is_as_estimated_and_does_not_grow_with_the_data(
     small, large = run(llama, sites, rows), run(llama, sites, rows * 10)
     assert large.r1.channels.count == 10 * small.r1.channels.count
     estimate = estimate_bytes(
-        layers=LAYERS, hidden=HIDDEN, heads=HEADS, num_kv_heads=KV, head_dim=HEAD_DIM, config=SMALL, sample_bytes=4
+        layers=LAYERS,
+        hidden=HIDDEN,
+        heads=HEADS,
+        num_kv_heads=KV,
+        head_dim=HEAD_DIM,
+        config=SMALL,
+        sample_bytes=4,
     )
     assert stored_bytes(large) == stored_bytes(small) == estimate.disk
     large.save(tmp_path / "capture")
@@ -247,19 +286,32 @@ def test_size_is_as_estimated_and_does_not_grow_with_the_data(
 
 def test_llama_2_7b_fits_its_bounds() -> None:
     estimate = estimate_bytes(
-        layers=32, hidden=4096, heads=32, num_kv_heads=32, head_dim=128, config=CaptureConfig(), sample_bytes=2
+        layers=32,
+        hidden=4096,
+        heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        config=CaptureConfig(),
+        sample_bytes=2,
     )
     assert estimate.memory <= 1e9
     assert estimate.disk <= 4e9
 
 
 def test_settings_that_keep_nothing_are_refused() -> None:
-    for change in ({"reservoir_tokens": 1}, {"r2_tokens": 0}, {"massive_fraction": 0.6}, {"massive_fraction": -0.1}):
+    for change in (
+        {"reservoir_tokens": 1},
+        {"r2_tokens": 0},
+        {"massive_fraction": 0.6},
+        {"massive_fraction": -0.1},
+    ):
         with pytest.raises(DataError, match="cannot capture"):
             CaptureConfig(**change)
 
 
-def test_bfloat16_models_keep_bfloat16_samples(sites: list[CaptureSite], rows: list[Tensor]) -> None:
+def test_bfloat16_models_keep_bfloat16_samples(
+    sites: list[CaptureSite], rows: list[Tensor]
+) -> None:
     got = run(build_llama().to(torch.bfloat16), sites, rows)
     assert got.r1.samples.values.dtype == got.r2_samples().dtype == torch.bfloat16
     assert got.r1.covariance.dtype == torch.float64

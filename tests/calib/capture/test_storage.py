@@ -44,7 +44,8 @@ def test_round_trip(captured: Capture, llama: LlamaForCausalLM, tmp_path: Path) 
     loaded.save(tmp_path / "again")
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-    assert [path.name for path in folder.parent.iterdir()] == ["capture"]  # nothing temporary is left
+    # nothing temporary is left
+    assert [path.name for path in folder.parent.iterdir()] == ["capture"]
 
 
 def test_a_part_that_was_not_captured_is_named(
@@ -85,11 +86,17 @@ def edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None
         (lambda folder: (folder / "manifest.json").unlink(), "holds no capture"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is damaged"),
-        (edit(lambda manifest: manifest.update(format_version=2)), "capture format 2, this rotq reads 1"),
+        (
+            edit(lambda manifest: manifest.update(format_version=2)),
+            "capture format 2, this rotq reads 1",
+        ),
         (edit(lambda manifest: manifest.pop("provenance")), "is damaged: KeyError"),
         (edit(lambda manifest: manifest.update(config={"future": 1})), "is damaged: TypeError"),
         (edit(lambda manifest: manifest.update(sites=["other"])), "is damaged: KeyError"),
-        (lambda folder: (folder / "statistics.safetensors").unlink(), "statistics.safetensors is missing"),
+        (
+            lambda folder: (folder / "statistics.safetensors").unlink(),
+            "statistics.safetensors is missing",
+        ),
         (truncate, "truncated or changed"),
         (damage, "r2.safetensors' is damaged"),
     ],
@@ -104,7 +111,9 @@ def test_unusable_folders_say_what_is_wrong(
     assert caught.value.hint is not None
 
 
-def test_another_model_is_refused(captured: Capture, llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_another_model_is_refused(
+    captured: Capture, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
     captured.save(tmp_path / "capture")
     with torch.no_grad():
         llama.model.layers[0].input_layernorm.weight.mul_(2)  # as folding does
@@ -145,7 +154,9 @@ def test_data_sets_read_single_samples(captured: Capture, tmp_path: Path) -> Non
     assert values.shape == (64, KV, HEAD_DIM)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
     assert torch.equal(values.transpose(0, 1), captured.r2_samples()[1][:, order])
-    assert torch.equal(torch.stack([weight for _, weight in r2]), captured.r2[1].samples.weights[order])
+    assert torch.equal(
+        torch.stack([weight for _, weight in r2]), captured.r2[1].samples.weights[order]
+    )
     other = torch.stack([value for value, _ in R2Dataset(tmp_path / "capture", 1, seed=4)])
     assert not torch.equal(values, other)
     assert torch.equal(pickle.loads(pickle.dumps(r2))[0][0], r2[0][0])  # noqa: S301 -- its own output
@@ -158,7 +169,9 @@ def test_data_sets_read_single_samples(captured: Capture, tmp_path: Path) -> Non
 
 @settings(deadline=None)
 @given(st.integers(2, 40), st.integers(0, 20), st.integers(1, 3), st.floats(0.05, 0.95))
-def test_a_split_keeps_every_sample_and_every_total(tokens: int, massive: int, group: int, fraction: float) -> None:
+def test_a_split_keeps_every_sample_and_every_total(
+    tokens: int, massive: int, group: int, fraction: float
+) -> None:
     massive = min(massive, tokens // 2)
     values = torch.arange(2 * tokens * group, dtype=torch.float32).view(2, tokens * group, 1)
     weights = torch.ones(2, tokens * group)
@@ -174,8 +187,12 @@ def test_a_split_keeps_every_sample_and_every_total(tokens: int, massive: int, g
     assert held.values.shape[1] % group == train.values.shape[1] % group == 0
     assert 0 < held.values.shape[1] < tokens * group
     for part in (train, held):
-        assert torch.equal(part.values[0, :, 0] // group, part.values[0, ::group, 0].repeat_interleave(group) // group)
-        # the weights of a part stand for all tokens, unless a kind with a single token is in the other part
+        assert torch.equal(
+            part.values[0, :, 0] // group,
+            part.values[0, ::group, 0].repeat_interleave(group) // group,
+        )
+        # the weights of a part stand for all tokens, unless a kind with a single token is in the
+        # other part
         if massive != 1 and tokens - massive != 1:
             torch.testing.assert_close(part.weights.sum(-1), weights.sum(-1), rtol=1e-6, atol=0)
 

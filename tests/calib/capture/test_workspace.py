@@ -1,4 +1,6 @@
-"""The workspace: chunks leave activations alone, and updates allocate nothing of an activation's size."""
+"""The workspace: chunks leave activations alone, and updates allocate nothing of an activation's
+size.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +43,22 @@ def test_a_chunk_describes_the_tokens_and_leaves_them_as_they_are(dtype: torch.d
     assert torch.equal(x, before)
     tokens = before.double().reshape(3, 100, 4)
     assert chunk.count == 100
-    # The deviations are rounded once, by 2**-24 of values up to 12 (the mean's rounding is part of `mean`, exactly).
+    # The deviations are rounded once, by 2**-24 of values up to 12 (the mean's rounding is part of
+    # `mean`, exactly).
     deviations = tokens - tokens.mean(1, keepdim=True)
     assert (chunk.centred.double() - deviations).abs().max() <= 2 * 12 * 2.0**-24
     assert (chunk.mean - tokens.mean(1)).abs().max() <= 12 * 2.0**-24
-    torch.testing.assert_close(chunk.squares.double(), deviations.square().sum(1), rtol=100 * 2.0**-24, atol=0)
+    torch.testing.assert_close(
+        chunk.squares.double(), deviations.square().sum(1), rtol=100 * 2.0**-24, atol=0
+    )
     assert torch.equal(chunk.minimum.double(), tokens.amin(1))
     assert torch.equal(chunk.maximum.double(), tokens.amax(1))
 
 
 class LargestNew(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes of one storage that an operator returned and that none of its arguments had."""
+    """The most bytes of one storage that an operator returned and that none of its arguments
+    had.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,7 +66,11 @@ class LargestNew(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in pytree.tree_leaves((args, kwargs))
+            if _is_tensor(leaf)
+        }
         for leaf in pytree.tree_leaves(result):
             if _is_tensor(leaf) and leaf.untyped_storage()._cdata not in given:
                 self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
@@ -71,7 +82,9 @@ def _is_tensor(leaf: object) -> bool:
 
 
 def test_once_warm_an_update_allocates_no_copy_of_an_activation() -> None:
-    """Whatever the batch: here one of three chunks, in which every activation has the size of the first."""
+    """Whatever the batch: here one of three chunks, in which every activation has the size of the
+    first.
+    """
     sites = [CaptureSite("a", 0, "r1"), CaptureSite("b", 0, "r2")]
     width, tokens = KV * HEAD_DIM * 8, 3 * CHUNK_TOKENS
     collector = Collector(SMALL, sites, KV, HEAD_DIM)
@@ -94,9 +107,13 @@ def test_samples_are_regrouped_in_place(kv_heads: int, capacity: int) -> None:
     """Layer by layer in one store, whether it is full or the samples have to move together."""
     layers, tokens, head_dim, group = 3, 20, 4, 2
     sites = [CaptureSite(f"layer{layer}", layer, "r2") for layer in (5, 1, 3)]
-    collector = Collector(CaptureConfig(8, capacity, massive_fraction=0.25), sites, kv_heads, head_dim)
+    collector = Collector(
+        CaptureConfig(8, capacity, massive_fraction=0.25), sites, kv_heads, head_dim
+    )
     collector.begin(Batch(torch.arange(tokens).unsqueeze(0), (0,)))
-    given = {site.layer: normal(tokens, kv_heads * group * head_dim, seed=site.layer) for site in sites}
+    given = {
+        site.layer: normal(tokens, kv_heads * group * head_dim, seed=site.layer) for site in sites
+    }
     for site in sites:
         collector.observe(site, given[site.layer].unsqueeze(0))
     capture = collector.finish("model")

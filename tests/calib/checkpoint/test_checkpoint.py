@@ -20,7 +20,11 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture
 def model() -> Any:
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
@@ -71,11 +75,16 @@ def test_module_as_checkpoint(model: Any) -> None:
         (lambda folder: "./missing", "there is no model folder"),
         (lambda folder: _made(folder / "empty"), "is empty"),
         (lambda folder: _written(folder / "file.safetensors"), "is a file, not a model folder"),
-        (lambda folder: _written(folder / "bare" / "model.safetensors").parent, "has no config.json"),
+        (
+            lambda folder: _written(folder / "bare" / "model.safetensors").parent,
+            "has no config.json",
+        ),
     ],
     ids=["missing", "missing-text", "relative", "empty", "file", "no-config"],
 )
-def test_wrong_paths(tmp_path: Path, reader: Any, make: Callable[[Path], Any], message: str) -> None:
+def test_wrong_paths(
+    tmp_path: Path, reader: Any, make: Callable[[Path], Any], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         reader(make(tmp_path))
     assert caught.value.hint

@@ -13,7 +13,9 @@ from calib.errors import DataError
 
 @settings(deadline=None)  # the machine may be busy; time is not what these test
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=40), st.integers(1, 7))
-def test_every_row_is_batched_once_with_rows_of_its_length(lengths: list[int], batch_size: int) -> None:
+def test_every_row_is_batched_once_with_rows_of_its_length(
+    lengths: list[int], batch_size: int
+) -> None:
     rows = [torch.arange(length) + 100 * index for index, length in enumerate(lengths)]
     batches = length_batches(rows, batch_size)
     seen = [row_id for batch in batches for row_id in batch.row_ids]

@@ -1,4 +1,6 @@
-"""Reading documents: local files, hub data sets through a stand-in for the optional library, and every refusal."""
+"""Reading documents: local files, hub data sets through a stand-in for the optional library, and
+every refusal.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_a_limit_stops_reading_before_a_malformed_line(tmp_path: Path) -> None:
         ("./a/b", "unknown calibration data set"),
     ],
 )
-def test_unusable_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, said: str) -> None:
+def test_unusable_sources_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, said: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n \n")
     Path("latin.txt").write_bytes(b"gr\xfc\xdfe\n")
@@ -88,9 +92,12 @@ def test_a_local_file_wins_over_a_hub_id_of_the_same_form() -> None:
     assert resolve_source("folder/text.txt") == LocalFile(Path("folder/text.txt"))
 
 
-def test_missing_optional_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_optional_library_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for name in ("pyarrow", "pyarrow.parquet"):  # where it is installed, another test may have imported it
+    # where it is installed, another test may have imported it
+    for name in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     parquet = tmp_path / "text.parquet"
     parquet.write_bytes(b"PAR1")
@@ -101,7 +108,9 @@ def test_missing_optional_library_names_the_command(monkeypatch: pytest.MonkeyPa
 
 
 class FakeDatasets(ModuleType):
-    """Stands in for the ``datasets`` library: gives ``rows`` and remembers what it was asked for."""
+    """Stands in for the ``datasets`` library: gives ``rows`` and remembers what it was asked
+    for.
+    """
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         super().__init__("datasets")
@@ -136,7 +145,9 @@ def test_wikitext_blocks_join_back_to_the_published_text(monkeypatch: pytest.Mon
     assert all(len(block) + 2 >= BLOCK_CHARACTERS for block in blocks[:-1])
 
 
-def test_streamed_data_sets_are_read_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_data_sets_are_read_no_further_than_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     library = fake(monkeypatch, [{"text": str(i)} for i in range(STREAMED_DOCUMENTS + 100)])
     assert len(read_documents("c4")) == STREAMED_DOCUMENTS == library.given
     assert library.asked["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}

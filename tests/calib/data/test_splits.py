@@ -19,7 +19,8 @@ def stripped(texts: list[str]) -> set[str]:
 @settings(deadline=None)  # the machine may be busy; time is not what these test
 @given(DOCUMENTS.filter(lambda texts: len(set(texts)) >= 3), st.integers())
 def test_splits_are_disjoint_complete_and_ordered(texts: list[str], seed: int) -> None:
-    texts = [text + " " * (index % 2) for index, text in enumerate(texts)]  # duplicates up to white space
+    # duplicates up to white space
+    texts = [text + " " * (index % 2) for index, text in enumerate(texts)]
     splits = split_documents([*texts, "  "], seed=seed)
     parts = [splits.train, splits.gate, splits.evaluation]
     assert sorted(text for part in parts for text in part) == sorted(texts)
@@ -38,7 +39,9 @@ def test_sizes_and_seeds() -> None:
     assert split_documents(texts, seed=0, gate=0.1, evaluation=0.2) == splits
     assert split_documents(texts, seed=1, gate=0.1, evaluation=0.2) != splits
     # by content: the order of the source decides nothing
-    assert set(split_documents(texts[::-1], seed=0, gate=0.1, evaluation=0.2).gate) == set(splits.gate)
+    assert set(split_documents(texts[::-1], seed=0, gate=0.1, evaluation=0.2).gate) == set(
+        splits.gate
+    )
 
 
 def test_evaluation_from_its_own_source_is_removed_from_the_others() -> None:

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.data.tokens import calibration_rows, clamp_seqlen, combine_digests, row_digest, token_hash, tokenize
+from calib.data.tokens import (
+    calibration_rows,
+    clamp_seqlen,
+    combine_digests,
+    row_digest,
+    token_hash,
+    tokenize,
+)
 from calib.errors import DataError
 
 BOS = 1
@@ -24,7 +31,11 @@ def characters(text: str, *, add_special_tokens: bool, verbose: bool) -> dict[st
 
 
 def no_bos(text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-    return {"input_ids": characters(text, add_special_tokens=add_special_tokens, verbose=verbose)["input_ids"][1:]}
+    return {
+        "input_ids": characters(text, add_special_tokens=add_special_tokens, verbose=verbose)[
+            "input_ids"
+        ][1:]
+    }
 
 
 def test_documents_are_truncated_and_start_with_bos() -> None:
@@ -34,16 +45,25 @@ def test_documents_are_truncated_and_start_with_bos() -> None:
 
 
 @settings(deadline=None)  # the machine may be busy; time is not what these test
-@given(st.lists(st.text(max_size=30), min_size=1, max_size=10), st.integers(2, 12), st.integers(1, 9), st.integers())
+@given(
+    st.lists(st.text(max_size=30), min_size=1, max_size=10),
+    st.integers(2, 12),
+    st.integers(1, 9),
+    st.integers(),
+)
 def test_windows_are_exact_consecutive_distinct_pieces_of_the_joined_text(
     texts: list[str], seqlen: int, nsamples: int, seed: int
 ) -> None:
     whole = characters("\n\n".join(texts), add_special_tokens=True, verbose=False)["input_ids"]
     if len(whole) < 2:
         with pytest.raises(DataError):
-            tokenize(texts, characters, seqlen=seqlen, nsamples=nsamples, seed=seed, layout="windows")
+            tokenize(
+                texts, characters, seqlen=seqlen, nsamples=nsamples, seed=seed, layout="windows"
+            )
         return
-    rows = tokenize(texts, characters, seqlen=seqlen, nsamples=nsamples, seed=seed, layout="windows")
+    rows = tokenize(
+        texts, characters, seqlen=seqlen, nsamples=nsamples, seed=seed, layout="windows"
+    )
     if len(whole) < seqlen:
         assert [row.tolist() for row in rows] == [whole]
         return
@@ -82,9 +102,18 @@ def test_documents_of_one_token_are_passed_over() -> None:
 def test_the_hash_names_the_tokens_in_their_order() -> None:
     a, b = torch.tensor([1, 2, 3]), torch.tensor([4, 5])
     assert token_hash([a, b]) == token_hash([a.to(torch.int32), b])
-    assert len({token_hash(rows) for rows in ([a, b], [b, a], [torch.tensor([1, 2]), torch.tensor([3, 4, 5])])}) == 3
+    assert (
+        len(
+            {
+                token_hash(rows)
+                for rows in ([a, b], [b, a], [torch.tensor([1, 2]), torch.tensor([3, 4, 5])])
+            }
+        )
+        == 3
+    )
     assert token_hash([a, b]) == combine_digests([row_digest(a), row_digest(b)])
-    # Written down once: a hash that is stored with an artifact must mean the same in the next release.
+    # Written down once: a hash that is stored with an artifact must mean the same in the next
+    # release.
     assert token_hash([a, b]) == "1a7353f930bb3771ca9c90603a04569c52e854dd7d768a528441e9bc5da077e4"
 
 
@@ -99,5 +128,7 @@ def test_a_source_brings_its_layout(tmp_path: Path) -> None:
     file.write_text("abc\ndefghij\n")
     documents = calibration_rows(str(file), characters, seqlen=4, nsamples=9, seed=0)
     assert sorted(len(row) for row in documents) == [4, 4]
-    windows = calibration_rows(str(file), characters, seqlen=4, nsamples=9, seed=0, layout="windows")
+    windows = calibration_rows(
+        str(file), characters, seqlen=4, nsamples=9, seed=0, layout="windows"
+    )
     assert len(windows) == 3  # BOS + 3 + 2 + 7 = 13 tokens

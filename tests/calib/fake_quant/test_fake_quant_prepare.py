@@ -34,7 +34,8 @@ def test_a_language_model_keeps_names_keys_and_every_bit(family: str) -> None:
     model = make_tiny(CONFIGS[family]()).model(torch.float32)
     ids = token_rows()[0].unsqueeze(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # OPT and GPT-2 have dropout; the model is in eval()
+        # OPT and GPT-2 have dropout; the model is in eval()
+        warnings.simplefilter("ignore", UserWarning)
         keys, names = set(model.state_dict()), {name for name, _ in model.named_modules()}
         with torch.no_grad():
             before = model(ids, use_cache=False).logits
@@ -104,7 +105,9 @@ def test_what_cannot_be_prepared_is_named() -> None:
         prepare(nn.Sequential(Doubled(2, 2)), qconfig)
     with pytest.raises(QuantizationError, match="'first' is prepared already"):
         prepare(prepare(Net(), qconfig), qconfig)
-    with pytest.raises(QuantizationError, match=r"first \(input\) cannot have static scales PerChannel"):
+    with pytest.raises(
+        QuantizationError, match=r"first \(input\) cannot have static scales PerChannel"
+    ):
         prepare(Net(), get_default_qconfig(activation_qkwargs={"granularity": PerChannel(0)}))
     with pytest.raises(QuantizationError, match="no fake-quantizers"):
         set_fake_quantize(Net(), FakeQuantState.QAT)

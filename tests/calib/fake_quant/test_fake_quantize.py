@@ -39,8 +39,12 @@ from calib.schemes import (
 symmetric = TensorScheme(INT8, PerTensor())
 
 
-def quantizer(method: str = "fake_quant", scheme: TensorScheme = symmetric, role: Any = "input") -> Any:
-    return METHODS[method]("linear (input)", role, scheme, observer_named("min_max"), torch.Size([]))
+def quantizer(
+    method: str = "fake_quant", scheme: TensorScheme = symmetric, role: Any = "input"
+) -> Any:
+    return METHODS[method](
+        "linear (input)", role, scheme, observer_named("min_max"), torch.Size([])
+    )
 
 
 def calibrated(x: Tensor, **kwargs: Any) -> Any:
@@ -83,7 +87,9 @@ def test_validation_computes_what_the_grids_say() -> None:
     linear: Any = model.first
     grid = grid_of(x.min(), x.max(), symmetric)
     scheme = TensorScheme(INT8, PerChannel(0))
-    steps, _ = expand_grid(weight_grid(linear.weight, scheme), linear.weight.shape, scheme.granularity)
+    steps, _ = expand_grid(
+        weight_grid(linear.weight, scheme), linear.weight.shape, scheme.granularity
+    )
     weight = round_to_grid(linear.weight, steps, None, INT8)
     expected = round_to_grid(other, grid.scale, None, INT8) @ weight.T + linear.bias
     # The same float32 products of six terms; addmm may add the bias first.
@@ -92,7 +98,9 @@ def test_validation_computes_what_the_grids_say() -> None:
 
 def test_qat_observes_and_rounds() -> None:
     x = torch.linspace(-1, 1, 9)
-    moving = METHODS["fake_quant"]("x", "input", symmetric, observer_named("moving_average:0.5"), torch.Size([]))
+    moving = METHODS["fake_quant"](
+        "x", "input", symmetric, observer_named("moving_average:0.5"), torch.Size([])
+    )
     moving.state = FakeQuantState.QAT
     grid = grid_of(torch.tensor(-1.0), torch.tensor(1.0), symmetric)
     assert torch.equal(moving(x), round_to_grid(x, grid.scale, None, INT8))
@@ -136,9 +144,15 @@ def test_gradients_pass_within_the_range_and_stop_outside() -> None:
 
 @pytest.mark.parametrize(
     "scheme",
-    [TensorScheme(INT8, PerToken(), dynamic=True), scheme_named("nvfp4").activation, scheme_named("mxfp4").activation],
+    [
+        TensorScheme(INT8, PerToken(), dynamic=True),
+        scheme_named("nvfp4").activation,
+        scheme_named("mxfp4").activation,
+    ],
 )
-def test_dynamic_schemes_round_as_the_exported_model_and_pass_every_gradient(scheme: TensorScheme) -> None:
+def test_dynamic_schemes_round_as_the_exported_model_and_pass_every_gradient(
+    scheme: TensorScheme,
+) -> None:
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     rounding = calibrated(x, scheme=scheme)
     second = rounding.grid().scale if scheme.needs_calibration else None
@@ -171,7 +185,8 @@ def test_lsq_gradients_are_those_of_the_paper() -> None:
     v = x.detach() / 0.1
     slope = torch.tensor([1 - v[0], -4 - v[1], 7.0, -8.0])
     expected = slope.sum() / (4 * 7) ** 0.5
-    torch.testing.assert_close(rounding.learned.grad, expected, rtol=1e-5, atol=1e-5)  # float32 sums of four terms
+    # float32 sums of four terms
+    torch.testing.assert_close(rounding.learned.grad, expected, rtol=1e-5, atol=1e-5)
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
 
@@ -213,14 +228,18 @@ def test_lsq_survives_a_step_that_training_made_negative_or_zero() -> None:
 
 
 @pytest.mark.parametrize(("without_zero_point", "expected"), [(True, 1.0), (False, 2.0)])
-def test_pact_gives_clipped_values_to_its_threshold(without_zero_point: bool, expected: float) -> None:
+def test_pact_gives_clipped_values_to_its_threshold(
+    without_zero_point: bool, expected: float
+) -> None:
     rounding = quantizer("pact", TensorScheme(INT8, PerTensor(), symmetric=without_zero_point))
     rounding.set_limits(torch.tensor(0.0), torch.tensor(1.5))
     rounding.state = FakeQuantState.QAT
     x = torch.tensor([-2.0, 0.5, 1.5, 4.0], requires_grad=True)
     y = rounding(x)
     lowest = -1.5 if without_zero_point else 0.0
-    torch.testing.assert_close(y.detach(), torch.tensor([lowest, 0.5, 1.5, 1.5]), rtol=0, atol=1.5 / 127 / 2)
+    torch.testing.assert_close(
+        y.detach(), torch.tensor([lowest, 0.5, 1.5, 1.5]), rtol=0, atol=1.5 / 127 / 2
+    )
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 1.0, 0.0, 0.0]
@@ -236,12 +255,16 @@ def test_learned_ranges_refuse_what_they_cannot_learn() -> None:
     with pytest.raises(QuantizationError, match="no zero point"):
         quantizer("lsq", TensorScheme(INT8, PerTensor(), symmetric=False))
     with pytest.raises(QuantizationError, match="clips at zero"):
-        quantizer("pact", TensorScheme(INT8, PerTensor(), symmetric=False))(torch.tensor([-1.0, 1.0]))
+        quantizer("pact", TensorScheme(INT8, PerTensor(), symmetric=False))(
+            torch.tensor([-1.0, 1.0])
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(4)])
-def test_training_lowers_the_loss_and_moves_weights_and_ranges(method: str, granularity: Any) -> None:
+def test_training_lowers_the_loss_and_moves_weights_and_ranges(
+    method: str, granularity: Any
+) -> None:
     weights = {"format": "int4", "granularity": granularity}
     model = prepare(Net(), get_default_qconfig(method, method, weight_qkwargs=weights))
     x = torch.cat(batches(8))
@@ -259,7 +282,9 @@ def test_training_lowers_the_loss_and_moves_weights_and_ranges(method: str, gran
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     learned = "learned" if method != "fake_quant" else "weight_fake_quant.high"
-    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert {"first.weight", "second.weight"} <= moved
     assert any(learned in name for name in moved)
 
@@ -285,14 +310,18 @@ def test_calibrate_validate_load_train_validate() -> None:
     four_bits = {"format": "int4"}
     calibration = prepare(
         copy.deepcopy(model),
-        get_default_qconfig(activation_observer="percentile", activation_qkwargs=four_bits, weight_qkwargs=four_bits),
+        get_default_qconfig(
+            activation_observer="percentile", activation_qkwargs=four_bits, weight_qkwargs=four_bits
+        ),
     )
     set_fake_quantize(calibration, FakeQuantState.CALIBRATION)
     assert loss(calibration) == loss(model)
     set_fake_quantize(calibration, FakeQuantState.VALIDATION)
     after_calibration = loss(calibration)
     qconfig = get_default_qconfig(
-        activation_observer="moving_average:0.99", activation_qkwargs=four_bits, weight_qkwargs=four_bits
+        activation_observer="moving_average:0.99",
+        activation_qkwargs=four_bits,
+        weight_qkwargs=four_bits,
     )
     qat = prepare(copy.deepcopy(model), qconfig)
     assert load_observer_params(calibration, qat) == []
@@ -307,7 +336,9 @@ def test_calibrate_validate_load_train_validate() -> None:
 def test_an_input_by_clusters_has_a_scale_for_each_channel() -> None:
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
     x[:, 2] *= 100
-    model: Any = prepare(Net(), get_default_qconfig(activation_qkwargs={"granularity": PerCluster(2)}), ["first"])
+    model: Any = prepare(
+        Net(), get_default_qconfig(activation_qkwargs={"granularity": PerCluster(2)}), ["first"]
+    )
     model(x)
     set_fake_quantize(model, FakeQuantState.VALIDATION)
     low, high = model.first.input_fake_quant.limits()

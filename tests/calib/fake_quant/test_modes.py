@@ -65,7 +65,9 @@ def test_modules_that_do_not_differ_are_not_named(module: nn.Module) -> None:
 
 
 def test_running_finds_what_rules_do_not_and_names_the_one_that_differs() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(inplace=True)), Hidden())
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(inplace=True)), Hidden()
+    )
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     assert list(check_modes(model)) == ["1.0"]
     model[0].eval()

@@ -43,7 +43,8 @@ def test_the_loaded_model_rounds_as_the_calibrated_one(method: str, tmp_path: Pa
         target = prepare(Net(), get_default_qconfig(method, method))
         assert load_observer_params(given, target) == []
         set_fake_quantize(target, FakeQuantState.VALIDATION)
-        # LSQ and PACT keep a float32 number: limits, and so scales, are off by its eps. Half a level would show.
+        # LSQ and PACT keep a float32 number: limits, and so scales, are off by its eps. Half a
+        # level would show.
         torch.testing.assert_close(target(x), source(x), rtol=1e-5, atol=1e-5)
 
 
@@ -57,7 +58,9 @@ def test_an_observer_of_the_same_kind_goes_on() -> None:
     load_observer_params(source, target)
     target(third)
     expected = observer_params(calibrated())
-    assert all(torch.equal(value, expected[name]) for name, value in observer_params(target).items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in observer_params(target).items()
+    )
 
 
 def test_an_observer_of_another_kind_starts_from_the_limits() -> None:
@@ -73,7 +76,9 @@ def test_an_observer_of_another_kind_starts_from_the_limits() -> None:
 
 
 def test_what_does_not_match_is_listed_from_both_sides_and_the_rest_is_loaded() -> None:
-    source: Any = prepare(Net(), get_default_qconfig(weight_qkwargs={"granularity": PerTensor()}), ["first"])
+    source: Any = prepare(
+        Net(), get_default_qconfig(weight_qkwargs={"granularity": PerTensor()}), ["first"]
+    )
     for batch in batches():
         source(batch)
     target: Any = prepare(Net(), get_default_qconfig())

@@ -1,4 +1,6 @@
-"""Tiny random models of every family in the table, and float64 versions of what transformers computes in float32."""
+"""Tiny random models of every family in the table, and float64 versions of what transformers
+computes in float32.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def tokens() -> Tensor:
 
 @pytest.fixture
 def exact() -> Callable[[Any], Any]:
-    """Patch a model so that norms, routers and capped scores compute in float64 where transformers drops to float32."""
+    """Patch a model so that norms, routers and capped scores compute in float64 where transformers
+    drops to float32.
+    """
 
     def patch(model: Any) -> Any:
         for module in model.modules():
@@ -73,7 +77,11 @@ class _RmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         eps = getattr(self.module, "variance_epsilon", None) or self.module.eps
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (self.offset + self.module.weight)
+        return (
+            x
+            * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+            * (self.offset + self.module.weight)
+        )
 
 
 @dataclass

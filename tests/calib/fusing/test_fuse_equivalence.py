@@ -1,4 +1,6 @@
-"""The fused model computes what the original computes: logits before and after, for every family in the table."""
+"""The fused model computes what the original computes: logits before and after, for every family in
+the table.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kinds", ["", "r1 r2 r3 r4"])
-def test_float64_logits_agree(tiny: Any, kinds: str, tokens: Tensor, exact: Patch, relative: Distance) -> None:
+def test_float64_logits_agree(
+    tiny: Any, kinds: str, tokens: Tensor, exact: Patch, relative: Distance
+) -> None:
     offered = [kind for kind in kinds.split() if kind in tiny.offered()]
     rotations = tiny.rotations(offered)
     fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64)
@@ -37,26 +41,41 @@ def test_float64_logits_agree(tiny: Any, kinds: str, tokens: Tensor, exact: Patc
 
 
 @pytest.mark.parametrize("kind", ["r1", "r2", "r3", "r4"])
-@pytest.mark.parametrize("name", ["llama-bias-tied-headdim", "gpt2", "gpt_neox", "phi3", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "name", ["llama-bias-tied-headdim", "gpt2", "gpt_neox", "phi3", "qwen2_moe"]
+)
 def test_each_rotation_alone(
-    name: str, kind: str, tiny_of: Callable[[str], Any], tokens: Tensor, exact: Patch, relative: Distance
+    name: str,
+    kind: str,
+    tiny_of: Callable[[str], Any],
+    tokens: Tensor,
+    exact: Patch,
+    relative: Distance,
 ) -> None:
     tiny = tiny_of(name)
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations([kind]), dtype=torch.float64)
+    fused = fuse(
+        tiny.state, tiny.config, tiny.architecture, tiny.rotations([kind]), dtype=torch.float64
+    )
     reference = logits(exact(tiny.model()), tokens)
     assert relative(logits(exact(materialize(fused)), tokens), reference) <= 1e-10
 
 
-def test_stock_norms_agree_in_float64_and_float32(tiny: Any, tokens: Tensor, relative: Distance) -> None:
+def test_stock_norms_agree_in_float64_and_float32(
+    tiny: Any, tokens: Tensor, relative: Distance
+) -> None:
     rotations = tiny.rotations(tiny.offered())
     for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
         fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=dtype)
         assert {tensor.dtype for tensor in fused.state.values()} == {dtype}
-        assert relative(logits(materialize(fused), tokens), logits(tiny.model(dtype), tokens)) <= bound
+        assert (
+            relative(logits(materialize(fused), tokens), logits(tiny.model(dtype), tokens)) <= bound
+        )
 
 
 def test_every_weight_that_a_rotation_reaches_changes(tiny: Any) -> None:
-    plain = fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float64).state
+    plain = fuse(
+        tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float64
+    ).state
     rotations = tiny.rotations(tiny.offered())
     rotated = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64).state
     reached = {spec.weight for spec in tiny.architecture.all_linears(tiny.config)}
@@ -65,8 +84,16 @@ def test_every_weight_that_a_rotation_reaches_changes(tiny: Any) -> None:
     if "r1" in tiny.offered():
         assert unchanged == set()
     else:  # R2 and R4 alone: values, attention outputs and down projections
-        changed = [spec for spec in tiny.architecture.all_linears(tiny.config) if spec.weight not in unchanged]
-        assert {spec.name.rpartition(".")[2] for spec in changed} == {"v_proj", "o_proj", "down_proj"}
+        changed = [
+            spec
+            for spec in tiny.architecture.all_linears(tiny.config)
+            if spec.weight not in unchanged
+        ]
+        assert {spec.name.rpartition(".")[2] for spec in changed} == {
+            "v_proj",
+            "o_proj",
+            "down_proj",
+        }
 
 
 def test_input_is_left_unchanged_and_unshared(tiny_of: Callable[[str], Any]) -> None:
@@ -92,12 +119,15 @@ def test_norms_are_left_with_gain_one_and_their_own_eps(tiny: Any) -> None:
 
 
 def test_bfloat16_costs_no_more_than_the_models_own_rounding(tiny: Any, tokens: Tensor) -> None:
-    # Per token and in the median, because rounding sends a token of a sparse model to another expert now and then.
+    # Per token and in the median, because rounding sends a token of a sparse model to another
+    # expert now and then.
     rotations = tiny.rotations(tiny.offered())
     reference = logits(tiny.model(), tokens)
     fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.bfloat16)
     own, rotated = (
-        ((logits(model, tokens).double() - reference).norm(dim=-1) / reference.norm(dim=-1)).median()
+        (
+            (logits(model, tokens).double() - reference).norm(dim=-1) / reference.norm(dim=-1)
+        ).median()
         for model in (tiny.model(torch.bfloat16), materialize(fused))
     )
     assert rotated <= 2 * own
@@ -119,9 +149,13 @@ def test_blocks_of_the_vocabulary_change_nothing(
         torch.testing.assert_close(blocks[key], tensor, rtol=1e-12, atol=1e-13)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_any_sizes(data: st.DataObject, tiny_from: Callable[[Any], Any], exact: Patch, relative: Distance) -> None:
+def test_any_sizes(
+    data: st.DataObject, tiny_from: Callable[[Any], Any], exact: Patch, relative: Distance
+) -> None:
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     heads = kv_heads * group
     config = transformers.LlamaConfig(
@@ -140,5 +174,10 @@ def test_any_sizes(data: st.DataObject, tiny_from: Callable[[Any], Any], exact: 
     )
     tiny = tiny_from(config)
     tokens = torch.arange(4)[None]
-    fused = fuse(tiny.state, config, tiny.architecture, tiny.rotations(tiny.offered()), dtype=torch.float64)
-    assert relative(logits(exact(materialize(fused)), tokens), logits(exact(tiny.model()), tokens)) <= 1e-10
+    fused = fuse(
+        tiny.state, config, tiny.architecture, tiny.rotations(tiny.offered()), dtype=torch.float64
+    )
+    assert (
+        relative(logits(exact(materialize(fused)), tokens), logits(exact(tiny.model()), tokens))
+        <= 1e-10
+    )

@@ -35,12 +35,23 @@ class Counting(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def fold(tiny: Any, state: Mapping[str, Tensor], *, lazy: bool, dtype: torch.dtype = torch.float32) -> FusedModel:
-    return fuse(state, tiny.config, tiny.architecture, tiny.rotations(tiny.offered()), dtype=dtype, lazy=lazy)
+def fold(
+    tiny: Any, state: Mapping[str, Tensor], *, lazy: bool, dtype: torch.dtype = torch.float32
+) -> FusedModel:
+    return fuse(
+        state,
+        tiny.config,
+        tiny.architecture,
+        tiny.rotations(tiny.offered()),
+        dtype=dtype,
+        lazy=lazy,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bytes_and_their_order_are_those_of_the_eager_state(tiny: Any, dtype: torch.dtype) -> None:
+def test_the_bytes_and_their_order_are_those_of_the_eager_state(
+    tiny: Any, dtype: torch.dtype
+) -> None:
     eager, lazy = (fold(tiny, tiny.state, lazy=lazy, dtype=dtype) for lazy in (False, True))
     assert isinstance(eager.state, dict)
     assert list(eager.state) == list(lazy.state)
@@ -78,7 +89,9 @@ def test_only_norms_are_read_at_once_and_only_what_is_asked_for_later(tiny_of: O
 
 def test_nothing_shares_memory_with_the_checkpoint(tiny: Any) -> None:
     state = {name: tensor.float() for name, tensor in tiny.state.items()}
-    lazy = fuse(state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float32, lazy=True)
+    lazy = fuse(
+        state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float32, lazy=True
+    )
     held = {tensor.data_ptr() for tensor in state.values()}
     assert not any(tensor.data_ptr() in held for tensor in lazy.state.values())
 
@@ -92,11 +105,15 @@ def test_a_lazy_model_materializes(tiny_of: OfName, tokens: Tensor) -> None:
 
 def test_what_is_wrong_with_the_tensors_as_a_whole_is_raised_at_once(tiny_of: OfName) -> None:
     tiny = tiny_of("llama")
-    missing = {name: tensor for name, tensor in tiny.state.items() if "layers.1.mlp.up_proj" not in name}
+    missing = {
+        name: tensor for name, tensor in tiny.state.items() if "layers.1.mlp.up_proj" not in name
+    }
     with pytest.raises(CheckpointError, match=r"up_proj\.weight is missing"):
         fold(tiny, missing, lazy=True)
     with pytest.raises(CheckpointError, match=r"up_proj\.weight has shape \[44, 48\]"):
-        fold(tiny, tiny.state | {"model.layers.1.mlp.up_proj.weight": torch.zeros(44, 48)}, lazy=True)
+        fold(
+            tiny, tiny.state | {"model.layers.1.mlp.up_proj.weight": torch.zeros(44, 48)}, lazy=True
+        )
     rotations = RotationSet([fused_rotation("r1", torch.eye(44))])
     with pytest.raises(RotationError, match="R1"):
         fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float32, lazy=True)

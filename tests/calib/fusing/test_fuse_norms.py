@@ -23,7 +23,9 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 def test_bias_goes_to_readers_that_have_one(tiny_of: Callable[[str], Any]) -> None:
     tiny = tiny_of("gpt2")
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r1"]), dtype=torch.float64)
+    fused = fuse(
+        tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r1"]), dtype=torch.float64
+    )
     assert torch.count_nonzero(fused.state["transformer.h.0.ln_1.bias"]) == 0
     assert torch.count_nonzero(fused.state["transformer.ln_f.bias"]) == 48  # the head has none
 
@@ -33,7 +35,9 @@ def test_kept_bias_is_divided_by_the_gain_and_rotated(tiny_of: Callable[[str], A
     rotations = tiny.rotations(["r1"])
     fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64)
     quotient = tiny.state["transformer.ln_f.bias"] / tiny.state["transformer.ln_f.weight"]
-    torch.testing.assert_close(fused.state["transformer.ln_f.bias"], quotient @ rotations["R1"].dense())
+    torch.testing.assert_close(
+        fused.state["transformer.ln_f.bias"], quotient @ rotations["R1"].dense()
+    )
 
 
 @pytest.mark.parametrize("gain", [1e-9, 0.0])
@@ -48,7 +52,9 @@ def test_tiny_gain_gives_the_head_a_bias_and_a_refusal(
     tiny = tiny_of("gpt2")
     tiny.state["transformer.ln_f.weight"][7] = gain
     tiny.state["transformer.ln_f.bias"][7] = 0.5
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r1", "r2"]), dtype=dtype)
+    fused = fuse(
+        tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r1", "r2"]), dtype=dtype
+    )
     assert len(fused.refusals) == 1
     assert "transformer.ln_f" in fused.refusals[0]
     assert "lm_head.bias" in fused.state
@@ -69,8 +75,13 @@ def test_channel_without_gain_or_bias_is_no_obstacle() -> None:
 def test_overflowing_quotient_is_refused_in_float16() -> None:
     gain, bias = torch.ones(8, dtype=torch.float64), torch.full((8,), 0.3, dtype=torch.float64)
     gain[2] = 1e-6
-    assert fold_norm("norm", gain, bias, readers_have_bias=False, r1=None, dtype=torch.float16).refusal
-    assert fold_norm("norm", gain, bias, readers_have_bias=False, r1=None, dtype=torch.float32).refusal is None
+    assert fold_norm(
+        "norm", gain, bias, readers_have_bias=False, r1=None, dtype=torch.float16
+    ).refusal
+    assert (
+        fold_norm("norm", gain, bias, readers_have_bias=False, r1=None, dtype=torch.float32).refusal
+        is None
+    )
 
 
 def test_layer_norm_models_refuse_an_r1_that_moves_the_ones(tiny_of: Callable[[str], Any]) -> None:
@@ -83,7 +94,9 @@ def test_layer_norm_models_refuse_an_r1_that_moves_the_ones(tiny_of: Callable[[s
 def test_folding_norms_alone_leaves_embeddings_as_they_are(tiny_of: Callable[[str], Any]) -> None:
     tiny = tiny_of("llama-bias-tied-headdim")
     fused = fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float64)
-    assert torch.equal(fused.state["model.embed_tokens.weight"], tiny.state["model.embed_tokens.weight"])
+    assert torch.equal(
+        fused.state["model.embed_tokens.weight"], tiny.state["model.embed_tokens.weight"]
+    )
     folded = tiny.state["model.embed_tokens.weight"] * tiny.state["model.norm.weight"]
     torch.testing.assert_close(fused.state["lm_head.weight"], folded, rtol=1e-15, atol=0)
 
@@ -92,5 +105,7 @@ def test_one_rounding_only(tiny_of: Callable[[str], Any]) -> None:
     tiny = tiny_of("qwen2")
     rotations = tiny.rotations(["r1", "r2"])
     exact = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64).state
-    rounded = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.bfloat16).state
+    rounded = fuse(
+        tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.bfloat16
+    ).state
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)

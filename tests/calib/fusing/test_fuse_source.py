@@ -33,16 +33,26 @@ def test_saved_checkpoint_gives_the_same_as_the_state_dict(tiny: Any, tmp_path: 
 
     tiny.model(torch.float32).save_pretrained(tmp_path, max_shard_size="30KB")
     opened = fuse(
-        open_checkpoint(tmp_path), load_config(tmp_path), tiny.architecture, RotationSet(), dtype=torch.float32
+        open_checkpoint(tmp_path),
+        load_config(tmp_path),
+        tiny.architecture,
+        RotationSet(),
+        dtype=torch.float32,
     )
     assert_same(opened, fold(tiny, {name: tensor.float() for name, tensor in tiny.state.items()}))
     assert opened.unused == ()
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("llama-bias-tied-headdim", "model.")])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("gpt2", "transformer."), ("llama-bias-tied-headdim", "model.")]
+)
 def test_names_of_the_bare_decoder(tiny_of: OfName, name: str, prefix: str) -> None:
     tiny = tiny_of(name)
-    bare = {key.removeprefix(prefix): tensor for key, tensor in tiny.state.items() if key != "lm_head.weight"}
+    bare = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tiny.state.items()
+        if key != "lm_head.weight"
+    }
     bare["h.0.attn.bias"] = torch.ones(1)  # a mask that old GPT-2 checkpoints carry
     fused = fold(tiny, bare)
     assert_same(fused, fold(tiny, tiny.state))
@@ -51,7 +61,9 @@ def test_names_of_the_bare_decoder(tiny_of: OfName, name: str, prefix: str) -> N
 
 def test_tied_model_stored_by_its_head_alone(tiny_of: OfName) -> None:
     tiny = tiny_of("qwen2")
-    state = {key: tensor for key, tensor in tiny.state.items() if key != "model.embed_tokens.weight"}
+    state = {
+        key: tensor for key, tensor in tiny.state.items() if key != "model.embed_tokens.weight"
+    }
     assert_same(fold(tiny, state), fold(tiny, tiny.state))
 
 
@@ -59,7 +71,9 @@ def test_two_different_tensors_stay_apart_whatever_the_config_says(tiny_of: OfNa
     tiny = tiny_of("qwen2")
     state = tiny.state | {"lm_head.weight": tiny.state["lm_head.weight"] + 1}
     gain = state["model.norm.weight"]
-    torch.testing.assert_close(fold(tiny, state).state["lm_head.weight"], (state["lm_head.weight"] * gain).float())
+    torch.testing.assert_close(
+        fold(tiny, state).state["lm_head.weight"], (state["lm_head.weight"] * gain).float()
+    )
 
 
 def test_missing_tensor_is_named(tiny_of: OfName) -> None:
@@ -74,7 +88,9 @@ def test_missing_expert_is_named(tiny_of: OfName) -> None:
     stacked = tiny.state.pop("model.layers.1.mlp.experts.down_proj")
     for expert in (0, 1, 3):
         tiny.state[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"] = stacked[expert]
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.experts\.2\.w2\.weight is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.mlp\.experts\.2\.w2\.weight is missing"
+    ):
         fold(tiny, tiny.state)
 
 
@@ -83,12 +99,16 @@ def test_wrong_shape_is_named_with_both_shapes(tiny_of: OfName, lazy: bool) -> N
     tiny = tiny_of("llama")
     tiny.state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(44, 48)
     state = Checkpoint(tiny.state) if lazy else tiny.state
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight has shape \[44, 48\], .* calls for \[88, 48\]"):
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight has shape \[44, 48\], .* calls for \[88, 48\]"
+    ):
         fold(tiny, state)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight", "lm_head.weight"]
+)
 def test_nan_and_inf_are_named(tiny_of: OfName, name: str, value: float) -> None:
     tiny = tiny_of("llama")
     tiny.state[name].view(-1)[5] = value
@@ -121,7 +141,9 @@ def test_refused_rotation_is_refused_with_its_reason(tiny_of: OfName) -> None:
 def test_overflow_of_float16_is_named(tiny_of: OfName) -> None:
     tiny = tiny_of("llama")
     tiny.state["model.layers.1.post_attention_layernorm.weight"][3] = 1e6
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight does not fit float16"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight does not fit float16"
+    ):
         fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float16)
 
 

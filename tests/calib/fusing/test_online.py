@@ -25,11 +25,15 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def build(tiny: Any, kinds: list[str], dtype: torch.dtype = torch.float64) -> Any:
-    return materialize(fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations(kinds), dtype=dtype))
+    return materialize(
+        fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations(kinds), dtype=dtype)
+    )
 
 
 def test_without_its_online_half_r4_is_wrong(tiny: Any, tokens: Tensor, relative: Distance) -> None:
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r4"]), dtype=torch.float64)
+    fused = fuse(
+        tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r4"]), dtype=torch.float64
+    )
     bare = copy.copy(fused)
     object.__setattr__(bare, "rotations", RotationSet())
     reference = logits(tiny.model(), tokens)
@@ -42,14 +46,21 @@ def test_down_projection_sees_the_rotated_activation(tiny_of: OfName, tokens: Te
     seen: list[Tensor] = []
     for kinds in ([], ["r4"]):
         model = build(tiny, kinds)
-        # A hook sees the arguments after every pre-hook: what a quantizer inside the module would see.
-        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+        # A hook sees the arguments after every pre-hook: what a quantizer inside the module would
+        # see.
+        model.model.layers[0].mlp.down_proj.register_forward_hook(
+            lambda module, args, output: seen.append(args[0])
+        )
         logits(model, tokens)
     plain, rotated = seen
-    torch.testing.assert_close(rotated, tiny.rotations(["r4"])["R4.0"].apply(plain), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        rotated, tiny.rotations(["r4"])["R4.0"].apply(plain), rtol=1e-12, atol=1e-12
+    )
 
 
-def test_cached_keys_are_rotated_and_values_too(tiny: Any, tokens: Tensor, relative: Distance) -> None:
+def test_cached_keys_are_rotated_and_values_too(
+    tiny: Any, tokens: Tensor, relative: Distance
+) -> None:
     with torch.no_grad():
         plain = build(tiny, [])(tokens, use_cache=True).past_key_values
         rotated = build(tiny, ["r2", "r3"])(tokens, use_cache=True).past_key_values
@@ -58,16 +69,23 @@ def test_cached_keys_are_rotated_and_values_too(tiny: Any, tokens: Tensor, relat
         keys, values = plain.layers[layer].keys, plain.layers[layer].values
         assert relative(rotated.layers[layer].keys, rotations[f"R3.{layer}"].apply(keys)) <= 1e-6
         assert relative(rotated.layers[layer].keys, keys) > 0.1
-        assert relative(rotated.layers[layer].values, values @ rotations[f"R2.{layer}"].dense()) <= 1e-6
+        assert (
+            relative(rotated.layers[layer].values, values @ rotations[f"R2.{layer}"].dense())
+            <= 1e-6
+        )
 
 
-def test_decoding_with_a_cache_equals_prefill(tiny: Any, tokens: Tensor, relative: Distance) -> None:
+def test_decoding_with_a_cache_equals_prefill(
+    tiny: Any, tokens: Tensor, relative: Distance
+) -> None:
     model = build(tiny, tiny.offered())
     reference = logits(tiny.model(), tokens)
     cache, steps = None, []
     with torch.no_grad():
         for position in range(tokens.shape[1]):
-            output = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+            output = model(
+                tokens[:, position : position + 1], past_key_values=cache, use_cache=True
+            )
             cache = output.past_key_values
             steps.append(output.logits)
     assert relative(torch.cat(steps, dim=1), reference) <= 1e-6
@@ -82,12 +100,15 @@ def test_left_padding_changes_nothing(tiny_of: OfName, tokens: Tensor, relative:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             outputs = [
-                m(padded, attention_mask=mask, position_ids=positions).logits[:, 3:] for m in (model, tiny.model())
+                m(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
+                for m in (model, tiny.model())
             ]
         assert relative(*outputs) <= 1e-6
 
 
-def test_rope_of_other_models_is_left_alone_even_after_an_error(tiny_of: OfName, tokens: Tensor) -> None:
+def test_rope_of_other_models_is_left_alone_even_after_an_error(
+    tiny_of: OfName, tokens: Tensor
+) -> None:
     tiny = tiny_of("llama")
     plain = tiny.model()
     before = first_keys(plain, tokens)
@@ -110,13 +131,17 @@ def _fail(module: nn.Module, args: tuple[Any, ...]) -> None:
 def test_module_names_stay_and_copies_stay_rotated(tiny_of: OfName, tokens: Tensor) -> None:
     tiny = tiny_of("phi3")
     model = build(tiny, tiny.offered())
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in tiny.model().named_modules()]
+    assert [name for name, _ in model.named_modules()] == [
+        name for name, _ in tiny.model().named_modules()
+    ]
     assert model.training is False
     assert torch.equal(logits(copy.deepcopy(model), tokens), logits(model, tokens))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_experts_stay_rotated_whatever_the_models_config_says(tiny_of: OfName, name: str, tokens: Tensor) -> None:
+def test_experts_stay_rotated_whatever_the_models_config_says(
+    tiny_of: OfName, name: str, tokens: Tensor
+) -> None:
     tiny = tiny_of(name)
     model = build(tiny, ["r4"])
     before = logits(model, tokens)
@@ -143,7 +168,9 @@ class _Logits(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_export_keeps_the_rotations_in_the_graph(tiny_of: OfName, tokens: Tensor, relative: Distance) -> None:
+def test_export_keeps_the_rotations_in_the_graph(
+    tiny_of: OfName, tokens: Tensor, relative: Distance
+) -> None:
     model = build(tiny_of("llama"), ["r1", "r2", "r3", "r4"], torch.float32)
     program = torch.export.export(_Logits(model), (tokens,)).module()
     other = tokens.flip(1)

@@ -1,7 +1,8 @@
-"""Walk a model in forked processes that are killed at random points, until one of them gets to the end.
+"""Walk a model in forked processes that are killed at random points, until one of them gets to the
+end.
 
-A process of its own, because a fork of the test's would carry its threads' locks along. Prints, as JSON, how many
-blocks were finished at each kill.
+A process of its own, because a fork of the test's would carry its threads' locks along. Prints, as
+JSON, how many blocks were finished at each kill.
 
     python -m tests.calib.layerwise.killed_walk FOLDER SEED
 """

@@ -39,7 +39,9 @@ class Rtn:
     """What each linear read, by batch, in the last pass."""
     groups: list[tuple[str, ...]] = field(default_factory=list)
 
-    def calibrate(self, block: Block, names: Sequence[str], run: Callable[..., None]) -> dict[str, Rounded]:
+    def calibrate(
+        self, block: Block, names: Sequence[str], run: Callable[..., None]
+    ) -> dict[str, Rounded]:
         self.groups.append(tuple(names))
         self.inputs |= {name: [] for name in names}
         with experts_as_modules(block.module, [block.local(name) for name in names]):
@@ -63,7 +65,11 @@ class Rtn:
     def replacement(
         self, quantized: Rounded, linear: nn.Module, w_quant: bool, a_quant: bool
     ) -> Callable[[Tensor], Tensor]:
-        weight = dense(linear) if not w_quant else quantized.weight.float() * quantized.weight_scale[:, None]
+        weight = (
+            dense(linear)
+            if not w_quant
+            else quantized.weight.float() * quantized.weight_scale[:, None]
+        )
         step = quantized.input_scale
 
         def compute(x: Tensor) -> Tensor:
@@ -93,7 +99,9 @@ def linear_names(fused: FusedModel) -> list[str]:
     return list(quantizable_linears(fused.architecture, fused.config))
 
 
-def lazily(tiny: Tiny, kinds: Sequence[Any] = ALL_KINDS, dtype: torch.dtype = torch.float32) -> FusedModel:
+def lazily(
+    tiny: Tiny, kinds: Sequence[Any] = ALL_KINDS, dtype: torch.dtype = torch.float32
+) -> FusedModel:
     rotations = tiny.rotations([kind for kind in kinds if kind in tiny.offered()])
     return fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=dtype, lazy=True)
 
@@ -103,7 +111,9 @@ def batches() -> list[Batch]:
     return length_batches(token_rows(), 2)
 
 
-def walk(fused: FusedModel, work: Path, flags: Mapping[str, bool] | None = None, **options: Any) -> Rtn:
+def walk(
+    fused: FusedModel, work: Path, flags: Mapping[str, bool] | None = None, **options: Any
+) -> Rtn:
     """The whole walk; returns the calibrator."""
     calibrator = Rtn()
     runner = CalibrationRunner(fused, batches(), calibrator, work, **options)

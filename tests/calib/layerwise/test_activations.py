@@ -24,12 +24,16 @@ def chunk(index: int, dtype: torch.dtype) -> Tensor:
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype is right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    return left.dtype is right.dtype and torch.equal(
+        left.view(torch.uint8), right.view(torch.uint8)
+    )
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(DTYPES), st.integers(0, 400), st.booleans(), st.integers(0, 5))
-def test_round_trip_is_bit_for_bit(dtype: torch.dtype, max_memory: int, persist: bool, count: int) -> None:
+def test_round_trip_is_bit_for_bit(
+    dtype: torch.dtype, max_memory: int, persist: bool, count: int
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Activations(Path(folder) / "hidden", max_memory, persist=persist)
         for index in range(count):
@@ -37,7 +41,9 @@ def test_round_trip_is_bit_for_bit(dtype: torch.dtype, max_memory: int, persist:
         assert len(store) == count
         assert all(same_bits(store[index], chunk(index, dtype)) for index in reversed(range(count)))
         if persist:
-            again = Activations(Path(folder) / "hidden", max_memory, persist=True, existing=store.digests)
+            again = Activations(
+                Path(folder) / "hidden", max_memory, persist=True, existing=store.digests
+            )
             assert len(again) == count
             assert all(same_bits(again[index], chunk(index, dtype)) for index in range(count))
         store.delete()
@@ -45,11 +51,16 @@ def test_round_trip_is_bit_for_bit(dtype: torch.dtype, max_memory: int, persist:
 
 
 def test_only_what_exceeds_the_budget_goes_to_disk(tmp_path: Path) -> None:
-    """Chunks of 40, 80, 120 ... bytes: the third does not fit into what the first two leave of 200."""
+    """Chunks of 40, 80, 120 ... bytes: the third does not fit into what the first two leave of
+    200.
+    """
     store = Activations(tmp_path / "hidden", 200, persist=False)
     for index in range(4):
         store.append(chunk(index, torch.float32))
-    assert sorted(path.name for path in (tmp_path / "hidden").iterdir()) == ["00002.safetensors", "00003.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "hidden").iterdir()) == [
+        "00002.safetensors",
+        "00003.safetensors",
+    ]
 
 
 def test_what_fits_touches_no_disk(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ class Killed(BaseException):
 def test_stopping_at_any_rename_changes_nothing(
     llama: Tiny, flags: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files appear by being renamed. Stop before each rename in turn, once, all in one walk of many resumes."""
+    """Files appear by being renamed. Stop before each rename in turn, once, all in one walk of many
+    resumes.
+    """
     fused = lazily(llama)
     walk(fused, tmp_path / "whole", flags)
     renamed: set[str] = set()
@@ -57,10 +59,22 @@ def test_stopping_at_any_rename_changes_nothing(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_sigkill_at_random_points_changes_nothing(tmp_path: Path) -> None:
-    """In a process of its own: it forks walks, kills them, and prints the blocks in which it did (killed_walk.py)."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.calib.layerwise.killed_walk", str(tmp_path), "0"]
+    """In a process of its own: it forks walks, kills them, and prints the blocks in which it did
+    (killed_walk.py).
+    """
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.calib.layerwise.killed_walk",
+        str(tmp_path),
+        "0",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300, env=environment
+    )
     kills = json.loads(result.stdout)
     assert len(kills) == killed_walk.KILLS
     assert any(0 < finished < killed_walk.LAYERS for finished in kills)
@@ -93,7 +107,9 @@ def test_other_settings_are_refused_by_name(llama: Tiny, tmp_path: Path) -> None
     with pytest.raises(OutputError, match="asym was false and is now true"):
         walk(lazily(llama), tmp_path, {"asym": True}, resume=True, settings={"scheme": "int8"})
     with pytest.raises(OutputError, match=r"dtype was torch\.float32 and is now torch\.bfloat16"):
-        walk(lazily(llama, dtype=torch.bfloat16), tmp_path, resume=True, settings={"scheme": "int8"})
+        walk(
+            lazily(llama, dtype=torch.bfloat16), tmp_path, resume=True, settings={"scheme": "int8"}
+        )
 
 
 def test_a_folder_with_a_walk_needs_resume(llama: Tiny, tmp_path: Path) -> None:
@@ -119,13 +135,17 @@ def test_a_damaged_journal_is_named(llama: Tiny, tmp_path: Path) -> None:
         ShardStore(tmp_path, resume=True)
 
 
-def test_a_walk_that_kept_nothing_cannot_be_resumed_in_its_middle(llama: Tiny, tmp_path: Path) -> None:
+def test_a_walk_that_kept_nothing_cannot_be_resumed_in_its_middle(
+    llama: Tiny, tmp_path: Path
+) -> None:
     stopped_after(1, llama, tmp_path, resumable=False, max_memory=0)
     with pytest.raises(CheckpointError, match="keeps no hidden states"):
         walk(lazily(llama), tmp_path, resume=True)
 
 
 def test_batches_with_padding_are_refused(llama: Tiny, tmp_path: Path) -> None:
-    padded = [replace(batch, attention_mask=torch.ones_like(batch.input_ids)) for batch in batches()]
+    padded = [
+        replace(batch, attention_mask=torch.ones_like(batch.input_ids)) for batch in batches()
+    ]
     with pytest.raises(DataError, match="without padding"):
         CalibrationRunner(lazily(llama), padded, Rtn(), tmp_path)

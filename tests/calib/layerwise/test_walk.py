@@ -15,22 +15,36 @@ from calib.experts.observe import experts_as_modules
 from calib.fusing import FusedModel, materialize
 from calib.layerwise import Block, CalibrationRunner, linear_groups
 from calib.layerwise.blocks import block_name
-from tests.calib.layerwise.layerwise_support import Rounded, Rtn, batches, lazily, linear_names, rounded, walk
+from tests.calib.layerwise.layerwise_support import (
+    Rounded,
+    Rtn,
+    batches,
+    lazily,
+    linear_names,
+    rounded,
+    walk,
+)
 from tests.tiny import CONFIGS, Tiny, make_tiny
 
 
 @torch.no_grad()
 def inputs_in_the_whole_model(
-    fused: FusedModel, names: list[str], computing: dict[str, Callable[[Tensor], Tensor]] | None = None
+    fused: FusedModel,
+    names: list[str],
+    computing: dict[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """What the modules ``names`` read, by batch, and the linears in ``computing`` replaced by functions."""
+    """What the modules ``names`` read, by batch, and the linears in ``computing`` replaced by
+    functions.
+    """
     model = materialize(fused)
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     with experts_as_modules(model, names):
         for name, function in (computing or {}).items():
             model.get_submodule(name).forward = function
         for name in names:
-            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: seen[name].append(args[0])
+            )
         for batch in batches():
             model(**batch.model_inputs("cpu"), use_cache=False)
     return seen
@@ -54,19 +68,25 @@ class Watching(Rtn):
 
     def calibrate(self, block: Block, names: Any, run: Callable[..., None]) -> dict[str, Rounded]:
         self.inputs[block.name] = []
-        entering = block.module.register_forward_pre_hook(lambda _, args: self.inputs[block.name].append(args[0]))
+        entering = block.module.register_forward_pre_hook(
+            lambda _, args: self.inputs[block.name].append(args[0])
+        )
         found = super().calibrate(block, names, run)
         entering.remove()
         return found
 
 
-def test_every_block_and_linear_reads_what_it_reads_in_the_whole_model(tiny: Tiny, tmp_path: Path) -> None:
+def test_every_block_and_linear_reads_what_it_reads_in_the_whole_model(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     """Bit for bit: the same operations on the same batches."""
     fused = lazily(tiny)
     calibrator = Watching()
     CalibrationRunner(fused, batches(), calibrator, tmp_path).layerwise_calibration()
     names = linear_names(fused)
-    names += [block_name(fused.architecture, layer) for layer in range(fused.config.num_hidden_layers)]
+    names += [
+        block_name(fused.architecture, layer) for layer in range(fused.config.num_hidden_layers)
+    ]
     assert_same(calibrator.inputs, inputs_in_the_whole_model(fused, names))
 
 
@@ -77,7 +97,9 @@ def test_shards_hold_the_whole_quantized_model(tiny: Tiny, tmp_path: Path) -> No
     linears = linear_names(fused)
     seen = inputs_in_the_whole_model(fused, linears)
     experts = fused.architecture.expert_parameters(fused.config)
-    expected: dict[str, Tensor] = {key: tensor for key, tensor in fused.state.items() if key not in experts}
+    expected: dict[str, Tensor] = {
+        key: tensor for key, tensor in fused.state.items() if key not in experts
+    }
     for name, linear in modules_in_the_whole_model(fused, linears).items():
         for part, tensor in Rtn().tensors(rounded(linear, seen[name])).items():
             expected[f"{name}.{part}"] = tensor
@@ -112,14 +134,17 @@ def test_groups_are_in_topological_order_and_read_the_same_tensor(tiny: Tiny) ->
         assert all(read[name] is read[group[0]] for name in group)
     inputs = [read[group[0]] for group in groups]
     assert len({id(x) for x in inputs}) == len(groups)
-    # A layer with neither attention nor MLP first (parallel residuals) may run its groups in another order.
+    # A layer with neither attention nor MLP first (parallel residuals) may run its groups in
+    # another order.
     if not getattr(fused.config, "use_parallel_residual", False):
         order = {name: position for position, group in enumerate(groups) for name in group}
         assert [order[name] for name in ran] == sorted(order[name] for name in ran)
 
 
 def check_asymmetric_walk(tiny: Tiny, w_quant: bool, a_quant: bool, work: Path) -> None:
-    """Once all is quantized, every linear of the whole model reads exactly what it was calibrated on."""
+    """Once all is quantized, every linear of the whole model reads exactly what it was calibrated
+    on.
+    """
     fused = lazily(tiny)
     calibrator = walk(fused, work, {"asym": True, "w_quant": w_quant, "a_quant": a_quant})
     linears = linear_names(fused)
@@ -130,10 +155,14 @@ def check_asymmetric_walk(tiny: Tiny, w_quant: bool, a_quant: bool, work: Path) 
     assert_same(calibrator.inputs, inputs_in_the_whole_model(fused, linears, functions))
     plain = inputs_in_the_whole_model(fused, linears)
     assert torch.equal(calibrator.inputs[linears[0]][0], plain[linears[0]][0])
-    assert torch.equal(calibrator.inputs[linears[-1]][0], plain[linears[-1]][0]) == (not w_quant and not a_quant)
+    assert torch.equal(calibrator.inputs[linears[-1]][0], plain[linears[-1]][0]) == (
+        not w_quant and not a_quant
+    )
 
 
-def test_asymmetric_walk_feeds_each_linear_what_the_quantized_model_feeds_it(tiny: Tiny, tmp_path: Path) -> None:
+def test_asymmetric_walk_feeds_each_linear_what_the_quantized_model_feeds_it(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     check_asymmetric_walk(tiny, True, True, tmp_path)
 
 
@@ -151,7 +180,9 @@ def test_hidden_states_beyond_the_budget_change_nothing(llama: Tiny, tmp_path: P
             work = tmp_path / f"{max_memory}-{resumable}"
             walk(fused, work, max_memory=max_memory, resumable=resumable)
             assert not list(work.glob("hidden-*"))
-    found = {tuple(p.read_bytes() for p in sorted((w / "shards").iterdir())) for w in tmp_path.iterdir()}
+    found = {
+        tuple(p.read_bytes() for p in sorted((w / "shards").iterdir())) for w in tmp_path.iterdir()
+    }
     assert len(found) == 1
 
 
@@ -166,8 +197,14 @@ def test_a_bfloat16_model_is_walked_in_bfloat16(llama: Tiny, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["gpt2", "opt-nobias"])
 def test_a_linear_that_took_the_bias_of_its_norm(name: str, tmp_path: Path) -> None:
     tiny = make_tiny(CONFIGS[name]())
-    gain = next(key for key in tiny.state if key.endswith(("ln_1.weight", "self_attn_layer_norm.weight")))
-    final = next(key for key in tiny.state if key.endswith(("ln_f.weight", "decoder.final_layer_norm.weight")))
+    gain = next(
+        key for key in tiny.state if key.endswith(("ln_1.weight", "self_attn_layer_norm.weight"))
+    )
+    final = next(
+        key
+        for key in tiny.state
+        if key.endswith(("ln_f.weight", "decoder.final_layer_norm.weight"))
+    )
     for key in (gain, final):
         tiny.state[key][7] = 1e-9
     fused = lazily(tiny)
@@ -191,7 +228,9 @@ def test_the_model_is_never_whole_in_memory(llama: Tiny, tmp_path: Path) -> None
     real: list[set[str]] = []
 
     class Looking(Rtn):
-        def calibrate(self, block: Block, names: Any, run: Callable[..., None]) -> dict[str, Rounded]:
+        def calibrate(
+            self, block: Block, names: Any, run: Callable[..., None]
+        ) -> dict[str, Rounded]:
             model = runner._model
             real.append({key for key, tensor in model.named_parameters() if not tensor.is_meta})
             assert all(key.startswith(f"{block.name}.") for key in real[-1])

@@ -1,4 +1,6 @@
-"""NVFP4 and MX formats against ModelOpt: its tensor classes on the CPU, its fake quantization where there is a GPU."""
+"""NVFP4 and MX formats against ModelOpt: its tensor classes on the CPU, its fake quantization where
+there is a GPU.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,13 @@ from calib.schemes import SCHEMES
 
 
 def weight(seed: int = 0) -> Tensor:
-    """Rows over three orders of magnitude; no block is dead: ModelOpt gives such a block of NVFP4 another scale."""
+    """Rows over three orders of magnitude; no block is dead: ModelOpt gives such a block of NVFP4
+    another scale.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(64, 256, generator=generator) * 10.0 ** torch.randn(64, 1, generator=generator).clamp(-1.5, 1.5)
+    return torch.randn(64, 256, generator=generator) * 10.0 ** torch.randn(
+        64, 1, generator=generator
+    ).clamp(-1.5, 1.5)
 
 
 def ours(w: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,9 +40,12 @@ def test_nvfp4_is_modelopts() -> None:
     theirs, their_scale, their_second = NVFP4QTensor.quantize(w.clone(), 16)
     assert torch.equal(scale, their_scale.float())
     packed = stored[:, 0::2] | stored[:, 1::2] << 4  # the first of two in the low nibble
-    # They multiply by the reciprocal of a product of scales, we divide: ties of single values may fall the other way.
+    # They multiply by the reciprocal of a product of scales, we divide: ties of single values may
+    # fall the other way.
     assert float((packed != theirs._quantized_data).float().mean()) < 1e-3
-    their_values = theirs.dequantize(torch.float32, scale=their_scale, double_scale=their_second, block_sizes={-1: 16})
+    their_values = theirs.dequantize(
+        torch.float32, scale=their_scale, double_scale=their_second, block_sizes={-1: 16}
+    )
     different = values != their_values
     assert float(different.float().mean()) < 1e-3
     torch.testing.assert_close(values[~different], their_values[~different], rtol=0, atol=0)
@@ -47,7 +56,9 @@ def test_mxfp4_is_modelopts() -> None:
     stored, scale, values = ours(w, "mxfp4")
     theirs, their_scale = MXFP4QTensor.quantize(w.clone(), 32)
     assert torch.equal(torch.log2(scale).int() + 127, their_scale.reshape(scale.shape).int())
-    their_values = theirs.dequantize(torch.float32, scale=their_scale, block_sizes={-1: 32}).reshape(w.shape)
+    their_values = theirs.dequantize(
+        torch.float32, scale=their_scale, block_sizes={-1: 32}
+    ).reshape(w.shape)
     # Dividing by a power of two is exact, so only ties can differ: ours go to the even code.
     assert float((values != their_values).float().mean()) < 1e-4
     assert stored.dtype == torch.uint8
@@ -62,7 +73,9 @@ def test_mxfp8_is_modelopts() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="ModelOpt runs these formats on CUDA devices only")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="ModelOpt runs these formats on CUDA devices only"
+)
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8"])
 def test_a_linear_computes_what_modelopts_does(name: str) -> None:
     scheme = SCHEMES[name]

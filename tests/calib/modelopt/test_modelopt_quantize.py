@@ -1,4 +1,6 @@
-"""Calibration through ModelOpt: what it quantizes, and that its amax is the plain abs-max of what a model computes."""
+"""Calibration through ModelOpt: what it quantizes, and that its amax is the plain abs-max of what a
+model computes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from calib.fusing import materialize
 from calib.grids import weight_grid
 from calib.modelopt.config import modelopt_calibrates, modelopt_config
 from calib.modelopt.quantize import input_amax, modelopt_quantize, read_input_amax
-from calib.schemes import INT8, LINEAR_SCHEMES, SCHEMES, PerCluster, PerTensor, TensorScheme, scheme_named
+from calib.schemes import (
+    INT8,
+    LINEAR_SCHEMES,
+    SCHEMES,
+    PerCluster,
+    PerTensor,
+    TensorScheme,
+    scheme_named,
+)
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, token_rows, wide_llama
 
 WIDE = "llama-wide"
@@ -32,11 +42,17 @@ def loop(batch_size: int = 4) -> Callable[[nn.Module], None]:
 
 
 def linear_names(model: Any) -> list[str]:
-    return [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name != "lm_head"]
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and name != "lm_head"
+    ]
 
 
 def watched_inputs(model: Any, names: list[str]) -> dict[str, float]:
-    """Largest magnitude at each linear over the same rows, one row at a time, by hooks of our own."""
+    """Largest magnitude at each linear over the same rows, one row at a time, by hooks of our
+    own.
+    """
     found = dict.fromkeys(names, 0.0)
 
     def hook(name: str) -> Callable[..., None]:
@@ -72,29 +88,44 @@ def test_modelopt_runs_every_scheme_and_reads_the_abs_max_of_inputs(mode: str) -
 
 @pytest.mark.parametrize("mode", ["int8", "int4-weight-only", "float8"])
 def test_modelopts_weight_scales_are_ours(mode: str) -> None:
-    """amax of each group, ``[]``, ``[out, 1]`` or ``[out * blocks, 1]``; 200 features end in a block of 72."""
+    """amax of each group, ``[]``, ``[out, 1]`` or ``[out * blocks, 1]``; 200 features end in a
+    block of 72.
+    """
     scheme = scheme_named(mode).weight
     model = nn.Sequential(nn.Linear(200, 16, bias=False)).eval()
     weight = model[0].weight.detach().clone()
-    modelopt_quantize(model, mode, modules=["0"], forward_loop=lambda module: module(torch.ones(1, 200)))
+    modelopt_quantize(
+        model, mode, modules=["0"], forward_loop=lambda module: module(torch.ones(1, 200))
+    )
     quantizer: Any = model[0].weight_quantizer
     grid = weight_grid(weight, scheme)
-    assert torch.equal(grid.scale, (quantizer.amax.double() / scheme.format.maxbound).float().reshape(grid.scale.shape))
+    assert torch.equal(
+        grid.scale,
+        (quantizer.amax.double() / scheme.format.maxbound).float().reshape(grid.scale.shape),
+    )
 
 
 def test_observing_leaves_the_model_as_it_is() -> None:
     model = model_of()
-    before = {name: (type(part), id(getattr(part, "weight", None))) for name, part in model.named_modules()}
+    before = {
+        name: (type(part), id(getattr(part, "weight", None)))
+        for name, part in model.named_modules()
+    }
     names = linear_names(model)
     inputs = dict.fromkeys(names, SCHEMES["int8"].linear.input)
     amax = input_amax(model, inputs, loop())
-    assert {name: (type(part), id(getattr(part, "weight", None))) for name, part in model.named_modules()} == before
+    assert {
+        name: (type(part), id(getattr(part, "weight", None)))
+        for name, part in model.named_modules()
+    } == before
     watched = watched_inputs(model, names)
     assert all(float(amax[name]) == pytest.approx(watched[name], rel=1e-5) for name in names)
 
 
 def test_the_batch_size_does_not_change_amax() -> None:
-    """No padding enters: a pad token's activation would be the largest here, because its embedding is made so."""
+    """No padding enters: a pad token's activation would be the largest here, because its embedding
+    is made so.
+    """
     found = []
     for batch_size in (1, 4):
         model = model_of()
@@ -119,7 +150,11 @@ def test_by_default_the_linears_of_gpt2_are_quantized_too() -> None:
 
 
 def enabled_quantizers(model: nn.Module) -> set[str]:
-    return {name for name, part in model.named_modules() if name.endswith("_quantizer") and part.is_enabled}
+    return {
+        name
+        for name, part in model.named_modules()
+        if name.endswith("_quantizer") and part.is_enabled
+    }
 
 
 @pytest.mark.parametrize("mode", LINEAR_SCHEMES)
@@ -203,20 +238,29 @@ def test_an_input_that_overflows_is_named() -> None:
         model[0].weight.fill_(1e38)
 
     with pytest.raises(QuantizationError, match=r"NaN or Inf in the input of 2$"):
-        modelopt_quantize(model, "int8", forward_loop=lambda module: module(torch.full((1, 4), 10.0)))
+        modelopt_quantize(
+            model, "int8", forward_loop=lambda module: module(torch.full((1, 4), 10.0))
+        )
 
 
 def test_an_input_that_is_always_zero_has_amax_zero() -> None:
     """ModelOpt's own export would say 127 here, a scale of 1, without a word."""
     model = nn.Sequential(nn.Linear(4, 4))
-    modelopt_quantize(model, "int8", forward_loop=lambda module: module(torch.zeros(1, 4)), modules=["0"])
+    modelopt_quantize(
+        model, "int8", forward_loop=lambda module: module(torch.zeros(1, 4)), modules=["0"]
+    )
     assert read_input_amax(model, ["0"])["0"] == torch.zeros(())
 
 
 def test_a_config_names_every_module_once_and_disables_the_rest() -> None:
-    entries = modelopt_config(dict.fromkeys("ab", SCHEMES["int4-weight-only"].weight), {})["quant_cfg"]
+    entries = modelopt_config(dict.fromkeys("ab", SCHEMES["int4-weight-only"].weight), {})[
+        "quant_cfg"
+    ]
     assert entries[0] == {"quantizer_name": "*", "enable": False}
-    assert [entry["quantizer_name"] for entry in entries[1:]] == ["a.weight_quantizer", "b.weight_quantizer"]
+    assert [entry["quantizer_name"] for entry in entries[1:]] == [
+        "a.weight_quantizer",
+        "b.weight_quantizer",
+    ]
     assert entries[1]["cfg"] == {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from calib.errors import QuantizationError
 from calib.observers.histogram import BINS, OCTAVES, PER_OCTAVE, Histogram
 
-quick = settings(max_examples=40, deadline=None)  # the machine may be busy; time is not what these test
+# the machine may be busy; time is not what these test
+quick = settings(max_examples=40, deadline=None)
 scales = st.sampled_from([1e-30, 1e-6, 1.0, 3e4, 1e30])
 seeds = st.integers(0, 2**31)
 
@@ -62,7 +63,9 @@ def test_bins_are_narrow_and_adjoin() -> None:
 
 @given(seeds, st.lists(scales, min_size=2, max_size=5), st.randoms(use_true_random=False))
 @quick
-def test_any_order_and_split_gives_the_same_bits(seed: int, batch_scales: list[float], random: object) -> None:
+def test_any_order_and_split_gives_the_same_bits(
+    seed: int, batch_scales: list[float], random: object
+) -> None:
     batches = [data(seed + index, scale) for index, scale in enumerate(batch_scales)]
     at_once = histogram_of(torch.cat(batches))
     shuffled = batches.copy()

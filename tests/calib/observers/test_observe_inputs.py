@@ -38,7 +38,9 @@ def test_each_input_has_an_observer_of_its_own_and_hooks_go() -> None:
         for batch in batches:
             assert not module(batch).requires_grad
 
-    found = observe_inputs(model, ["first", "second"], lambda name: observer_named("min_max")(static), run)
+    found = observe_inputs(
+        model, ["first", "second"], lambda name: observer_named("min_max")(static), run
+    )
     assert list(found) == ["first", "second"]
     assert found["first"].count == sum(batch.numel() for batch in batches)
     assert float(found["first"].limits()[1]) == max(float(batch.max()) for batch in batches)
@@ -53,15 +55,22 @@ def test_the_forward_loop_of_a_model_gives_what_all_rows_give() -> None:
     name = "model.layers.1.mlp.down_proj"
     rows = token_rows()
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach())
+    )
     with torch.no_grad():
         for batch in length_batches(rows, 2):
             model(batch.input_ids)
     handle.remove()
-    found = input_limits(model, {name: static}, "min_max", forward_loop_over(length_batches(rows, 2)))
+    found = input_limits(
+        model, {name: static}, "min_max", forward_loop_over(length_batches(rows, 2))
+    )
     assert found[name] == (min(x.min() for x in seen), max(x.max() for x in seen))
     clustered = input_limits(
-        model, {name: TensorScheme(INT8, PerCluster(3))}, "min_max", forward_loop_over(length_batches(rows, 2))
+        model,
+        {name: TensorScheme(INT8, PerCluster(3))},
+        "min_max",
+        forward_loop_over(length_batches(rows, 2)),
     )
     low, high = clustered[name]
     assert low.shape == high.shape == (88,)
@@ -72,19 +81,30 @@ def test_the_forward_loop_of_a_model_gives_what_all_rows_give() -> None:
 def test_unreached_modules_are_named() -> None:
     model = Branches()
     with pytest.raises(QuantizationError, match=r"never reached 1 module\(s\): spare"):
-        input_limits(model, dict.fromkeys(["first", "spare"], static), "mse", lambda module: module(torch.ones(1, 4)))
+        input_limits(
+            model,
+            dict.fromkeys(["first", "spare"], static),
+            "mse",
+            lambda module: module(torch.ones(1, 4)),
+        )
 
 
 def test_an_empty_forward_loop_is_refused() -> None:
-    with pytest.raises(QuantizationError, match="reached none of 2 modules, such as 'first': it ran no batch"):
-        input_limits(Branches(), dict.fromkeys(["first", "second"], static), "min_max", lambda _: None)
+    with pytest.raises(
+        QuantizationError, match="reached none of 2 modules, such as 'first': it ran no batch"
+    ):
+        input_limits(
+            Branches(), dict.fromkeys(["first", "second"], static), "min_max", lambda _: None
+        )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_named_and_hooks_go(bad: float) -> None:
     model = Branches()
     with pytest.raises(QuantizationError, match=r"'first \(input\)': .* NaN or Inf"):
-        input_limits(model, {"first": static}, "percentile", lambda module: module(torch.full((1, 4), bad)))
+        input_limits(
+            model, {"first": static}, "percentile", lambda module: module(torch.full((1, 4), bad))
+        )
     assert not model.first._forward_pre_hooks
 
 

@@ -7,7 +7,15 @@ import torch
 
 from calib.errors import QuantizationError
 from calib.observers import OBSERVERS, observer_named
-from calib.schemes import FLOAT8, INT8, PerChannel, PerCluster, PerTensor, TensorScheme, scheme_named
+from calib.schemes import (
+    FLOAT8,
+    INT8,
+    PerChannel,
+    PerCluster,
+    PerTensor,
+    TensorScheme,
+    scheme_named,
+)
 
 static = TensorScheme(INT8, PerTensor())
 

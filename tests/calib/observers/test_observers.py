@@ -1,4 +1,6 @@
-"""Every observer against plain numpy, on random, heavy-tailed, constant, all-zero and single-element data."""
+"""Every observer against plain numpy, on random, heavy-tailed, constant, all-zero and
+single-element data.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,14 @@ Array = NDArray[np.float64]
 BIN = 2**-10
 """Width of a histogram's bin, relative to what it holds."""
 BELOW = 2**-15
-"""Magnitudes below this, relative to the largest, may share one bin: 16 octaves, of which the highest counts half."""
+"""Magnitudes below this, relative to the largest, may share one bin: 16 octaves, of which the
+highest counts half.
+"""
 SUMS = 1e-12
 """Float64 means and deviations of a few thousand values, summed in another order."""
 
-quick = settings(max_examples=40, deadline=None)  # the machine may be busy; time is not what these test
+# the machine may be busy; time is not what these test
+quick = settings(max_examples=40, deadline=None)
 symmetric = TensorScheme(INT8, PerTensor())
 asymmetric = TensorScheme(INT8, PerTensor(), symmetric=False)
 schemes = st.sampled_from([symmetric, asymmetric])
@@ -57,7 +62,9 @@ def tensors(draw: st.DrawFn) -> Tensor:
         return torch.empty(size).cauchy_(generator=generator) * scale
     if kind == "zero":
         return torch.zeros(size)
-    return torch.full((1 if kind == "single" else size,), float(torch.randn((), generator=generator)) * scale)
+    return torch.full(
+        (1 if kind == "single" else size,), float(torch.randn((), generator=generator)) * scale
+    )
 
 
 def observed(spec: str, scheme: TensorScheme, *batches: Tensor) -> Observer:
@@ -101,7 +108,9 @@ def test_moving_average(batches: list[Tensor], momentum: float) -> None:
 @quick
 def test_clip(x: Tensor, bound: float) -> None:
     extremes = np.array([x.min(), x.max()], dtype=np.float64)
-    assert limits(f"clip:{bound!r}", symmetric, *split(x)) == tuple(np.clip(extremes, -bound, bound))
+    assert limits(f"clip:{bound!r}", symmetric, *split(x)) == tuple(
+        np.clip(extremes, -bound, bound)
+    )
 
 
 @given(tensors(), st.floats(0.1, 20))
@@ -113,12 +122,16 @@ def test_clip_std(x: Tensor, k: float) -> None:
     tolerance = SUMS * (1 + k) * np.abs(values).max()
     # A deviation that is all rounding (constant data) is the root of a square: half the digits.
     assume(values.std() == 0 or values.std() > 1e-6 * np.abs(values).max())
-    assert limits(f"clip_std:{k!r}", symmetric, *split(x)) == pytest.approx(expected, rel=0, abs=tolerance)
+    assert limits(f"clip_std:{k!r}", symmetric, *split(x)) == pytest.approx(
+        expected, rel=0, abs=tolerance
+    )
 
 
 @given(st.floats(1e-20, 1e20), st.sampled_from([INT8, INT4]), st.booleans())
 @quick
-def test_fixed_scale_is_the_scale(scale: float, fmt: NumberFormat, without_zero_point: bool) -> None:
+def test_fixed_scale_is_the_scale(
+    scale: float, fmt: NumberFormat, without_zero_point: bool
+) -> None:
     scheme = TensorScheme(fmt, PerTensor(), symmetric=without_zero_point)
     low, high = observed(f"fixed_scale:{scale!r}", scheme, torch.tensor([0.3, 9.0])).limits()
     grid = grid_of(low, high, scheme)
@@ -176,11 +189,14 @@ def test_entropy(x: Tensor) -> None:
         return
     width = 2.0 ** math.frexp(magnitudes.max())[1] / 2048
     used = int(magnitudes.max() / width) + 1
-    counts = np.histogram(magnitudes[magnitudes > 0], bins=np.arange(used + 1) * width)[0].astype(np.float64)
+    counts = np.histogram(magnitudes[magnitudes > 0], bins=np.arange(used + 1) * width)[0].astype(
+        np.float64
+    )
     threshold = max(-low, high)
     bins = used if threshold == magnitudes.max() else round(threshold / width)
     divergences = [relative_entropy(counts, i, groups=8) for i in range(8, used + 1, 8)]
-    # The reference tries every eighth threshold; ours must be at least as good. Sums of 2000 float64 terms.
+    # The reference tries every eighth threshold; ours must be at least as good. Sums of 2000
+    # float64 terms.
     assert relative_entropy(counts, bins, groups=8) <= min(divergences) + 1e-12
 
 
@@ -188,12 +204,18 @@ def rms_error(x: Tensor, low: float, high: float, scheme: TensorScheme) -> float
     ends = (torch.tensor(end, dtype=torch.float64) for end in (low, high))
     grid = grid_of(*ends, scheme)
     wide = x.double()
-    return float((round_to_grid(wide, grid.scale, grid.zero_point, scheme.format) - wide).square().mean().sqrt())
+    return float(
+        (round_to_grid(wide, grid.scale, grid.zero_point, scheme.format) - wide)
+        .square()
+        .mean()
+        .sqrt()
+    )
 
 
 def allowance(x: Tensor) -> float:
-    """What binning may cost. The distance to the nearest point of a grid changes by no more than the value does, which
-    is half a bin; so by Minkowski the root of the mean square does, once for each of two limits that are compared."""
+    """What binning may cost. The distance to the nearest point of a grid changes by no more than
+    the value does, which is half a bin; so by Minkowski the root of the mean square does, once for
+    each of two limits that are compared."""
     return 2 * (float(x.double().square().mean().sqrt()) * BIN / 2 + float(x.abs().max()) * BELOW)
 
 
@@ -214,9 +236,11 @@ def test_mse_with_zero_point(x: Tensor) -> None:
     scheme = TensorScheme(INT4, PerTensor(), symmetric=False)
     low, high = limits("mse", scheme, *split(x))
     ends = min(0.0, float(x.min())), max(0.0, float(x.max()))
-    tried = [(ends[0] * f, ends[1] * g) for f, g in ((1, 1), (0.9, 1), (1, 0.9), (0.5, 1), (1, 0.5))]
-    # Taking turns ends where neither limit alone can be improved: no such pair with one limit at its extreme is better
-    # than the first turn, which starts there.
+    tried = [
+        (ends[0] * f, ends[1] * g) for f, g in ((1, 1), (0.9, 1), (1, 0.9), (0.5, 1), (1, 0.5))
+    ]
+    # Taking turns ends where neither limit alone can be improved: no such pair with one limit at
+    # its extreme is better than the first turn, which starts there.
     best = min(rms_error(x, a, b, scheme) for a, b in tried if a == ends[0])
     assert rms_error(x, low, high, scheme) <= best + allowance(x)
 
@@ -224,14 +248,15 @@ def test_mse_with_zero_point(x: Tensor) -> None:
 def test_mse_gives_up_outliers_where_that_pays() -> None:
     x = torch.randn(20000, generator=torch.Generator().manual_seed(0))
     low, high = limits("mse", TensorScheme(INT4, PerTensor()), x)
-    # Round normal data to 15 levels: the optimum for uniform quantizers lies at 2.5 to 2.9 deviations (Max, 1960: 14
-    # and 16 levels have steps of 0.365 and 0.335).
+    # Round normal data to 15 levels: the optimum for uniform quantizers lies at 2.5 to 2.9
+    # deviations (Max, 1960: 14 and 16 levels have steps of 0.365 and 0.335).
     assert 2.3 < high < 2.9
     assert low == -high
 
 
 @pytest.mark.parametrize(
-    "spec", ["min_max", "clip:2", "fixed_scale:0.1", "percentile:99", "entropy", "mse", "clip_std:2"]
+    "spec",
+    ["min_max", "clip:2", "fixed_scale:0.1", "percentile:99", "entropy", "mse", "clip_std:2"],
 )
 @given(st.lists(tensors(), min_size=1, max_size=4), st.randoms(use_true_random=False))
 @settings(max_examples=8, deadline=None)
@@ -244,14 +269,19 @@ def test_merging_is_observing_everything(spec: str, batches: list[Tensor], rando
     assert merged.count == together.count == sum(batch.numel() for batch in batches)
     for a, b in zip(merged.limits(), together.limits(), strict=True):
         if spec.startswith("clip_std"):
-            # Deviations of constant data are rounding; the root of a squared eps is what they may come to.
-            assert float(a) == pytest.approx(float(b), rel=1e-9, abs=1e-7 * max(float(x.abs().max()) for x in batches))
+            # Deviations of constant data are rounding; the root of a squared eps is what they may
+            # come to.
+            assert float(a) == pytest.approx(
+                float(b), rel=1e-9, abs=1e-7 * max(float(x.abs().max()) for x in batches)
+            )
         else:
             assert torch.equal(a, b)
 
 
 def test_merged_moving_averages_weigh_by_batches() -> None:
-    a = observed("moving_average:0.5", symmetric, torch.tensor([-1.0, 1.0]), torch.tensor([-3.0, 3.0]))
+    a = observed(
+        "moving_average:0.5", symmetric, torch.tensor([-1.0, 1.0]), torch.tensor([-3.0, 3.0])
+    )
     b = observed("moving_average:0.5", symmetric, torch.tensor([-8.0, 5.0]))
     a.merge(b)
     low, high = a.limits()
@@ -260,7 +290,17 @@ def test_merged_moving_averages_weigh_by_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["min_max", "moving_average", "clip:2", "fixed_scale:0.1", "percentile", "entropy", "mse", "clip_std"]
+    "spec",
+    [
+        "min_max",
+        "moving_average",
+        "clip:2",
+        "fixed_scale:0.1",
+        "percentile",
+        "entropy",
+        "mse",
+        "clip_std",
+    ],
 )
 def test_state_continues_where_it_was_saved(spec: str) -> None:
     x = torch.randn(3, 100, generator=torch.Generator().manual_seed(4))
@@ -282,7 +322,9 @@ def test_limits_by_channel_and_block() -> None:
         assert torch.equal(low, expected.double())
         assert high.shape == (6,)
     low, _ = observed("min_max", TensorScheme(INT8, PerBlock(2)), x[0]).limits()
-    assert torch.equal(low, torch.stack([x[0, :, :2].amin(1), x[0, :, 2:4].amin(1), x[0, :, 4]], dim=1).double())
+    assert torch.equal(
+        low, torch.stack([x[0, :, :2].amin(1), x[0, :, 2:4].amin(1), x[0, :, 4]], dim=1).double()
+    )
 
 
 def test_limits_by_cluster_cover_each_channel_and_no_more_than_two_ranges() -> None:

@@ -22,8 +22,48 @@ from calib.rotations.paley import is_paley_order, paley_matrix, prime_power
 
 # Hidden, intermediate and head sizes of published models.
 MODEL_SIZES = [
-    *(64, 80, 96, 112, 128, 160, 192, 256, 576, 704, 768, 896, 960, 1024, 1280, 1408, 1536, 1600, 2048, 2560, 3072),
-    *(3584, 4096, 4544, 4864, 5120, 5632, 6656, 6912, 8192, 8960, 9728, 10240, 11008, 12288, 13824, 14336, 15360),
+    *(
+        64,
+        80,
+        96,
+        112,
+        128,
+        160,
+        192,
+        256,
+        576,
+        704,
+        768,
+        896,
+        960,
+        1024,
+        1280,
+        1408,
+        1536,
+        1600,
+        2048,
+        2560,
+        3072,
+    ),
+    *(
+        3584,
+        4096,
+        4544,
+        4864,
+        5120,
+        5632,
+        6656,
+        6912,
+        8192,
+        8960,
+        9728,
+        10240,
+        11008,
+        12288,
+        13824,
+        14336,
+        15360,
+    ),
     *(17408, 17920, 18944, 22016, 25600, 27648, 28672, 29568, 29696),
 ]
 
@@ -64,7 +104,9 @@ def test_the_matrix_is_orthonormal_and_the_fast_form_equals_it(n: int, seed: int
     matrix = hadamard_matrix(n, seed=seed)
     assert matrix.dtype == torch.float64
     # n products of entries 1/sqrt(b) summed in float64.
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-14 * max(n, 10))
+    torch.testing.assert_close(
+        matrix @ matrix.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-14 * max(n, 10)
+    )
     x = torch.randn(3, 5, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     torch.testing.assert_close(apply_hadamard(x, seed=seed), x @ matrix, rtol=0, atol=1e-13)
 
@@ -106,7 +148,8 @@ def test_low_precision_error_is_that_of_rounding_the_inputs(dtype: torch.dtype) 
     fast = apply_hadamard(x, seed=1)
     assert fast.dtype == dtype
     naive = x @ hadamard_matrix(704, seed=1, dtype=dtype)
-    # Two factors round twice, so at most twice the error of one matmul in the same dtype (the rule of fast-hadamard).
+    # Two factors round twice, so at most twice the error of one matmul in the same dtype (the rule
+    # of fast-hadamard).
     assert (fast.double() - exact).norm() <= 2 * (naive.double() - exact).norm()
 
 
@@ -116,7 +159,9 @@ def test_export_with_dynamic_batch_depends_on_its_input() -> None:
             return apply_hadamard(x, seed=1)
 
     dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
-    program = torch.export.export(Rotate(), (torch.randn(2, 3, 704),), dynamic_shapes=dynamic).module()
+    program = torch.export.export(
+        Rotate(), (torch.randn(2, 3, 704),), dynamic_shapes=dynamic
+    ).module()
     x = torch.randn(4, 7, 704, generator=torch.Generator().manual_seed(0))
     assert torch.equal(program(x), apply_hadamard(x, seed=1))
     assert not torch.equal(program(x), program(2 * x))
@@ -137,8 +182,12 @@ def test_any_number_of_channels_has_an_orthonormal_form(n: int) -> None:
     assert n % block == 0
     assert math.prod(factor_order(block) or ()) == block
     matrix = hadamard_matrix(n, seed=n)
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert torch.allclose(matrix[matrix != 0].abs(), torch.tensor(block**-0.5, dtype=torch.float64), rtol=1e-15)
+    torch.testing.assert_close(
+        matrix @ matrix.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12
+    )
+    assert torch.allclose(
+        matrix[matrix != 0].abs(), torch.tensor(block**-0.5, dtype=torch.float64), rtol=1e-15
+    )
 
 
 @settings(deadline=None)
@@ -146,7 +195,10 @@ def test_any_number_of_channels_has_an_orthonormal_form(n: int) -> None:
 def test_prime_power_agrees_with_its_definition(q: int) -> None:
     found = prime_power(q)
     powers = {
-        p**k: (p, k) for p in range(2, 3001) if all(p % d for d in range(2, int(p**0.5) + 1)) for k in range(1, 12)
+        p**k: (p, k)
+        for p in range(2, 3001)
+        if all(p % d for d in range(2, int(p**0.5) + 1))
+        for k in range(1, 12)
     }
     assert found == powers.get(q)
 

@@ -17,8 +17,13 @@ from calib.rotations.train import TrainConfig, train_rotation
 
 def heavy_tailed(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
-    mixing = torch.randn(shape[-1], shape[-1], generator=torch.Generator().manual_seed(seed + 50)) / shape[-1] ** 0.5
+    features = (
+        torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+    )
+    mixing = (
+        torch.randn(shape[-1], shape[-1], generator=torch.Generator().manual_seed(seed + 50))
+        / shape[-1] ** 0.5
+    )
     mixed: Tensor = features @ mixing
     return mixed
 
@@ -42,7 +47,9 @@ def test_rows_carry_the_power_of_the_samples_and_the_asked_share_of_the_weight()
     torch.testing.assert_close(both.weights[100:].sum(), 0.5 * tokens.weights.sum())
     # A row counts by its own power, and by the weight that its matrix has.
     share = rows.values.square().sum(-1) * rows.weights
-    torch.testing.assert_close(both.weights[100:][used], (share / share.sum() * 0.5 * tokens.weights.sum())[used])
+    torch.testing.assert_close(
+        both.weights[100:][used], (share / share.sum() * 0.5 * tokens.weights.sum())[used]
+    )
     # A row of zeros quantizes exactly; it stays, with a weight that is positive and does not count.
     assert 0 < both.weights[103] < 1e-6 * both.weights.sum()
     assert not both.values[103].any()
@@ -51,7 +58,10 @@ def test_rows_carry_the_power_of_the_samples_and_the_asked_share_of_the_weight()
 def test_a_row_of_the_output_projection_is_all_heads_side_by_side() -> None:
     layers, kv, group, d = 3, 2, 2, 4
     tokens = samples(heavy_tailed(layers, kv, 10 * group, d, seed=0), group)
-    rows = samples(heavy_tailed(layers, kv, 6 * group, d, seed=1) * torch.tensor([1.0, 9.0]).view(2, 1, 1), group)
+    rows = samples(
+        heavy_tailed(layers, kv, 6 * group, d, seed=1) * torch.tensor([1.0, 9.0]).view(2, 1, 1),
+        group,
+    )
     both = with_weight_rows(tokens, rows)
     assert (both.group, both.values.shape) == (group, (layers, kv, 16 * group, d))
     whole, given = whole_inputs(both.values, group)[:, 10:], whole_inputs(rows.values, group)
@@ -66,13 +76,17 @@ def test_a_row_of_the_output_projection_is_all_heads_side_by_side() -> None:
 
 
 def test_weighted_unit_rows_have_the_relative_error_of_the_weight() -> None:
-    """A quantizer with a scale for every row does not see the row's size; the weight puts it back."""
+    """A quantizer with a scale for every row does not see the row's size; the weight puts it
+    back.
+    """
     rows = samples(heavy_tailed(40, 8, seed=1))
     unit = unit_rows(rows)
     torch.testing.assert_close(unit.values.square().mean(-1), torch.ones(40))
     scheme = ActivationScheme(4)
     wanted = scheme_error(rows.values, scheme, weights=rows.weights)
-    torch.testing.assert_close(scheme_error(unit.values, scheme, weights=unit.weights), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        scheme_error(unit.values, scheme, weights=unit.weights), wanted, rtol=1e-5, atol=0
+    )
 
 
 def test_the_joint_rotation_serves_the_weights_better_than_one_trained_on_activations() -> None:
@@ -84,7 +98,9 @@ def test_the_joint_rotation_serves_the_weights_better_than_one_trained_on_activa
     joint = train_rotation(both.values, config, weights=both.weights).matrix.float()
 
     def errors(matrix: Tensor) -> tuple[float, float]:
-        return float(scheme_error(x.values @ matrix, scheme)), float(scheme_error(w.values @ matrix, scheme))
+        return float(scheme_error(x.values @ matrix, scheme)), float(
+            scheme_error(w.values @ matrix, scheme)
+        )
 
     assert errors(joint)[1] < errors(alone)[1]
     assert sum(errors(joint)) < sum(errors(alone))

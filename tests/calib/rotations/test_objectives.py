@@ -41,7 +41,11 @@ def test_whip_is_the_published_formula() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_gradient_is_the_derivative_of_the_loss(name: ObjectiveName, weighted: bool) -> None:
     y = tokens(2, 6, 5, seed=3)
-    weights = torch.tensor([[1.0, 2.0, 1.0, 0.5, 3.0, 1.0]] * 2, dtype=torch.float64) if weighted else None
+    weights = (
+        torch.tensor([[1.0, 2.0, 1.0, 0.5, 3.0, 1.0]] * 2, dtype=torch.float64)
+        if weighted
+        else None
+    )
     objective = make_objective(name, scheme=ActivationScheme(4, symmetric=False))
     if name == "range":  # its power is held fixed: a rotation does not change it
         y = y / y.square().mean(-1, keepdim=True).sqrt()
@@ -51,13 +55,19 @@ def test_the_gradient_is_the_derivative_of_the_loss(name: ObjectiveName, weighte
     if name == "range":
         direction = direction - (direction * y).mean(-1, keepdim=True) * y
     h = 1e-6
-    difference = (objective(y + h * direction, weights) - objective(y - h * direction, weights)) / (2 * h)
+    difference = (objective(y + h * direction, weights) - objective(y - h * direction, weights)) / (
+        2 * h
+    )
     # Central differences: h^2 of truncation and 1e-16 / h of rounding.
-    torch.testing.assert_close((gradient * direction).sum((-1, -2)) / 6, difference, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        (gradient * direction).sum((-1, -2)) / 6, difference, rtol=1e-6, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_going_down_the_straight_through_gradient_lowers_the_error(scheme: ActivationScheme) -> None:
+def test_going_down_the_straight_through_gradient_lowers_the_error(
+    scheme: ActivationScheme,
+) -> None:
     y = tokens(512, 12, seed=5)
     y[:, 0] *= 10  # one wide channel sets every scale
     _, gradient = make_objective("scheme", scheme=scheme).loss_and_gradient(y)
@@ -71,7 +81,9 @@ def test_the_scheme_loss_is_the_scheme_error_of_tokens_of_equal_power() -> None:
     y = tokens(40, 16)
     y = y / y.norm(dim=-1, keepdim=True)
     for scheme in SCHEMES:
-        torch.testing.assert_close(make_objective("scheme", scheme=scheme)(y), scheme_error(y, scheme))
+        torch.testing.assert_close(
+            make_objective("scheme", scheme=scheme)(y), scheme_error(y, scheme)
+        )
 
 
 @settings(deadline=None)
@@ -79,7 +91,9 @@ def test_the_scheme_loss_is_the_scheme_error_of_tokens_of_equal_power() -> None:
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=24),
     st.sampled_from(SCHEMES),
 )
-def test_rounding_moves_an_entry_by_at_most_half_a_step(values: list[float], scheme: ActivationScheme) -> None:
+def test_rounding_moves_an_entry_by_at_most_half_a_step(
+    values: list[float], scheme: ActivationScheme
+) -> None:
     x = torch.tensor(values, dtype=torch.float64)[None]
     quantized = fake_quantize(x, scheme)
     span = x.abs().max() / (2 ** (scheme.bits - 1) - 1)
@@ -97,7 +111,8 @@ def test_codes_use_the_documented_range() -> None:
         codes = fake_quantize(x, ActivationScheme(bits)) * (2 ** (bits - 1) - 1)
         assert codes.min() == -(2 ** (bits - 1) - 1)
         assert codes.max() == 2 ** (bits - 1) - 1
-        assert len(set(codes.flatten().tolist())) == 2**bits - 1  # amax / qmax leaves the most negative code unused
+        # amax / qmax leaves the most negative code unused
+        assert len(set(codes.flatten().tolist())) == 2**bits - 1
         levels = set(fake_quantize(x, ActivationScheme(bits, symmetric=False)).flatten().tolist())
         assert len(levels) == 2**bits
 
@@ -116,7 +131,9 @@ def test_weights_act_as_repetitions() -> None:
     weights = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
     repeated = x.repeat_interleave(torch.tensor([1, 3, 2]), dim=0)
     for scheme in SCHEMES:
-        torch.testing.assert_close(scheme_error(x, scheme, weights=weights), scheme_error(repeated, scheme))
+        torch.testing.assert_close(
+            scheme_error(x, scheme, weights=weights), scheme_error(repeated, scheme)
+        )
     for name in ("whip", "lp", "kurtosis"):
         objective = make_objective(name)
         torch.testing.assert_close(objective(x, weights), objective(repeated))
@@ -134,10 +151,17 @@ def test_errors_are_per_batch_element_and_zero_for_zero_activations() -> None:
 def test_auto_follows_the_scheme() -> None:
     assert make_objective("auto").name == "whip"
     assert make_objective("auto", scheme=ActivationScheme(4)).name == "lp"
-    assert make_objective("auto", scheme=ActivationScheme(8, symmetric=False, granularity="tensor")).name == "lp"
+    assert (
+        make_objective(
+            "auto", scheme=ActivationScheme(8, symmetric=False, granularity="tensor")
+        ).name
+        == "lp"
+    )
     assert make_objective("auto", scheme=ActivationScheme(4, symmetric=False)).name == "lp"
     y = tokens(5, 8)
-    torch.testing.assert_close(make_objective("auto", scheme=ActivationScheme(4), p=8.0)(y), make_objective("lp")(y))
+    torch.testing.assert_close(
+        make_objective("auto", scheme=ActivationScheme(4), p=8.0)(y), make_objective("lp")(y)
+    )
 
 
 def test_bad_input_is_refused_with_a_hint() -> None:
@@ -163,7 +187,9 @@ def test_whole_inputs_are_what_the_output_projection_reads() -> None:
 
 @pytest.mark.parametrize("name", ["whip", "lp", "kurtosis", "range", "scheme"])
 def test_heads_share_the_quantizer_of_their_token(name: ObjectiveName) -> None:
-    """The sum over heads is the loss of whole tokens, and so is its gradient, with a token's weight for each entry."""
+    """The sum over heads is the loss of whole tokens, and so is its gradient, with a token's weight
+    for each entry.
+    """
     kv, group = 3, 2
     y = tokens(2, kv, 10, 4, seed=7)
     weights = torch.linspace(1, 2, 5, dtype=torch.float64)
@@ -173,7 +199,8 @@ def test_heads_share_the_quantizer_of_their_token(name: ObjectiveName) -> None:
     )
     assert loss.shape == (2, kv)
     whole, wanted = objective.loss_and_gradient(whole_inputs(y, group), weights.expand(2, 5))
-    if name in ("whip", "lp"):  # sums over entries: heads are independent, and each has a loss of its own
+    # sums over entries: heads are independent, and each has a loss of its own
+    if name in ("whip", "lp"):
         entries = objective.per_token(whole_inputs(y, group)).sum()
         torch.testing.assert_close(objective.per_token(y).sum(), entries)
         return

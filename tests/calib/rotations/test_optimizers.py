@@ -38,7 +38,9 @@ def orthogonality_error(matrix: Tensor) -> float:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 24), st.floats(0, 5), st.integers(0, 10_000))
-def test_newton_schulz_finds_the_polar_factor_whatever_the_conditioning(n: int, decades: float, seed: int) -> None:
+def test_newton_schulz_finds_the_polar_factor_whatever_the_conditioning(
+    n: int, decades: float, seed: int
+) -> None:
     singular = torch.logspace(0, -decades, n, dtype=torch.float64)
     matrix = (haar_start(n, seed) * singular) @ haar_start(n, seed + 1)
     factor = newton_schulz(matrix, least=1e-3, tolerance=1e-10)
@@ -48,7 +50,9 @@ def test_newton_schulz_finds_the_polar_factor_whatever_the_conditioning(n: int, 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 24), st.floats(0, 3), st.integers(0, 10_000))
-def test_the_polar_factor_is_right_where_squaring_loses_the_condition(n: int, decades: float, seed: int) -> None:
+def test_the_polar_factor_is_right_where_squaring_loses_the_condition(
+    n: int, decades: float, seed: int
+) -> None:
     singular = torch.logspace(0, -decades, n, dtype=torch.float64)
     matrix = (haar_start(n, seed) * singular) @ haar_start(n, seed + 1)
     factor = polar_factor(matrix, tolerance=1e-10)
@@ -57,7 +61,9 @@ def test_the_polar_factor_is_right_where_squaring_loses_the_condition(n: int, de
 
 
 def test_newton_schulz_is_batched_over_any_dimensions() -> None:
-    matrices = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrices = torch.randn(
+        2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     factors = newton_schulz(matrices, least=1e-3, tolerance=1e-10)
     torch.testing.assert_close(factors, polar_by_svd(matrices), rtol=0, atol=1e-9)
 
@@ -67,13 +73,16 @@ def test_the_spectral_norm_is_never_underestimated(decades: float) -> None:
     for seed in range(20):
         singular = torch.logspace(0, -decades, 64, dtype=torch.float64)
         matrix = (haar_start(64, seed) * singular) @ haar_start(64, seed + 1)
-        # Above 1, or the scaled cubic would change the sign of a singular value; at most the stated margin above.
+        # Above 1, or the scaled cubic would change the sign of a singular value; at most the stated
+        # margin above.
         assert 1.0 <= float(spectral_norm(matrix)) <= 1.2 + 1e-9
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3, 1.0])
 def test_projection_gives_the_nearest_orthogonal_matrix_in_float64(noise: float) -> None:
-    matrix = haar_start(48, 0) + noise * torch.randn(48, 48, generator=torch.Generator().manual_seed(1))
+    matrix = haar_start(48, 0) + noise * torch.randn(
+        48, 48, generator=torch.Generator().manual_seed(1)
+    )
     projected = project_orthogonal(matrix)
     assert orthogonality_error(projected) <= EXACT
     torch.testing.assert_close(projected, polar_by_svd(matrix), rtol=0, atol=1e-10)
@@ -81,7 +90,9 @@ def test_projection_gives_the_nearest_orthogonal_matrix_in_float64(noise: float)
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
 def test_projection_of_a_float32_matrix_is_orthogonal_in_float64(noise: float) -> None:
-    matrix = (haar_start(48, 0) + noise * torch.randn(48, 48, generator=torch.Generator().manual_seed(1))).float()
+    matrix = (
+        haar_start(48, 0) + noise * torch.randn(48, 48, generator=torch.Generator().manual_seed(1))
+    ).float()
     projected = project_orthogonal(matrix)
     assert orthogonality_error(projected) <= EXACT
     # Its first round is in float32: products of 48 terms of size 1 / sqrt(48).
@@ -90,7 +101,8 @@ def test_projection_of_a_float32_matrix_is_orthogonal_in_float64(noise: float) -
 
 @pytest.mark.parametrize("short", [1, 16])
 def test_a_polar_factor_that_eigh_leaves_short_is_finished(short: int) -> None:
-    # Float32 squares a condition of 1e4 to 1e8, beyond its rounding: these directions come out of eigh as noise.
+    # Float32 squares a condition of 1e4 to 1e8, beyond its rounding: these directions come out of
+    # eigh as noise.
     singular = torch.ones(64, dtype=torch.float64)
     singular[:short] = 1e-4
     matrix = ((haar_start(64, 0) * singular) @ haar_start(64, 1)).float()
@@ -107,11 +119,16 @@ def test_projection_refuses_nan() -> None:
 
 @pytest.mark.parametrize("name", ["whip", "lp", "kurtosis", "range", "scheme"])
 @pytest.mark.parametrize("fraction", [1.0, 0.1])
-def test_the_monotone_step_never_raises_the_loss_of_a_full_batch(name: str, fraction: float) -> None:
+def test_the_monotone_step_never_raises_the_loss_of_a_full_batch(
+    name: str, fraction: float
+) -> None:
     x = heavy_tailed(3, 96, 16)
     objective = make_objective(name, scheme=ActivationScheme(4))  # type: ignore[arg-type]
     stepper = MonotoneStepper(
-        haar_start(16, 0).float().expand(3, 16, 16), Problem(objective), fraction=fraction, damping=0.03
+        haar_start(16, 0).float().expand(3, 16, 16),
+        Problem(objective),
+        fraction=fraction,
+        damping=0.03,
     )
     losses = torch.stack([stepper.step(x, None) for _ in range(12)])
     assert (losses.diff(dim=0) <= 2e-6 * losses[:-1].abs()).all()  # float32 means of 96 tokens
@@ -130,14 +147,18 @@ def test_the_whip_step_is_the_published_polar_formula() -> None:
 
 
 def test_the_proven_step_finds_the_box_that_independent_uniform_channels_hide_in() -> None:
-    # Uniform channels are the least of Whip at fixed power; mixed by a rotation they must be found again.
+    # Uniform channels are the least of Whip at fixed power; mixed by a rotation they must be found
+    # again.
     x = (torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 3**0.5
-    stepper = MonotoneStepper(torch.eye(4), Problem(make_objective("whip")), fraction=0.25, damping=0.03)
+    stepper = MonotoneStepper(
+        torch.eye(4), Problem(make_objective("whip")), fraction=0.25, damping=0.03
+    )
     mixed = x @ haar_start(4, 3).float()
     for _ in range(60):
         stepper.step(mixed, None)
     entries = (haar_start(4, 3).float() @ stepper.rotation()).abs()
-    # A signed permutation up to the sampling error of 20 000 tokens, about 1 / sqrt(20 000) an entry.
+    # A signed permutation up to the sampling error of 20 000 tokens, about 1 / sqrt(20 000) an
+    # entry.
     torch.testing.assert_close(entries.sort(dim=0).values[-1], torch.ones(4), rtol=0, atol=0.02)
 
 
@@ -150,13 +171,17 @@ def whip_or_lp_losses(name: str, steps: int = 12) -> Tensor:
     return torch.stack([stepper.step(x, None) for _ in range(steps)])[-1]
 
 
-def test_extrapolated_steps_go_farther_than_as_many_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extrapolated_steps_go_farther_than_as_many_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ahead = whip_or_lp_losses("whip")
     monkeypatch.setattr("calib.rotations.optimizers._EXTRAPOLATION", 0.0)
     assert (ahead < whip_or_lp_losses("whip")).all()
 
 
-def test_losses_without_a_known_curvature_are_not_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_without_a_known_curvature_are_not_extrapolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     plain = whip_or_lp_losses("lp")
     monkeypatch.setattr("calib.rotations.optimizers._EXTRAPOLATION", 0.5)
     assert torch.equal(plain, whip_or_lp_losses("lp"))
@@ -166,7 +191,9 @@ def test_nothing_is_extrapolated_from_one_batch_to_another(monkeypatch: pytest.M
     batches = [heavy_tailed(96, 16, seed=seed) for seed in range(4)]
 
     def trained() -> Tensor:
-        stepper = MonotoneStepper(haar_start(16, 0).float(), Problem(make_objective("whip")), fraction=1.0, damping=0.3)
+        stepper = MonotoneStepper(
+            haar_start(16, 0).float(), Problem(make_objective("whip")), fraction=1.0, damping=0.3
+        )
         for batch in batches:
             stepper.step(batch, None)
         return stepper.rotation()
@@ -195,7 +222,8 @@ def test_the_weight_of_a_token_counts_as_copies_of_it(fraction: float) -> None:
 
 
 def test_a_fallback_from_the_extrapolation_is_head_by_head() -> None:
-    # A head at its minimum falls back in every step; beside it the others must step as they do alone.
+    # A head at its minimum falls back in every step; beside it the others must step as they do
+    # alone.
     settled = torch.eye(8).repeat(12, 1) * 3.0
     single = heavy_tailed(96, 8)
     x = torch.stack([settled, single])
@@ -205,7 +233,8 @@ def test_a_fallback_from_the_extrapolation_is_head_by_head() -> None:
     for _ in range(4):
         together.step(x, None)
         alone.step(single, None)
-    # Batched and single kernels add in another order, and the polar factors stop at 5e-3 of orthogonal.
+    # Batched and single kernels add in another order, and the polar factors stop at 5e-3 of
+    # orthogonal.
     torch.testing.assert_close(together.rotation()[1], alone.rotation(), rtol=0, atol=5e-3)
 
 
@@ -218,11 +247,14 @@ def test_dead_heads_and_few_tokens_stay_finite_and_orthogonal(tokens: float) -> 
         stepper.step(x, None)
     assert orthogonality_error(stepper.rotation()) <= 5e-3  # the tolerance of its polar factors
     if tokens == 0.0:
-        torch.testing.assert_close(stepper.rotation(), start, rtol=0, atol=1e-5)  # float32 polar factors
+        # float32 polar factors
+        torch.testing.assert_close(stepper.rotation(), start, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("retraction", ["ns", "cayley"])
-def test_riemannian_steps_stay_on_the_group_and_go_down(retraction: Literal["ns", "cayley"]) -> None:
+def test_riemannian_steps_stay_on_the_group_and_go_down(
+    retraction: Literal["ns", "cayley"],
+) -> None:
     x = heavy_tailed(2, 128, 16)
     stepper = RiemannianStepper(
         haar_start(16, 0).float().expand(2, 16, 16),
@@ -234,7 +266,8 @@ def test_riemannian_steps_stay_on_the_group_and_go_down(retraction: Literal["ns"
     )
     losses = torch.stack([stepper.step(x, None) for _ in range(40)])
     assert (losses[-1] < losses[0]).all()
-    drift = 40 * 16 * torch.finfo(torch.float32).eps / 2  # an entry of each of 40 products sums 16 rounded terms
+    # an entry of each of 40 products sums 16 rounded terms
+    drift = 40 * 16 * torch.finfo(torch.float32).eps / 2
     assert orthogonality_error(stepper.rotation()) <= drift
 
 
@@ -262,7 +295,9 @@ def test_the_qr_step_is_the_reference_algorithm_with_its_last_step() -> None:
     x, start = heavy_tailed(64, 8), haar_start(8, 0).float()
     latent = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([latent], lr=1.5e-3, momentum=0.9)
-    stepper = QrStepper(start, Problem(make_objective("whip")), lr=1.5e-3, momentum=0.9, update="sgd", accumulate=1)
+    stepper = QrStepper(
+        start, Problem(make_objective("whip")), lr=1.5e-3, momentum=0.9, update="sgd", accumulate=1
+    )
     for _ in range(5):
         q, _ = torch.linalg.qr(latent)
         loss = torch.exp(-(x @ q).abs()).sum(-1).mean()
@@ -281,9 +316,13 @@ def test_accumulation_averages_the_gradients_of_its_batches(kind: str) -> None:
         problem = Problem(make_objective("whip"))
         stepper: QrStepper | RiemannianStepper
         if kind == "qr":
-            stepper = QrStepper(start, problem, lr=0.1, momentum=0.0, update="sgd", accumulate=accumulate)
+            stepper = QrStepper(
+                start, problem, lr=0.1, momentum=0.0, update="sgd", accumulate=accumulate
+            )
         else:
-            stepper = RiemannianStepper(start, problem, lr=0.1, momentum=0.0, retraction="ns", accumulate=accumulate)
+            stepper = RiemannianStepper(
+                start, problem, lr=0.1, momentum=0.0, retraction="ns", accumulate=accumulate
+            )
         for batch in batches:
             stepper.step(batch, None)
         return stepper.rotation()
@@ -294,7 +333,12 @@ def test_accumulation_averages_the_gradients_of_its_batches(kind: str) -> None:
 
 def test_a_singular_latent_is_refused_with_a_way_out() -> None:
     stepper = QrStepper(
-        torch.zeros(4, 4), Problem(make_objective("whip")), lr=1.0, momentum=0.0, update="sgd", accumulate=1
+        torch.zeros(4, 4),
+        Problem(make_objective("whip")),
+        lr=1.0,
+        momentum=0.0,
+        update="sgd",
+        accumulate=1,
     )
     with pytest.raises(RotationError, match="singular") as error:
         stepper.step(heavy_tailed(8, 4), None)

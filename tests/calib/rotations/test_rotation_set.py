@@ -41,7 +41,10 @@ def config() -> Any:
 
 @pytest.fixture
 def rotations() -> RotationSet:
-    r2 = [torch.stack([haar_start(HEAD_DIM, 7 * layer + head) for head in range(KV_HEADS)]) for layer in range(2)]
+    r2 = [
+        torch.stack([haar_start(HEAD_DIM, 7 * layer + head) for head in range(KV_HEADS)])
+        for layer in range(2)
+    ]
     return RotationSet(
         [
             fused_rotation("r1", haar_start(HIDDEN, 0), origin="trained"),
@@ -77,7 +80,9 @@ def test_lookup_by_kind_and_layer(rotations: RotationSet) -> None:
 def test_apply_is_multiplication_by_the_dense_matrix(rotations: RotationSet, name: str) -> None:
     rotation = rotations[name]
     dense = rotation.dense()
-    x = torch.randn(2, 3, dense.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(
+        2, 3, dense.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     torch.testing.assert_close(rotation.apply(x), x @ dense, rtol=1e-12, atol=1e-12)
     assert rotation.apply(x.float()).dtype == torch.float32
 
@@ -97,11 +102,23 @@ def test_set_is_immutable_and_merges(rotations: RotationSet) -> None:
     ("fields", "message"),
     [
         ({"name": "R5", "kind": "r1", "space": Space.RESIDUAL, "order": 4}, "does not fit"),
-        ({"name": "R2.1", "kind": "r2", "space": Space.VALUE, "layer": 0, "order": 4}, "does not fit"),
-        ({"name": "R1", "kind": "r1", "space": Space.FFN, "order": 4}, "acts on the residual space"),
+        (
+            {"name": "R2.1", "kind": "r2", "space": Space.VALUE, "layer": 0, "order": 4},
+            "does not fit",
+        ),
+        (
+            {"name": "R1", "kind": "r1", "space": Space.FFN, "order": 4},
+            "acts on the residual space",
+        ),
         ({"name": "R1", "kind": "r1", "space": Space.RESIDUAL}, "either a matrix or the order"),
-        ({"name": "R1", "kind": "r1", "space": Space.RESIDUAL, "order": 4, "online": True}, "folded into weights"),
-        ({"name": "R4.0", "kind": "r4", "space": Space.FFN, "layer": 0, "order": 4}, "online Hadamard"),
+        (
+            {"name": "R1", "kind": "r1", "space": Space.RESIDUAL, "order": 4, "online": True},
+            "folded into weights",
+        ),
+        (
+            {"name": "R4.0", "kind": "r4", "space": Space.FFN, "layer": 0, "order": 4},
+            "online Hadamard",
+        ),
     ],
 )
 def test_inconsistent_rotations_cannot_be_made(fields: dict[str, Any], message: str) -> None:
@@ -134,7 +151,9 @@ def test_saving_a_set_without_matrices(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["rotations.json", "rotations.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]"])
-def test_missing_or_damaged_files(rotations: RotationSet, tmp_path: Path, file: str, content: bytes | None) -> None:
+def test_missing_or_damaged_files(
+    rotations: RotationSet, tmp_path: Path, file: str, content: bytes | None
+) -> None:
     rotations.save(tmp_path)
     (tmp_path / file).unlink()
     if content is not None:
@@ -149,10 +168,15 @@ def test_missing_or_damaged_files(rotations: RotationSet, tmp_path: Path, file: 
         (lambda manifest: manifest.update(format_version=2), "format version 2"),
         (lambda manifest: manifest["rotations"][0].update(space="moon"), "is damaged"),
         (lambda manifest: manifest["rotations"][0].pop("kind"), "is damaged"),
-        (lambda manifest: manifest["rotations"][1].update(name="R2.5", layer=5), "matrix of R2.5 is missing"),
+        (
+            lambda manifest: manifest["rotations"][1].update(name="R2.5", layer=5),
+            "matrix of R2.5 is missing",
+        ),
     ],
 )
-def test_manifest_that_does_not_fit(rotations: RotationSet, tmp_path: Path, change: Any, message: str) -> None:
+def test_manifest_that_does_not_fit(
+    rotations: RotationSet, tmp_path: Path, change: Any, message: str
+) -> None:
     rotations.save(tmp_path)
     manifest = json.loads((tmp_path / "rotations.json").read_text())
     change(manifest)
@@ -188,14 +212,20 @@ def test_validation_refuses_with_the_figure(rotation: Rotation, message: str, co
 def test_layer_norm_models_need_an_r1_that_fixes_ones() -> None:
     config = transformers.GPT2Config(n_embd=48, n_head=4, n_layer=1)
     architecture = architecture_for(config)
-    hadamard_rotations(config, architecture, ["r1", "r2", "r3", "r4"]).validate(config, architecture)
+    hadamard_rotations(config, architecture, ["r1", "r2", "r3", "r4"]).validate(
+        config, architecture
+    )
     with pytest.raises(RotationError, match="moves the all-ones vector"):
         RotationSet([hadamard_rotation("r1", 48)]).validate(config, architecture)
 
 
 def test_hadamard_rotations_cover_every_layer_and_branch() -> None:
     config = transformers.Qwen2MoeConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, decoder_sparse_step=2, intermediate_size=24
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        decoder_sparse_step=2,
+        intermediate_size=24,
     )
     names = list(hadamard_rotations(config, architecture_for(config), ["r1", "r2", "r4"], seed=1))
     assert names == ["R1", "R2.0", "R4.0", "R2.1", "R4.1", "R4.1.shared"]
@@ -244,7 +274,9 @@ def test_spinquant_file(tmp_path: Path) -> None:
     torch.save({"R1": haar_start(HIDDEN, 0), "model.layers.3.self_attn.R2": r2}, tmp_path / "R.bin")
     imported = import_spinquant(tmp_path / "R.bin", kv_heads=KV_HEADS)
     assert list(imported) == ["R1", "R2.3"]
-    torch.testing.assert_close(imported["R2.3"].dense(), r2.expand(KV_HEADS, -1, -1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        imported["R2.3"].dense(), r2.expand(KV_HEADS, -1, -1), rtol=0, atol=1e-14
+    )
     assert imported["R1"].origin == "SpinQuant"
 
 

@@ -19,10 +19,27 @@ from calib.rotations.from_capture import train_rotations
 from calib.rotations.joint import unit_rows, with_weight_rows
 from calib.rotations.objectives import ActivationScheme, fake_quantize, scheme_error
 from calib.rotations.readers import residual_rows, value_rows
-from calib.rotations.selection import Judge, Selection, candidates, integer_quantizer, judge_for, select
+from calib.rotations.selection import (
+    Judge,
+    Selection,
+    candidates,
+    integer_quantizer,
+    judge_for,
+    select,
+)
 from calib.rotations.starts import haar_start
 from calib.rotations.train import TrainConfig, train_rotation
-from calib.schemes import FLOAT4, FLOAT8, INT4, PerBlock, PerChannel, PerTensor, PerToken, TensorScheme, scheme_named
+from calib.schemes import (
+    FLOAT4,
+    FLOAT8,
+    INT4,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    TensorScheme,
+    scheme_named,
+)
 from calib.schemes import INT8 as INT8_FORMAT
 from tests.tiny import SIZES, fuse_tiny, make_tiny
 
@@ -36,7 +53,9 @@ SAME = 1e-6
 def samples(*shape: int, seed: int = 0, group: int = 1) -> Samples:
     """Heavy-tailed tokens ``[..., entries, n]`` with unequal weights."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).exp()
+    values = (
+        torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).exp()
+    )
     weights = 1 + torch.rand(*shape[:-3], shape[-2], generator=generator)
     if group > 1:  # the entries of one token share its weight
         weights = weights[..., ::group].repeat_interleave(group, dim=-1)
@@ -61,7 +80,9 @@ def test_an_outlier_channel_asks_for_a_rotation_and_the_lowest_error_wins() -> N
 
 
 def test_where_rotating_hurts_nothing_is_rotated() -> None:
-    """Entries of +-1 fit a per-token quantizer exactly; any rotation mixes them into what does not."""
+    """Entries of +-1 fit a per-token quantizer exactly; any rotation mixes them into what does
+    not.
+    """
     part = samples(64, 16)
     signs = replace(part, values=part.values.sign())
     found = select("r1", haar_start(16, 0), signs, signs, Judge("int4", TOKEN), seed=0)
@@ -72,7 +93,10 @@ def test_where_rotating_hurts_nothing_is_rotated() -> None:
 def test_of_equals_the_simplest_is_kept() -> None:
     part = samples(8, 4)
     silent = replace(part, values=torch.zeros_like(part.values))
-    assert select("r1", haar_start(4, 0), silent, silent, Judge("int8", STATIC), seed=0).name == "identity"
+    assert (
+        select("r1", haar_start(4, 0), silent, silent, Judge("int8", STATIC), seed=0).name
+        == "identity"
+    )
 
 
 def test_static_limits_come_from_the_training_tokens() -> None:
@@ -90,18 +114,26 @@ def test_static_limits_come_from_the_training_tokens() -> None:
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 def test_r2_is_judged_on_the_whole_input_of_the_output_projection(granularity: Any) -> None:
     layers, kv, tokens, group, d = 3, 2, 20, 2, 4
-    train, held = (samples(layers, kv, tokens * group, d, seed=seed, group=group) for seed in (1, 2))
+    train, held = (
+        samples(layers, kv, tokens * group, d, seed=seed, group=group) for seed in (1, 2)
+    )
     held = replace(held, weights=held.weights.abs())
-    matrix = torch.stack([torch.stack([haar_start(d, 10 * i + h) for h in range(kv)]) for i in range(layers)])
+    matrix = torch.stack(
+        [torch.stack([haar_start(d, 10 * i + h) for h in range(kv)]) for i in range(layers)]
+    )
     quantizer = ActivationScheme(8, granularity=granularity)
-    scheme = STATIC if granularity == "tensor" else TensorScheme(INT8_FORMAT, PerToken(), dynamic=True)
+    scheme = (
+        STATIC if granularity == "tensor" else TensorScheme(INT8_FORMAT, PerToken(), dynamic=True)
+    )
     found = select("r2", matrix, train, held, Judge("int8", scheme), seed=0)
     row = next(row for row in found.table if row.candidate == "trained")
     assert len(row.layers) == layers
     for layer in range(layers):
 
         def inputs(part: Samples, layer: int = layer) -> Tensor:
-            """[tokens, heads * d]: every query head of a KV head's group, rotated by that head's matrix."""
+            """[tokens, heads * d]: every query head of a KV head's group, rotated by that head's
+            matrix.
+            """
             heads = []
             for head in range(kv):
                 rotated = part.values[layer, head] @ matrix[layer, head].float()
@@ -121,7 +153,12 @@ def test_weights_alone_are_judged_by_their_own_rows() -> None:
     matrix = haar_start(16, 0)
     found = select("r1", matrix, train, held, judge, seed=0)
     w = rows.values @ matrix.float()
-    lost = (fake_quantize(w, ActivationScheme(4, granularity="group", group_size=128)) - w).double().square().sum(-1)
+    lost = (
+        (fake_quantize(w, ActivationScheme(4, granularity="group", group_size=128)) - w)
+        .double()
+        .square()
+        .sum(-1)
+    )
     wanted = float((lost * rows.weights).sum() / (w.double().square().sum(-1) * rows.weights).sum())
     assert errors(found)["trained"] == pytest.approx(wanted, rel=SAME)
     with pytest.raises(RotationError, match="weight rows"):
@@ -138,7 +175,9 @@ def test_a_rotation_pays_for_both_errors_of_a_linear() -> None:
     judge = Judge("both", activations, weights, {"r1": rows})
     matrix = haar_start(16, 0)
     found = select("r1", matrix, train, held, judge, seed=0)
-    x = scheme_error(held.values @ matrix.float(), ActivationScheme(4, symmetric=False), weights=held.weights)
+    x = scheme_error(
+        held.values @ matrix.float(), ActivationScheme(4, symmetric=False), weights=held.weights
+    )
     w = scheme_error(rows.values @ matrix.float(), ActivationScheme(4), weights=rows.weights)
     # float64 against float32 scales of the asymmetric grid: a code may flip at a tie
     assert errors(found)["trained"] == pytest.approx(float(x + w), rel=1e-4)
@@ -150,13 +189,17 @@ def test_a_rotation_pays_for_both_errors_of_a_linear() -> None:
 )
 def test_what_makes_most_of_the_error_is_trained_on(scheme: str, trained_on: str) -> None:
     assert judge_for(scheme_named(scheme), {"r1": samples(8, 4)}).trained_on == trained_on
-    assert judge_for(scheme_named(scheme)).trained_on == "activations"  # there are no rows to train on
+    # there are no rows to train on
+    assert judge_for(scheme_named(scheme)).trained_on == "activations"
 
 
 @pytest.mark.parametrize(
     ("scheme", "quantizer"),
     [
-        (TensorScheme(INT4, PerToken(), symmetric=False, dynamic=True), ActivationScheme(4, symmetric=False)),
+        (
+            TensorScheme(INT4, PerToken(), symmetric=False, dynamic=True),
+            ActivationScheme(4, symmetric=False),
+        ),
         (TensorScheme(INT4, PerChannel()), ActivationScheme(4)),
         (TensorScheme(INT4, PerBlock(8)), ActivationScheme(4, granularity="group", group_size=8)),
         (STATIC, INT8),
@@ -172,13 +215,19 @@ def test_rotations_are_trained_for_the_quantizer_of_the_scheme(
         x = samples(50, 20, seed=4).values
         found = selection._quantized(x, scheme, x)
         # The same grid by two implementations: no value is a step apart, but for ties.
-        assert float((found - fake_quantize(x, quantizer)).abs().gt(1e-5 * x.abs().amax()).float().mean()) < 2e-3
+        assert (
+            float(
+                (found - fake_quantize(x, quantizer)).abs().gt(1e-5 * x.abs().amax()).float().mean()
+            )
+            < 2e-3
+        )
 
 
 def test_float_blocks_have_scales_of_their_own() -> None:
     x = samples(10, 32, seed=5).values
     found = selection._quantized(x, TensorScheme(FLOAT4, PerBlock(16), scale_format="e8m0"), x)
-    # Rounding up the power of two: nothing is clipped, and a block of E2M1 is off by at most a step of 2 in 6.
+    # Rounding up the power of two: nothing is clipped, and a block of E2M1 is off by at most a step
+    # of 2 in 6.
     blocks, rounded = x.reshape(10, 2, 16), found.reshape(10, 2, 16)
     assert bool(((blocks - rounded).abs() <= blocks.abs().amax(-1, keepdim=True) * (2 / 6)).all())
     assert float((found - x).square().sum() / x.square().sum()) < 0.05
@@ -199,24 +248,32 @@ def test_every_candidate_of_a_layer_norm_model_fixes_ones() -> None:
     ones = torch.ones(12, dtype=torch.float64)
     for matrix in found.values():
         if matrix is not None:
-            torch.testing.assert_close(ones @ matrix, ones, rtol=0, atol=1e-12)  # float64 products of order 12
+            # float64 products of order 12
+            torch.testing.assert_close(ones @ matrix, ones, rtol=0, atol=1e-12)
 
 
 def capture_of(r1: Samples, r2: Samples) -> Capture:
     channels: Any = None
     site = SiteStatistics(channels, torch.empty(0), r1)
-    layers = {index: SiteStatistics(channels, torch.empty(0), r2.layer(index)) for index in range(len(r2.values))}
+    layers = {
+        index: SiteStatistics(channels, torch.empty(0), r2.layer(index))
+        for index in range(len(r2.values))
+    }
     provenance = Provenance("m", "d", 1, 1, CaptureConfig())
     return Capture(r1=site, sites={}, r2=layers, r2_stack=r2, provenance=provenance)
 
 
 @pytest.fixture
 def tiny_capture() -> Capture:
-    """Of a model with 48 channels, 2 layers and 2 KV heads of 8; every sampled token is unlike the others."""
+    """Of a model with 48 channels, 2 layers and 2 KV heads of 8; every sampled token is unlike the
+    others.
+    """
     return capture_of(samples(100, 48, seed=1), samples(2, 2, 60, 8, seed=2, group=3))
 
 
-def test_train_stop_and_gate_tokens_are_disjoint(tiny_capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_stop_and_gate_tokens_are_disjoint(
+    tiny_capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, list[Tensor]] = {}
     train, gate = train_rotation, select
 
@@ -256,7 +313,9 @@ def test_train_stop_and_gate_tokens_are_disjoint(tiny_capture: Capture, monkeypa
 def test_auto_ends_on_the_error_of_the_quantizer_itself(tiny_capture: Capture) -> None:
     config = TrainConfig(epochs=6)
     judge = Judge("", TOKEN)
-    half = from_capture.choose(tiny_capture, "r1", replace(config, epochs=3, objective="lp"), 0.2, judge).trained
+    half = from_capture.choose(
+        tiny_capture, "r1", replace(config, epochs=3, objective="lp"), 0.2, judge
+    ).trained
     whole = from_capture.choose(tiny_capture, "r1", config, 0.2, judge)
     trained = whole.trained
     assert (trained.start, trained.objective, trained.steps) == ("hadamard", "lp then scheme", 6)
@@ -268,7 +327,9 @@ def test_auto_ends_on_the_error_of_the_quantizer_itself(tiny_capture: Capture) -
 
 
 @pytest.mark.parametrize("kind", ["r1", "r2"])
-def test_training_sees_what_the_judge_says(kind: Any, tiny_capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_sees_what_the_judge_says(
+    kind: Any, tiny_capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {}
 
     def record(values: Tensor, config: TrainConfig, **kwargs: Any) -> Any:
@@ -291,7 +352,8 @@ def test_training_sees_what_the_judge_says(kind: Any, tiny_capture: Capture, mon
         assert torch.equal(seen["values"], wanted.values)
         assert seen["config"].scheme == ActivationScheme(4)
         assert seen["group"] == (3 if kind == "r2" else None)
-    from_capture.choose(tiny_capture, kind, config, 0.2, None)  # as published: head by head, on activations
+    # as published: head by head, on activations
+    from_capture.choose(tiny_capture, kind, config, 0.2, None)
     assert (seen["group"], seen["config"]) == (None, config)
 
 
@@ -302,17 +364,25 @@ def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
     config = TrainConfig(epochs=1)
     given: Any = {"r1": config, "r2": config, "held_out": 0.2}
     kinds = ["r1", "r2", "r4"]
-    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given)
+    found = train_rotations(
+        tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given
+    )
     assert [row.rotation for row in found.table] == ["R1"] * 4 + ["R2"] * 4
     found.rotations.validate(tiny.config, tiny.architecture)
 
-    monkeypatch.setattr(selection, "_error", lambda matrix, *rest: torch.full((2,), 0.0 if matrix is None else 1.0))
-    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given)
+    monkeypatch.setattr(
+        selection, "_error", lambda matrix, *rest: torch.full((2,), 0.0 if matrix is None else 1.0)
+    )
+    found = train_rotations(
+        tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given
+    )
     assert found.rotations.kinds() == ("r4",)
 
     rows = {"r1": samples(20, 48, seed=3), "r2": samples(2, 2, 24, 8, seed=4, group=3)}
     judge = Judge("both", TOKEN, TensorScheme(INT4, PerChannel()), rows)
-    found = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, judge=judge, **given)
+    found = train_rotations(
+        tiny_capture, tiny.config, tiny.architecture, kinds, judge=judge, **given
+    )
     assert {row.measure for row in found.table} == {"both"}
 
     ungated = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, **given)
@@ -331,7 +401,9 @@ def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
 def test_rows_of_the_readers_meet_the_activations_column_by_column(config: Any) -> None:
     fused = fuse_tiny(make_tiny(config))
     specs = list(fused.architecture.all_linears(fused.config))
-    outputs = [fused.state[spec.weight] for spec in specs if spec.name.endswith(("o_proj", "attn.c_proj"))]
+    outputs = [
+        fused.state[spec.weight] for spec in specs if spec.name.endswith(("o_proj", "attn.c_proj"))
+    ]
     rows = value_rows(fused.state, fused.config, fused.architecture)
     assert rows is not None
     seen, _ = selection._seen(None, rows)
@@ -343,5 +415,7 @@ def test_rows_of_the_readers_meet_the_activations_column_by_column(config: Any) 
     wanted = first.T if "gpt2" in config.model_type else first
     assert torch.equal(residual.values[: len(wanted)], wanted)
     # Every matrix counts the same, however large its entries are.
-    power = float((residual.values[: len(wanted)].square().mean(-1) * residual.weights[: len(wanted)]).mean())
+    power = float(
+        (residual.values[: len(wanted)].square().mean(-1) * residual.weights[: len(wanted)]).mean()
+    )
     assert power == pytest.approx(1, rel=1e-5)

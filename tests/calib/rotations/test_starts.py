@@ -42,7 +42,9 @@ def assert_orthogonal(matrix: Tensor) -> None:
 @pytest.mark.parametrize("n", ORDERS)
 @pytest.mark.parametrize("fix_ones", [False, True])
 @pytest.mark.parametrize("name", START_NAMES)
-def test_every_start_is_orthogonal_and_fixes_ones_where_asked(name: StartName, n: int, fix_ones: bool) -> None:
+def test_every_start_is_orthogonal_and_fixes_ones_where_asked(
+    name: StartName, n: int, fix_ones: bool
+) -> None:
     if name == "pca-ones" and fix_ones:
         with pytest.raises(RotationError, match="all-ones") as error:
             make_start(name, n, seed=0, moment=moment_of(n), fix_ones=True)
@@ -69,7 +71,8 @@ def test_layer_norm_commutes_with_a_rotation_that_fixes_ones_and_with_no_other()
 @pytest.mark.parametrize("n", [12, 256, 1024])
 def test_the_ones_fixing_hadamard_still_spreads(n: int) -> None:
     entries = hadamard_start(n, 0, fix_ones=True).abs()
-    # A reflection moves each row by at most twice its component along u: rows stay flat but for a few entries.
+    # A reflection moves each row by at most twice its component along u: rows stay flat but for a
+    # few entries.
     assert entries.max() <= 2 - 4 / n**0.5 + EXACT
     assert entries.median() <= 1.1 / n**0.5
 
@@ -107,10 +110,14 @@ def test_pca_starts_are_batched() -> None:
 @pytest.mark.parametrize("n", [2, 7, 64])
 def test_the_complement_of_ones_and_its_embedding_are_inverse(n: int) -> None:
     basis = ones_complement(n)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(n - 1, dtype=torch.float64), rtol=0, atol=EXACT)
+    torch.testing.assert_close(
+        basis.T @ basis, torch.eye(n - 1, dtype=torch.float64), rtol=0, atol=EXACT
+    )
     assert basis.sum(0).abs().max() <= EXACT
     inner = haar_start(n - 1, 0)
-    torch.testing.assert_close(restrict_to_complement(embed_fixing_ones(inner)), inner, rtol=0, atol=EXACT)
+    torch.testing.assert_close(
+        restrict_to_complement(embed_fixing_ones(inner)), inner, rtol=0, atol=EXACT
+    )
 
 
 def test_bad_input_is_refused_with_a_hint() -> None:

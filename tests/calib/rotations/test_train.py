@@ -1,4 +1,6 @@
-"""Training: every result is orthogonal, reproducible and no worse, and odd input has a defined outcome."""
+"""Training: every result is orthogonal, reproducible and no worse, and odd input has a defined
+outcome.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def activations(*shape: int, seed: int = 0) -> Tensor:
     """Heavy-tailed features mixed into channels, as residual streams are; unit mean square."""
     generator = torch.Generator().manual_seed(seed)
     n = shape[-1]
-    features = torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).exp()
+    features = (
+        torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).exp()
+    )
     mixing = torch.randn(n, n, generator=torch.Generator().manual_seed(99)) / n**0.5
     x: Tensor = features @ mixing
     return x / x.square().mean().sqrt()
@@ -44,7 +48,9 @@ def config_for(optimizer: str, **changes: object) -> TrainConfig:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("fix_ones", [False, True])
-def test_every_optimizer_gives_an_orthogonal_rotation_with_a_lower_loss(optimizer: str, fix_ones: bool) -> None:
+def test_every_optimizer_gives_an_orthogonal_rotation_with_a_lower_loss(
+    optimizer: str, fix_ones: bool
+) -> None:
     x = activations(2, 3, 200, 20)
     if fix_ones:
         x = x - x.mean(-1, keepdim=True)
@@ -165,7 +171,9 @@ def test_weights_of_half_precision_samples_do_not_overflow() -> None:
 def test_progress_counts_the_steps() -> None:
     seen: list[tuple[int, int | None]] = []
     config = TrainConfig(epochs=3, batch_size=30, subset=0.5)
-    result = train_rotation(activations(100, 8), config, progress=lambda stage, done, total: seen.append((done, total)))
+    result = train_rotation(
+        activations(100, 8), config, progress=lambda stage, done, total: seen.append((done, total))
+    )
     assert seen == [(i, 6) for i in range(1, 7)]  # half of four batches, three times
     assert result.steps == 6
 
@@ -173,7 +181,12 @@ def test_progress_counts_the_steps() -> None:
 def test_options_of_the_reference_run() -> None:
     x = activations(2, 128, 8)
     reference = TrainConfig.reference()
-    assert (reference.lr, reference.momentum, reference.epochs, reference.subset) == (1.5e-3, 0.9, 10, 0.1)
+    assert (reference.lr, reference.momentum, reference.epochs, reference.subset) == (
+        1.5e-3,
+        0.9,
+        10,
+        0.1,
+    )
     for config in (
         replace(reference, batch_size=8),
         replace(TrainConfig.reference(rotation="r2"), batch_size=32, update="adam", cosine=True),
@@ -207,7 +220,9 @@ def nan_samples() -> Tensor:
         (activations(10, 8), TrainConfig(start="pca-ones", fix_ones=True), {}),
     ],
 )
-def test_bad_samples_are_refused_with_a_hint(samples: Tensor, config: TrainConfig, options: dict[str, Tensor]) -> None:
+def test_bad_samples_are_refused_with_a_hint(
+    samples: Tensor, config: TrainConfig, options: dict[str, Tensor]
+) -> None:
     with pytest.raises(RotationError) as error:
         train_rotation(samples, config, **options)  # type: ignore[arg-type]
     assert error.value.hint
@@ -253,7 +268,11 @@ def test_divergence_is_reported_with_a_way_out() -> None:
         (ActivationScheme(4, symmetric=False), False, "pca-ones"),
         (ActivationScheme(4, symmetric=False), True, "hadamard"),
         (ActivationScheme(8, symmetric=False, granularity="tensor"), False, "hadamard"),
-        (ActivationScheme(4, symmetric=False, granularity="group", group_size=8), False, "pca-ones"),
+        (
+            ActivationScheme(4, symmetric=False, granularity="group", group_size=8),
+            False,
+            "pca-ones",
+        ),
     ],
 )
 def test_a_zero_point_of_each_token_asks_for_a_shift_to_absorb(
@@ -265,14 +284,18 @@ def test_a_zero_point_of_each_token_asks_for_a_shift_to_absorb(
 
 
 def test_heads_of_one_quantizer_are_trained_and_kept_together() -> None:
-    """One large head sets the scale of the token, so that only its range matters, and all heads are judged by it."""
+    """One large head sets the scale of the token, so that only its range matters, and all heads are
+    judged by it.
+    """
     kv, group, d = 3, 2, 8
     size = torch.tensor([1.0, 8.0, 1.0]).view(kv, 1, 1)
     train, held = (activations(2, kv, 200 * group, d, seed=seed) * size for seed in (0, 1))
     weights = torch.linspace(1, 2, 200).repeat_interleave(group).expand(2, kv, 200 * group)
     config = TrainConfig(objective="scheme", scheme=INT4, epochs=15)
     joint, alone = (
-        train_rotation(train, config, weights=weights, held_out=held, held_out_weights=weights, group=together)
+        train_rotation(
+            train, config, weights=weights, held_out=held, held_out_weights=weights, group=together
+        )
         for together in (group, None)
     )
 
@@ -283,7 +306,8 @@ def test_heads_of_one_quantizer_are_trained_and_kept_together() -> None:
 
     assert_orthogonal(joint.matrix)
     assert error(joint) < error(alone)
-    # Measured as the quantizer meets it, tokens at unit power, all heads side by side; the best of each layer is kept.
+    # Measured as the quantizer meets it, tokens at unit power, all heads side by side; the best of
+    # each layer is kept.
     assert error(joint) <= min(joint.held_out_errors) * (1 + 1e-4)
 
 
@@ -299,13 +323,16 @@ def test_without_normalisation_heads_keep_their_sizes() -> None:
 
 
 def test_the_heads_of_a_token_stay_together_in_batches() -> None:
-    """A batch is one of tokens: with what one query head reads put into another one, the loss would be another."""
+    """A batch is one of tokens: with what one query head reads put into another one, the loss would
+    be another.
+    """
     group, tokens = 2, 30
     x = activations(1, 2, tokens * group, 8)
     config = TrainConfig(objective="scheme", scheme=INT4, epochs=1, batch_size=1)
     result = train_rotation(x, replace(config, optimizer="qr", lr=1e-12), group=group)
     start = train_rotation(x, replace(config, epochs=0), group=group)
     assert result.steps == tokens
-    # Every token once, and a rotation that hardly moves: the mean over batches is the loss over all.
+    # Every token once, and a rotation that hardly moves: the mean over batches is the loss over
+    # all.
     assert sum(result.losses[:-1]) / tokens == pytest.approx(start.losses[-1], rel=1e-4)
     assert train_rotation(x, replace(config, batch_size=7), group=group).steps == -(-tokens // 7)

@@ -1,4 +1,6 @@
-"""A folded scale changes no output: logits before and after, for every family, and what each side becomes."""
+"""A folded scale changes no output: logits before and after, for every family, and what each side
+becomes.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def folded(fused: FusedModel, scale: Callable[[SmoothingGroup, int], Tensor]) ->
 
 
 @pytest.mark.parametrize("kinds", ["", "r1 r2", "r1 r2 r3 r4"])
-def test_float64_logits_agree(tiny: Any, kinds: str, tokens: Tensor, exact: Patch, relative: Distance) -> None:
+def test_float64_logits_agree(
+    tiny: Any, kinds: str, tokens: Tensor, exact: Patch, relative: Distance
+) -> None:
     fused = fuse_tiny(tiny, kinds.split(), torch.float64)
     before = {name: tensor.clone() for name, tensor in fused.state.items()}
     smoothed = folded(fused, random_scales)
@@ -65,7 +69,9 @@ def touched_by(groups: list[SmoothingGroup], state: dict[str, Tensor]) -> set[st
     return names | {name for name in biases if name in state and bool(state[name].any())}
 
 
-def test_readers_see_a_smaller_input_and_hold_a_larger_weight(tiny_of: OfName, tokens: Tensor) -> None:
+def test_readers_see_a_smaller_input_and_hold_a_larger_weight(
+    tiny_of: OfName, tokens: Tensor
+) -> None:
     fused = fuse_tiny(tiny_of("llama"), ["r1", "r2"], torch.float64)
     smoothed = folded(fused, random_scales)
     for seed, group in enumerate(groups_of(fused)):
@@ -86,7 +92,9 @@ def test_readers_see_a_smaller_input_and_hold_a_larger_weight(tiny_of: OfName, t
 def input_of(group: SmoothingGroup, fused: FusedModel, tokens: Tensor) -> Tensor:
     seen: list[Tensor] = []
     model = materialize(fused)
-    model.get_submodule(group.observed_at).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model.get_submodule(group.observed_at).register_forward_hook(
+        lambda module, args, output: seen.append(args[0])
+    )
     logits(model, tokens)
     return seen[0]
 
@@ -100,8 +108,11 @@ def test_scale_of_one_is_bit_identical(tiny: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_readers_cancel_exactly_whatever_the_dtype(name: str, dtype: torch.dtype, tiny_of: OfName) -> None:
-    # What is stored as g - 1 in bfloat16 has errors of several per cent: the readers have to follow it.
+def test_norm_and_readers_cancel_exactly_whatever_the_dtype(
+    name: str, dtype: torch.dtype, tiny_of: OfName
+) -> None:
+    # What is stored as g - 1 in bfloat16 has errors of several per cent: the readers have to follow
+    # it.
     fused = fuse_tiny(tiny_of(name), [], dtype)
     offset = fused.architecture.gain_offset
     for group in groups_of(fused):
@@ -112,7 +123,9 @@ def test_norm_and_readers_cancel_exactly_whatever_the_dtype(name: str, dtype: to
         gain = state[group.writer.weight].double() + offset
         torch.testing.assert_close(gain * s, torch.ones_like(gain), rtol=1e-14, atol=0)
         for spec in group.readers:
-            plain, after = (reader_weight(spec, tensors[spec.weight]) for tensors in (fused.state, state))
+            plain, after = (
+                reader_weight(spec, tensors[spec.weight]) for tensors in (fused.state, state)
+            )
             assert torch.equal(after, (plain.double() * s).to(dtype))  # rounded once
 
 
@@ -122,14 +135,18 @@ def test_gain_that_would_round_to_zero_keeps_its_channel(tiny_of: OfName) -> Non
     scales = torch.ones(group.width)
     scales[3] = 1e4  # 1e-4 - 1 is -1 in bfloat16
     state = dict(fused.state)
-    assert torch.equal(fold_scales(state, group, scales, fused.architecture), torch.ones(group.width).double())
+    assert torch.equal(
+        fold_scales(state, group, scales, fused.architecture), torch.ones(group.width).double()
+    )
     assert all(torch.equal(state[name], fused.state[name]) for name in state)
 
 
 def test_one_layer_alone_needs_its_own_tensors_only(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("phi3"), ["r1", "r2"])
     groups, _ = smoothing_groups(fused.architecture, fused.config, fused.rotations, layer=1)
-    block = {name: tensor for name, tensor in fused.state.items() if name.startswith("model.layers.1.")}
+    block = {
+        name: tensor for name, tensor in fused.state.items() if name.startswith("model.layers.1.")
+    }
     for group in groups:
         fold_scales(block, group, random_scales(group), fused.architecture)
     every = [group for group in groups_of(fused) if ".1." in group.name]
@@ -144,7 +161,9 @@ def test_one_layer_alone_needs_its_own_tensors_only(tiny_of: OfName) -> None:
 def test_scales_that_cannot_be_divided_by_are_refused(tiny_of: OfName, value: float) -> None:
     fused = fuse_tiny(tiny_of("llama"))
     group = groups_of(fused)[0]
-    with pytest.raises(QuantizationError, match=rf"scale for {group.name} is not positive and finite"):
+    with pytest.raises(
+        QuantizationError, match=rf"scale for {group.name} is not positive and finite"
+    ):
         fold_scales(dict(fused.state), group, torch.full((group.width,), value), fused.architecture)
 
 
@@ -161,5 +180,7 @@ def test_overflow_of_float16_is_named(tiny_of: OfName) -> None:
     scales = torch.full((group.width,), 1e6)
     with pytest.raises(QuantizationError, match=r"q_proj\.weight does not fit torch\.float16"):
         fold_scales(dict(fused.state), group, scales, fused.architecture)
-    with pytest.raises(QuantizationError, match=rf"{group.name}\.weight does not fit torch\.float16"):
+    with pytest.raises(
+        QuantizationError, match=rf"{group.name}\.weight does not fit torch\.float16"
+    ):
         fold_scales(dict(fused.state), group, 1 / scales, fused.architecture)

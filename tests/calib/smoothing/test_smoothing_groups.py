@@ -28,7 +28,9 @@ def test_every_linear_is_in_one_group_or_has_a_reason(tiny: Any, kinds: list[str
     groups, reasons = split(tiny, kinds)
     found = [name for group in groups.values() for name in group.reader_names] + list(reasons)
     assert len(found) == len(set(found))
-    quantizable = {spec.name for spec in tiny.architecture.all_linears(tiny.config) if spec.quantizable}
+    quantizable = {
+        spec.name for spec in tiny.architecture.all_linears(tiny.config) if spec.quantizable
+    }
     assert quantizable <= set(found)
 
 
@@ -43,7 +45,11 @@ def test_a_norm_takes_everything_that_reads_it_along(tiny: Any) -> None:
 def test_llama(tiny_of: OfName) -> None:
     groups, reasons = split(tiny_of("llama"), [])
     layer = "model.layers.1."
-    assert {name.removeprefix(layer): group.reader_names for name, group in groups.items() if ".1." in name} == {
+    assert {
+        name.removeprefix(layer): group.reader_names
+        for name, group in groups.items()
+        if ".1." in name
+    } == {
         "self_attn.v_proj": (f"{layer}self_attn.o_proj",),
         "mlp.up_proj": (f"{layer}mlp.down_proj",),
         "input_layernorm": tuple(f"{layer}self_attn.{one}_proj" for one in "qkv"),
@@ -74,7 +80,11 @@ def test_scales_pass_relu_and_no_other_activation() -> None:
         ("gpt2", "transformer.h.0.attn.c_attn", [(96, 144)]),
         ("phi3", "model.layers.0.self_attn.qkv_proj", [(64, 80)]),
         ("phi3", "model.layers.0.mlp.gate_up_proj", [(88, 176)]),
-        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value", [(24 * h + 16, 24 * h + 24) for h in range(6)]),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.0.attention.query_key_value",
+            [(24 * h + 16, 24 * h + 24) for h in range(6)],
+        ),
     ],
 )
 def test_of_a_fused_linear_only_the_rows_that_make_the_input(

@@ -21,7 +21,9 @@ def test_names(text: str, method: object) -> None:
     assert smoothing_named(text) == method
 
 
-@pytest.mark.parametrize("text", ["", "smooth", "smoothquant:half", "awq:5", "awq:grid=", "none:1", "SmoothQuant"])
+@pytest.mark.parametrize(
+    "text", ["", "smooth", "smoothquant:half", "awq:5", "awq:grid=", "none:1", "SmoothQuant"]
+)
 def test_unknown_names_are_told_the_known_ones(text: str) -> None:
     with pytest.raises(QuantizationError, match=f"unknown smoothing '{text}'") as error:
         smoothing_named(text)

@@ -1,4 +1,6 @@
-"""Smoothing whole models: what is observed, what is chosen for which group, and that the embedded model gains by it."""
+"""Smoothing whole models: what is observed, what is chosen for which group, and that the embedded
+model gains by it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def observed(fused: FusedModel, moments: bool = True) -> dict[str, GroupInputs]:
 def inputs(fused: FusedModel, name: str) -> Tensor:
     """All tokens that the module ``name`` reads, one row at a time."""
     model, seen = materialize(fused), []
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(args[0].flatten(0, -2)))
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append(args[0].flatten(0, -2))
+    )
     with torch.no_grad():
         for row in token_rows():
             model(row[None])
@@ -95,22 +99,33 @@ def test_a_block_is_observed_by_its_own_names(tiny_of: OfName) -> None:
 def test_unreached_modules_are_named(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("llama"))
     for moments in (False, True):
-        with pytest.raises(QuantizationError, match=r"never reached 8 linear\(s\): model.layers.0.self_attn.o_proj, "):
-            observe_channels(materialize(fused), groups_of(fused), lambda model: None, moments=moments)
+        with pytest.raises(
+            QuantizationError,
+            match=r"never reached 8 linear\(s\): model.layers.0.self_attn.o_proj, ",
+        ):
+            observe_channels(
+                materialize(fused), groups_of(fused), lambda model: None, moments=moments
+            )
 
 
 def test_nan_is_named(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("llama"))
     fused.state["model.layers.1.input_layernorm.weight"][3] = float("nan")
-    with pytest.raises(QuantizationError, match=r"NaN or Inf in the input of model\.layers\.1\.self_attn\.o_proj"):
-        observe_channels(materialize(fused), groups_of(fused), lambda model: model(token_rows()[0][None]))
+    with pytest.raises(
+        QuantizationError, match=r"NaN or Inf in the input of model\.layers\.1\.self_attn\.o_proj"
+    ):
+        observe_channels(
+            materialize(fused), groups_of(fused), lambda model: model(token_rows()[0][None])
+        )
 
 
 def test_groups_without_statistics_are_named(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("llama"))
     statistics = observed(fused)
     del statistics["model.layers.1.input_layernorm"]
-    with pytest.raises(QuantizationError, match=r"no statistics to smooth model\.layers\.1\.input_layernorm by"):
+    with pytest.raises(
+        QuantizationError, match=r"no statistics to smooth model\.layers\.1\.input_layernorm by"
+    ):
         smooth(fused, SmoothQuant(), statistics, schemes_of(fused))
 
 
@@ -132,7 +147,9 @@ def test_the_function_stays_and_every_linear_is_accounted_for(
 
 
 def test_the_largest_column_of_any_quantized_reader_counts(tiny_of: OfName) -> None:
-    """And of a KV head's channel the largest over the query heads that share it; what stays in float does not count."""
+    """And of a KV head's channel the largest over the query heads that share it; what stays in
+    float does not count.
+    """
     fused = fuse_tiny(tiny_of("llama"))
     schemes = schemes_of(fused)
     attention = "model.layers.0.self_attn"
@@ -156,7 +173,9 @@ def test_the_largest_column_of_any_quantized_reader_counts(tiny_of: OfName) -> N
 def test_groups_that_nothing_quantizes_are_left_alone(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("mixtral"))
     smoothed, rows = smooth(fused, SmoothQuant(), observed(fused), schemes_of(fused))
-    changed = {name for name in fused.state if not torch.equal(smoothed.state[name], fused.state[name])}
+    changed = {
+        name for name in fused.state if not torch.equal(smoothed.state[name], fused.state[name])
+    }
     assert not any(".mlp." in name or "post_attention" in name for name in changed)
     assert {row.name.rpartition(".")[2] for row in rows} == {"v_proj", "input_layernorm"}
 
@@ -182,10 +201,14 @@ def embedded() -> Embedded:
     recipe = load_recipe(None, {"calibration.nsamples": 8, "evaluation.nsamples": 4})
     source = open_source(recipe)
     rows = read_rows(recipe, source.tokenizer, source.config)
-    fused = fuse(source.checkpoint, source.config, source.architecture, RotationSet(), dtype=torch.float32)
+    fused = fuse(
+        source.checkpoint, source.config, source.architecture, RotationSet(), dtype=torch.float32
+    )
     run = forward_loop_over(length_batches(rows.train, 4))
     statistics = observe_channels(materialize(fused), groups_of(fused), run, moments=True)
-    return Embedded(fused, run, statistics, rows.evaluation, nll(source.original("cpu"), rows.evaluation))
+    return Embedded(
+        fused, run, statistics, rows.evaluation, nll(source.original("cpu"), rows.evaluation)
+    )
 
 
 @dataclass(frozen=True)
@@ -209,7 +232,9 @@ class Embedded:
 
 
 def test_static_int8_of_the_embedded_model_needs_smoothing(embedded: Embedded) -> None:
-    """One per cent of perplexity is the bound; these 855 tokens lose 19 % without, 0.4 % with alpha 0.5."""
+    """One per cent of perplexity is the bound; these 855 tokens lose 19 % without, 0.4 % with alpha
+    0.5.
+    """
     assert embedded.gap("int8", None) > 0.1
     assert embedded.gap("int8", SmoothQuant(0.5)) < 0.01
     assert embedded.gap("int8", SmoothQuant("auto")) < 0.01

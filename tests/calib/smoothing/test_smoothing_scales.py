@@ -1,4 +1,6 @@
-"""The formulas, the error that a search minimises, and ModelOpt's scales for single linears as a yardstick."""
+"""The formulas, the error that a search minimises, and ModelOpt's scales for single linears as a
+yardstick.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from torch import Tensor, nn
 
 from calib.errors import QuantizationError
 from calib.schemes import INT4, INT8, LinearScheme, PerBlock, PerChannel, PerTensor, TensorScheme
-from calib.smoothing.scales import Chosen, awq_scales, column_amax, column_share, smoothquant_scales, smoothquant_search
+from calib.smoothing.scales import (
+    Chosen,
+    awq_scales,
+    column_amax,
+    column_share,
+    smoothquant_scales,
+    smoothquant_search,
+)
 
 INPUTS, OUTPUTS, TOKENS = 96, 24, 200
 SCHEMES = {
@@ -44,15 +53,21 @@ def moment(x: Tensor) -> Tensor:
     return x.double().T @ x.double() / len(x)
 
 
-def modelopt(x: Tensor, weight: Tensor, cfg: dict[str, Any], algorithm: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+def modelopt(
+    x: Tensor, weight: Tensor, cfg: dict[str, Any], algorithm: dict[str, Any]
+) -> tuple[nn.Module, Tensor]:
     """One linear calibrated by ModelOpt, and the scale that divides its input."""
     linear = nn.Linear(INPUTS, len(weight), bias=False)
     linear.weight.data = weight.clone()
     entries = [{"quantizer_name": "*", "enable": False}]
-    entries += [{"quantizer_name": f"0.{kind}_quantizer", "cfg": cfg[kind], "enable": True} for kind in cfg]
+    entries += [
+        {"quantizer_name": f"0.{kind}_quantizer", "cfg": cfg[kind], "enable": True} for kind in cfg
+    ]
     with torch.no_grad():
         model = mtq.quantize(
-            nn.Sequential(linear), {"quant_cfg": entries, "algorithm": algorithm}, lambda model: model(x)
+            nn.Sequential(linear),
+            {"quant_cfg": entries, "algorithm": algorithm},
+            lambda model: model(x),
         )
     quantizer: Any = model[0].input_quantizer
     return model, 1 / quantizer.pre_quant_scale.flatten().double()
@@ -80,7 +95,8 @@ def test_awq_of_one_linear_is_no_worse_than_modelopts(name: str, seed: int) -> N
     with torch.no_grad():
         theirs = float((model(x) - x @ weight.T).double().square().sum(dim=1).mean())
     chosen = awq(x, [weight], scheme)
-    # Our grid holds theirs, so ours is at most equal, but for integers that float32 rounds the other way.
+    # Our grid holds theirs, so ours is at most equal, but for integers that float32 rounds the
+    # other way.
     assert chosen.errors[chosen.setting] <= theirs * (1 + 1e-3)
 
 
@@ -89,7 +105,10 @@ def test_the_error_is_that_of_the_outputs(name: str) -> None:
     scheme = SCHEMES[name]
     x, weights = data(1, readers=2)
     chosen = awq(x, weights, scheme)
-    for s, expected in ((chosen.scales, chosen.errors[chosen.setting]), (torch.ones(INPUTS), chosen.errors[None])):
+    for s, expected in (
+        (chosen.scales, chosen.errors[chosen.setting]),
+        (torch.ones(INPUTS), chosen.errors[None]),
+    ):
         measured = 0.0
         for weight in weights:
             smoothed = (weight.double() * s).float()
@@ -129,7 +148,9 @@ def test_awq_is_never_worse_than_nothing(seed: int, name: str, grid: int) -> Non
 
 def test_nothing_to_gain_is_left_alone() -> None:
     """Weights that are on the grid already have no error, and any scale would add one."""
-    weight = torch.randint(-7, 8, (OUTPUTS, INPUTS), generator=torch.Generator().manual_seed(0)).float()
+    weight = torch.randint(
+        -7, 8, (OUTPUTS, INPUTS), generator=torch.Generator().manual_seed(0)
+    ).float()
     weight[:, 0] = 7
     x, _ = data(0)
     chosen = awq(x, [weight], SCHEMES["int4"])
@@ -145,8 +166,12 @@ def test_dead_channels_keep_a_scale_of_one() -> None:
     for alpha in (0.0, 0.5, 1.0):
         s = smoothquant_scales(x.abs().amax(dim=0), column_amax([weight]), alpha)
         assert torch.equal(s[dead], torch.ones(2, dtype=torch.float64))
-    assert torch.equal(awq(x, [weight], SCHEMES["int4"]).scales[dead], torch.ones(2, dtype=torch.float64))
-    assert torch.equal(awq(0 * x, [weight], SCHEMES["int4"]).scales, torch.ones(INPUTS, dtype=torch.float64))
+    assert torch.equal(
+        awq(x, [weight], SCHEMES["int4"]).scales[dead], torch.ones(2, dtype=torch.float64)
+    )
+    assert torch.equal(
+        awq(0 * x, [weight], SCHEMES["int4"]).scales, torch.ones(INPUTS, dtype=torch.float64)
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -161,24 +186,36 @@ def test_alpha_is_searched_for_weights_and_inputs_together() -> None:
     scheme = LinearScheme(SCHEMES["int8"], TensorScheme(INT8, PerTensor()))
     amax = x.abs().amax(dim=0)
     chosen = smoothquant_search(amax, column_amax([weight]), moment(x), [weight], [scheme])
-    measured = {s: outputs_error(x, weight, scales(amax, weight, s)) for s in (None, 0.5, chosen.setting)}
+    measured = {
+        s: outputs_error(x, weight, scales(amax, weight, s)) for s in (None, 0.5, chosen.setting)
+    }
     assert chosen.setting is not None
-    # Rounding errors of inputs are taken as uniform and independent; these inputs are so within a few per cent.
+    # Rounding errors of inputs are taken as uniform and independent; these inputs are so within a
+    # few per cent.
     for setting, error in measured.items():
         assert chosen.errors[setting] == pytest.approx(error, rel=0.1)
     assert measured[chosen.setting] < 0.5 * measured[None]
 
 
 def scales(amax: Tensor, weight: Tensor, alpha: float | None) -> Tensor:
-    return torch.ones(INPUTS) if alpha is None else smoothquant_scales(amax, column_amax([weight]), alpha)
+    return (
+        torch.ones(INPUTS)
+        if alpha is None
+        else smoothquant_scales(amax, column_amax([weight]), alpha)
+    )
 
 
 def outputs_error(x: Tensor, weight: Tensor, s: Tensor) -> float:
     """Of static int8 inputs and int8 weights, measured."""
     inputs, smoothed = x.double() / s, weight.double() * s
     steps = inputs.abs().max() / 127, smoothed.abs().amax(dim=1, keepdim=True) / 127
-    rounded = [(values / step).round() * step for values, step in zip((inputs, smoothed), steps, strict=True)]
-    return float((rounded[0] @ rounded[1].T - x.double() @ weight.double().T).square().sum(dim=1).mean())
+    rounded = [
+        (values / step).round() * step
+        for values, step in zip((inputs, smoothed), steps, strict=True)
+    ]
+    return float(
+        (rounded[0] @ rounded[1].T - x.double() @ weight.double().T).square().sum(dim=1).mean()
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -48,19 +48,25 @@ def outlying(seed: int = 0) -> Tensor:
 
 
 def measure(
-    x: Tensor, weight: Tensor, scheme: LinearScheme | None, clusters: Mapping[str, Tensor] | None = None
+    x: Tensor,
+    weight: Tensor,
+    scheme: LinearScheme | None,
+    clusters: Mapping[str, Tensor] | None = None,
 ) -> tuple[LinearDamage, LinearMoments]:
     model = Table(x, weight)
     moments = linear_moments(model, [SPEC], [BATCH])
     schemes = {} if scheme is None else {"linear": scheme}
-    return linear_damage(model, [SPEC], moments, schemes, [BATCH], clusters=clusters)["linear"], moments["linear"]
+    return linear_damage(model, [SPEC], moments, schemes, [BATCH], clusters=clusters)[
+        "linear"
+    ], moments["linear"]
 
 
 def relative_error(rounded: Tensor, x: Tensor) -> float:
     return float((rounded.double() - x.double()).square().sum() / x.double().square().sum())
 
 
-# Sums of tens of thousands of squares in float32, against float64: 1e5 · 2**-24 / √1e5 at random, and some room.
+# Sums of tens of thousands of squares in float32, against float64: 1e5 · 2**-24 / √1e5 at random,
+# and some room.
 FLOAT32_SUM = 1e-4
 
 
@@ -71,25 +77,35 @@ def test_int8_rounds_inputs_by_the_tensor_and_weights_by_the_row() -> None:
     x_hat, w_hat = (x / step).round() * step, (weight / steps).round() * steps
     assert found.input_error == pytest.approx(relative_error(x_hat, x), rel=FLOAT32_SUM)
     assert found.weight_error == pytest.approx(relative_error(w_hat, weight), rel=FLOAT32_SUM)
-    assert found.damage == pytest.approx(relative_error(x_hat @ w_hat.T, x @ weight.T), rel=FLOAT32_SUM)
+    assert found.damage == pytest.approx(
+        relative_error(x_hat @ w_hat.T, x @ weight.T), rel=FLOAT32_SUM
+    )
 
 
 def test_w4a4_rounds_inputs_by_the_token() -> None:
     x, weight = outlying(), normal(OUT, WIDTH, seed=1)
     found, _ = measure(x, weight, scheme_named("w4a4").linear)
     step = x.abs().amax(1, keepdim=True) / 7
-    assert found.input_error == pytest.approx(relative_error((x / step).round() * step, x), rel=FLOAT32_SUM)
+    assert found.input_error == pytest.approx(
+        relative_error((x / step).round() * step, x), rel=FLOAT32_SUM
+    )
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-dynamic", "w4a4", "float8", "nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int8-dynamic", "w4a4", "float8", "nvfp4", "mxfp4", "mxfp8"]
+)
 def test_errors_add_up_where_nothing_has_a_preferred_direction(name: str) -> None:
-    """As derived in the module. 49 thousand outputs: a few per cent of chance, and as much for the product of both."""
+    """As derived in the module. 49 thousand outputs: a few per cent of chance, and as much for the
+    product of both.
+    """
     found, _ = measure(normal(TOKENS, WIDTH), normal(OUT, WIDTH, seed=1), scheme_named(name).linear)
     assert found.damage == pytest.approx(found.input_error + found.weight_error, rel=0.1)
 
 
 def test_errors_count_less_where_the_weight_amplifies_the_input() -> None:
-    """All inputs along one direction that the weight is ten times larger in; the error goes into all directions."""
+    """All inputs along one direction that the weight is ten times larger in; the error goes into
+    all directions.
+    """
     direction = torch.ones(1, WIDTH) / WIDTH**0.5
     x = normal(TOKENS, 1) @ direction + 0.01 * normal(TOKENS, WIDTH, seed=2)
     weight = normal(OUT, WIDTH, seed=1) / 10 + normal(OUT, 1, seed=3) @ direction
@@ -114,8 +130,11 @@ def test_asymmetric_inputs_lose_less_where_one_sign_prevails() -> None:
     scheme = scheme_named("int8").linear
     assert scheme.input is not None
     symmetric, _ = measure(x, weight, scheme)
-    asymmetric, _ = measure(x, weight, replace(scheme, input=replace(scheme.input, symmetric=False)))
-    # Twice the levels for the same range: a quarter of the squared error, up to the 1/255 of a level and chance.
+    asymmetric, _ = measure(
+        x, weight, replace(scheme, input=replace(scheme.input, symmetric=False))
+    )
+    # Twice the levels for the same range: a quarter of the squared error, up to the 1/255 of a
+    # level and chance.
     assert asymmetric.input_error == pytest.approx(symmetric.input_error / 4, rel=0.05)
 
 
@@ -127,13 +146,16 @@ def clustered(k: int) -> LinearScheme:
 
 def test_one_cluster_is_one_scale_for_the_tensor() -> None:
     x, weight = outlying(), normal(OUT, WIDTH)
-    one, moments = measure(x, weight, clustered(1), {"linear": torch.zeros(WIDTH, dtype=torch.int64)})
+    one, moments = measure(
+        x, weight, clustered(1), {"linear": torch.zeros(WIDTH, dtype=torch.int64)}
+    )
     plain, _ = measure(x, weight, scheme_named("int8").linear)
     assert one == plain
     labels = cluster_linears({"linear": moments.input}, [SPEC], 2)
     assert torch.equal(labels["linear"], (torch.arange(WIDTH) % 16 == 0).long())
     two, _ = measure(x, weight, clustered(2), labels)
-    # 60 of 64 channels get a step that is 50 times finer; the other four, with nearly all of the energy, keep theirs.
+    # 60 of 64 channels get a step that is 50 times finer; the other four, with nearly all of the
+    # energy, keep theirs.
     assert two.input_error < plain.input_error / 10
 
 
@@ -157,7 +179,9 @@ def test_outliers_are_counted_beyond_six_deviations() -> None:
 
 
 def test_a_zero_weight_and_a_zero_input_lose_nothing() -> None:
-    found, _ = measure(torch.zeros(TOKENS, WIDTH), torch.zeros(OUT, WIDTH), scheme_named("int8").linear)
+    found, _ = measure(
+        torch.zeros(TOKENS, WIDTH), torch.zeros(OUT, WIDTH), scheme_named("int8").linear
+    )
     assert found == LinearDamage(0, 0, 0, 0, 0, 0)
 
 

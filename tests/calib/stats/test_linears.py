@@ -20,7 +20,9 @@ FLOAT64 = 1e-12
 """Relative: a few hundred float64 additions in another order."""
 
 
-def fused(name: str = "llama", kinds: tuple[Any, ...] = (), dtype: torch.dtype = torch.float64) -> FusedModel:
+def fused(
+    name: str = "llama", kinds: tuple[Any, ...] = (), dtype: torch.dtype = torch.float64
+) -> FusedModel:
     return fuse_tiny(make_tiny(CONFIGS[name]()), kinds, dtype)
 
 
@@ -34,7 +36,9 @@ def seen(network: Any, names: list[str], batches: list[Batch]) -> dict[str, tupl
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     handles = [
         network.get_submodule(name).register_forward_hook(
-            lambda _, args, y, kept=found[name]: kept.append((args[0].flatten(0, -2), y.flatten(0, -2)))
+            lambda _, args, y, kept=found[name]: kept.append(
+                (args[0].flatten(0, -2), y.flatten(0, -2))
+            )
         )
         for name in names
     ]
@@ -53,12 +57,16 @@ def expect(found: MomentStatistics, x: Tensor) -> None:
     deviation = x.double() - x.double().mean(0)
     assert relative_l2(found.mean, x.double().mean(0)) < FLOAT64
     assert relative_l2(found.std, deviation.square().mean(0).sqrt()) < FLOAT64
-    assert relative_l2(found.kurtosis, (deviation**4).mean(0) / deviation.square().mean(0) ** 2) < FLOAT64
+    assert (
+        relative_l2(found.kurtosis, (deviation**4).mean(0) / deviation.square().mean(0) ** 2)
+        < FLOAT64
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2_moe"])
 def test_inputs_outputs_and_weights_of_every_linear(name: str) -> None:
-    model = fused(name, ("r1", "r2", "r4"))  # R4 runs online: what counts is what the linear multiplies
+    # R4 runs online: what counts is what the linear multiplies
+    model = fused(name, ("r1", "r2", "r4"))
     network, specs = materialize(model), specs_of(model)
     batches = length_batches(token_rows(), 4)
     found = linear_moments(network, specs, batches)
@@ -71,7 +79,8 @@ def test_inputs_outputs_and_weights_of_every_linear(name: str) -> None:
         assert weight.shape == (y.shape[1], x.shape[1])
         assert torch.equal(linear_weight(network, spec), weight)
         bias = getattr(network.get_submodule(spec.name), "bias", None)
-        assert relative_l2(x @ weight.T + (0 if bias is None else bias), y) < FLOAT64  # x is what W is multiplied with
+        # x is what W is multiplied with
+        assert relative_l2(x @ weight.T + (0 if bias is None else bias), y) < FLOAT64
         expect(moments.input, x)
         expect(moments.output, y)
         expect(moments.weight_in, weight)
@@ -91,12 +100,17 @@ def test_pad_positions_do_not_count() -> None:
     for name, moments in plain.items():
         assert padded[name].input.count == moments.input.count == sum(map(len, rows))
         for part in ("mean", "std", "minimum", "maximum", "kurtosis"):
-            # The norms of transformers drop to float32 inside, whose last digit depends on the order of sums.
-            assert relative_l2(getattr(padded[name].input, part), getattr(moments.input, part)) < 1e-5
+            # The norms of transformers drop to float32 inside, whose last digit depends on the
+            # order of sums.
+            assert (
+                relative_l2(getattr(padded[name].input, part), getattr(moments.input, part)) < 1e-5
+            )
 
 
 def test_moments_follow_the_model_they_are_taken_from() -> None:
-    """Smoothing by a power of two: inputs halve, weight columns double, outputs stay; all exactly."""
+    """Smoothing by a power of two: inputs halve, weight columns double, outputs stay; all
+    exactly.
+    """
     model = fused(dtype=torch.float32)
     network, specs = materialize(model), specs_of(model)[:3]  # q, k and v of the first layer
     batches = length_batches(token_rows(), 4)
@@ -123,7 +137,9 @@ def test_a_linear_that_sees_nan_is_named() -> None:
     network, specs = materialize(model), specs_of(model)
     with torch.no_grad():
         network.model.layers[1].post_attention_layernorm.weight[3] = torch.nan
-    with pytest.raises(QuantizationError, match=r"input of 'model\.layers\.1\.mlp\.gate_proj' holds NaN"):
+    with pytest.raises(
+        QuantizationError, match=r"input of 'model\.layers\.1\.mlp\.gate_proj' holds NaN"
+    ):
         linear_moments(network, specs, length_batches(token_rows(), 4))
 
 

@@ -1,4 +1,6 @@
-"""Rounding to nearest and the search for limits: against each other, and against an exhaustive search."""
+"""Rounding to nearest and the search for limits: against each other, and against an exhaustive
+search.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,20 @@ def squared(weight: Tensor, values: Tensor, counts: Tensor | None = None) -> Ten
 def test_rtn_is_quantize_on_the_covering_grid(name: str) -> None:
     scheme, weight = ALL_SCHEMES[name], random_weight(8, 40)
     grid = weight_grid(weight, scheme)
-    assert torch.equal(rtn(weight, scheme).values(scheme), dequantize(quantize(weight, grid, scheme), grid, scheme))
-    assert torch.equal(rtn(weight.double(), scheme).values(scheme), rtn(weight, scheme).values(scheme))
+    assert torch.equal(
+        rtn(weight, scheme).values(scheme), dequantize(quantize(weight, grid, scheme), grid, scheme)
+    )
+    assert torch.equal(
+        rtn(weight.double(), scheme).values(scheme), rtn(weight, scheme).values(scheme)
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ALL_SCHEMES)
 def test_searched_limits_never_lose_more(name: str, weighted: bool) -> None:
-    """In the error that is searched, and clearly less in 4 bits with free scales; every value can be stored."""
+    """In the error that is searched, and clearly less in 4 bits with free scales; every value can
+    be stored.
+    """
     scheme, weight, moment = ALL_SCHEMES[name], random_weight(24, 80), correlated_moment(80)
     counts = moment.diagonal() if weighted else None
     found = mse(weight, scheme, moment=moment if weighted else None)
@@ -40,7 +48,8 @@ def test_searched_limits_never_lose_more(name: str, weighted: bool) -> None:
     assert is_on_grid(found, scheme)
     if isinstance(scheme.granularity, PerTensor):
         before, after = before.sum(), after.sum()
-    # the search compares float32 sums of up to 1920 squares, each good to a few eps of the largest partial sum
+    # the search compares float32 sums of up to 1920 squares, each good to a few eps of the largest
+    # partial sum
     assert bool((after <= before * (1 + 1e-5)).all())
     if scheme.format.bits == 4 and scheme.scale_format == "compute":
         assert float(after.sum()) < 0.95 * float(before.sum())
@@ -49,28 +58,39 @@ def test_searched_limits_never_lose_more(name: str, weighted: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("width", [8, 16, 64])
 def test_two_stages_find_what_a_dense_scan_does(symmetric: bool, width: int) -> None:
-    """A row may have a narrow dip next to a coarse point, but over 200 rows hardly anything is missed."""
+    """A row may have a narrow dip next to a coarse point, but over 200 rows hardly anything is
+    missed.
+    """
     scheme, weight = TensorScheme(INT4, PerChannel(0), symmetric), random_weight(200, width)
     low, high = weight_limits(weight, scheme.granularity)
     best = torch.full((200,), torch.inf, dtype=torch.float64)
     for ratio in torch.linspace(0.16, 1.04, 221):
         grid = grid_of(low * ratio, high * ratio, scheme)
-        best = torch.minimum(best, squared(weight, dequantize(quantize(weight, grid, scheme), grid, scheme)))
+        best = torch.minimum(
+            best, squared(weight, dequantize(quantize(weight, grid, scheme), grid, scheme))
+        )
     found = squared(weight, mse(weight, scheme).values(scheme))
     # 1.2 % at most was seen; rounding to nearest on the covering grid is 9 % and more above
     assert float(found.sum()) <= 1.03 * float(best.sum())
-    assert float(squared(weight, rtn(weight, scheme).values(scheme)).sum()) > 1.06 * float(best.sum())
+    assert float(squared(weight, rtn(weight, scheme).values(scheme)).sum()) > 1.06 * float(
+        best.sum()
+    )
 
 
 def test_importance_moves_the_limits() -> None:
-    """The outlier of a channel that is never used is clipped; one that alone is used is met within a small step."""
+    """The outlier of a channel that is never used is clipped; one that alone is used is met within
+    a small step.
+    """
     weight = torch.linspace(-1, 1, 64)[None].repeat(2, 1)
     weight[:, 0] = 6.0
     scheme = TensorScheme(INT4, PerChannel(0))
     unused, alone = torch.ones(64), torch.zeros(64)
     unused[0], alone[0] = 0, 1
     assert float(clip_grid(weight, scheme, importance=unused).scale.max()) < 1.3 / 7
-    assert float((mse(weight, scheme, moment=torch.diag(alone)).values(scheme)[:, 0] - 6).abs().max()) < 0.01
+    assert (
+        float((mse(weight, scheme, moment=torch.diag(alone)).values(scheme)[:, 0] - 6).abs().max())
+        < 0.01
+    )
 
 
 def test_dead_groups_and_nothing_to_count_keep_the_covering_grid() -> None:
@@ -106,7 +126,9 @@ def test_output_error_is_that_of_the_tokens() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(200, 12, generator=generator, dtype=torch.float64)
     weight, other = torch.randn(2, 5, 12, generator=generator)
-    wanted = (x @ (other - weight).double().T).square().sum() / (x @ weight.double().T).square().sum()
+    wanted = (x @ (other - weight).double().T).square().sum() / (
+        x @ weight.double().T
+    ).square().sum()
     # float32 products of 12 terms
     assert output_error(weight, other, x.T @ x / 200) == pytest.approx(float(wanted), rel=1e-5)
     assert output_error(weight, weight, x.T @ x) == 0
@@ -123,7 +145,11 @@ def test_a_moment_that_does_not_fit_is_refused() -> None:
 
 def test_of_roundings_with_a_scale_for_each_column_a_whole_one_is_kept() -> None:
     """Also where the weight is square, and there are as many scales as rows."""
-    scheme, weight, moment = TensorScheme(INT4, PerChannel(1)), random_weight(16, 16), correlated_moment(16)
+    scheme, weight, moment = (
+        TensorScheme(INT4, PerChannel(1)),
+        random_weight(16, 16),
+        correlated_moment(16),
+    )
     candidates = [rtn(weight, scheme), mse(weight, scheme)]
     errors = [float(row_errors(weight, one.values(scheme), moment).sum()) for one in candidates]
     kept = keep_best(weight, moment, scheme, candidates)

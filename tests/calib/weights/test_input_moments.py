@@ -34,7 +34,12 @@ LINEARS = [
 
 def tokens_of(count: int, channels: int, seed: int = 0) -> Tensor:
     """With a mean as large as the deviations."""
-    return torch.randn(count, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1
+    return (
+        torch.randn(
+            count, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        + 1
+    )
 
 
 def moment_of(x: Tensor) -> Moment:
@@ -59,14 +64,18 @@ def test_chunks_and_merges_add_up(counts: list[int], channels: int, merged: bool
         torch.testing.assert_close(total.result(), x.T @ x / len(x), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 24), (torch.bfloat16, 24), (torch.float32, 600)])
+@pytest.mark.parametrize(
+    ("dtype", "channels"), [(torch.float32, 24), (torch.bfloat16, 24), (torch.float32, 600)]
+)
 def test_float32_products(dtype: torch.dtype, channels: int) -> None:
     """Of more tokens than a chunk has and, at 600 channels, in more than one block of rows."""
     x = tokens_of(5000, channels).to(dtype)
     wide = x.double()
     # products of up to 2048 tokens in float32: √2048 roundings of half an eps
     bound = math.sqrt(2048) * torch.finfo(torch.float32).eps / 2
-    assert relative_l2(moment_of(x.reshape(50, 100, channels)).result(), wide.T @ wide / 5000) < bound
+    assert (
+        relative_l2(moment_of(x.reshape(50, 100, channels)).result(), wide.T @ wide / 5000) < bound
+    )
 
 
 def test_nothing_seen_is_no_moment() -> None:
@@ -74,7 +83,9 @@ def test_nothing_seen_is_no_moment() -> None:
         moment_of(torch.zeros(0, 4)).result()
 
 
-def watched(model: nn.Module, names: list[str], run: Callable[[nn.Module], None]) -> dict[str, Tensor]:
+def watched(
+    model: nn.Module, names: list[str], run: Callable[[nn.Module], None]
+) -> dict[str, Tensor]:
     """All input tokens of each module, by hooks of our own."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = [
@@ -107,7 +118,9 @@ def test_each_linear_of_a_model_gets_the_moment_of_its_input() -> None:
 
 
 class Branches(nn.Module):
-    """Two linears whose inputs are the same tensor, a view of it, a copy, or one that is written to in between."""
+    """Two linears whose inputs are the same tensor, a view of it, a copy, or one that is written to
+    in between.
+    """
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -151,7 +164,9 @@ def test_only_the_very_same_tensor_is_shared(how: str, inference: bool) -> None:
     second = x + 1 if how == "written" else x[:1] if how == "part" else x
     for name, seen in (("a", x), ("b", second)):
         # small integers: exact products, and one rounding of the mean
-        torch.testing.assert_close(moments[name].result(), (seen.T @ seen / len(seen)).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            moments[name].result(), (seen.T @ seen / len(seen)).double(), rtol=1e-6, atol=0
+        )
 
 
 def test_sharing_that_comes_and_goes_is_refused() -> None:
@@ -169,10 +184,19 @@ def test_sharing_that_comes_and_goes_is_refused() -> None:
 def test_unreached_broken_and_absent_modules_are_named() -> None:
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("used", "idle", "lazy")})
     with pytest.raises(QuantizationError, match=r"never reached 2 linear\(s\): idle, lazy"):
-        observe_moments(model, list(model), lambda module: module.get_submodule("used")(torch.ones(1, 4)))
-    with pytest.raises(QuantizationError, match=r"never reached 1 linear\(s\): used"):  # an expert without tokens, say
-        observe_moments(model, ["used"], lambda module: module.get_submodule("used")(torch.ones(0, 4)))
+        observe_moments(
+            model, list(model), lambda module: module.get_submodule("used")(torch.ones(1, 4))
+        )
+    # an expert without tokens, say
+    with pytest.raises(QuantizationError, match=r"never reached 1 linear\(s\): used"):
+        observe_moments(
+            model, ["used"], lambda module: module.get_submodule("used")(torch.ones(0, 4))
+        )
     with pytest.raises(QuantizationError, match="NaN or Inf in the input of used"):
-        observe_moments(model, ["used"], lambda module: module.get_submodule("used")(torch.full((1, 4), torch.nan)))
+        observe_moments(
+            model,
+            ["used"],
+            lambda module: module.get_submodule("used")(torch.full((1, 4), torch.nan)),
+        )
     with pytest.raises(CheckpointError, match="no submodule 'absent'"):
         observe_moments(model, ["absent"], lambda module: None)

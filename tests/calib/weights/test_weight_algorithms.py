@@ -1,4 +1,6 @@
-"""Algorithms by name: what a spec means, what is refused, and that each does what its function does."""
+"""Algorithms by name: what a spec means, what is refused, and that each does what its function
+does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from weights_support import correlated_moment, random_weight
 from calib.errors import QuantizationError
 from calib.schemes import INT4, PerBlock, TensorScheme
 from calib.weights.adaround import adaround
-from calib.weights.algorithms import ALGORITHMS, AdaRound, Gptq, Mse, Rtn, WeightAlgorithm, algorithm_named
+from calib.weights.algorithms import (
+    ALGORITHMS,
+    AdaRound,
+    Gptq,
+    Mse,
+    Rtn,
+    WeightAlgorithm,
+    algorithm_named,
+)
 from calib.weights.clip import mse, rtn
 from calib.weights.gptq import gptq
 from calib.weights.rounded import Rounded
@@ -44,14 +54,34 @@ def test_specs(spec: str, expected: WeightAlgorithm) -> None:
     [
         ("awq", "unknown weight algorithm 'awq'", "rtn, mse, gptq, adaround"),
         ("", "unknown weight algorithm ''", "rtn, mse, gptq, adaround"),
-        ("gptq:damp=0.1", "'gptq' has no setting 'damp'", "act_order, static_groups, block, damping, clip"),
+        (
+            "gptq:damp=0.1",
+            "'gptq' has no setting 'damp'",
+            "act_order, static_groups, block, damping, clip",
+        ),
         ("rtn:clip=true", "'rtn' has no setting 'clip'", "none"),
         ("gptq:", "'gptq' has no setting ''", "damping"),
         ("gptq:block=0", "'block' of weight algorithm 'gptq' must be at least 1, not 0", None),
-        ("gptq:block=1.5", "'block' of weight algorithm 'gptq' must be a whole number, not '1.5'", None),
-        ("gptq:damping=-1", "'damping' of weight algorithm 'gptq' must be at least 0, not -1.0", None),
-        ("gptq:damping=nan", "'damping' of weight algorithm 'gptq' must be at least 0, not nan", None),
-        ("gptq:act_order=1", "'act_order' of weight algorithm 'gptq' must be true or false, not '1'", None),
+        (
+            "gptq:block=1.5",
+            "'block' of weight algorithm 'gptq' must be a whole number, not '1.5'",
+            None,
+        ),
+        (
+            "gptq:damping=-1",
+            "'damping' of weight algorithm 'gptq' must be at least 0, not -1.0",
+            None,
+        ),
+        (
+            "gptq:damping=nan",
+            "'damping' of weight algorithm 'gptq' must be at least 0, not nan",
+            None,
+        ),
+        (
+            "gptq:act_order=1",
+            "'act_order' of weight algorithm 'gptq' must be true or false, not '1'",
+            None,
+        ),
         ("gptq:clip=true,clip=false", "sets 'clip' twice", None),
         ("adaround:iterations=0", "must be at least 1, not 0", None),
         ("adaround:learning_rate=0", "must be above 0, not 0.0", None),
@@ -67,7 +97,13 @@ def test_what_is_refused(spec: str, message: str, hint: str | None) -> None:
 
 def test_each_does_what_its_function_does() -> None:
     weight, moment = random_weight(8, 40), correlated_moment(40)
-    options = {"act_order": False, "static_groups": False, "block": 32, "damping": 0.1, "clip": False}
+    options = {
+        "act_order": False,
+        "static_groups": False,
+        "block": 32,
+        "damping": 0.1,
+        "clip": False,
+    }
     learning = {"iterations": 20, "regularisation": 1.0, "learning_rate": 0.1, "clip": False}
     wanted: list[tuple[WeightAlgorithm, Rounded]] = [
         (Rtn(), rtn(weight, SCHEME, torch.float16)),
@@ -84,7 +120,9 @@ def test_each_does_what_its_function_does() -> None:
         assert algorithm.round(weight, moment, SCHEME).grid.scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("spec", ["rtn", "mse", "mse:weighted=true", "gptq", "adaround:iterations=2"])
+@pytest.mark.parametrize(
+    "spec", ["rtn", "mse", "mse:weighted=true", "gptq", "adaround:iterations=2"]
+)
 def test_a_missing_moment(spec: str) -> None:
     """Refused where it is needed, and no matter where it is not."""
     algorithm = algorithm_named(spec)
@@ -98,4 +136,6 @@ def test_a_missing_moment(spec: str) -> None:
 
 def test_a_spec_is_checked_without_torch() -> None:
     code = "from calib.weights.algorithms import algorithm_named; algorithm_named('gptq')"
-    subprocess.run([sys.executable, "-c", f"{code}; import sys; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", f"{code}; import sys; assert 'torch' not in sys.modules"], check=True
+    )

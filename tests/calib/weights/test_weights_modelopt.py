@@ -1,4 +1,6 @@
-"""ModelOpt's MSE and GPTQ calibration of one linear, on the same weight and inputs, as an oracle."""
+"""ModelOpt's MSE and GPTQ calibration of one linear, on the same weight and inputs, as an
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ QUANTIZERS = {
 }
 
 
-def calibrated(weight: Tensor, x: Tensor, grouping: dict[str, Any], algorithm: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def calibrated(
+    weight: Tensor, x: Tensor, grouping: dict[str, Any], algorithm: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """What ModelOpt's fake quantization makes of ``weight`` with inputs ``x``, and its amax."""
     model: Any = nn.Sequential(nn.Linear(IN, OUT, bias=False)).eval()
     model[0].weight.data = weight.clone()
@@ -32,7 +36,10 @@ def calibrated(weight: Tensor, x: Tensor, grouping: dict[str, Any], algorithm: d
         {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4, **grouping}, "enable": True},
     ]
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": algorithm}, lambda module: module(x))
-    return model[0].weight_quantizer(model[0].weight).detach(), model[0].weight_quantizer.amax.detach()
+    return (
+        model[0].weight_quantizer(model[0].weight).detach(),
+        model[0].weight_quantizer.amax.detach(),
+    )
 
 
 def inputs() -> Tensor:
@@ -44,7 +51,9 @@ def inputs() -> Tensor:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_gptq_is_no_worse_than_modelopts(name: str) -> None:
-    """On its own terms (amax grid, columns in order) it is ModelOpt's GPTQ, with our defaults it is better."""
+    """On its own terms (amax grid, columns in order) it is ModelOpt's GPTQ, with our defaults it is
+    better.
+    """
     scheme, grouping = QUANTIZERS[name]
     weight, x = random_weight(OUT, IN), inputs()
     model = nn.Sequential(nn.Linear(IN, OUT, bias=False))
@@ -52,10 +61,13 @@ def test_gptq_is_no_worse_than_modelopts(name: str) -> None:
     theirs, _ = calibrated(weight, x, grouping, {"method": "gptq", "layerwise": {"enable": False}})
     their_error = output_error(weight, theirs, moment)
     assert their_error < 0.7 * output_error(weight, rtn(weight, scheme).values(scheme), moment)
-    plain = output_error(weight, gptq(weight, moment, scheme, act_order=False, clip=False).values(scheme), moment)
+    plain = output_error(
+        weight, gptq(weight, moment, scheme, act_order=False, clip=False).values(scheme), moment
+    )
     ours = output_error(weight, gptq(weight, moment, scheme).values(scheme), moment)
-    # per channel it is the same computation, but for the precision of the factor; per block, ModelOpt keeps the scales
-    # of the weight as it was, while ours are those of the weights as they stand when a block is reached
+    # per channel it is the same computation, but for the precision of the factor; per block,
+    # ModelOpt keeps the scales of the weight as it was, while ours are those of the weights as they
+    # stand when a block is reached
     assert plain == pytest.approx(their_error, rel=1e-4 if name == "int4-channel" else 0.05)
     assert plain <= their_error * (1 + 1e-4)
     assert ours < 0.6 * their_error  # 0.36 and 0.41 were seen
@@ -70,9 +82,11 @@ def test_mse_is_no_worse_than_modelopts(name: str) -> None:
     found = mse(weight, scheme)
     size = 128 if name == "int4-block" else IN
     their_error, our_error = (
-        (values - weight).square().reshape(OUT, -1, size).sum(dim=2) for values in (theirs, found.values(scheme))
+        (values - weight).square().reshape(OUT, -1, size).sum(dim=2)
+        for values in (theirs, found.values(scheme))
     )
-    # ModelOpt's candidates are 0.1 apart; ours are dense, but may miss a narrow dip next to a coarse one
+    # ModelOpt's candidates are 0.1 apart; ours are dense, but may miss a narrow dip next to a
+    # coarse one
     assert float(our_error.sum()) < 0.99 * float(their_error.sum())
     assert float((our_error / their_error).max()) < 1.02
     limits = (found.grid.scale * scheme.format.maxbound).flatten() / amax.flatten()

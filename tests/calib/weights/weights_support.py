@@ -1,4 +1,6 @@
-"""Linears with correlated inputs, as real ones have, and the schemes that every algorithm is tried on."""
+"""Linears with correlated inputs, as real ones have, and the schemes that every algorithm is tried
+on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,16 @@ import torch
 from torch import Tensor
 
 from calib.grids import expand_grid, round_to_grid
-from calib.schemes import FLOAT8, INT4, INT8, PerBlock, PerChannel, PerTensor, TensorScheme, scheme_named
+from calib.schemes import (
+    FLOAT8,
+    INT4,
+    INT8,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    TensorScheme,
+    scheme_named,
+)
 from calib.weights.rounded import Rounded
 
 INTEGER_SCHEMES = {
@@ -26,25 +37,44 @@ FLOAT_SCHEMES = {
 ALL_SCHEMES = INTEGER_SCHEMES | FLOAT_SCHEMES
 
 
-def correlated_moment(channels: int, seed: int = 0, *, tokens: int = 4096, decades: float = 1.5) -> Tensor:
-    """``E[x xᵀ]`` of inputs whose singular values fall by so many powers of ten and whose channels differ in size."""
+def correlated_moment(
+    channels: int, seed: int = 0, *, tokens: int = 4096, decades: float = 1.5
+) -> Tensor:
+    """``E[x xᵀ]`` of inputs whose singular values fall by so many powers of ten and whose channels
+    differ in size.
+    """
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64)).Q
+    mix = torch.linalg.qr(
+        torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+    ).Q
     spectrum = torch.logspace(0, -decades, channels, dtype=torch.float64)
     sizes = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
-    x = torch.randn(tokens, channels, generator=generator, dtype=torch.float64) * spectrum @ mix * sizes
+    x = (
+        torch.randn(tokens, channels, generator=generator, dtype=torch.float64)
+        * spectrum
+        @ mix
+        * sizes
+    )
     return x.T @ x / tokens
 
 
 def random_weight(rows: int, channels: int, seed: int = 0) -> Tensor:
     """A weight whose blocks and rows differ in size, and are not centred."""
     generator = torch.Generator().manual_seed(seed + 1)
-    weight = torch.randn(rows, channels, generator=generator) + 0.3 * torch.randn(rows, 1, generator=generator)
-    return weight * (torch.rand(rows, 1, generator=generator) + 0.5) * torch.linspace(0.5, 1.5, channels)
+    weight = torch.randn(rows, channels, generator=generator) + 0.3 * torch.randn(
+        rows, 1, generator=generator
+    )
+    return (
+        weight
+        * (torch.rand(rows, 1, generator=generator) + 0.5)
+        * torch.linspace(0.5, 1.5, channels)
+    )
 
 
 def is_on_grid(rounded: Rounded, scheme: TensorScheme) -> bool:
-    """Whether what is stored stands for values of the grid exactly: rounding them again changes nothing."""
+    """Whether what is stored stands for values of the grid exactly: rounding them again changes
+    nothing.
+    """
     values = rounded.values(scheme)
     if rounded.order is not None:
         values = values[:, rounded.order]

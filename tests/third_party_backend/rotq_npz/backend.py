@@ -1,4 +1,6 @@
-"""The front of the backend. Importing it imports neither torch nor numpy, so that ``rotq backends`` stays quick."""
+"""The front of the backend. Importing it imports neither torch nor numpy, so that ``rotq backends``
+stays quick.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,14 @@ if TYPE_CHECKING:
     from calib.schemes import LinearScheme, TensorScheme
 
 RULES = (
-    Rule(lambda scheme: any(part.format.kind == "float" for part in tensor_schemes(scheme)), "numpy has no float8"),
-    Rule(lambda scheme: any(not part.symmetric for part in tensor_schemes(scheme)), "this format has no zero points"),
+    Rule(
+        lambda scheme: any(part.format.kind == "float" for part in tensor_schemes(scheme)),
+        "numpy has no float8",
+    ),
+    Rule(
+        lambda scheme: any(not part.symmetric for part in tensor_schemes(scheme)),
+        "this format has no zero points",
+    ),
 )
 
 

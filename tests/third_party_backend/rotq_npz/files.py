@@ -1,4 +1,6 @@
-"""The files: ``model.npz`` holds every tensor, int4 packed two to a byte; ``model.json`` holds the rest."""
+"""The files: ``model.npz`` holds every tensor, int4 packed two to a byte; ``model.json`` holds the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _KINDS: dict[str, ContentKind] = {
 def write(model: QuantizedModel, folder: Path) -> None:
     arrays = {f"float/{key}": tensor.numpy() for key, tensor in model.floats.items()}
     for name, linear in model.linears.items():
-        parts = {part: tensor for part in LINEAR_PARTS if (tensor := getattr(linear, part)) is not None}
+        parts = {
+            part: tensor for part in LINEAR_PARTS if (tensor := getattr(linear, part)) is not None
+        }
         if linear.weight_scheme.format.bits == 4:
             parts["weight"] = _pack(linear.weight)
         arrays |= {f"linear/{name}/{part}": tensor.numpy() for part, tensor in parts.items()}
@@ -40,7 +44,8 @@ def write(model: QuantizedModel, folder: Path) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "kept": dict(model.kept),
         "linears": {
-            name: {**linear.description(), "shape": list(linear.weight.shape)} for name, linear in model.linears.items()
+            name: {**linear.description(), "shape": list(linear.weight.shape)}
+            for name, linear in model.linears.items()
         },
     }
     (folder / "model.json").write_text(json.dumps(described))
@@ -58,8 +63,14 @@ def read(folder: Path) -> QuantizedModel:
             config=described["config"],
             scheme=scheme_named(described["scheme"]),
             dtype=getattr(torch, described["dtype"]),
-            linears={name: _linear(name, entry, arrays) for name, entry in described["linears"].items()},
-            floats={key.removeprefix("float/"): arrays[key] for key in arrays if key.startswith("float/")},
+            linears={
+                name: _linear(name, entry, arrays) for name, entry in described["linears"].items()
+            },
+            floats={
+                key.removeprefix("float/"): arrays[key]
+                for key in arrays
+                if key.startswith("float/")
+            },
             kept=described["kept"],
             rotations=RotationSet.load(folder),
             provenance=Provenance(str(folder), "", {}, 0, 0, 0, 0, "", {}),
@@ -107,15 +118,25 @@ def _linear(name: str, entry: dict[str, Any], arrays: dict[str, Tensor]) -> Quan
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """Two int4 to a byte, the first in the low bits; rows that end in the middle of a byte run on."""
-    flat = torch.nn.functional.pad(weight.flatten(), (0, weight.numel() % 2)).view(torch.uint8) & 0xF
+    """Two int4 to a byte, the first in the low bits; rows that end in the middle of a byte run
+    on.
+    """
+    flat = (
+        torch.nn.functional.pad(weight.flatten(), (0, weight.numel() % 2)).view(torch.uint8) & 0xF
+    )
     return flat[::2] | flat[1::2] << 4
 
 
 def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    pairs = torch.stack([packed & 0xF, packed >> 4], dim=1).flatten()[: shape[0] * shape[1]].to(torch.int8)
+    pairs = (
+        torch.stack([packed & 0xF, packed >> 4], dim=1)
+        .flatten()[: shape[0] * shape[1]]
+        .to(torch.int8)
+    )
     return torch.where(pairs > 7, pairs - 16, pairs).reshape(shape)
 
 
 def _damaged(folder: Path, error: Exception) -> BackendError:
-    return BackendError(f"'{folder}' is damaged: {' '.join(str(error).split())}", hint="export the model again")
+    return BackendError(
+        f"'{folder}' is damaged: {' '.join(str(error).split())}", hint="export the model again"
+    )

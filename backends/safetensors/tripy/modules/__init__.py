@@ -1,1 +1,3 @@
-"""Tripy modules that read ``tripy`` bundles. The files import nvtripy; this package does not until they are used."""
+"""Tripy modules that read ``tripy`` bundles. The files import nvtripy; this package does not until
+they are used.
+"""

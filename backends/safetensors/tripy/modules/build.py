@@ -33,10 +33,12 @@ def module_for_config(config: Mapping[str, Any], dtype: Any, quant_mode: str) ->
     Args:
         config: a Hugging Face config as a dictionary, with ``model_type``.
         dtype: Tripy's dtype of weights and scales, such as ``tp.float16``.
-        quant_mode: a scheme that Tripy can express, such as ``int8-weight-only``; ``float`` for none.
+        quant_mode: a scheme that Tripy can express, such as ``int8-weight-only``; ``float`` for
+            none.
 
     Raises:
-        BackendError: there is no module for this model, no such linear, or ``dtype`` is not one of weights.
+        BackendError: there is no module for this model, no such linear, or ``dtype`` is not one of
+            weights.
         QuantizationError: no scheme has this name.
     """
     scheme = scheme_named(quant_mode).linear

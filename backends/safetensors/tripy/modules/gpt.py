@@ -1,4 +1,6 @@
-"""GPT-2 in Tripy, under the keys of NVIDIA's nanoGPT example. B = batch, T = tokens, D = width, V = vocabulary."""
+"""GPT-2 in Tripy, under the keys of NVIDIA's nanoGPT example. B = batch, T = tokens, D = width, V =
+vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ class _Attention(tp.Module):  # type: ignore[misc]
         batch, tokens = x.shape[0], x.shape[1]
         head_dim = self.width // self.heads
         split = (batch, tokens, self.heads, head_dim)
-        query, key, value = (tp.transpose(tp.reshape(part, split), 1, 2) for part in tp.split(self.c_attn(x), 3, dim=2))
+        query, key, value = (
+            tp.transpose(tp.reshape(part, split), 1, 2)
+            for part in tp.split(self.c_attn(x), 3, dim=2)
+        )
         out = attention(query, key, value, head_dim**-0.5, None)
         return self.c_proj(tp.reshape(tp.transpose(out, 1, 2), (batch, tokens, self.width)))
 

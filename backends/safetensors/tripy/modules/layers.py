@@ -1,4 +1,6 @@
-"""Pieces that the Tripy modules share. B = batch, T = tokens, D = model width, H = heads, d = head width."""
+"""Pieces that the Tripy modules share. B = batch, T = tokens, D = model width, H = heads, d = head
+width.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class LayerNorm(tp.LayerNorm):  # type: ignore[misc]
         return tp.cast(super().forward(tp.cast(x, tp.float32)), x.dtype)
 
 
-def attention(query: tp.Tensor, key: tp.Tensor, value: tp.Tensor, scale: float, window: int | None) -> tp.Tensor:
+def attention(
+    query: tp.Tensor, key: tp.Tensor, value: tp.Tensor, scale: float, window: int | None
+) -> tp.Tensor:
     """Causal attention; scores and their softmax in float32.
 
     Args:

@@ -1,7 +1,7 @@
 """Linears of Tripy modules.
 
-``tp.Linear`` quantizes its weight ``[out, in]`` per channel or per tensor. Blocks lie along axis 0 in Tripy, so scales
-in blocks of *input* features need the transpose:
+``tp.Linear`` quantizes its weight ``[out, in]`` per channel or per tensor. Blocks lie along axis 0
+in Tripy, so scales in blocks of *input* features need the transpose:
 
     y = x dq(q(W^T)) + b,    W^T [in, out],    scale [in / block, out]
 """
@@ -17,7 +17,9 @@ from backends.safetensors.tripy.modules.plan import LinearPlan
 
 
 class Hadamard(tp.Module):  # type: ignore[misc]
-    """An online rotation ``x R`` of the last dimension, factor by factor; see :mod:`backends.safetensors.source`."""
+    """An online rotation ``x R`` of the last dimension, factor by factor; see
+    :mod:`backends.safetensors.source`.
+    """
 
     def __init__(self, width: int, orders: tuple[int, ...], dtype: Any) -> None:
         super().__init__()
@@ -84,14 +86,18 @@ class BlockLinear(tp.Module):  # type: ignore[misc]
         if self.input_order is not None:
             x = tp.gather(x, -1, self.input_order)
         if self.input_dtype is not None:
-            x = tp.dequantize(tp.quantize(x, self.input_scale, self.input_dtype), self.input_scale, self.dtype)
+            x = tp.dequantize(
+                tp.quantize(x, self.input_scale, self.input_dtype), self.input_scale, self.dtype
+            )
         quantized = tp.quantize(self.weight, self.weight_scale, self.quant_dtype)
         out = x @ tp.dequantize(quantized, self.weight_scale, self.dtype)
         return out if self.bias is None else out + self.bias
 
 
 class _Linear(tp.Linear):  # type: ignore[misc]
-    """``tp.Linear`` that insists on a scale of the input where the plan has one: Tripy takes it as optional."""
+    """``tp.Linear`` that insists on a scale of the input where the plan has one: Tripy takes it as
+    optional.
+    """
 
     def __init__(self, plan: LinearPlan, dtype: Any) -> None:
         super().__init__(

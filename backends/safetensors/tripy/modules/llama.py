@@ -1,6 +1,7 @@
 """Llama, Mistral and Qwen2 in Tripy, under the keys of Hugging Face.
 
-B = batch, T = tokens, D = model width, H = query heads, K = key and value heads, d = head width, V = vocabulary.
+B = batch, T = tokens, D = model width, H = query heads, K = key and value heads, d = head width, V
+= vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from backends.safetensors.tripy.modules.plan import ModulePlan
 
 
 class Rope:
-    """Rotary position embeddings. The frequencies are transformers' own, whatever their kind; angles are float32."""
+    """Rotary position embeddings. The frequencies are transformers' own, whatever their kind;
+    angles are float32.
+    """
 
     def __init__(self, config: Any) -> None:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -30,7 +33,9 @@ class Rope:
         position = tp.reshape(tp.arange(tokens, dtype=tp.float32), (tokens, 1))
         angles = position * tp.reshape(tp.Tensor(self.frequencies), (1, len(self.frequencies)))
         angles = tp.concatenate([angles, angles], dim=1)
-        return tp.cast(tp.cos(angles) * self.scaling, dtype), tp.cast(tp.sin(angles) * self.scaling, dtype)
+        return tp.cast(tp.cos(angles) * self.scaling, dtype), tp.cast(
+            tp.sin(angles) * self.scaling, dtype
+        )
 
 
 def _rotate(x: tp.Tensor, tables: tuple[tp.Tensor, tp.Tensor]) -> tp.Tensor:
@@ -65,7 +70,11 @@ class _Attention(tp.Module):  # type: ignore[misc]
         # Query heads h = k H/K + g share key head k; the keys broadcast over g.
         grouped = (batch, self.kv_heads, self.heads // self.kv_heads, tokens, self.head_dim)
         out = attention(
-            tp.reshape(query, grouped), tp.unsqueeze(key, 2), tp.unsqueeze(value, 2), self.head_dim**-0.5, self.window
+            tp.reshape(query, grouped),
+            tp.unsqueeze(key, 2),
+            tp.unsqueeze(value, 2),
+            self.head_dim**-0.5,
+            self.window,
         )
         out = tp.transpose(tp.reshape(out, (batch, self.heads, tokens, self.head_dim)), 1, 2)
         return self.o_proj(tp.reshape(out, (batch, tokens, self.heads * self.head_dim)))

@@ -1,4 +1,6 @@
-"""What each linear of a Tripy module must be, from a bundle or from a config and a scheme. Imports no Tripy."""
+"""What each linear of a Tripy module must be, from a bundle or from a config and a scheme. Imports
+no Tripy.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,12 @@ def plan_of_bundle(manifest: Any) -> ModulePlan:
     return ModulePlan(config, manifest.dtype, _linears(config, architecture, upright, schemes))
 
 
-def plan_of_config(config: Mapping[str, Any], dtype: str, scheme: LinearScheme | None) -> ModulePlan:
-    """The module of ``config`` whose decoder's linears are quantized by ``scheme``, without rotations."""
+def plan_of_config(
+    config: Mapping[str, Any], dtype: str, scheme: LinearScheme | None
+) -> ModulePlan:
+    """The module of ``config`` whose decoder's linears are quantized by ``scheme``, without
+    rotations.
+    """
     found, architecture = source_model(config)
     flipped = transposed_weights(config)
     shapes = {
@@ -106,7 +112,9 @@ def _quantization(width: int, weight: TensorScheme, given: TensorScheme | None) 
     return {
         "quant_dtype": tripy_dtype(weight),
         "per_channel": isinstance(granularity, PerChannel),
-        "block_size": math.gcd(width, granularity.size) if isinstance(granularity, PerBlock) else None,
+        "block_size": math.gcd(width, granularity.size)
+        if isinstance(granularity, PerBlock)
+        else None,
         "input_dtype": None if given is None else tripy_dtype(given),
     }
 

@@ -39,7 +39,9 @@ def artifact(
     dtype: torch.dtype = torch.float32,
     **controls: Any,
 ) -> QuantizedModel:
-    """A quantized tiny model of ``family``: a key of ``CONFIGS``, or ``wide`` where blocks do not fit 48 channels."""
+    """A quantized tiny model of ``family``: a key of ``CONFIGS``, or ``wide`` where blocks do not
+    fit 48 channels.
+    """
     tiny = make_tiny(wide_llama() if family == "wide" else CONFIGS[family]())
     fused = fuse_tiny(tiny, kinds, dtype)
     wanted = resolve(
@@ -50,11 +52,15 @@ def artifact(
         kv=kv,
         weights=weights,
     )
-    return quantize_model(fused, wanted, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE)
+    return quantize_model(
+        fused, wanted, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+    )
 
 
 def written(model: QuantizedModel, folder: Path) -> Path:
-    """``folder``, with the bundle of ``model`` in it; skips where the library that describes it is missing."""
+    """``folder``, with the bundle of ``model`` in it; skips where the library that describes it is
+    missing.
+    """
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     folder.mkdir()
     SafetensorsBackend().write(model, folder, WriteOptions(TARGET))
@@ -63,7 +69,9 @@ def written(model: QuantizedModel, folder: Path) -> Path:
 
 def quantization_config(folder: Path) -> dict[str, Any]:
     """What the ``config.json`` of a bundle says."""
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))[
+        "quantization_config"
+    ]
     return found
 
 
@@ -90,7 +98,9 @@ def with_maxbound(model: QuantizedModel, maxbound: float) -> QuantizedModel:
 
     def changed(linear: QuantizedLinear) -> QuantizedLinear:
         assert linear.input_scheme is not None
-        given = replace(linear.input_scheme, format=replace(linear.input_scheme.format, maxbound=maxbound))
+        given = replace(
+            linear.input_scheme, format=replace(linear.input_scheme.format, maxbound=maxbound)
+        )
         return replace(linear, input_scheme=given)
 
     return replace(model, linears={name: changed(linear) for name, linear in model.linears.items()})
@@ -100,7 +110,11 @@ def equal(one: Tensor | None, other: Tensor | None) -> bool:
     """Same dtype, shape and bytes, or both ``None``."""
     if one is None or other is None:
         return one is other
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bytes_of(one), bytes_of(other))
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(bytes_of(one), bytes_of(other))
+    )
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

@@ -16,9 +16,15 @@ from backends.safetensors.compressed_tensors.packing import (
 from backends.safetensors.compressed_tensors.schemes import form_of
 from calib.artifact import QuantizedLinear
 from calib.grids import dequantize
-from tests.backends.safetensors.compressed_tensors.compressed_support import artifact, equal, tensors_of
+from tests.backends.safetensors.compressed_tensors.compressed_support import (
+    artifact,
+    equal,
+    tensors_of,
+)
 
-library: Any = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
+library: Any = pytest.importorskip(
+    "compressed_tensors.compressors", reason="compressed-tensors is not installed"
+)
 compressors: Any = library.BaseCompressor
 
 
@@ -26,7 +32,9 @@ compressors: Any = library.BaseCompressor
 @pytest.mark.parametrize("columns", [1, 7, 8, 33, 96])
 def test_words_are_those_of_the_library(bits: int, columns: int) -> None:
     reach = 1 << (bits - 1)
-    values = torch.randint(-reach, reach, (5, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(bits))
+    values = torch.randint(
+        -reach, reach, (5, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(bits)
+    )
     values[0, 0], values[-1, -1] = -reach, reach - 1
     words = pack_integers(values, bits)
     expected = library.pack_to_int32(values, bits)
@@ -38,11 +46,15 @@ def test_words_are_those_of_the_library(bits: int, columns: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_transposed_column_packs(bits: int) -> None:
     column = torch.arange(-8, 8, dtype=torch.int8)[:, None]
-    assert torch.equal(pack_integers(column.T, bits).T, library.pack_to_int32(column, bits, packed_dim=0))
+    assert torch.equal(
+        pack_integers(column.T, bits).T, library.pack_to_int32(column, bits, packed_dim=0)
+    )
 
 
 def test_nibbles_are_those_of_the_library() -> None:
-    codes = torch.randint(0, 16, (6, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        0, 16, (6, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     codes[0, :16] = torch.arange(16)  # all of them, -0 too
     magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     values = torch.cat([magnitudes, -magnitudes])[codes.int()]
@@ -69,20 +81,27 @@ _CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", _CASES)
 def test_a_compressor_of_the_library_makes_the_same_tensors_of_the_float_weight(case: str) -> None:
-    """The whole of a linear: the library is given ``(q - z) s`` and the scale, and has to find q again and pack it."""
+    """The whole of a linear: the library is given ``(q - z) s`` and the scale, and has to find q
+    again and pack it.
+    """
     scheme, controls = _CASES[case]
     model = artifact("wide", scheme, **controls)
     tensors = tensors_of(model)
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         linear = model.linears[name]
-        stored = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        stored = {
+            key.removeprefix(f"{name}."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
         form = form_of(linear)
         compressor = compressors.get_value_from_registry(form.compression)
         made = compressor.compress(_local(linear, stored), form.group(["Linear"]))
         assert made.keys() == stored.keys()
         for part, value in stored.items():
             expected = made[part]
-            if part == "weight_packed" and linear.weight.dtype == torch.uint8:  # the library's rounding loses -0
+            # the library's rounding loses -0
+            if part == "weight_packed" and linear.weight.dtype == torch.uint8:
                 value, expected = _unsigned_zero(value), _unsigned_zero(expected)
             assert equal(expected, value), part
 
@@ -93,7 +112,9 @@ def _local(linear: QuantizedLinear, stored: dict[str, torch.Tensor]) -> dict[str
     found = stored | {"weight": dequantize(linear.weight, linear.grid, linear.weight_scheme)}
     found["weight_scale"] = scale.reshape(stored["weight_scale"].shape)
     if linear.weight_zero_point is not None:
-        found["weight_zero_point"] = linear.weight_zero_point.to(torch.int8).reshape(scale.shape[0], -1)
+        found["weight_zero_point"] = linear.weight_zero_point.to(torch.int8).reshape(
+            scale.shape[0], -1
+        )
     for packed in ("weight_packed", "weight_shape"):
         found.pop(packed, None)
     return found

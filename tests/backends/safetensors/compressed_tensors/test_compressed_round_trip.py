@@ -1,4 +1,6 @@
-"""What a bundle holds is what the artifact held: integers, scales and float tensors, to the last bit."""
+"""What a bundle holds is what the artifact held: integers, scales and float tensors, to the last
+bit.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ from tests.backends.safetensors.compressed_tensors.compressed_support import (
 _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int8": ("llama", "int8", {}),
     "int8-dynamic": ("qwen2", "int8-dynamic", {}),
-    "int8-zero-points": ("llama", "int8", {"weight_symmetric": False, "activation_symmetric": False}),
+    "int8-zero-points": (
+        "llama",
+        "int8",
+        {"weight_symmetric": False, "activation_symmetric": False},
+    ),
     "int8-weight-only": ("qwen2", "int8-weight-only", {}),
     "int4": ("llama", "int4-weight-only", {"block_size": 8}),
     "int4-zero-points": ("qwen2", "int4-weight-only", {"block_size": 8, "weight_symmetric": False}),
@@ -47,7 +53,11 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "experts-float": ("mixtral", "int8", {"overrides": {"*.experts.*": "float"}}),
     "shared-experts": ("qwen2_moe", "float8-dynamic", {}),
     "cache": ("llama", "int8", {"kv": "float8"}),
-    "mixed": ("llama", "int8", {"overrides": {"*.down_proj": "int4-weight-only", "*.0.*.q_proj": "float"}}),
+    "mixed": (
+        "llama",
+        "int8",
+        {"overrides": {"*.down_proj": "int4-weight-only", "*.0.*.q_proj": "float"}},
+    ),
     "head": ("gpt_neox", "int8", {"overrides": {"lm_head": "int8-weight-only"}}),
     "bfloat16": ("llama", "int8", {"dtype": torch.bfloat16}),
 }
@@ -62,7 +72,9 @@ def _in_the_formats_words(linear: QuantizedLinear) -> QuantizedLinear:
     if linear.weight_scheme.scale_format != "e4m3":
         return linear
     return replace(
-        linear, weight_second_scale=stored(linear.weight_second_scale), input_scale=stored(linear.input_scale)
+        linear,
+        weight_second_scale=stored(linear.weight_second_scale),
+        input_scale=stored(linear.input_scale),
     )
 
 
@@ -83,13 +95,18 @@ def test_comes_back_to_the_last_bit(case: str) -> None:
         found, expected = linears[name], _in_the_formats_words(linear)
         assert found.description() == expected.description()
         for part in LINEAR_PARTS:
-            assert equal(_plain(getattr(found, part), part), _plain(getattr(expected, part), part)), (name, part)
+            assert equal(
+                _plain(getattr(found, part), part), _plain(getattr(expected, part), part)
+            ), (name, part)
         assert torch.equal(found.values(), expected.values())
     floats = layout.floats(tensors, described, model.config)
     assert floats.keys() == model.floats.keys()
     assert all(equal(floats[key], tensor) for key, tensor in model.floats.items())
     if model.cache is not None:
-        entry = {"scheme": tensor_scheme_to_dict(model.cache.scheme), "layers": list(model.cache.key_scale)}
+        entry = {
+            "scheme": tensor_scheme_to_dict(model.cache.scheme),
+            "layers": list(model.cache.key_scale),
+        }
         cache = layout.cache(tensors, entry, model.config)
         assert cache.scheme == model.cache.scheme
         assert cache.key_scale == model.cache.key_scale
@@ -102,15 +119,24 @@ def test_the_last_bit_of_a_second_level_may_change_and_no_more() -> None:
         assert linear.weight_second_scale is not None
         stored = _in_the_formats_words(linear).weight_second_scale
         assert stored is not None
-        assert abs(int(stored.view(torch.int32)) - int(linear.weight_second_scale.view(torch.int32))) <= 1
+        assert (
+            abs(int(stored.view(torch.int32)) - int(linear.weight_second_scale.view(torch.int32)))
+            <= 1
+        )
 
 
 def test_keys_are_those_that_readers_know() -> None:
     model = artifact("mixtral", "int4-weight-only", block_size=8, kv="float8")
-    layer = sorted(key.removeprefix("model.layers.1.") for key in tensors_of(model) if ".layers.1." in key)
+    layer = sorted(
+        key.removeprefix("model.layers.1.") for key in tensors_of(model) if ".layers.1." in key
+    )
     packed = ("weight_packed", "weight_scale", "weight_shape")
     projections = [f"self_attn.{part}_proj" for part in "qkvo"]
-    experts = [f"block_sparse_moe.experts.{expert}.{part}" for expert in range(4) for part in ("w1", "w2", "w3")]
+    experts = [
+        f"block_sparse_moe.experts.{expert}.{part}"
+        for expert in range(4)
+        for part in ("w1", "w2", "w3")
+    ]
     assert layer == sorted(
         [f"{module}.{part}" for module in projections + experts for part in packed]
         + ["self_attn.k_scale", "self_attn.v_scale", "block_sparse_moe.gate.weight"]
@@ -133,8 +159,12 @@ def test_gpt2_lies_as_vllm_turns_it() -> None:
 @pytest.mark.runtimes
 def test_groups_name_what_the_class_does_not(tmp_path: Path) -> None:
     overrides = {"*.down_proj": "int4-weight-only", "*.0.*.q_proj": "float", "lm_head": "int8"}
-    config = quantization_config(written(artifact("llama", "int8", overrides=overrides), tmp_path / "bundle"))
-    groups = {tuple(group["targets"]): group["format"] for group in config["config_groups"].values()}
+    config = quantization_config(
+        written(artifact("llama", "int8", overrides=overrides), tmp_path / "bundle")
+    )
+    groups = {
+        tuple(group["targets"]): group["format"] for group in config["config_groups"].values()
+    }
     assert groups == {
         ("Linear", "lm_head"): "int-quantized",
         ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"): "pack-quantized",
@@ -165,7 +195,10 @@ def test_gptq_with_static_groups_is_not() -> None:
 
 
 def test_short_blocks_are_refused() -> None:
-    _refused(artifact("llama", "int4-weight-only", block_size=32), "blocks of 32 do not divide the 48 input features")
+    _refused(
+        artifact("llama", "int4-weight-only", block_size=32),
+        "blocks of 32 do not divide the 48 input features",
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,4 +214,9 @@ def test_models_are_refused_with_a_reason(family: str, linears: list[str], words
     reason = SafetensorsBackend().model_refusal(config, dict.fromkeys(linears, scheme), TARGET)
     assert reason is not None
     assert words in reason[0]
-    assert SafetensorsBackend().model_refusal(config, {"model.layers.0.self_attn.q_proj": scheme}, TARGET) is None
+    assert (
+        SafetensorsBackend().model_refusal(
+            config, {"model.layers.0.self_attn.q_proj": scheme}, TARGET
+        )
+        is None
+    )

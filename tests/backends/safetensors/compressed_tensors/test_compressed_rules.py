@@ -1,4 +1,6 @@
-"""What ``rotq backends`` says: refusals of what the format has not, warnings of what one of its readers has not."""
+"""What ``rotq backends`` says: refusals of what the format has not, warnings of what one of its
+readers has not.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,23 @@ from calib.schemes import (
 )
 
 TARGET = "compressed-tensors"
-_NO_WARNING = {"int8", "int8-weight-only", "int4-weight-only", "float8", "float8-dynamic", "nvfp4", "mxfp8"}
+_NO_WARNING = {
+    "int8",
+    "int8-weight-only",
+    "int4-weight-only",
+    "float8",
+    "float8-dynamic",
+    "nvfp4",
+    "mxfp8",
+}
 
 
 @pytest.mark.parametrize("name", LINEAR_SCHEMES)
 def test_every_preset_is_written(name: str) -> None:
     assert SafetensorsBackend().refusal(LINEAR_SCHEMES[name], TARGET) is None
-    assert (SafetensorsBackend().warning(LINEAR_SCHEMES[name], TARGET) is None) == (name in _NO_WARNING)
+    assert (SafetensorsBackend().warning(LINEAR_SCHEMES[name], TARGET) is None) == (
+        name in _NO_WARNING
+    )
 
 
 def _linear(name: str, **controls: object) -> LinearScheme:
@@ -42,9 +54,15 @@ def _linear(name: str, **controls: object) -> LinearScheme:
     ("scheme", "words"),
     [
         (_linear("int8", activation_granularity="cluster:4"), "sets of channels"),
-        (replace(LINEAR_SCHEMES["int8"], weight=TensorScheme(INT8, PerChannel(1))), "per output channel"),
         (
-            replace(LINEAR_SCHEMES["nvfp4"], weight=replace(LINEAR_SCHEMES["nvfp4"].weight, granularity=PerBlock(8))),
+            replace(LINEAR_SCHEMES["int8"], weight=TensorScheme(INT8, PerChannel(1))),
+            "per output channel",
+        ),
+        (
+            replace(
+                LINEAR_SCHEMES["nvfp4"],
+                weight=replace(LINEAR_SCHEMES["nvfp4"].weight, granularity=PerBlock(8)),
+            ),
             "blocks of 16",
         ),
         (replace(LINEAR_SCHEMES["int8"], input=LINEAR_SCHEMES["float8"].input), "of one kind"),
@@ -66,9 +84,15 @@ def test_what_the_format_has_not_is_refused(scheme: LinearScheme, words: str) ->
         (_linear("w4a8-float8", activation_granularity="token"), "SM90"),
         (_linear("int8", block_size=32), "with calibrated scales of the input"),
         (_linear("w4a4", activation_symmetric=False), "with zero points of the input"),
-        (_linear("int8-dynamic", block_size=32, activation_symmetric=False), "with zero points of the input"),
+        (
+            _linear("int8-dynamic", block_size=32, activation_symmetric=False),
+            "with zero points of the input",
+        ),
         (_linear("int8", weight_symmetric=False), "INT8 weights with zero points"),
-        (replace(LINEAR_SCHEMES["int8-weight-only"], weight=TensorScheme(INT8, PerTensor())), "refuses one scale"),
+        (
+            replace(LINEAR_SCHEMES["int8-weight-only"], weight=TensorScheme(INT8, PerTensor())),
+            "refuses one scale",
+        ),
         (_linear("float8", block_size=32), "squares of 128"),
         (_linear("int8-dynamic"), "half the number of levels"),
         (_linear("mxfp4"), "Blackwell"),
@@ -96,11 +120,15 @@ def test_rules_import_neither_torch_nor_the_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from backends.safetensors.compressed_tensors.library import require
     from calib.errors import BackendError
 
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    with pytest.raises(BackendError, match="compressed-tensors library, which is not installed") as found:
+    with pytest.raises(
+        BackendError, match="compressed-tensors library, which is not installed"
+    ) as found:
         require("compressed_tensors")
     assert found.value.hint == "pip install 'rotq[compressed-tensors]'"

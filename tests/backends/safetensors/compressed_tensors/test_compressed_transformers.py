@@ -1,4 +1,6 @@
-"""Bundles reloaded by ``transformers.AutoModelForCausalLM``: the logits are those of the fake-quantized model."""
+"""Bundles reloaded by ``transformers.AutoModelForCausalLM``: the logits are those of the
+fake-quantized model.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ pytest.importorskip("compressed_tensors", reason="compressed-tensors is not inst
 _EXACT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int8": ("llama", "int8", {}),
     "int8-biases": ("qwen2", "int8", {}),
-    "int8-zero-points": ("llama", "int8", {"weight_symmetric": False, "activation_symmetric": False}),
+    "int8-zero-points": (
+        "llama",
+        "int8",
+        {"weight_symmetric": False, "activation_symmetric": False},
+    ),
     "int8-blocks": ("llama", "int8", {"block_size": 8}),
     "int8-weight-only": ("qwen2", "int8-weight-only", {}),
     "int8-weight-only-zero-points": ("llama", "int8-weight-only", {"weight_symmetric": False}),
@@ -45,7 +51,11 @@ _EXACT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8": ("llama", "w4a8", {}),
     "w4a8-biases": ("qwen2", "w4a8", {"block_size": 8}),
     "w4a8-float8": ("llama", "w4a8-float8", {"block_size": 8}),
-    "w4a8-float8-per-token": ("qwen2", "w4a8-float8", {"block_size": 8, "activation_granularity": "token"}),
+    "w4a8-float8-per-token": (
+        "qwen2",
+        "w4a8-float8",
+        {"block_size": 8, "activation_granularity": "token"},
+    ),
     "float8": ("llama", "float8", {}),
     "float8-biases": ("qwen2", "float8", {}),
     "float8-dynamic": ("llama", "float8-dynamic", {}),
@@ -55,7 +65,11 @@ _EXACT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cache-int4": ("llama", "int4-weight-only", {"kv": "int4"}),
     "cache-float8": ("qwen2", "int8", {"kv": "float8"}),
     "cache-alone": ("llama", "float", {"kv": "float8"}),
-    "mixed": ("llama", "int8", {"overrides": {"*.down_proj": "int4-weight-only", "*.0.*.q_proj": "float"}}),
+    "mixed": (
+        "llama",
+        "int8",
+        {"overrides": {"*.down_proj": "int4-weight-only", "*.0.*.q_proj": "float"}},
+    ),
     "head": ("llama", "int8", {"overrides": {"lm_head": "int8-weight-only"}}),
     "fused-projections": ("phi3", "int8", {"kv": "float8"}),
     "interleaved": ("gpt_neox", "float8", {}),
@@ -93,7 +107,9 @@ def test_plain_from_pretrained_gives_the_same(case: str, tmp_path: Path) -> None
     family, scheme, controls = _EXACT[case]
     model = artifact(family, scheme, **controls)
     folder = written(model, tmp_path / "bundle")
-    network, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    network, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info.values()), info
     assert network.dtype == torch.float32
     assert relative_l2(logits(network, _ROWS), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
@@ -101,7 +117,9 @@ def test_plain_from_pretrained_gives_the_same(case: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scheme", FIXED_BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_block_formats_are_within_the_floor(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_block_formats_are_within_the_floor(
+    scheme: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """In float32; the split-sum floor is what summing in another order costs."""
     model = artifact("wide", scheme, dtype=dtype)
     if scheme == "mxfp4":
@@ -142,18 +160,23 @@ def test_scales_while_running_differ_by_the_divisor_alone(
 
 
 def test_zero_points_while_running_have_no_such_divisor(tmp_path: Path) -> None:
-    """Both take the whole range over 255 steps; the zero point is added before rounding or after it."""
+    """Both take the whole range over 255 steps; the zero point is added before rounding or after
+    it.
+    """
     model = artifact("llama", "int8-dynamic", activation_symmetric=False)
     found = _run(load(written(model, tmp_path / "bundle"), exact=False))
     assert relative_l2(found, logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
 
 
 class _LibraryRule(ReferenceLinear):
-    """MXFP4 inputs by the library's rule: ``k = floor(log2 amax) - 2``, one more where amax is 1.75 · 2^j or above."""
+    """MXFP4 inputs by the library's rule: ``k = floor(log2 amax) - 2``, one more where amax is 1.75
+    · 2^j or above.
+    """
 
     def quantize(self, x: Tensor) -> Tensor:
         blocks = x.unflatten(-1, (-1, 32))
-        mantissa, exponent = torch.frexp(blocks.abs().amax(dim=-1, keepdim=True))  # 2 · mantissa in 1 … 2
+        # 2 · mantissa in 1 … 2
+        mantissa, exponent = torch.frexp(blocks.abs().amax(dim=-1, keepdim=True))
         scale = torch.exp2((exponent - 3 + (mantissa >= 0.875)).float())
         return round_to_grid(blocks, scale, None, FLOAT4).flatten(-2)
 
@@ -184,7 +207,9 @@ def test_decodes_with_a_cache_and_padding(case: str, tmp_path: Path) -> None:
     model = load(written(artifact(family, scheme, **controls), tmp_path / "bundle"), exact=True)
     row = _ROWS[0][None]
     whole = _pass(model, row[0])
-    first, past = model.forward(row[:, :8], torch.ones(1, 8, dtype=torch.long), torch.arange(8)[None])
+    first, past = model.forward(
+        row[:, :8], torch.ones(1, 8, dtype=torch.long), torch.arange(8)[None]
+    )
     rest, _ = model.forward(row[:, 8:], torch.ones_like(row), torch.arange(8, 12)[None], past)
     assert relative_l2(torch.cat([first[0], rest[0]]), whole) <= WEIGHT_ONLY
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), row], dim=1)

@@ -1,4 +1,6 @@
-"""Online rotations: the stored matrix, what ``transform_config`` says of it, and what the library makes of both."""
+"""Online rotations: the stored matrix, what ``transform_config`` says of it, and what the library
+makes of both.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from tests.backends.safetensors.compressed_tensors.compressed_support import (
 from tests.tiny import relative_l2, token_rows
 from tests.tolerances import WEIGHT_ONLY
 
-library: Any = pytest.importorskip("compressed_tensors.transform", reason="compressed-tensors is not installed")
+library: Any = pytest.importorskip(
+    "compressed_tensors.transform", reason="compressed-tensors is not installed"
+)
 _MATRIX = "model.layers.0.mlp.down_proj.R4_input.weight"
 _ROWS = token_rows((12, 9))
 
@@ -34,23 +38,31 @@ def test_fused_rotations_need_no_transform(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama-odd"])
 def test_one_matrix_for_all_layers_is_stored_unnormalised(family: str) -> None:
-    """88 channels have a Hadamard matrix, ±1; 99 have none, and get 33 blocks of order 3 … of what divides them."""
+    """88 channels have a Hadamard matrix, ±1; 99 have none, and get 33 blocks of order 3 … of what
+    divides them.
+    """
     model = artifact(family, "int8-weight-only", kinds=("r4",))
     tensors = tensors_of(model)
     assert [key for key in tensors if "R4" in key] == [_MATRIX]
     matrix, rotation = tensors[_MATRIX], model.rotations["R4.1"]
     assert matrix.dtype == model.dtype
-    assert torch.allclose(matrix.double() / math.sqrt(len(matrix)), rotation.dense(), rtol=1e-7, atol=0)
+    assert torch.allclose(
+        matrix.double() / math.sqrt(len(matrix)), rotation.dense(), rtol=1e-7, atol=0
+    )
     if family == "llama":
         assert matrix.abs().unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("scheme", ["int8-weight-only", "float"])
 def test_the_library_rotates_as_rotq_does(scheme: str, tmp_path: Path) -> None:
-    """transformers passes over ``transform_config``; the library's own function applies it to the model it loaded."""
+    """transformers passes over ``transform_config``; the library's own function applies it to the
+    model it loaded.
+    """
     import transformers
 
-    model = artifact("llama", scheme, kinds=("r1", "r2", "r4"), kv="float8" if scheme == "float" else None)
+    model = artifact(
+        "llama", scheme, kinds=("r1", "r2", "r4"), kv="float8" if scheme == "float" else None
+    )
     folder = written(model, tmp_path / "bundle")
     config = library.TransformConfig.model_validate(quantization_config(folder)["transform_config"])
     network = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -79,7 +91,9 @@ def test_r3_is_left_out_where_nothing_is_cached_in_integers(tmp_path: Path) -> N
         ("gpt2", {"kinds": ("r4",)}, "which has a bias"),
     ],
 )
-def test_what_no_reader_applies_is_refused(family: str, controls: dict[str, Any], words: str) -> None:
+def test_what_no_reader_applies_is_refused(
+    family: str, controls: dict[str, Any], words: str
+) -> None:
     with pytest.raises(BackendError, match=words) as found:
         tensors_of(artifact(family, "int8", **controls))
     assert found.value.hint

@@ -1,4 +1,6 @@
-"""Tiny models that ModelOpt exports, and rotq's artifacts of the same tensors calibrated on the same rows."""
+"""Tiny models that ModelOpt exports, and rotq's artifacts of the same tensors calibrated on the
+same rows.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**_WIDE, tie_word_embeddings=True),
     "gpt2": lambda: transformers.GPT2Config(**GPT2 | {"n_embd": 64}),
     "phi3": lambda: transformers.Phi3Config(**_WIDE),
-    "mixtral": lambda: transformers.MixtralConfig(**_WIDE, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **_WIDE, num_local_experts=4, num_experts_per_tok=2
+    ),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-        **_WIDE, **MOE | {"decoder_sparse_step": 2, "moe_intermediate_size": 32}, shared_expert_intermediate_size=64
+        **_WIDE,
+        **MOE | {"decoder_sparse_step": 2, "moe_intermediate_size": 32},
+        shared_expert_intermediate_size=64,
     ),
 }
 """Widths are multiples of 32, as blocks have it."""
 BLOCK = 16
 """Of INT4 weights: several to a row."""
 _CACHE = [
-    {"quantizer_name": f"*{part}_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}, "enable": True}
+    {
+        "quantizer_name": f"*{part}_bmm_quantizer",
+        "cfg": {"num_bits": (4, 3), "axis": None},
+        "enable": True,
+    }
     for part in "kv"
 ]
 
@@ -73,7 +83,12 @@ def calibrated(
     if found.weight is not None and found.weight.format == INT4 and "block_size" not in controls:
         controls["block_size"] = BLOCK
     wanted = resolve(
-        customised(found, **controls), fused.architecture, fused.config, overrides=overrides, kv=kv, weights=weights
+        customised(found, **controls),
+        fused.architecture,
+        fused.config,
+        overrides=overrides,
+        kv=kv,
+        weights=weights,
     )
     return Calibrated(fused, quantize_model(fused, wanted, _loop(), PROVENANCE))
 
@@ -115,7 +130,10 @@ def exported(model: Calibrated, folder: Path, config: Mapping[str, Any] | None =
 def preset(name: str, *disabled: str) -> dict[str, Any]:
     """One of ModelOpt's own configurations, without the quantizers ``disabled``."""
     config = copy.deepcopy(getattr(mtq, name))
-    config["quant_cfg"] = [*config["quant_cfg"], *({"quantizer_name": each, "enable": False} for each in disabled)]
+    config["quant_cfg"] = [
+        *config["quant_cfg"],
+        *({"quantizer_name": each, "enable": False} for each in disabled),
+    ]
     found: dict[str, Any] = config
     return found
 
@@ -125,7 +143,9 @@ def _config(model: QuantizedModel) -> dict[str, Any]:
     config = config_of(schemes)
     for name, scheme in schemes.items():
         if _is_w4a8(scheme):  # ModelOpt rounds these weights twice, to INT4 and to FP8
-            entry = next(e for e in config["quant_cfg"] if e["quantizer_name"] == f"{name}.weight_quantizer")
+            entry = next(
+                e for e in config["quant_cfg"] if e["quantizer_name"] == f"{name}.weight_quantizer"
+            )
             entry["cfg"] = [entry["cfg"], {"num_bits": (4, 3)}]
     return config
 
@@ -155,7 +175,9 @@ def files_of(model: QuantizedModel) -> dict[str, Any]:
     return {name: json.loads(text) for name, text in ModelOptLayout().files(model).items()}
 
 
-def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor], keys: Sequence[str]) -> list[str]:
+def different(
+    one: Mapping[str, Tensor], other: Mapping[str, Tensor], keys: Sequence[str]
+) -> list[str]:
     """Those of ``keys`` whose tensors differ in dtype, shape or a byte."""
 
     def content(tensor: Tensor) -> tuple[Any, ...]:

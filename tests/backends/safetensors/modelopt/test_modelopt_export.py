@@ -1,7 +1,9 @@
-"""Bundles against what ModelOpt's ``export_hf_checkpoint`` writes of the same tensors, calibrated on the same rows.
+"""Bundles against what ModelOpt's ``export_hf_checkpoint`` writes of the same tensors, calibrated
+on the same rows.
 
-In float32 everything is the same to the last byte: keys, dtypes, packing, codes, scales, settings. An artifact in
-bfloat16 has its scales in bfloat16, ModelOpt's are float32 always: there, rotq's are ModelOpt's, rounded.
+In float32 everything is the same to the last byte: keys, dtypes, packing, codes, scales, settings.
+An artifact in bfloat16 has its scales in bfloat16, ModelOpt's are float32 always: there, rotq's are
+ModelOpt's, rounded.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ _CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "conv1d": ("gpt2", "float8", {"kv": "float8", "overrides": {"*.c_fc": "float"}}),
     "conv1d-int4": ("gpt2", "int4-weight-only", {}),
     "fused": ("phi3", "int8", {}),
-    "float-layers": ("llama", "int8", {"overrides": {"*.0.self_attn.*": "float", "*.1.mlp.up_proj": "float"}}),
+    "float-layers": (
+        "llama",
+        "int8",
+        {"overrides": {"*.0.self_attn.*": "float", "*.1.mlp.up_proj": "float"}},
+    ),
     "mixed": (
         "qwen2",
         "float8",
@@ -55,7 +61,9 @@ def test_is_what_modelopt_exports(case: str, tmp_path: Path) -> None:
     added = {key for key in ours if key.endswith(_ADDED)}
     assert ours.keys() - added == theirs.tensors.keys()
     inexact = [key for key in theirs.tensors if "w4a8" in case and key.endswith("weight_scale_2")]
-    assert different(ours, theirs.tensors, [key for key in theirs.tensors if key not in inexact]) == []
+    assert (
+        different(ours, theirs.tensors, [key for key in theirs.tensors if key not in inexact]) == []
+    )
     for key in inexact:  # (amax / 7) * 7 in place of amax: two roundings
         torch.testing.assert_close(ours[key], theirs.tensors[key], rtol=FLOAT32_EPS, atol=0)
     files = files_of(model.artifact)
@@ -71,13 +79,19 @@ def test_scales_in_bfloat16_are_those_of_modelopt_rounded(scheme: str, tmp_path:
     rounded = {key: theirs.tensors[key].to(torch.bfloat16).float() for key in scales}
     assert scales
     assert different(ours, rounded, scales) == []
-    weights = [key for key in theirs.tensors if key.endswith(".weight") and f"{key}_scale" not in ours]
+    weights = [
+        key for key in theirs.tensors if key.endswith(".weight") and f"{key}_scale" not in ours
+    ]
     assert different(ours, theirs.tensors, weights) == []
 
 
 @pytest.mark.parametrize(("family", "kv"), [("mixtral", None), ("qwen2_moe", "float8")])
-def test_experts_are_those_of_modelopt_but_for_input_scales(family: str, kv: str | None, tmp_path: Path) -> None:
-    """ModelOpt has one input scale for all experts of a layer, the largest of those that rotq has one by one."""
+def test_experts_are_those_of_modelopt_but_for_input_scales(
+    family: str, kv: str | None, tmp_path: Path
+) -> None:
+    """ModelOpt has one input scale for all experts of a layer, the largest of those that rotq has
+    one by one.
+    """
     model = calibrated(family, "float8", kv=kv)
     theirs, ours = exported(model, tmp_path, preset("FP8_DEFAULT_CFG")), tensors_of(model.artifact)
     assert ours.keys() == theirs.tensors.keys()
@@ -85,7 +99,9 @@ def test_experts_are_those_of_modelopt_but_for_input_scales(family: str, kv: str
     assert different(ours, theirs.tensors, [key for key in ours if key not in inputs]) == []
     for key in inputs:
         same = [other for other in inputs if _without_expert(other) == _without_expert(key)]
-        assert torch.equal(torch.stack([ours[other] for other in same]).amax(), theirs.tensors[key]), key
+        assert torch.equal(
+            torch.stack([ours[other] for other in same]).amax(), theirs.tensors[key]
+        ), key
     files = files_of(model.artifact)
     assert files["hf_quant_config.json"] == theirs.quant_config
     assert files["config.json"]["quantization_config"] == theirs.config
@@ -101,7 +117,9 @@ def test_float_experts_are_excluded_as_modelopt_has_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int4-weight-only", "w4a8-float8"])
-def test_a_pre_quant_scale_of_ones_is_where_modelopts_awq_leaves_one(scheme: str, tmp_path: Path) -> None:
+def test_a_pre_quant_scale_of_ones_is_where_modelopts_awq_leaves_one(
+    scheme: str, tmp_path: Path
+) -> None:
     model = calibrated("llama", scheme, block_size=16)
     config = preset("INT4_AWQ_CFG")
     for entry in config["quant_cfg"]:
@@ -109,8 +127,12 @@ def test_a_pre_quant_scale_of_ones_is_where_modelopts_awq_leaves_one(scheme: str
             entry["cfg"]["block_sizes"][-1] = 16
     keys = exported(model, tmp_path, config).tensors.keys()
     ours = tensors_of(model.artifact)
-    assert {key for key in ours if key.endswith(_ADDED)} == {key for key in keys if key.endswith(_ADDED)}
-    assert all(torch.equal(ours[key], torch.ones_like(ours[key])) for key in ours if key.endswith(_ADDED))
+    assert {key for key in ours if key.endswith(_ADDED)} == {
+        key for key in keys if key.endswith(_ADDED)
+    }
+    assert all(
+        torch.equal(ours[key], torch.ones_like(ours[key])) for key in ours if key.endswith(_ADDED)
+    )
 
 
 def _without_expert(key: str) -> tuple[str, str]:

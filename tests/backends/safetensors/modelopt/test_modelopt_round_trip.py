@@ -1,4 +1,6 @@
-"""What a bundle holds is what the artifact held: integers, scales and float tensors, to the last bit."""
+"""What a bundle holds is what the artifact held: integers, scales and float tensors, to the last
+bit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from backends.safetensors.read import open_bundle, read_model
 from calib.artifact import LINEAR_PARTS, QuantizedModel
 from calib.errors import BackendError
 from tests.backends.safetensors.compressed_tensors.compressed_support import equal
-from tests.backends.safetensors.modelopt.modelopt_support import TARGET, calibrated, files_of, tensors_of
+from tests.backends.safetensors.modelopt.modelopt_support import (
+    TARGET,
+    calibrated,
+    files_of,
+    tensors_of,
+)
 
 _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int8": ("llama", "int8", {}),
@@ -34,8 +41,16 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "experts-w4a8": ("mixtral", "w4a8-float8", {}),
     "experts-nvfp4": ("qwen2_moe", "nvfp4", {}),
     "experts-float": ("mixtral", "int8", {"overrides": {"*.experts.*": "float"}}),
-    "cache-beside-float-keys": ("llama", "int8", {"kv": "float8", "overrides": {"*.k_proj": "float"}}),
-    "mixed": ("llama", "int8", {"overrides": {"*.down_proj": "int4-weight-only", "*.0.*.q_proj": "float"}}),
+    "cache-beside-float-keys": (
+        "llama",
+        "int8",
+        {"kv": "float8", "overrides": {"*.k_proj": "float"}},
+    ),
+    "mixed": (
+        "llama",
+        "int8",
+        {"overrides": {"*.down_proj": "int4-weight-only", "*.0.*.q_proj": "float"}},
+    ),
     "head": ("llama", "int8", {"overrides": {"lm_head": "int8-weight-only"}}),
     "bfloat16": ("llama", "int8", {"dtype": torch.bfloat16, "kv": "float8"}),
     "float16": ("qwen2", "w4a8-float8", {"dtype": torch.float16}),
@@ -79,7 +94,11 @@ def test_int4_values_of_both_signs_come_back_from_either_half_of_a_byte() -> Non
     model = calibrated("llama", "int4-weight-only", weights="mse").artifact
     name = "model.layers.0.mlp.down_proj"
     linear = model.linears[name]
-    stored = {key.rpartition(".")[2]: tensor for key, tensor in tensors_of(model).items() if key.startswith(f"{name}.")}
+    stored = {
+        key.rpartition(".")[2]: tensor
+        for key, tensor in tensors_of(model).items()
+        if key.startswith(f"{name}.")
+    }
     byte = int(stored["weight"][3, 5])
     low, high = (int(linear.weight[row, 5]) for row in (6, 7))
     assert byte == (low & 15) | (high & 15) << 4
@@ -89,7 +108,9 @@ def test_int4_values_of_both_signs_come_back_from_either_half_of_a_byte() -> Non
 
 
 def test_the_second_scale_of_w4a8_covers_all_that_readers_merge() -> None:
-    """Divided by it, every INT4 scale times its largest integer is within FP8's range; TensorRT-LLM asks for one."""
+    """Divided by it, every INT4 scale times its largest integer is within FP8's range; TensorRT-LLM
+    asks for one.
+    """
     model = calibrated("llama", "w4a8-float8").artifact
     tensors, attention = tensors_of(model), "model.layers.0.self_attn"
     merged = [f"{attention}.{part}_proj" for part in "qkv"]

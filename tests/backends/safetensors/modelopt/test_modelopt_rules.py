@@ -16,7 +16,15 @@ from backends.safetensors.modelopt.rules import rotation_refusal
 from backends.safetensors.modelopt.tensors import format_of
 from calib.errors import BackendError
 from calib.quantization import customised
-from calib.schemes import INT8, KV_SCHEMES, LINEAR_SCHEMES, SCHEMES, LinearScheme, PerChannel, TensorScheme
+from calib.schemes import (
+    INT8,
+    KV_SCHEMES,
+    LINEAR_SCHEMES,
+    SCHEMES,
+    LinearScheme,
+    PerChannel,
+    TensorScheme,
+)
 from tests.backends.safetensors.compressed_tensors.compressed_support import artifact
 from tests.backends.safetensors.modelopt.modelopt_support import TARGET, calibrated, tensors_of
 
@@ -46,7 +54,9 @@ def _tensors(name: str) -> list[TensorScheme]:
 def test_presets_that_are_written_have_a_format(name: str) -> None:
     found = algorithm_of(LINEAR_SCHEMES[name])
     assert (None if found is None else found.name) == _ALGORITHMS.get(name)
-    assert (SafetensorsBackend().refusal(LINEAR_SCHEMES[name], TARGET) is None) == (name in _ALGORITHMS)
+    assert (SafetensorsBackend().refusal(LINEAR_SCHEMES[name], TARGET) is None) == (
+        name in _ALGORITHMS
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,10 +69,15 @@ def test_presets_that_are_written_have_a_format(name: str) -> None:
         (_linear("w4a4"), "per token for FP8"),
         (_linear("mxfp4"), "no reader knows"),
         (
-            LinearScheme(*(replace(tensor, scale_format="e8m0-floor") for tensor in _tensors("mxfp8"))),
+            LinearScheme(
+                *(replace(tensor, scale_format="e8m0-floor") for tensor in _tensors("mxfp8"))
+            ),
             "never down",
         ),
-        (replace(_linear("int4-weight-only"), weight=_linear("w4a4").weight), "in blocks of input features only"),
+        (
+            replace(_linear("int4-weight-only"), weight=_linear("w4a4").weight),
+            "in blocks of input features only",
+        ),
         (_linear("w4a8"), "FP8 inputs of one calibrated scale"),
         (replace(_linear("int8"), weight=TensorScheme(INT8, PerChannel(1))), "per output channel"),
         (_linear("int8", block_size=32), "per output channel"),
@@ -98,7 +113,10 @@ def test_what_a_reader_does_not_load_is_warned_of(scheme: LinearScheme, words: s
 
 
 def test_caches_are_float8() -> None:
-    refusals = {name: SafetensorsBackend().cache_refusal(scheme, TARGET) for name, scheme in KV_SCHEMES.items()}
+    refusals = {
+        name: SafetensorsBackend().cache_refusal(scheme, TARGET)
+        for name, scheme in KV_SCHEMES.items()
+    }
     assert {name for name, refusal in refusals.items() if refusal is None} == {"float8"}
 
 
@@ -108,7 +126,9 @@ def test_rotations_that_run_online_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["r3", "r4"])
 def test_an_artifact_with_an_online_rotation_is_not_written(kind: Any) -> None:
-    with pytest.raises(BackendError, match=f"{kind.upper()}: the format has no place for a rotation") as found:
+    with pytest.raises(
+        BackendError, match=f"{kind.upper()}: the format has no place for a rotation"
+    ) as found:
         tensors_of(artifact("llama", "int8", kinds=["r1", "r2", kind]))
     assert kind in str(found.value.hint)
 
@@ -120,8 +140,14 @@ def test_an_artifact_with_folded_rotations_is_written() -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        (("llama", "int4-weight-only", {"block_size": 48}), "blocks of 48 do not divide the 64 input features"),
-        (("llama", "int4-weight-only", {"weights": "gptq:static_groups=false"}), "order of the input features"),
+        (
+            ("llama", "int4-weight-only", {"block_size": 48}),
+            "blocks of 48 do not divide the 64 input features",
+        ),
+        (
+            ("llama", "int4-weight-only", {"weights": "gptq:static_groups=false"}),
+            "order of the input features",
+        ),
         (("llama", "float", {"kv": "float8"}), "KV cache with float linears"),
         (
             ("llama", "int8", {"overrides": {"*.q_proj": "int8-dynamic"}}),
@@ -129,7 +155,9 @@ def test_an_artifact_with_folded_rotations_is_written() -> None:
         ),
     ],
 )
-def test_what_only_the_model_shows_is_refused(case: tuple[str, str, dict[str, Any]], words: str) -> None:
+def test_what_only_the_model_shows_is_refused(
+    case: tuple[str, str, dict[str, Any]], words: str
+) -> None:
     family, scheme, controls = case
     with pytest.raises(BackendError, match=words) as found:
         tensors_of(calibrated(family, scheme, **controls).artifact)
@@ -147,7 +175,9 @@ def test_an_odd_number_of_outputs_cannot_be_packed() -> None:
 def test_experts_in_several_formats_are_refused() -> None:
     overrides = {"*.experts.down_proj.*": "int8-weight-only"}
     model = calibrated("mixtral", "float8", overrides=overrides).artifact
-    with pytest.raises(BackendError, match=r"block_sparse_moe\.experts' are quantized in several ways"):
+    with pytest.raises(
+        BackendError, match=r"block_sparse_moe\.experts' are quantized in several ways"
+    ):
         tensors_of(model)
 
 
@@ -159,22 +189,35 @@ _EXPERT = "model.layers.0.mlp.experts.{}_proj.0"
     [
         ("llama", {"model.embed_tokens": "int8-weight-only"}, "embedding"),
         ("mixtral", {_EXPERT.format("down"): "int8"}, "all experts"),
-        ("llama", {"model.layers.1.mlp.down_proj": "int4-weight-only"}, "blocks of 128 do not divide the 88"),
+        (
+            "llama",
+            {"model.layers.1.mlp.down_proj": "int4-weight-only"},
+            "blocks of 128 do not divide the 88",
+        ),
         ("llama", {"model.layers.1.mlp.down_proj": "mxfp8"}, "blocks of 32 do not divide the 88"),
     ],
 )
-def test_models_are_refused_before_calibration(family: str, linears: dict[str, str], words: str) -> None:
+def test_models_are_refused_before_calibration(
+    family: str, linears: dict[str, str], words: str
+) -> None:
     config = artifact(family, "float").config
-    reason = SafetensorsBackend().model_refusal(config, {n: LINEAR_SCHEMES[s] for n, s in linears.items()}, TARGET)
+    reason = SafetensorsBackend().model_refusal(
+        config, {n: LINEAR_SCHEMES[s] for n, s in linears.items()}, TARGET
+    )
     assert reason is not None
     assert words in reason[0]
 
 
 def test_most_models_are_not_refused() -> None:
     linears = {"model.layers.0.self_attn.q_proj": LINEAR_SCHEMES["int8"]}
-    assert SafetensorsBackend().model_refusal(artifact("llama", "float").config, linears, TARGET) is None
+    assert (
+        SafetensorsBackend().model_refusal(artifact("llama", "float").config, linears, TARGET)
+        is None
+    )
 
 
 def test_rules_are_free_of_torch() -> None:
-    code = "import sys; import backends.safetensors.modelopt.rules; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; import backends.safetensors.modelopt.rules; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -24,7 +24,10 @@ TOKENS = 12
 
 @lru_cache
 def quantized(
-    family: str, scheme: str, kinds: tuple[Kind, ...] = ("r1", "r2", "r4"), dtype: torch.dtype = torch.float32
+    family: str,
+    scheme: str,
+    kinds: tuple[Kind, ...] = ("r1", "r2", "r4"),
+    dtype: torch.dtype = torch.float32,
 ) -> QuantizedModel:
     config = wide_llama() if family == "wide" else CONFIGS[family]()
     return quantize_fused(fuse_tiny(make_tiny(config), kinds, dtype), scheme)
@@ -42,7 +45,9 @@ def with_cache(model: QuantizedModel) -> QuantizedModel:
     return replace(model, cache=QuantizedCache(KV_SCHEMES["float8"], *scales))
 
 
-def layer_values(model: QuantizedModel, layer: int, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def layer_values(
+    model: QuantizedModel, layer: int, given: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What goes into and comes out of a decoder layer of the fake-quantized model, ``[T, D]`` each.
 
     With ``given``, this goes in.
@@ -55,7 +60,9 @@ def layer_values(model: QuantizedModel, layer: int, given: Tensor | None = None)
         seen["y"] = (output[0] if isinstance(output, tuple) else output).reshape(TOKENS, -1)
 
     if given is not None:
-        network.model.layers[layer].register_forward_pre_hook(lambda module, args: (given[None], *args[1:]))
+        network.model.layers[layer].register_forward_pre_hook(
+            lambda module, args: (given[None], *args[1:])
+        )
     network.model.layers[layer].register_forward_hook(look)
     network(torch.randint(3, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(5)))
     return seen["x"], seen["y"]

@@ -1,7 +1,9 @@
-"""Runs a TensorRT network definition layer by layer in torch on the CPU: what the engine would have to compute.
+"""Runs a TensorRT network definition layer by layer in torch on the CPU: what the engine would have
+to compute.
 
-Values of constants are taken from the bundle by the name of the layer: numpy has no dtype for some. ``Quantize``
-divides in float32, rounds ties to even and saturates; ``Dequantize`` multiplies in float32 and rounds to its dtype.
+Values of constants are taken from the bundle by the name of the layer: numpy has no dtype for some.
+``Quantize`` divides in float32, rounds ties to even and saturates; ``Dequantize`` multiplies in
+float32 and rounds to its dtype.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ def run(network: Any, weights: BundleWeights, inputs: Mapping[str, Tensor]) -> T
         layer = network.get_layer(index)
         kind = layer.type.name
         layer.__class__ = getattr(weights.trt, _CLASSES[kind])
-        given = [values[layer.get_input(i).name] for i in range(layer.num_inputs) if layer.get_input(i) is not None]
+        given = [
+            values[layer.get_input(i).name]
+            for i in range(layer.num_inputs)
+            if layer.get_input(i) is not None
+        ]
         if kind == "CONSTANT":
             results = [_constant(layer, weights)]
         else:
@@ -73,7 +79,9 @@ def _scale_for(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 
 
 def _quantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
-    return round_to_format(x.float() / _scale_for(x, scale, layer.axis), _FORMATS[layer.get_output(0).dtype.name])
+    return round_to_format(
+        x.float() / _scale_for(x, scale, layer.axis), _FORMATS[layer.get_output(0).dtype.name]
+    )
 
 
 def _dequantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -81,17 +89,24 @@ def _dequantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _dynamic_quantize(layer: Any, x: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Fake-quantized values come back as values with scale one: what the two give together is all that counts."""
+    """Fake-quantized values come back as values with scale one: what the two give together is all
+    that counts.
+    """
     fmt = _FORMATS[layer.get_output(0).dtype.name]
     scheme = TensorScheme(
-        fmt, PerBlock(layer.block_size), dynamic=True, scale_format="e8m0" if second is None else "e4m3"
+        fmt,
+        PerBlock(layer.block_size),
+        dynamic=True,
+        scale_format="e8m0" if second is None else "e4m3",
     )
     values = fake_quantize_input(x.float(), scheme, second)
     return values, torch.ones(()) if second is None else 1 / second
 
 
 def _shuffle(layer: Any, x: Tensor) -> Tensor:
-    first, second = (tuple(order)[: x.dim()] for order in (layer.first_transpose, layer.second_transpose))
+    first, second = (
+        tuple(order)[: x.dim()] for order in (layer.first_transpose, layer.second_transpose)
+    )
     x = x.permute(first) if sorted(first) == list(range(x.dim())) else x
     shape = [x.shape[dim] if size == 0 else size for dim, size in enumerate(layer.reshape_dims)]
     x = x.reshape(shape)

@@ -18,7 +18,11 @@ from tests.backends.safetensors.tensorrt.bundles import quantized, with_cache, w
 
 
 def test_the_first_value_is_in_the_low_nibble() -> None:
-    assert pack(torch.tensor([[1, -1, 7], [-8, 3, 0]], dtype=torch.int8)).tolist() == [0xF1, 0x87, 0x03]
+    assert pack(torch.tensor([[1, -1, 7], [-8, 3, 0]], dtype=torch.int8)).tolist() == [
+        0xF1,
+        0x87,
+        0x03,
+    ]
     assert pack(torch.tensor([5, 15, 9], dtype=torch.uint8)).tolist() == [0xF5, 0x09]
 
 
@@ -48,7 +52,9 @@ def test_packing_reads_back(shape: tuple[int, ...], signed: bool) -> None:
         ("mixtral", "int8"),
     ],
 )
-def test_a_bundle_reads_back_to_the_last_bit(family: str, scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_bundle_reads_back_to_the_last_bit(
+    family: str, scheme: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     model = quantized(family, scheme, dtype=dtype)
     back = read_model(open_bundle(write(model, tmp_path / "b"), verify=True), TensorRTLayout())
     assert back.linears.keys() == model.linears.keys()
@@ -69,7 +75,11 @@ def assert_same(expected: object, found: object) -> None:
 def test_keys_shapes_and_dtypes(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj"
     expected = {
-        "int8": {"weight": ("int8", [64, 96]), "weight_scale": ("float16", [96]), "input_scale": ("float16", [])},
+        "int8": {
+            "weight": ("int8", [64, 96]),
+            "weight_scale": ("float16", [96]),
+            "input_scale": ("float16", []),
+        },
         "int4-weight-only": {"weight": ("uint8", [3072]), "weight_scale": ("float16", [1, 96])},
         "float8": {
             "weight": ("float8_e4m3fn", [64, 96]),
@@ -82,7 +92,10 @@ def test_keys_shapes_and_dtypes(tmp_path: Path) -> None:
             "weight_scale_2": ("float32", []),
             "input_scale": ("float32", []),
         },
-        "mxfp8": {"weight": ("float8_e4m3fn", [64, 96]), "weight_scale": ("float8_e8m0fnu", [2, 96])},
+        "mxfp8": {
+            "weight": ("float8_e4m3fn", [64, 96]),
+            "weight_scale": ("float8_e8m0fnu", [2, 96]),
+        },
     }
     for scheme, forms in expected.items():
         folder = write(quantized("wide", scheme, (), torch.float16), tmp_path / scheme)
@@ -104,18 +117,24 @@ def test_an_embedding_is_not_transposed(tmp_path: Path) -> None:
     for preset in ("int8-weight-only", "int4-weight-only"):
         scheme = LINEAR_SCHEMES[preset].weight
         grid = weight_grid(table, scheme)
-        embedding = QuantizedLinear(name, quantize(table, grid, scheme), grid.scale, scheme, None, None, None, None)
+        embedding = QuantizedLinear(
+            name, quantize(table, grid, scheme), grid.scale, scheme, None, None, None, None
+        )
         changed = replace(model, linears={name: embedding, **model.linears}, floats=floats)
         bundle = open_bundle(write(changed, tmp_path / preset))
         assert bundle.manifest.tensors[f"{name}.weight_scale"].shape[0] == 97
-        assert_same(embedding.tensors(), read_model(bundle, TensorRTLayout()).linears[name].tensors())
+        assert_same(
+            embedding.tensors(), read_model(bundle, TensorRTLayout()).linears[name].tensors()
+        )
 
 
 def test_a_cache_and_act_order_read_back(tmp_path: Path) -> None:
     model = with_cache(quantized("wide", "int4-weight-only", ("r3",)))
     name = "model.layers.0.self_attn.q_proj"
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    changed = replace(model, linears={**model.linears, name: replace(model.linears[name], weight_order=order)})
+    changed = replace(
+        model, linears={**model.linears, name: replace(model.linears[name], weight_order=order)}
+    )
     bundle = open_bundle(write(changed, tmp_path / "b"))
     cache = read_cache(bundle, TensorRTLayout())
     assert cache == changed.cache
@@ -129,7 +148,9 @@ def test_a_cache_and_act_order_read_back(tmp_path: Path) -> None:
 def test_a_model_that_is_not_quantized_has_a_bundle(tmp_path: Path) -> None:
     model = quantized("llama", "int8", ())
     floats = {f"{name}.weight": linear.values() for name, linear in model.linears.items()}
-    plain = replace(model, scheme=scheme_named("float"), linears={}, floats={**model.floats, **floats})
+    plain = replace(
+        model, scheme=scheme_named("float"), linears={}, floats={**model.floats, **floats}
+    )
     back = read_model(open_bundle(write(plain, tmp_path / "b")), TensorRTLayout())
     assert not back.linears
     assert_same(plain.floats, back.floats)

@@ -1,4 +1,6 @@
-"""Bundles in networks of TensorRT's Python API: they build ahead of time, and compute the fake-quantized model."""
+"""Bundles in networks of TensorRT's Python API: they build ahead of time, and compute the
+fake-quantized model.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,22 @@ import torch
 
 from backends.base import RuntimeMissing
 from backends.safetensors.tensorrt.example_llama_block import add_block, build_block, run_block
-from backends.safetensors.tensorrt.loader import BundleWeights, fill_network, open_weights, refit_engine
+from backends.safetensors.tensorrt.loader import (
+    BundleWeights,
+    fill_network,
+    open_weights,
+    refit_engine,
+)
 from backends.safetensors.tensorrt.network import NetworkBuilder
 from calib.architectures import Kind
 from calib.errors import BackendError
-from tests.backends.safetensors.tensorrt.bundles import TOKENS, layer_values, quantized, with_cache, write
+from tests.backends.safetensors.tensorrt.bundles import (
+    TOKENS,
+    layer_values,
+    quantized,
+    with_cache,
+    write,
+)
 from tests.backends.safetensors.tensorrt.interpreter import run
 from tests.tiny import relative_l2
 from tests.tolerances import FLIPS, LINEAR, WEIGHT_ONLY
@@ -50,7 +63,13 @@ def network(trt: Any) -> Any:
 
 @pytest.mark.parametrize(("family", "scheme", "kinds", "gpu"), CASES)
 def test_a_block_computes_the_fake_quantized_layer(
-    family: str, scheme: str, kinds: tuple[Kind, ...], gpu: str, trt: Any, network: Any, tmp_path: Path
+    family: str,
+    scheme: str,
+    kinds: tuple[Kind, ...],
+    gpu: str,
+    trt: Any,
+    network: Any,
+    tmp_path: Path,
 ) -> None:
     model = quantized(family, scheme, kinds)
     weights = open_weights(write(model, tmp_path / "b"), trt)
@@ -60,7 +79,10 @@ def test_a_block_computes_the_fake_quantized_layer(
     if scheme.endswith("weight-only"):
         assert error <= WEIGHT_ONLY
     else:  # FLIPS alone would not notice inputs that stay in float
-        floats = {name: replace(linear, input_scheme=None, input_scale=None) for name, linear in model.linears.items()}
+        floats = {
+            name: replace(linear, input_scheme=None, input_scale=None)
+            for name, linear in model.linears.items()
+        }
         rounding = relative_l2(layer_values(replace(model, linears=floats), 1, x)[1], y)
         assert error <= min(FLIPS, 0.5 * rounding)
     del kept
@@ -93,7 +115,9 @@ def test_what_the_example_does_not_build(trt: Any, tmp_path: Path) -> None:
         build_block(write(model, tmp_path / "llama"), layer=2, tokens=TOKENS, trt=trt)
 
 
-def test_experts_share_the_rotation_of_their_parameter(trt: Any, network: Any, tmp_path: Path) -> None:
+def test_experts_share_the_rotation_of_their_parameter(
+    trt: Any, network: Any, tmp_path: Path
+) -> None:
     model = quantized("mixtral", "int8-weight-only", ROTATED)
     weights = open_weights(write(model, tmp_path / "b"), trt)
     name = "model.layers.1.mlp.experts.down_proj.2"
@@ -106,8 +130,12 @@ def test_experts_share_the_rotation_of_their_parameter(trt: Any, network: Any, t
     assert relative_l2(run(network, weights, {"x": x}), expected) <= LINEAR
 
 
-def test_heads_are_rotated_where_their_cache_is_quantized(trt: Any, network: Any, tmp_path: Path) -> None:
-    """Scales of the cache are those of rotated keys. The inputs of projections are not rotated by what is theirs."""
+def test_heads_are_rotated_where_their_cache_is_quantized(
+    trt: Any, network: Any, tmp_path: Path
+) -> None:
+    """Scales of the cache are those of rotated keys. The inputs of projections are not rotated by
+    what is theirs.
+    """
     model = with_cache(quantized("llama", "int8-weight-only", ("r3",)))
     weights = open_weights(write(model, tmp_path / "b"), trt)
     net = NetworkBuilder(network, weights)
@@ -134,7 +162,9 @@ def test_running_needs_a_gpu(trt: Any) -> None:
 
 @pytest.fixture
 def weights(trt: Any, tmp_path: Path) -> BundleWeights:
-    return open_weights(write(quantized("wide", "int4-weight-only", (), torch.float16), tmp_path / "b"), trt)
+    return open_weights(
+        write(quantized("wide", "int4-weight-only", (), torch.float16), tmp_path / "b"), trt
+    )
 
 
 def placeholders(network: Any, weights: BundleWeights, **changes: Any) -> None:
@@ -166,7 +196,9 @@ def test_a_network_is_filled_by_name(trt: Any, network: Any, weights: BundleWeig
     assert torch.tensor(layers["mask"].weights).tolist() == [1.0] * 4
 
 
-def test_what_does_not_fit_a_network_is_named_at_once(trt: Any, network: Any, weights: BundleWeights) -> None:
+def test_what_does_not_fit_a_network_is_named_at_once(
+    trt: Any, network: Any, weights: BundleWeights
+) -> None:
     up = "model.layers.0.mlp.up_proj"
     placeholders(
         network,
@@ -207,7 +239,9 @@ def test_scales_for_qdq_layers(trt: Any, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "scheme", "kinds", "gpu"), CASES)
-def test_a_block_runs(family: str, scheme: str, kinds: tuple[Kind, ...], gpu: str, trt: Any, tmp_path: Path) -> None:
+def test_a_block_runs(
+    family: str, scheme: str, kinds: tuple[Kind, ...], gpu: str, trt: Any, tmp_path: Path
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     major, minor = torch.cuda.get_device_capability()

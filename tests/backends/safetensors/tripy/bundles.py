@@ -20,7 +20,10 @@ from tests.tiny import CONFIGS, VOCABULARY, fuse_tiny, make_tiny, quantize_fused
 
 @lru_cache
 def quantized(
-    family: str, scheme: str, kinds: tuple[Kind, ...] = ("r1", "r2", "r4"), dtype: torch.dtype = torch.float32
+    family: str,
+    scheme: str,
+    kinds: tuple[Kind, ...] = ("r1", "r2", "r4"),
+    dtype: torch.dtype = torch.float32,
 ) -> QuantizedModel:
     return quantize_fused(fuse_tiny(make_tiny(CONFIGS[family]()), kinds, dtype), scheme)
 

@@ -1,7 +1,8 @@
-"""Runs what Tripy traced, op by op, in torch on the CPU: the numbers that its compiler would have to give.
+"""Runs what Tripy traced, op by op, in torch on the CPU: the numbers that its compiler would have
+to give.
 
-Dtypes are the trace's own. ``quantize`` divides in float32, rounds ties to even and saturates; ``dequantize``
-multiplies in float32 and rounds to its dtype: TensorRT's definition of both layers.
+Dtypes are the trace's own. ``quantize`` divides in float32, rounds ties to even and saturates;
+``dequantize`` multiplies in float32 and rounds to its dtype: TensorRT's definition of both layers.
 """
 
 from __future__ import annotations

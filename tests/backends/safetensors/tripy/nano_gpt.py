@@ -1,5 +1,5 @@
-"""A GPT-2 as NVIDIA's nanoGPT example for Tripy builds it: ``tp.Linear`` by quantization mode, norms in float32, and a
-causal mask that the attention module makes itself. It imports nvtripy."""
+"""A GPT-2 as NVIDIA's nanoGPT example for Tripy builds it: ``tp.Linear`` by quantization mode,
+norms in float32, and a causal mask that the attention module makes itself. It imports nvtripy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ class Sizes:
     mode: str | None = None
 
 
-def linear(sizes: Sizes, inputs: int, outputs: int, *, bias: bool = True, quantized: bool = True) -> Any:
+def linear(
+    sizes: Sizes, inputs: int, outputs: int, *, bias: bool = True, quantized: bool = True
+) -> Any:
     modes: dict[str | None, dict[str, Any]] = {
         None: {},
         "int8-weight-only": {"quant_dtype": tp.int8, "weight_quant_dim": 0},
         "int4-weight-only": {"quant_dtype": tp.int4, "weight_quant_dim": None},
         "float8": {"quant_dtype": tp.float8, "weight_quant_dim": None},
     }
-    return tp.Linear(inputs, outputs, bias=bias, dtype=sizes.dtype, **modes[sizes.mode if quantized else None])
+    return tp.Linear(
+        inputs, outputs, bias=bias, dtype=sizes.dtype, **modes[sizes.mode if quantized else None]
+    )
 
 
 class Attention(tp.Module):
@@ -44,7 +48,9 @@ class Attention(tp.Module):
         batch, tokens = x.shape[0], x.shape[1]
         heads, width = self.sizes.heads, self.sizes.width // self.sizes.heads
         parts = tp.split(self.c_attn(x), 3, dim=2)
-        query, key, value = (tp.transpose(tp.reshape(p, (batch, tokens, heads, width)), 1, 2) for p in parts)
+        query, key, value = (
+            tp.transpose(tp.reshape(p, (batch, tokens, heads, width)), 1, 2) for p in parts
+        )
         scores = (query @ tp.transpose(key, -2, -1)) * width**-0.5
         scores = tp.masked_fill(scores, self.bias[:, :, :tokens, :tokens] == 0.0, float("-inf"))
         mixed = tp.transpose(tp.softmax(scores, dim=-1) @ value, 1, 2)
@@ -95,7 +101,9 @@ class GPT(tp.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.transformer = Transformer(sizes)
-        self.lm_head = linear(sizes, sizes.width, sizes.vocabulary, bias=False, quantized=sizes.mode == "float8")
+        self.lm_head = linear(
+            sizes, sizes.width, sizes.vocabulary, bias=False, quantized=sizes.mode == "float8"
+        )
 
     def forward(self, ids: Any) -> Any:
         return self.lm_head(self.transformer(ids))

@@ -1,8 +1,9 @@
 """Stand-ins for the native modules of Tripy, so that its real front end runs where there is no GPU.
 
-``nvtripy`` imports ``tensorrt`` and ``mlir_tensorrt``, whose wheels need NVIDIA's index and a GPU. Its front end
-(modules, state dicts, checks of dtype, rank and shape, tracing) is Python and asks them for names of dtypes and for
-memory. Here memory is a torch tensor. Nothing can be compiled; the interpreter beside this module runs traces.
+``nvtripy`` imports ``tensorrt`` and ``mlir_tensorrt``, whose wheels need NVIDIA's index and a GPU.
+Its front end (modules, state dicts, checks of dtype, rank and shape, tracing) is Python and asks
+them for names of dtypes and for memory. Here memory is a torch tensor. Nothing can be compiled; the
+interpreter beside this module runs traces.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class MemRefValue:
     def __init__(self, data: Tensor) -> None:
         self.data = data
         self.shape = list(data.shape)
-        self.dtype = ScalarTypeCode[next(name for name, dtype in DTYPES.items() if dtype == data.dtype)]
+        self.dtype = ScalarTypeCode[
+            next(name for name, dtype in DTYPES.items() if dtype == data.dtype)
+        ]
         self.address_space = PointerType.host
 
     def __dlpack__(self, **_: Any) -> Any:
@@ -83,13 +86,15 @@ class RuntimeClient:
         values = torch.zeros(shape) if array is None else torch.tensor(list(array)).reshape(shape)
         return MemRefValue(values.to(DTYPES[dtype.name]))
 
-    def create_memref_view_from_dlpack(self, capsule: Any, *, assert_canonical_strides: bool) -> MemRefValue:
+    def create_memref_view_from_dlpack(
+        self, capsule: Any, *, assert_canonical_strides: bool
+    ) -> MemRefValue:
         data = dlpack.from_dlpack(capsule)
         if assert_canonical_strides and not data.is_contiguous():
             wanted = list(torch.empty(data.shape, device="meta").stride())
             raise MTRTException(
-                f"Given strides {list(data.stride())} do not match canonical strides {wanted} for shape "
-                f"{list(data.shape)}"
+                f"Given strides {list(data.stride())} do not match canonical strides {wanted} for"
+                f" shape {list(data.shape)}"
             )
         return MemRefValue(data)
 
@@ -104,7 +109,9 @@ class _StandIn(ModuleType):
 
 
 def _record_less() -> None:
-    """Tripy records the call stack of every operation, and looks up columns in every frame: most of a test's time."""
+    """Tripy records the call stack of every operation, and looks up columns in every frame: most of
+    a test's time.
+    """
     module = import_module("nvtripy.utils.stack_info")
 
     def get_stack_info(include_code_index: int | None = None) -> Any:
@@ -147,9 +154,12 @@ def tripy() -> Iterator[ModuleType]:
     try:
         nvtripy = import_module("nvtripy")
         _record_less()
-        del sys.modules["tensorrt"]  # it is only needed until here, and torch looks whether it is installed
+        # it is only needed until here, and torch looks whether it is installed
+        del sys.modules["tensorrt"]
         yield nvtripy
     finally:
         for name in list(sys.modules):
-            if name.split(".")[0] in ("tensorrt", "mlir_tensorrt", "nvtripy") or name.startswith(_MODULES):
+            if name.split(".")[0] in ("tensorrt", "mlir_tensorrt", "nvtripy") or name.startswith(
+                _MODULES
+            ):
                 del sys.modules[name]

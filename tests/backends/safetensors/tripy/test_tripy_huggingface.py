@@ -34,7 +34,13 @@ WIDTH = 128
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_head=4, n_layer=1, n_positions=64, bos_token_id=0, eos_token_id=1
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_head=4,
+        n_layer=1,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     return write_checkpoint(tmp_path_factory.mktemp("gpt2") / "model", config)
 
@@ -42,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"{TEXT} {number} {TEXT}" for number in range(40)), encoding="utf-8")
+    path.write_text(
+        "\n\n".join(f"{TEXT} {number} {TEXT}" for number in range(40)), encoding="utf-8"
+    )
     return path
 
 
@@ -61,11 +69,15 @@ def fake_quantized(folder: Path, mode: str, text: Path) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["int8-weight-only", "int4-weight-only", "float8"])
-def test_a_module_computes_what_modelopt_calibrated(mode: str, tp: Any, run: Run, folder: Path, text: Path) -> None:
+def test_a_module_computes_what_modelopt_calibrated(
+    mode: str, tp: Any, run: Run, folder: Path, text: Path
+) -> None:
     build = import_module("backends.safetensors.tripy.modules.build")
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
     module = build.module_for_config(config, tp.float32, mode)
-    filled = backends.load_quant_weights_from_hf(module, str(folder), tp.float32, mode, dataset_name=str(text), **ROWS)
+    filled = backends.load_quant_weights_from_hf(
+        module, str(folder), tp.float32, mode, dataset_name=str(text), **ROWS
+    )
     assert filled is module
 
     expected = fake_quantized(folder, mode, text)
@@ -74,11 +86,15 @@ def test_a_module_computes_what_modelopt_calibrated(mode: str, tp: Any, run: Run
     assert error <= (WEIGHT_ONLY if mode.endswith("weight-only") else FLIPS)
 
 
-def test_nvidias_example_with_its_quantized_head(tp: Any, run: Run, folder: Path, text: Path) -> None:
+def test_nvidias_example_with_its_quantized_head(
+    tp: Any, run: Run, folder: Path, text: Path
+) -> None:
     """In float8 mode the example quantizes the head; what is quantized follows the module."""
     nano = example()
     module = nano.GPT(nano.Sizes(vocabulary=VOCABULARY, width=WIDTH, layers=1, mode="float8"))
-    backends.load_quant_weights_from_hf(module, str(folder), tp.float32, "float8", dataset_name=str(text), **ROWS)
+    backends.load_quant_weights_from_hf(
+        module, str(folder), tp.float32, "float8", dataset_name=str(text), **ROWS
+    )
     assert module.state_dict()["lm_head.input_scale"].shape == ()
     config = transformers.AutoConfig.from_pretrained(folder)
     config.activation_function = "gelu"  # the example's
@@ -103,7 +119,11 @@ def test_a_module_that_does_not_fit_stays_as_it_was(tp: Any, folder: Path, tmp_p
         ("int3", "float32", "unknown scheme 'int3'"),
         ("nvfp4", "float32", "cannot express nvfp4"),
         ("float", "float32", "quantizes nothing"),
-        ("float8", "float32", r"has float8 weights: quantized otherwise are transformer\.h\.\{0-1\}\.attn\.c_attn"),
+        (
+            "float8",
+            "float32",
+            r"has float8 weights: quantized otherwise are transformer\.h\.\{0-1\}\.attn\.c_attn",
+        ),
         ("int8-weight-only", "int8", "cannot be 'int8'"),
         ("int8-weight-only", "float32", "nowhere"),
     ],
@@ -114,7 +134,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_read(
     nano = example()
     module = nano.GPT(nano.Sizes(mode="int8-weight-only"))
     with pytest.raises(RotqError, match=reason) as caught:
-        backends.load_quant_weights_from_hf(module, str(tmp_path / "nowhere"), getattr(tp, dtype), mode)
+        backends.load_quant_weights_from_hf(
+            module, str(tmp_path / "nowhere"), getattr(tp, dtype), mode
+        )
     assert caught.value.hint
 
 
@@ -129,8 +151,12 @@ def test_a_model_that_cannot_be_reached(tp: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     nano = example()
     module = nano.GPT(nano.Sizes(mode="int8-weight-only"))
-    with pytest.raises(CheckpointError, match="the config of nobody/nothing cannot be read") as caught:
-        backends.load_quant_weights_from_hf(module, "nobody/nothing", tp.float32, "int8-weight-only")
+    with pytest.raises(
+        CheckpointError, match="the config of nobody/nothing cannot be read"
+    ) as caught:
+        backends.load_quant_weights_from_hf(
+            module, "nobody/nothing", tp.float32, "int8-weight-only"
+        )
     assert "hub id" in str(caught.value.hint)
 
 

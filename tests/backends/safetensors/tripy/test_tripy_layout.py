@@ -1,4 +1,6 @@
-"""The bundle's numbers: a Tripy linear quantizes the float weight it holds and must meet the artifact's integers."""
+"""The bundle's numbers: a Tripy linear quantizes the float weight it holds and must meet the
+artifact's integers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.grids import Grid, dequantize, quantize
 from calib.rounding import decode
-from calib.schemes import FLOAT8, INT4, INT8, LINEAR_SCHEMES, PerBlock, PerChannel, PerTensor, TensorScheme
+from calib.schemes import (
+    FLOAT8,
+    INT4,
+    INT8,
+    LINEAR_SCHEMES,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    TensorScheme,
+)
 from tests.backends.safetensors.tripy.bundles import quantized, write
 from tests.tiny import CONFIGS
 
@@ -25,13 +36,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CODES = {
     "int8": torch.arange(-128, 128).to(torch.int8),
     "int4": torch.arange(-8, 8).to(torch.int8),
-    "float8_e4m3": torch.tensor(sorted(set(range(256)) - {0x7F, 0xFF}), dtype=torch.uint8).view(torch.float8_e4m3fn),
+    "float8_e4m3": torch.tensor(sorted(set(range(256)) - {0x7F, 0xFF}), dtype=torch.uint8).view(
+        torch.float8_e4m3fn
+    ),
 }
 FORMATS = {fmt.name: fmt for fmt in (INT8, INT4, FLOAT8)}
 
 
 def scales(dtype: torch.dtype) -> Tensor:
-    """Every mantissa of 16-bit dtypes (a sample of float32's) in a few binades, and the smallest scales there are."""
+    """Every mantissa of 16-bit dtypes (a sample of float32's) in a few binades, and the smallest
+    scales there are.
+    """
     if dtype is torch.float32:
         mantissas = 1 + torch.rand(4096, generator=torch.Generator().manual_seed(0))
     else:
@@ -43,7 +58,9 @@ def scales(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CODES)
-def test_every_product_of_a_code_and_a_scale_quantizes_to_that_code(name: str, dtype: torch.dtype) -> None:
+def test_every_product_of_a_code_and_a_scale_quantizes_to_that_code(
+    name: str, dtype: torch.dtype
+) -> None:
     scheme = TensorScheme(FORMATS[name], PerChannel(0))
     scale = scales(dtype)
     codes = CODES[name].expand(len(scale), -1)
@@ -59,7 +76,9 @@ def test_every_product_of_a_code_and_a_scale_quantizes_to_that_code(name: str, d
 
 
 def test_the_quotient_has_to_be_float32_for_int8_in_bfloat16() -> None:
-    """Why the layout's docstring asks for it: in bfloat16 the quotient of 127 may be 126.5, which rounds to 126."""
+    """Why the layout's docstring asks for it: in bfloat16 the quotient of 127 may be 126.5, which
+    rounds to 126.
+    """
     scale = scales(torch.bfloat16)
     codes = CODES["int8"].float()[None, :]
     products = (codes * scale.float()[:, None]).to(torch.bfloat16)
@@ -67,7 +86,9 @@ def test_the_quotient_has_to_be_float32_for_int8_in_bfloat16() -> None:
     assert not torch.equal(narrow, codes.expand_as(narrow))
 
 
-@pytest.mark.parametrize(("width", "size"), [(48, 128), (88, 128), (704, 128), (256, 128), (96, 64), (24, 16)])
+@pytest.mark.parametrize(
+    ("width", "size"), [(48, 128), (88, 128), (704, 128), (256, 128), (96, 64), (24, 16)]
+)
 def test_blocks_that_do_not_divide_are_split_without_a_change(width: int, size: int) -> None:
     scheme = TensorScheme(INT4, PerBlock(size))
     generator = torch.Generator().manual_seed(width)
@@ -79,14 +100,19 @@ def test_blocks_that_do_not_divide_are_split_without_a_change(width: int, size: 
     assert width % block == 0
     assert even.shape == (5, width // block)
     assert torch.equal(
-        dequantize(codes, Grid(even), TensorScheme(INT4, PerBlock(block))), dequantize(codes, Grid(scale), scheme)
+        dequantize(codes, Grid(even), TensorScheme(INT4, PerBlock(block))),
+        dequantize(codes, Grid(scale), scheme),
     )
     assert torch.equal(original_scales(even, width, size), scale)
 
 
 @pytest.mark.parametrize(
     ("width", "preset", "advice"),
-    [(45, "int4-weight-only", "--block-size"), (88, "mxfp8", "in float"), (24, "nvfp4", "in float")],
+    [
+        (45, "int4-weight-only", "--block-size"),
+        (88, "mxfp8", "in float"),
+        (24, "nvfp4", "in float"),
+    ],
 )
 def test_blocks_that_no_runtime_has_are_refused(width: int, preset: str, advice: str) -> None:
     with pytest.raises(BackendError, match=rf"the {width} input features of 'a\.linear'") as caught:
@@ -105,7 +131,9 @@ def test_blocks_that_no_runtime_has_are_refused(width: int, preset: str, advice:
         ("mistral", "float8"),
     ],
 )
-def test_a_bundle_reads_back_to_the_last_bit(family: str, scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_bundle_reads_back_to_the_last_bit(
+    family: str, scheme: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     model = quantized(family, scheme, dtype=dtype)
     back = read_model(open_bundle(write(model, tmp_path / "b"), verify=True), TripyLayout())
     assert back.linears.keys() == model.linears.keys()
@@ -124,18 +152,32 @@ def same(a: object, b: object) -> bool:
 
 def test_keys_shapes_and_dtypes_are_those_of_the_modules(tmp_path: Path) -> None:
     forms = {
-        scheme: open_bundle(write(quantized("gpt2", scheme, (), torch.float16), tmp_path / scheme)).manifest.tensors
+        scheme: open_bundle(
+            write(quantized("gpt2", scheme, (), torch.float16), tmp_path / scheme)
+        ).manifest.tensors
         for scheme in ("int8-weight-only", "int4-weight-only", "float8")
     }
     shapes = {
-        scheme: {key: (entry.dtype, entry.shape) for key, entry in found.items() if ".h.0.mlp.c_fc." in key}
+        scheme: {
+            key: (entry.dtype, entry.shape)
+            for key, entry in found.items()
+            if ".h.0.mlp.c_fc." in key
+        }
         for scheme, found in forms.items()
     }
     name, half = "transformer.h.0.mlp.c_fc", "float16"
     bias = {f"{name}.bias": (half, [192])}
     assert shapes == {
-        "int8-weight-only": {f"{name}.weight": (half, [192, 48]), f"{name}.weight_scale": (half, [192]), **bias},
-        "int4-weight-only": {f"{name}.weight": (half, [48, 192]), f"{name}.weight_scale": (half, [3, 192]), **bias},
+        "int8-weight-only": {
+            f"{name}.weight": (half, [192, 48]),
+            f"{name}.weight_scale": (half, [192]),
+            **bias,
+        },
+        "int4-weight-only": {
+            f"{name}.weight": (half, [48, 192]),
+            f"{name}.weight_scale": (half, [3, 192]),
+            **bias,
+        },
         "float8": {
             f"{name}.weight": (half, [192, 48]),
             f"{name}.weight_scale": (half, []),
@@ -171,7 +213,9 @@ def test_act_order_reads_back(tmp_path: Path) -> None:
 
 
 def reordered(model: QuantizedModel, name: str, order: Tensor) -> QuantizedModel:
-    return replace(model, linears={**model.linears, name: replace(model.linears[name], weight_order=order)})
+    return replace(
+        model, linears={**model.linears, name: replace(model.linears[name], weight_order=order)}
+    )
 
 
 def test_a_weight_that_overflows_is_refused(tmp_path: Path) -> None:
@@ -198,7 +242,9 @@ def test_models_without_a_module_are_refused() -> None:
     varying.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "rotary" in str(layout.model_refusal(varying.to_dict(), {}))
     embedding = {"model.embed_tokens": LINEAR_SCHEMES["int8-weight-only"]}
-    assert "model.embed_tokens" in str(layout.model_refusal(CONFIGS["llama"]().to_dict(), embedding))
+    assert "model.embed_tokens" in str(
+        layout.model_refusal(CONFIGS["llama"]().to_dict(), embedding)
+    )
 
 
 def test_one_scale_for_a_tensor_has_rank_zero() -> None:

@@ -1,4 +1,6 @@
-"""What does not fit is said at once, all of it, and the module that was to be filled is as it was."""
+"""What does not fit is said at once, all of it, and the module that was to be filled is as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def copied(written: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def module(tp: Any, written: Path) -> Any:
-    """A filled module, so that a parameter that is lost would be seen. It serves all tests: none may change it."""
+    """A filled module, so that a parameter that is lost would be seen. It serves all tests: none
+    may change it.
+    """
     build = import_module("backends.safetensors.tripy.modules.build")
     return backends.load_bundle(build.module_for_bundle(written), written)
 
@@ -86,7 +90,9 @@ def test_a_version_from_the_future(module: Any, copied: Path) -> None:
 
 def test_a_bundle_for_another_target(module: Any, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
-    write_bundle(quantized("llama", SCHEME, ()), TensorRTLayout(), tmp_path / "b", WriteOptions("tensorrt"))
+    write_bundle(
+        quantized("llama", SCHEME, ()), TensorRTLayout(), tmp_path / "b", WriteOptions("tensorrt")
+    )
     message = refused(module, lambda: backends.load_bundle(module, tmp_path / "b"))
     assert "written for target 'tensorrt'" in message
 
@@ -114,14 +120,18 @@ def test_a_bundle_for_another_size(module: Any, tmp_path: Path) -> None:
 
 def test_a_bundle_in_another_dtype(module: Any, tmp_path: Path) -> None:
     folder = write(quantized("llama", SCHEME, (), torch.float16), tmp_path / "b")
-    assert "dtype float16 instead of float32" in refused(module, lambda: backends.load_bundle(module, folder))
+    assert "dtype float16 instead of float32" in refused(
+        module, lambda: backends.load_bundle(module, folder)
+    )
 
 
 def test_another_quantization_that_shapes_do_not_show(tp: Any, tmp_path: Path) -> None:
     build = import_module("backends.safetensors.tripy.modules.build")
     folder = write(quantized("qwen2", "int8", ()), tmp_path / "b")
     module = build.module_for_bundle(folder)
-    module.model.layers[1].mlp.up_proj = tp.Linear(48, 88, bias=False, quant_dtype=tp.float8, weight_quant_dim=0)
+    module.model.layers[1].mlp.up_proj = tp.Linear(
+        48, 88, bias=False, quant_dtype=tp.float8, weight_quant_dim=0
+    )
     message = refused(module, lambda: backends.load_bundle(module, folder))
     assert message.endswith("quantized as float8 instead of int8: model.layers.1.mlp.up_proj")
 
@@ -163,12 +173,16 @@ def test_a_static_input_needs_its_scale(tp: Any, tmp_path: Path) -> None:
     del tensors[f"{UP}.input_scale"]
     described = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["linears"]
     module = build.module_for_bundle(folder)
-    assert f"missing: {UP}.input_scale" in refused(module, lambda: fill(module, tensors, described, "this"))
+    assert f"missing: {UP}.input_scale" in refused(
+        module, lambda: fill(module, tensors, described, "this")
+    )
 
 
 def test_a_damaged_manifest_is_not_believed(module: Any, copied: Path) -> None:
     edit_manifest(copied, lambda values: values["tensors"].pop("model.norm.weight"))
-    assert "unexpected: model.norm.weight" in refused(module, lambda: backends.load_bundle(module, copied))
+    assert "unexpected: model.norm.weight" in refused(
+        module, lambda: backends.load_bundle(module, copied)
+    )
 
 
 def test_a_key_that_the_file_lost(module: Any, copied: Path) -> None:

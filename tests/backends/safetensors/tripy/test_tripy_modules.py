@@ -1,4 +1,6 @@
-"""Bundles in Tripy modules through its real front end: its keys, its checks, its traces, and the numbers of these."""
+"""Bundles in Tripy modules through its real front end: its keys, its checks, its traces, and the
+numbers of these.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_a_filled_module_computes_the_fake_quantized_model(
     if scheme.endswith("weight-only"):
         assert error <= WEIGHT_ONLY
     else:  # FLIPS alone would not notice inputs that stay in float
-        assert error <= min(FLIPS, 0.5 * relative_l2(reference_logits(with_float_inputs(model), ids), expected))
+        assert error <= min(
+            FLIPS, 0.5 * relative_l2(reference_logits(with_float_inputs(model), ids), expected)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -77,7 +81,9 @@ def test_sixteen_bits(dtype: torch.dtype, build: Any, run: Run, tmp_path: Path) 
 
 def test_act_order_is_undone_by_a_gather(build: Any, run: Run, tmp_path: Path) -> None:
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
-    model = reordered(quantized("llama", "int4-weight-only", ()), "model.layers.0.self_attn.q_proj", order)
+    model = reordered(
+        quantized("llama", "int4-weight-only", ()), "model.layers.0.self_attn.q_proj", order
+    )
     folder = write(model, tmp_path / "b")
     module = backends.load_bundle(build.module_for_bundle(folder), folder)
     ids = token_ids()
@@ -85,9 +91,13 @@ def test_act_order_is_undone_by_a_gather(build: Any, run: Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("mode", ["int8-weight-only", "int4-weight-only", "float8", "w4a8"])
-def test_a_module_from_a_config_takes_a_bundle_of_that_scheme(mode: str, build: Any, tp: Any, tmp_path: Path) -> None:
+def test_a_module_from_a_config_takes_a_bundle_of_that_scheme(
+    mode: str, build: Any, tp: Any, tmp_path: Path
+) -> None:
     folder = write(quantized("qwen2", mode, ()), tmp_path / "b")
-    backends.load_bundle(build.module_for_config(CONFIGS["qwen2"]().to_dict(), tp.float32, mode), folder)
+    backends.load_bundle(
+        build.module_for_config(CONFIGS["qwen2"]().to_dict(), tp.float32, mode), folder
+    )
 
 
 def test_modules_that_do_not_exist(build: Any, tp: Any) -> None:
@@ -102,8 +112,12 @@ def test_modules_that_do_not_exist(build: Any, tp: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["int8-weight-only", "float8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_keys_fit_nvidias_example(mode: str, dtype: torch.dtype, tp: Any, run: Run, tmp_path: Path) -> None:
-    """With float8 the example also quantizes the head, so its bundle is exported with that override."""
+def test_the_keys_fit_nvidias_example(
+    mode: str, dtype: torch.dtype, tp: Any, run: Run, tmp_path: Path
+) -> None:
+    """With float8 the example also quantizes the head, so its bundle is exported with that
+    override.
+    """
     nano = example()
     name = str(dtype).removeprefix("torch.")
     model = quantized("gpt2", mode, ("r1", "r2"), dtype)
@@ -115,7 +129,8 @@ def test_the_keys_fit_nvidias_example(mode: str, dtype: torch.dtype, tp: Any, ru
     backends.load_bundle(module, write(model, tmp_path / "b"))
 
     assert [block.attn.bias for block in module.transformer.h] == masks
-    if dtype is torch.float32:  # a fixed bound holds there; it has GELU by the error function, not GPT-2's tanh formula
+    # a fixed bound holds there; it has GELU by the error function, not GPT-2's tanh formula
+    if dtype is torch.float32:
         same = replace(model, config={**model.config, "activation_function": "gelu"})
         ids = token_ids()
         bound = WEIGHT_ONLY if mode == "int8-weight-only" else FLIPS
@@ -126,14 +141,22 @@ def test_nvidias_int4_module_is_refused_by_name(tp: Any, tmp_path: Path) -> None
     nano = example()
     module = nano.GPT(nano.Sizes(mode="int4-weight-only"))
     folder = write(quantized("gpt2", "int4-weight-only", ()), tmp_path / "b")
-    with pytest.raises(BackendError, match=r"use BlockLinear: transformer\.h\.\{0-1\}\.attn\.c_attn"):
+    with pytest.raises(
+        BackendError, match=r"use BlockLinear: transformer\.h\.\{0-1\}\.attn\.c_attn"
+    ):
         backends.load_bundle(module, folder)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "scheme", "kinds"), CASES)
 def test_compiled(
-    family: str, scheme: str, kinds: tuple[Kind, ...], build: Any, tp: Any, compiles: bool, tmp_path: Path
+    family: str,
+    scheme: str,
+    kinds: tuple[Kind, ...],
+    build: Any,
+    tp: Any,
+    compiles: bool,
+    tmp_path: Path,
 ) -> None:
     if not compiles:
         pytest.skip("needs a CUDA device, and mlir_tensorrt from NVIDIA's index")
@@ -154,12 +177,17 @@ def example() -> Any:
 
 
 def with_float_inputs(model: QuantizedModel) -> QuantizedModel:
-    linears = {name: replace(linear, input_scheme=None, input_scale=None) for name, linear in model.linears.items()}
+    linears = {
+        name: replace(linear, input_scheme=None, input_scale=None)
+        for name, linear in model.linears.items()
+    }
     return replace(model, linears=linears)
 
 
 def with_head(model: Any) -> Any:
-    """``model`` with its float output head quantized as its other linears are, on inputs of up to 4."""
+    """``model`` with its float output head quantized as its other linears are, on inputs of up to
+    4.
+    """
     like = next(iter(model.linears.values()))
     weight = model.floats["lm_head.weight"]
     grid = weight_grid(weight, like.weight_scheme, model.dtype)
