@@ -1,8 +1,8 @@
 """Running in torch what a written folder holds, for backends without a runtime on this machine.
 
-It is the reference of :mod:`calib.reference` over the model as *read back*, so it shows whether
-keys, packing, transposes and scales come back as they went in. What the target's own kernels make
-of them it cannot show.
+It is the reference of :mod:`calib.measure.reference` over the model as *read back*, so it shows
+whether keys, packing, transposes and scales come back as they went in. What the target's own
+kernels make of them it cannot show.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.artifact import QuantizedModel
-from calib.reference import ReferenceLinear, build_reference
+from calib.measure.reference import ReferenceLinear, build_reference
 
 
 class TorchModel:

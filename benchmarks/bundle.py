@@ -39,11 +39,11 @@ from torch import Tensor
 from backends.base import WriteOptions
 from backends.safetensors.backend import SafetensorsBackend
 from calib.architectures import architecture_for
-from calib.artifact import Provenance, QuantizedLinear, QuantizedModel
-from calib.grids import quantize, weight_grid
+from calib.arithmetic.grids import quantize, weight_grid
+from calib.artifact import Provenance, QuantizedLinear, QuantizedModel, load_artifact, save_artifact
+from calib.network.skeleton import build_on_meta, portable_config
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import SCHEMES, LinearScheme
-from calib.skeleton import build_on_meta, portable_config
 
 SPEED_BOUND, MEMORY_BOUND = 0.7, 1.5
 SCHEMES_TRIED = ("int8-weight-only", "int4-weight-only", "float8", "nvfp4")
@@ -98,7 +98,7 @@ def main() -> None:
                 # one takes.
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                     if step == 0:
-                        pool.submit(save_artifact, artifact, scheme, arguments.layers).result()
+                        pool.submit(make_artifact, artifact, scheme, arguments.layers).result()
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                     job = pool.submit(
                         measure, artifact, target, arguments.shard_mb * 10**6, arguments.repeats
@@ -106,7 +106,7 @@ def main() -> None:
                     print(job.result().row, flush=True)
 
 
-def save_artifact(folder: Path, scheme: str, layers: int) -> None:
+def make_artifact(folder: Path, scheme: str, layers: int) -> None:
     """Save a random quantized Llama of ``layers`` layers."""
     from transformers import LlamaConfig
 
@@ -143,7 +143,7 @@ def save_artifact(folder: Path, scheme: str, layers: int) -> None:
         provenance=Provenance("random", "0" * 64, {}, 0, 0, 0, 0, "0" * 64, {}),
     )
     folder.mkdir()
-    model.save(folder)
+    save_artifact(model, folder)
 
 
 def _quantized(name: str, weight: Tensor, scheme: LinearScheme) -> QuantizedLinear:
@@ -170,7 +170,7 @@ def measure(artifact: Path, target: str, shard_bytes: int, repeats: int) -> Figu
     """Write and copy in turns: one that warms up (page cache, imports), one for memory, and those
     that are timed.
     """
-    model = QuantizedModel.load(artifact)
+    model = load_artifact(artifact)
     options = WriteOptions(target, max_shard_bytes=shard_bytes)
     writes, copies = [], []
     memory = PeakMemory()

@@ -37,9 +37,9 @@ from calib.rotations.rotation_set import RotationSet
 from calib.rotations.selection import Judge, candidates, relative_error
 from calib.rotations.train import TrainConfig, train_rotation
 from calib.schemes import INT4, INT8, PerBlock, PerTensor, PerToken, TensorScheme
-from exporter.pipeline import Run
+from exporter.commands.export import Run
 from exporter.recipe import load_recipe
-from exporter.run_options import RunOptions
+from exporter.run.options import RunOptions
 
 REFERENCE_STEPS = 100
 HELD_OUT = 0.2

@@ -33,12 +33,12 @@ from torch import Tensor
 
 from calib.architectures import architecture_for
 from calib.artifact import Provenance
-from calib.blockwise import quantize_blockwise
-from calib.checkpoint import load_config, open_checkpoint
 from calib.data.batches import Batch, length_batches
 from calib.fusing import expected_tensors, fuse
+from calib.layerwise.calibrator import quantize_blockwise
+from calib.network.checkpoint import load_config, open_checkpoint
 from calib.progress import Progress
-from calib.quantization import resolve
+from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import hadamard_rotations
 from calib.schemes import scheme_named
 from calib.weights.algorithms import algorithm_named

@@ -38,15 +38,15 @@ from torch import Tensor, nn
 from calib.architectures import Kind
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
+from calib.data.forward_loop import ForwardLoop, forward_loop_over
 from calib.errors import QuantizationError
-from calib.forward_loop import ForwardLoop, forward_loop_over
 from calib.fusing import FusedModel, materialize
-from calib.observation import Observed, Wanted, observe
-from calib.perplexity import Comparison, LogitsFunction, compare_logits, model_logits
+from calib.measure.perplexity import Comparison, LogitsFunction, compare_logits, model_logits
+from calib.measure.reference import build_reference
 from calib.progress import silent
-from calib.quantization import Quantization
-from calib.quantize import Calibrator
-from calib.reference import build_reference
+from calib.quantizing.calibrator import Calibrator
+from calib.quantizing.observation import Observed, Wanted, observe
+from calib.quantizing.plan import Quantization
 from calib.rotations.from_capture import online_rotations, ordered_kinds
 from calib.rotations.rotation_set import RotationSet, hadamard_rotations
 from calib.schemes import (
@@ -63,11 +63,11 @@ from calib.smoothing.groups import SmoothingGroup, smoothing_groups
 from calib.smoothing.methods import smoothing_named
 from calib.smoothing.observe import GroupInputs, observe_channels
 from calib.smoothing.smooth import smooth
-from exporter.gate import Candidate, choose
-from exporter.pipeline import Run
+from exporter.commands.export import Run
 from exporter.recipe import Recipe, load_recipe
-from exporter.rotations import candidate_sets, gate_sets, kinds_of
-from exporter.run_options import RunOptions
+from exporter.run.gate import Candidate, choose
+from exporter.run.options import RunOptions
+from exporter.run.rotations import candidate_sets, gate_sets, kinds_of
 
 PLAIN = "rtn"
 KINDS: tuple[Kind, ...] = ("r1", "r2", "r4")
@@ -172,8 +172,8 @@ class Fused:
         return Fused(model, self.loop, (Observed(limits, moments), {}))
 
     def quantize(self, quantization: Quantization) -> QuantizedModel:
-        """What :func:`calib.quantize.quantize_model` makes, of statistics that all schemes
-        share.
+        """What :func:`calib.quantizing.calibrator.quantize_model` makes, of statistics that all
+        schemes share.
         """
         calibrator, state = Calibrator(self.model, quantization), self.model.state
         names = list(quantization.linears)

@@ -62,7 +62,7 @@ from benchmarks.runtime_candidates import (
 )
 from benchmarks.runtime_session import Load, Memory, Session
 from calib.architectures import architecture_for
-from calib.checkpoint import load_config
+from calib.network.checkpoint import load_config
 from exporter.source import embedded_folder
 
 SHAPE = "tinyllama-1b"

@@ -20,7 +20,7 @@ from backends.base import Fusion, WriteOptions
 from backends.registry import get_backend
 from calib.architectures import Architecture
 from calib.artifact import Provenance
-from calib.quantization import Quantization, customised, resolve
+from calib.quantizing.plan import Quantization, customised, resolve
 from calib.schemes import Scheme, scheme_named
 
 T = TypeVar("T")
@@ -132,11 +132,11 @@ def _write_all(
     import torch
 
     from calib.architectures import architecture_for
-    from calib.checkpoint import load_config, open_checkpoint
     from calib.data.batches import length_batches
-    from calib.forward_loop import forward_loop_over
+    from calib.data.forward_loop import forward_loop_over
     from calib.fusing import fuse
-    from calib.quantize import quantize_model
+    from calib.network.checkpoint import load_config, open_checkpoint
+    from calib.quantizing.calibrator import quantize_model
     from calib.rotations.rotation_set import RotationSet
 
     config = load_config(checkpoint)

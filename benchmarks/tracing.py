@@ -29,9 +29,9 @@ import torch
 
 from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
-from benchmarks.bundle import PeakMemory, save_artifact
-from calib.artifact import QuantizedModel
-from calib.skeleton import portable_config
+from benchmarks.bundle import PeakMemory
+from calib.artifact import cast_model, load_artifact, save_artifact
+from calib.network.skeleton import portable_config
 
 TRACE_BOUND, WRITE_BOUND = 4.0, 2.0
 _GB = 1e9
@@ -79,7 +79,7 @@ def write(artifact: Path, folder: Path) -> tuple[float, float, float]:
     the trace behind.
     """
     os.environ["ROTQ_CACHE"] = str(folder / "traces")
-    model = QuantizedModel.load(artifact).to(torch.float32)
+    model = cast_model(load_artifact(artifact), torch.float32)
     memory = PeakMemory()
     for name in ("first", "second"):
         output = folder / name

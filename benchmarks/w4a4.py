@@ -37,10 +37,10 @@ from calib.rotations.selection import integer_quantizer
 from calib.rotations.train import TrainConfig, train_rotation
 from calib.schemes import Scheme, scheme_named
 from calib.weights.algorithms import algorithm_named
-from exporter.pipeline import Run
+from exporter.commands.export import Run
 from exporter.recipe import load_recipe
-from exporter.rotations import judge_of
-from exporter.run_options import RunOptions
+from exporter.run.options import RunOptions
+from exporter.run.rotations import judge_of
 from exporter.source import Rows
 
 REFERENCE_STEPS = 100

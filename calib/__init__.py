@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calib.forward_loop import create_forward_loop
+    from calib.arithmetic.scales import compute_scale, convert_to_scale
+    from calib.data.forward_loop import create_forward_loop
     from calib.modelopt.quantize import modelopt_quantize
-    from calib.modules import get_submodule
-    from calib.scales import compute_scale, convert_to_scale
+    from calib.network.modules import get_submodule
 
 __all__ = [
     "compute_scale",
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compute_scale": "calib.scales",
-    "convert_to_scale": "calib.scales",
-    "create_forward_loop": "calib.forward_loop",
-    "get_submodule": "calib.modules",
+    "compute_scale": "calib.arithmetic.scales",
+    "convert_to_scale": "calib.arithmetic.scales",
+    "create_forward_loop": "calib.data.forward_loop",
+    "get_submodule": "calib.network.modules",
     "modelopt_quantize": "calib.modelopt.quantize",
 }
 

@@ -69,8 +69,8 @@ class PerToken:
 
 @dataclass(frozen=True)
 class PerCluster:
-    """One static scale for each of ``clusters`` sets of input channels; see :mod:`calib.clusters`.
-    Scale ``[in]``.
+    """One static scale for each of ``clusters`` sets of input channels; see
+    :mod:`calib.stats.clusters`. Scale ``[in]``.
     """
 
     clusters: int

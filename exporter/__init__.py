@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calib.progress import Progress
     from exporter.recipe import Recipe
-    from exporter.results import ExportResult
+    from exporter.run.results import ExportResult
 
 __all__ = ["export", "load_recipe"]
 
@@ -47,9 +47,9 @@ def export(
         calib.errors.RotqError: a known failure, with a hint; nothing was written.
     """
     from calib.progress import silent
-    from exporter.pipeline import export as run
+    from exporter.commands.export import export as run
     from exporter.recipe import Recipe as RecipeType
-    from exporter.run_options import RunOptions
+    from exporter.run.options import RunOptions
 
     resolved = recipe if isinstance(recipe, RecipeType) else load_recipe(recipe)
     named = isinstance(model, str | Path)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from calib.architectures import Architecture, architecture_for
-from calib.artifact import side_files
-from calib.attention import attention_implementation
-from calib.checkpoint import Checkpoint, load_config, open_checkpoint
+from calib.artifact.files import side_files
 from calib.data.documents import read_documents
 from calib.data.sources import resolve_source
 from calib.data.splits import split_documents
 from calib.data.tokens import clamp_seqlen, tokenize
 from calib.errors import CheckpointError, DataError
+from calib.network.attention import attention_implementation
+from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from exporter.recipe import EMBEDDED, Recipe
 
 logger = logging.getLogger(__name__)

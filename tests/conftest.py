@@ -60,8 +60,8 @@ def small_recipe() -> Recipe:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe) -> Path:
     """The embedded model, exported once for the session. Tests that write must copy it."""
-    from exporter.pipeline import export
-    from exporter.run_options import RunOptions
+    from exporter.commands.export import export
+    from exporter.run.options import RunOptions
 
     root = tmp_path_factory.mktemp("exported")
     return export(small_recipe, RunOptions(root / "demo", work_dir=root / "work")).output

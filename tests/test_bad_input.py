@@ -25,9 +25,9 @@ from calib.errors import (
     RotqError,
     UnsupportedModelError,
 )
-from exporter.pipeline import export
+from exporter.commands.export import export
 from exporter.recipe import load_recipe
-from exporter.run_options import RunOptions
+from exporter.run.options import RunOptions
 from tests.checkpoints import write_checkpoint
 
 FEW = {

@@ -12,16 +12,16 @@ import pytest
 import torch
 import transformers
 
-from calib.artifact import QuantizedModel
+from calib.artifact import load_artifact
 from calib.errors import CheckpointError, OutputError
 from exporter import export as export_from_python
-from exporter.evaluation import evaluate
+from exporter.commands.evaluate import evaluate
+from exporter.commands.export import calibrate, export, run_capture
+from exporter.commands.verify import verify
 from exporter.output import sha256_tree
-from exporter.pipeline import calibrate, export, run_capture
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
-from exporter.report import REPORT_FILE, ParityRow, Report
-from exporter.run_options import RunOptions
-from exporter.verification import verify
+from exporter.reporting.report import REPORT_FILE, ParityRow, Report
+from exporter.run.options import RunOptions
 from tests.checkpoints import write_checkpoint
 from tests.conftest import SMALL
 
@@ -289,7 +289,7 @@ def test_a_model_object_is_exported_from_python(tmp_path: Path, scheme: str) -> 
 
 
 def test_a_saved_model_is_what_was_calibrated(exported: Path) -> None:
-    quantized = QuantizedModel.load(exported.parent / "work" / "artifact")
+    quantized = load_artifact(exported.parent / "work" / "artifact")
     assert len(quantized.linears) == 42
     assert quantized.kept.keys() == {"lm_head"}
     for linear in quantized.linears.values():

@@ -13,10 +13,10 @@ from torch import Tensor
 from calib.architectures import Architecture, Kind, architecture_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
+from calib.data.forward_loop import forward_loop_over
 from calib.fusing import FusedModel, fuse
-from calib.quantization import resolve
-from calib.quantize import quantize_model
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotations
 from calib.rotations.starts import haar_start
 from calib.schemes import scheme_named

@@ -23,9 +23,15 @@ from backends.base import (
     WriteOptions,
 )
 from backends.torch_model import TorchModel
-from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.artifact import (
+    QuantizedCache,
+    QuantizedLinear,
+    QuantizedModel,
+    load_artifact,
+    save_artifact,
+)
 from calib.errors import BackendError
-from calib.reference import build_reference
+from calib.measure.reference import build_reference
 from calib.schemes import LinearScheme, TensorScheme
 
 DTYPES: dict[str, str | None] = {
@@ -106,7 +112,7 @@ class TorchBackend:
         if options.target == "own" and (options.max_shard_bytes or 1000) < 1000:
             raise BackendError("its shards are larger")
         (folder / WEIGHTS).mkdir()
-        model.save(folder / WEIGHTS)
+        save_artifact(model, folder / WEIGHTS)
         told = {
             "logits": options.logits,
             "kv_buffer": options.kv_buffer,
@@ -126,7 +132,7 @@ class TorchBackend:
     def _load(self, folder: Path, target: str, exact: bool) -> TorchRuntime:
         if target == "absent":
             raise RuntimeMissing("its runtime is not installed", hint="install it")
-        model = QuantizedModel.load(folder / WEIGHTS)
+        model = load_artifact(folder / WEIGHTS)
         approximates = (
             any(linear.input_scheme is None for linear in model.linears.values()) and not exact
         )
@@ -138,7 +144,7 @@ class TorchBackend:
     def fusion(self, folder: Path, target: str) -> Fusion | None:
         if target == "own":
             return None
-        linears = QuantizedModel.load(folder / WEIGHTS).linears
+        linears = load_artifact(folder / WEIGHTS).linears
         slow = [
             name for name, linear in linears.items() if linear.weight_scheme.format.name == "int4"
         ]
@@ -147,13 +153,13 @@ class TorchBackend:
         )
 
     def read_linears(self, folder: Path, target: str) -> Mapping[str, QuantizedLinear]:
-        return QuantizedModel.load(folder / WEIGHTS).linears
+        return load_artifact(folder / WEIGHTS).linears
 
     def read_cache(self, folder: Path, target: str) -> QuantizedCache | None:
-        return QuantizedModel.load(folder / WEIGHTS).cache
+        return load_artifact(folder / WEIGHTS).cache
 
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
-        model = QuantizedModel.load(folder / WEIGHTS)
+        model = load_artifact(folder / WEIGHTS)
         tensors = {
             key: tensor
             for linear in model.linears.values()

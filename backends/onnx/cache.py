@@ -5,7 +5,7 @@
     new keys -> Add(0) -> QuantizeLinear +
 
 Everything that attention reads has been through the cache's format, the new token's own keys as
-well, which is what :mod:`calib.kv_cache` rounds.
+well, which is what :mod:`calib.network.kv_cache` rounds.
 
 The addition of a vector of zeros keeps ONNX Runtime from moving the QuantizeLinear up to the
 projection, where it has no kernel for the two and would dequantize the projection's weight on every

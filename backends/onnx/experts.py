@@ -11,8 +11,8 @@ TensorRT-RTX has no NonZero. For it every expert is run on all tokens, and what 
 counts zero times.
 
 Its linears are ``rotq::Linear`` placeholders in turn, under the names of
-:mod:`calib.experts.names`, which :mod:`backends.onnx.lower` fills in like any other linear, R4
-included.
+:mod:`calib.architectures.experts`, which :mod:`backends.onnx.lower` fills in like any other linear,
+R4 included.
 """
 
 from __future__ import annotations

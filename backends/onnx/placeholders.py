@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.architectures import Architecture
-from calib.attention import registered
 from calib.errors import BackendError
-from calib.modules import set_submodule
+from calib.network.attention import registered
+from calib.network.modules import set_submodule
 
 DOMAIN = "rotq"
 LINEAR, ATTENTION, EXPERTS = "Linear", "Attention", "Experts"
@@ -59,7 +59,7 @@ class _OpenExperts(nn.Module):
         self.experts = experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[tokens, h]``; see :func:`calib.experts.modules.mix_experts`."""
+        """``[tokens, h]``; see :func:`calib.network.experts.mix_experts`."""
         attributes = {MODULE_ATTRIBUTE: self.name, COUNT_ATTRIBUTE: self.experts}
         inputs = (hidden_states, top_k_index, top_k_weights)
         return _symbolic(EXPERTS, inputs, attributes, hidden_states, tuple(hidden_states.shape))
@@ -107,7 +107,7 @@ def _open_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it; tensors as in :func:`calib.attention.attend`.
+    """Attention as transformers calls it; tensors as in :func:`calib.network.attention.attend`.
 
     A sliding window is in the mask.
     """

@@ -22,7 +22,8 @@ from backends.onnx.inputs import UNSIGNED_ZERO
 from backends.onnx.packing import SPLIT, is_pack, members, unpacked
 from backends.onnx.weights import E8M0_BIAS, turned
 from backends.onnx.write import CACHE_METADATA_KEY, METADATA_KEY
-from calib.artifact import QuantizedCache, QuantizedLinear, cache_key
+from calib.artifact import QuantizedCache, QuantizedLinear
+from calib.artifact.files import cache_key
 from calib.errors import BackendError
 from calib.schemes import TensorScheme, tensor_scheme_from_dict
 

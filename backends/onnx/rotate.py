@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 from backends.onnx.linear_nodes import LinearNodes
 from calib.architectures import Space, architecture_for
+from calib.architectures.experts import quantizable_linears
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.experts.names import quantizable_linears
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 

@@ -37,9 +37,9 @@ from backends.onnx.row_tensor import RowTensor
 from backends.onnx.untranslated import module_of, running
 from calib.architectures import architecture_for
 from calib.errors import BackendError, CheckpointError
-from calib.online import attach_online
+from calib.network.online import attach_online
+from calib.network.skeleton import build_on_meta, fill_buffers
 from calib.rotations.rotation_set import RotationSet
-from calib.skeleton import build_on_meta, fill_buffers
 
 CHECKPOINT = "checkpoint"
 """Where initializers without values say that their data is: no file, but the artifact."""

@@ -24,8 +24,9 @@ from backends.safetensors.manifest import (
 )
 from backends.safetensors.tensor_file import write_tensors
 from calib.artifact import QuantizedModel
-from calib.rotations.rotation_files import MANIFEST as ROTATIONS_MANIFEST
-from calib.rotations.rotation_files import TENSORS as ROTATIONS_TENSORS
+from calib.rotations.files import MANIFEST as ROTATIONS_MANIFEST
+from calib.rotations.files import TENSORS as ROTATIONS_TENSORS
+from calib.rotations.files import save_rotations
 from calib.schemes import tensor_scheme_to_dict
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,7 +71,7 @@ def write_bundle(
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     # online ones are part of the model; the folded ones say where it came from
-    model.rotations.save(folder)
+    save_rotations(model.rotations, folder)
     names = [*checksums, INDEX_FILE, *texts, *ROTATION_FILES]
     files = {
         name: FileEntry(

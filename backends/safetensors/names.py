@@ -18,8 +18,8 @@ from torch import Tensor
 
 from backends.rows import rows_of
 from calib.architectures import Architecture, LinearSpec, architecture_for
+from calib.architectures.experts import expert_index, quantizable_linears
 from calib.artifact import QuantizedLinear
-from calib.experts.names import expert_index, quantizable_linears
 
 _PUBLISHED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
 """What the module tree of transformers 5 calls otherwise than published checkpoints and vLLM, by

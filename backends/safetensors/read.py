@@ -20,7 +20,7 @@ from backends.safetensors.manifest import Manifest
 from backends.safetensors.tensor_file import DTYPES
 from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError, RotqError
-from calib.rotations.rotation_set import RotationSet
+from calib.rotations.files import load_rotations
 from calib.schemes import scheme_named
 
 _HINT = "export the model again, or copy the folder again"
@@ -126,7 +126,7 @@ def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
         bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config)
     )
     try:
-        scheme, rotations = scheme_named(manifest.scheme), RotationSet.load(bundle.folder)
+        scheme, rotations = scheme_named(manifest.scheme), load_rotations(bundle.folder)
     except RotqError as error:
         raise BackendError(
             f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from backends.safetensors.layout import Entry
 from calib.architectures import Architecture, architecture_for
+from calib.architectures.experts import quantizable_linears
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.experts.names import quantizable_linears
 from calib.fusing import expected_tensors
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation

@@ -16,7 +16,7 @@ from backends.base import Backend, WriteOptions
 from backends.testing.models import FAMILIES, tiny_model
 from calib.architectures import Kind
 from calib.artifact import QuantizedModel
-from calib.quantization import customised
+from calib.quantizing.plan import customised
 from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES, SCHEMES, LinearScheme, Scheme
 
 _ONLINE: tuple[Kind, ...] = ("r1", "r2", "r3", "r4")

@@ -38,7 +38,7 @@ from backends.testing.running import (
 from calib.architectures import SPACE_OF
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.reference import ReferenceLinear, build_reference
+from calib.measure.reference import ReferenceLinear, build_reference
 from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "modelopt")

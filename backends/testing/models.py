@@ -14,13 +14,13 @@ from torch import Tensor
 from calib.architectures import Kind, architecture_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
+from calib.data.forward_loop import forward_loop_over
 from calib.fusing import fuse
-from calib.quantization import resolve
-from calib.quantize import quantize_model
+from calib.network.skeleton import build_on_meta
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import hadamard_rotations
 from calib.schemes import Scheme
-from calib.skeleton import build_on_meta
 
 VOCABULARY = 97
 # Widths are multiples of 128: a target may ask for whole blocks, and some ask for that one.

@@ -18,8 +18,8 @@ from calib.capture.fingerprint import model_fingerprint
 from calib.capture.sites import CaptureConfig, Site
 from calib.capture.storage import Capture
 from calib.data.batches import Batch
+from calib.data.forward_loop import evaluating
 from calib.errors import UnsupportedModelError
-from calib.forward_loop import evaluating
 from calib.progress import Progress, silent, track
 
 

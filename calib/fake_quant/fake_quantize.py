@@ -1,7 +1,7 @@
 """Fake-quantizers: what stands before a tensor of a prepared model, observes it and rounds it.
 
-The arithmetic is that of the exported model: :mod:`calib.grids` and :mod:`calib.inputs`, in
-float32.
+The arithmetic is that of the exported model: :mod:`calib.arithmetic.grids` and
+:mod:`calib.arithmetic.inputs`, in float32.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from calib.arithmetic.grids import Grid, expand_grid, grid_of
+from calib.arithmetic.inputs import fake_quantize_input, input_grid
 from calib.errors import QuantizationError
 from calib.fake_quant.states import FakeQuantState
 from calib.fake_quant.straight_through import replace_straight_through, round_straight_through
-from calib.grids import Grid, expand_grid, grid_of
-from calib.inputs import fake_quantize_input, input_grid
 from calib.observers.forward import observe_named
 from calib.observers.observer import Observer, ObserverFactory
 from calib.observers.statistics import Limits

@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from calib.arithmetic.grids import Grid, grid_of, round_to_grid
 from calib.errors import QuantizationError
 from calib.fake_quant.fake_quantize import FakeQuantizer, Role
 from calib.fake_quant.states import FakeQuantState
 from calib.fake_quant.straight_through import replace_straight_through, round_learned_step
-from calib.grids import Grid, grid_of, round_to_grid
 from calib.observers.forward import observe_named
 from calib.observers.observer import ObserverFactory
 from calib.observers.statistics import Limits

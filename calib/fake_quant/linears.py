@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calib.arithmetic.grids import weight_limits
 from calib.errors import QuantizationError
 from calib.fake_quant.fake_quantize import Role
 from calib.fake_quant.qconfig import QConfig, TensorQConfig
-from calib.grids import weight_limits
-from calib.modules import is_conv1d
+from calib.network.modules import is_conv1d
 from calib.schemes import PerCluster, PerTensor, TensorScheme
 
 

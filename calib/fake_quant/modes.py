@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.forward_loop import evaluating
+from calib.data.forward_loop import evaluating
 
 _DIFFERS = 1e-5
 """Relative distance of two outputs beyond other orders of float32 sums (evaluation may take other

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.grids import round_to_grid
+from calib.arithmetic.grids import round_to_grid
 from calib.schemes import NumberFormat
 
 
 def round_straight_through(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: NumberFormat
 ) -> Tensor:
-    """:func:`calib.grids.round_to_grid` in float32, with a gradient for ``x`` alone; returns its
-    dtype.
+    """:func:`calib.arithmetic.grids.round_to_grid` in float32, with a gradient for ``x`` alone;
+    returns its dtype.
     """
     result: Tensor = _Round.apply(x, scale, zero_point, fmt)  # type: ignore[no-untyped-call]
     return result

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from calib.skeleton import build_on_meta
+from calib.network.skeleton import build_on_meta
 
 
 def expected_tensors(config: Any) -> dict[str, torch.Size]:

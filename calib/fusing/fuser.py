@@ -74,7 +74,7 @@ def fuse(
         config: the config that belongs to them.
         architecture: its table entry.
         rotations: what to fold; R3 and R4 also have to run online
-            (:func:`calib.online.attach_online`).
+            (:func:`calib.network.online.attach_online`).
         dtype: floating dtype that the target computes in.
         device: where the float64 products are computed.
         lazy: compute a tensor whenever it is asked for instead of all of them now. The bytes are

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from calib.fusing.fuser import FusedModel
-from calib.online import attach_online
-from calib.skeleton import accept_biases, build_on_meta, fill_buffers
+from calib.network.online import attach_online
+from calib.network.skeleton import accept_biases, build_on_meta, fill_buffers
 
 
 def materialize(fused: FusedModel, *, device: torch.device | str = "cpu") -> Any:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from calib.architectures import Architecture, LinearSpec
-from calib.checkpoint import Checkpoint
 from calib.errors import CheckpointError
+from calib.network.checkpoint import Checkpoint
 
 _OTHER_CONFIG = "check that config.json belongs to these weights and that every shard is there"
 

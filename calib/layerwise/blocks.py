@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from calib.architectures import Architecture
-from calib.experts.names import quantizable_linears
+from calib.architectures.experts import quantizable_linears
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from calib.experts.observe import experts_as_modules
 from calib.layerwise.activations import Activations
 from calib.layerwise.blocks import Block
 from calib.layerwise.calls import BlockCall
 from calib.layerwise.modules import computing
 from calib.layerwise.protocol import Calibrator, Q
+from calib.network.observe_experts import experts_as_modules
 
 
 @dataclass(frozen=True)

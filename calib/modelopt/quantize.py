@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calib.errors import DataError, QuantizationError
 from calib.modelopt.config import config_of, modelopt_calibrates, modelopt_config
-from calib.modules import get_submodule, linears_but_head, set_submodule
+from calib.network.modules import get_submodule, linears_but_head, set_submodule
 from calib.schemes import LinearScheme, TensorScheme, scheme_named
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def modelopt_quantize(
         quant_mode: a scheme of :data:`calib.schemes.SCHEMES`, such as ``int8-weight-only`` or
             ``float8``.
         forward_loop: feeds calibration batches to the model it is given, as
-            :func:`calib.forward_loop.create_forward_loop` makes them. Weight-only modes need none.
+            :func:`calib.data.forward_loop.create_forward_loop` makes them. Weight-only modes need
+            none.
         modules: dotted names of the linears to quantize; by default every one but the output head.
 
     Returns:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import QuantizationError
-from calib.modules import get_submodule
+from calib.network.modules import get_submodule
 from calib.observers.observer import Observer
 from calib.observers.registry import observer_named
 from calib.observers.statistics import Limits
@@ -31,7 +31,7 @@ def observe_inputs(
         model: a model, or a single block of one.
         modules: dotted names of linears in ``model``.
         factory: makes the observer of the module of a name.
-        run: feeds batches to the model; a :class:`calib.forward_loop.ForwardLoop`, say.
+        run: feeds batches to the model; a :class:`calib.data.forward_loop.ForwardLoop`, say.
 
     Returns:
         The observers by module name, in the order of ``modules``.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib.grids import grid_of, round_to_grid
+from calib.arithmetic.grids import grid_of, round_to_grid
 from calib.observers.histogram import Histogram
 from calib.observers.rules import symmetric_limits, within
 from calib.observers.statistics import Limits

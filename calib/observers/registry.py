@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
+from calib.arithmetic.grids import weight_limits
 from calib.errors import QuantizationError
-from calib.grids import weight_limits
 from calib.observers.entropy import entropy_limits
 from calib.observers.extremes import Extremes, MovingExtremes
 from calib.observers.histogram import Histogram

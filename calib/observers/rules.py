@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from calib.capture.statistics import ChannelStatistics
-from calib.clusters import channel_features, cluster_channels, cluster_limits, expand_clusters
 from calib.observers.extremes import Extremes, MovingExtremes
 from calib.observers.histogram import Histogram
 from calib.observers.moments import Moments
 from calib.observers.statistics import Limits
 from calib.schemes import TensorScheme
+from calib.stats.clusters import channel_features, cluster_channels, cluster_limits, expand_clusters
 
 
 def min_max_limits(extremes: Extremes | MovingExtremes) -> Limits:
@@ -29,8 +29,8 @@ def clip_limits(extremes: Extremes, bound: float) -> Limits:
 
 
 def fixed_scale_limits(extremes: Extremes, scale: float, scheme: TensorScheme) -> Limits:
-    """The limits from which :func:`calib.grids.grid_of` makes exactly ``scale``, with zero point
-    0.
+    """The limits from which :func:`calib.arithmetic.grids.grid_of` makes exactly ``scale``, with
+    zero point 0.
     """
     fmt = scheme.format
     low, high = (-fmt.maxbound, fmt.maxbound) if scheme.symmetric else (fmt.qmin, fmt.qmax)
@@ -45,7 +45,7 @@ def clip_std_limits(moments: Moments, k: float) -> Limits:
 
 
 def clustered_limits(moments: Moments, clusters: int) -> Limits:
-    """The extremes of each channel's cluster ``[channels]``; see :mod:`calib.clusters`."""
+    """The extremes of each channel's cluster ``[channels]``; see :mod:`calib.stats.clusters`."""
     low, high = moments.extremes.low, moments.extremes.high
     channels = ChannelStatistics(moments.count // len(low), moments.mean, moments.std, low, high)
     labels = cluster_channels(channel_features(channels), clusters)

@@ -6,7 +6,6 @@ Row-vector convention: a rotation ``Q`` takes an activation ``x`` to ``x Q``.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -240,25 +239,6 @@ class RotationSet(Mapping[str, Rotation]):
     def to(self, device: torch.device | str) -> RotationSet:
         """The same set with every matrix on ``device``."""
         return RotationSet(rotation.to(device) for rotation in self.values())
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``rotations.safetensors`` and the manifest ``rotations.json`` into ``folder``."""
-        # here, because it imports this module
-        from calib.rotations.rotation_files import save_rotations
-
-        save_rotations(self, folder)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> RotationSet:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            RotationError: a file is missing or damaged, or of a later format version.
-        """
-        # here, because it imports this module
-        from calib.rotations.rotation_files import load_rotations
-
-        return load_rotations(folder)
 
     def validate(self, config: Any, architecture: Architecture) -> None:
         """Check that this set can be fused into the model of ``config``.

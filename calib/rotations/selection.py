@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calib.arithmetic.grids import Grid, expand_grid, grid_of, round_to_grid, weight_grid
 from calib.capture.result import Samples
 from calib.errors import RotationError
-from calib.grids import Grid, expand_grid, grid_of, round_to_grid, weight_grid
 from calib.rotations.objectives import ActivationScheme, whole_inputs
 from calib.rotations.starts import make_start
 from calib.rotations.tokens import second_moment

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import QuantizationError
-from calib.modules import get_submodule
+from calib.network.modules import get_submodule
 from calib.smoothing.groups import SmoothingGroup
 from calib.weights.moments import observe_moments
 
@@ -48,7 +48,7 @@ def observe_channels(
             whatever ``run`` runs.
         groups: what to watch.
         run: feeds batches without padding to the model, as
-            :func:`calib.forward_loop.create_forward_loop` makes them.
+            :func:`calib.data.forward_loop.create_forward_loop` makes them.
         moments: whether second moments are wanted, which a search needs. Each takes 8 in^2 bytes:
             of a large model, observe one layer at a time.
         prefix: what module names start with that ``model`` itself stands for, such as

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from calib.architectures import LinearSpec
+from calib.arithmetic.grids import expand, expand_grid, round_to_grid, weight_grid, weight_limits
 from calib.errors import QuantizationError
-from calib.grids import expand, expand_grid, round_to_grid, weight_grid, weight_limits
 from calib.schemes import LinearScheme, PerTensor, PerToken, TensorScheme
 from calib.weights.rounded import row_errors
 

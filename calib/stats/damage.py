@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from calib.architectures import LinearSpec
-from calib.clusters import cluster_limits, expand_clusters
+from calib.arithmetic.grids import expand_grid, round_to_grid, weight_grid
+from calib.arithmetic.inputs import fake_quantize_input, input_grid
 from calib.data.batches import Batch
 from calib.errors import QuantizationError
-from calib.grids import expand_grid, round_to_grid, weight_grid
-from calib.inputs import fake_quantize_input, input_grid
 from calib.progress import Progress, silent
 from calib.schemes import LinearScheme, PerCluster, TensorScheme
+from calib.stats.clusters import cluster_limits, expand_clusters
 from calib.stats.linears import LinearMoments, linear_weight
 from calib.stats.moments import CHUNK_ELEMENTS, MomentStatistics
 from calib.stats.observe import observe

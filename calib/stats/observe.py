@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.data.batches import Batch
+from calib.data.forward_loop import evaluating
 from calib.errors import DataError, QuantizationError, UnsupportedModelError
-from calib.forward_loop import evaluating
-from calib.modules import get_submodule
+from calib.network.modules import get_submodule
 from calib.progress import Progress, silent, track
 
 See = Callable[[str, Tensor, Tensor], None]

@@ -30,9 +30,9 @@ import math
 import torch
 from torch import Tensor
 
+from calib.arithmetic.grids import Grid, expand_grid
+from calib.arithmetic.rounding import encode
 from calib.errors import QuantizationError
-from calib.grids import Grid, expand_grid
-from calib.rounding import encode
 from calib.schemes import TensorScheme
 from calib.weights.clip import clip_grid, rtn
 from calib.weights.rounded import Rounded, check_moment, keep_best, on_grid, row_errors

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib.grids import (
+from calib.arithmetic.grids import (
     Grid,
     expand_grid,
     grid_of,
@@ -97,8 +97,8 @@ def clip_grid(
     importance: Tensor | None = None,
     amax: Tensor | None = None,
 ) -> Grid:
-    """The grid of :func:`mse`; never one with a larger error than :func:`calib.grids.weight_grid`
-    has.
+    """The grid of :func:`mse`; never one with a larger error than
+    :func:`calib.arithmetic.grids.weight_grid` has.
 
     Args:
         weight: float32 ``[out, in]``.
@@ -135,8 +135,8 @@ def clip_grid(
 def shrunk_grid(
     low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dtype, amax: Tensor
 ) -> Grid:
-    """:func:`calib.grids.grid_of`, with the second level of two-level scales set by ``amax`` of the
-    whole tensor.
+    """:func:`calib.arithmetic.grids.grid_of`, with the second level of two-level scales set by
+    ``amax`` of the whole tensor.
     """
     if scheme.scale_format == "e4m3":
         return two_level_grid(torch.maximum(low.abs(), high.abs()), amax, scheme.format)

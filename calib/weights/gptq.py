@@ -31,8 +31,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from calib.arithmetic.grids import Grid, expand_grid, round_to_grid, weight_limits
 from calib.errors import QuantizationError
-from calib.grids import Grid, expand_grid, round_to_grid, weight_limits
 from calib.schemes import NumberFormat, PerBlock, TensorScheme
 from calib.weights.clip import clip_grid, rtn, shrunk_grid
 from calib.weights.rounded import Rounded, check_moment, keep_best, on_grid

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import QuantizationError, UnsupportedModelError
-from calib.modules import get_submodule
+from calib.network.modules import get_submodule
 
 _CHUNK_TOKENS = 2048
 _BLOCK = 512
@@ -82,7 +82,7 @@ def observe_moments(
         model: whatever ``run`` runs.
         modules: dotted names of modules whose first argument is the activation ``[..., n]``.
         run: feeds batches without padding to the model, as
-            :func:`calib.forward_loop.create_forward_loop` makes them.
+            :func:`calib.data.forward_loop.create_forward_loop` makes them.
 
     Raises:
         CheckpointError: one of ``modules`` does not exist.

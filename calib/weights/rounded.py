@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.errors import QuantizationError
-from calib.grids import Grid, dequantize, quantize
 from calib.schemes import PerBlock, PerChannel, TensorScheme
 
 
@@ -27,7 +27,8 @@ class Rounded:
     """A quantized weight.
 
     Attributes:
-        stored: the stored values ``[out, in]``, as :func:`calib.grids.quantize` makes them.
+        stored: the stored values ``[out, in]``, as :func:`calib.arithmetic.grids.quantize` makes
+            them.
         grid: what they stand for.
         order: int64 ``[in]`` where the groups follow another order of the input features: column
             ``p`` of ``stored`` is input feature ``order[p]``, so that the linear computes ``x[...,

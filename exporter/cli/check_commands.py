@@ -46,7 +46,7 @@ def verify(
     set_up(talk)
     _check_exported(folder)
     with running(talk) as progress:
-        from exporter.verification import verify as run
+        from exporter.commands.verify import verify as run
 
         report = run(folder, model=model, rows=rows, progress=progress)
     print_exported(folder, [(folder, report)], talk)
@@ -97,7 +97,7 @@ def evaluate(
             f"the text file '{text}' does not exist", hint="give a readable file to --text"
         )
     with running(talk) as progress:
-        from exporter.evaluation import evaluate as run
+        from exporter.commands.evaluate import evaluate as run
 
         result = run(
             source,
@@ -120,7 +120,7 @@ def evaluate(
 
 def _check_exported(folder: Path) -> None:
     # Before torch is imported: a mistyped path should not take ten seconds to be refused.
-    from exporter.report import REPORT_FILE
+    from exporter.reporting.report import REPORT_FILE
 
     if not (folder / REPORT_FILE).is_file():
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))

@@ -36,7 +36,7 @@ def inspect(
     set_up(talk)
     _check_folder(folder)
     with running(talk) as progress:
-        from exporter.inspection import inspect_folder
+        from exporter.commands.inspect import inspect_folder
 
         progress("inspect", 0, 1)
         found = inspect_folder(folder)
@@ -63,7 +63,7 @@ def inspect(
 
 def _check_folder(folder: Path) -> None:
     # Before torch is imported: a mistyped path should not take ten seconds to be refused.
-    from exporter.report import REPORT_FILE
+    from exporter.reporting.report import REPORT_FILE
 
     if not any((folder / name).is_file() for name in (REPORT_FILE, "quantized_model.json")):
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))

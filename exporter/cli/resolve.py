@@ -138,8 +138,8 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
         check_target,
         get_backend,
     )
-    from exporter.quantizing import customised_scheme
     from exporter.recipe import asked_for
+    from exporter.run.quantizing import customised_scheme
 
     backends = {info.name: info for info in available()}
     if "backend" in given and recipe.backend not in backends:
@@ -201,7 +201,7 @@ def _check_consistency(recipe: Recipe, given: Mapping[str, Any]) -> None:
             "--max-memory has no effect without --layerwise",
             hint="add --layerwise, or leave it out",
         )
-    from exporter.quantizing import check_names
+    from exporter.run.quantizing import check_names
 
     check_names(recipe)
     if not _DEVICE.fullmatch(recipe.device):

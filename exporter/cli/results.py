@@ -14,7 +14,7 @@ from exporter.cli.session import print_json
 
 if TYPE_CHECKING:
     from exporter.recipe import Recipe
-    from exporter.report import Report
+    from exporter.reporting.report import Report
 
 
 def print_exported(output: Path, exported: Sequence[tuple[Path, Report]], talk: TalkFlags) -> None:
@@ -45,7 +45,7 @@ def parity_exit_code(report: Report, folder: Path, talk: TalkFlags) -> int:
     """0, or 3 with a line on stderr for a report that is marked failed; what was not run is warned
     of.
     """
-    from exporter.summary import failed_rows, runtime_lines
+    from exporter.reporting.summary import failed_rows, runtime_lines
 
     if report.status == "failed":
         typer.echo(f"error: parity failed: {'; '.join(failed_rows(report))}", err=True)
@@ -74,7 +74,7 @@ def targets_for(recipe: Recipe, rotations: Collection[str]) -> list[tuple[str, s
     """
     from backends.registry import available, expressible, get_backend
     from calib.schemes import KV_SCHEMES, scheme_named
-    from exporter.quantizing import customised_scheme
+    from exporter.run.quantizing import customised_scheme
 
     names = [info.name for info in available() if info.error is None]
     presets = [customised_scheme(recipe), *map(scheme_named, recipe.overrides.values())]

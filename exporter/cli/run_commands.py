@@ -32,9 +32,9 @@ from exporter.cli.results import parity_exit_code, print_exported, targets_for
 from exporter.cli.session import print_json, running, set_up
 
 if TYPE_CHECKING:
-    from exporter.plan import Goal
+    from exporter.planning.plan import Goal
     from exporter.recipe import Recipe
-    from exporter.run_options import RunOptions
+    from exporter.run.options import RunOptions
 
 EXPORT_EXAMPLES = (
     "rotq export --backend onnx -o out/demo",
@@ -106,7 +106,7 @@ def export(
     if _announced_only(recipe, options, "export", outputs, talk):
         return
     with running(talk) as progress:
-        from exporter.pipeline import export as run
+        from exporter.commands.export import export as run
 
         result = run(recipe, options, progress=progress)
     exported = [(folder, result.reports[target]) for target, folder in result.folders.items()]
@@ -137,7 +137,7 @@ def capture(
     if _announced_only(recipe, options, "capture", outputs, talk):
         return
     with running(talk) as progress:
-        from exporter.pipeline import run_capture
+        from exporter.commands.export import run_capture
 
         folder = run_capture(recipe, options, progress=progress)
     _print_folder(folder, talk)
@@ -175,7 +175,7 @@ def calibrate(
     if _announced_only(recipe, options, "calibrate", outputs, talk):
         return
     with running(talk) as progress:
-        from exporter.pipeline import calibrate as run
+        from exporter.commands.export import calibrate as run
 
         result = run(recipe, options, progress=progress)
     _print_folder(result.output, talk)
@@ -217,7 +217,7 @@ def rotate(
     if _announced_only(recipe, options, "rotate", outputs, talk):
         return
     with running(talk) as progress:
-        from exporter.rotating import rotate as run
+        from exporter.commands.rotate import rotate as run
 
         result = run(recipe, options, write_dartquant=write_dartquant, progress=progress)
     if talk.json_output:
@@ -244,7 +244,7 @@ def _run_options(
     from_artifact: Path | None = None,
 ) -> RunOptions:
     output = check_output(outputs, resuming)
-    from exporter.run_options import RunOptions
+    from exporter.run.options import RunOptions
 
     return RunOptions(
         output=output,
@@ -269,7 +269,7 @@ def _announced_only(
 
 
 def _print_plan(recipe: Recipe, options: RunOptions, goal: Goal, talk: TalkFlags) -> None:
-    from exporter.plan import plan
+    from exporter.planning.plan import plan
 
     planned = plan(recipe, options, goal=goal)
     if talk.json_output:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from exporter.recipe import EMBEDDED, Recipe
 
 if TYPE_CHECKING:
-    from exporter.plan import Goal
-    from exporter.run_options import RunOptions
+    from exporter.planning.plan import Goal
+    from exporter.run.options import RunOptions
 
 
 def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:

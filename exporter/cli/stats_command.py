@@ -28,9 +28,9 @@ from exporter.cli.resolve import check_output, resolve
 from exporter.cli.session import print_json, running, set_up
 
 if TYPE_CHECKING:
+    from exporter.commands.stats import StatsResult
     from exporter.recipe import Recipe
-    from exporter.run_options import RunOptions
-    from exporter.stats import StatsResult
+    from exporter.run.options import RunOptions
 
 EXAMPLES = (
     "rotq stats -m ./my-model --calib-dataset notes.jsonl -o out/stats",
@@ -99,7 +99,7 @@ def stats(
         raise UsageError(
             "--cluster-jointly has no effect without --clusters", hint="add --clusters K, such as 8"
         )
-    from exporter.run_options import RunOptions
+    from exporter.run.options import RunOptions
 
     options = RunOptions(
         output,
@@ -110,7 +110,7 @@ def stats(
     )
     _announce(recipe, options, talk)
     with running(talk) as progress:
-        from exporter.stats import stats as run
+        from exporter.commands.stats import stats as run
 
         result = run(recipe, options, jointly=cluster_jointly, progress=progress)
     _print(result, talk)
@@ -153,7 +153,7 @@ def _print(result: StatsResult, talk: TalkFlags) -> None:
 
 
 def _clustered(recipe: Recipe, clusters: int) -> Recipe:
-    from exporter.quantizing import check_names
+    from exporter.run.quantizing import check_names
 
     activations = recipe.activations.model_copy(update={"granularity": f"cluster:{clusters}"})
     recipe = recipe.model_copy(update={"activations": activations})

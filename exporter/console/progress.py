@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from exporter.console.streams import speaks_unicode
-from exporter.summary import human_seconds
+from exporter.reporting.summary import human_seconds
 
 _ASCII_BAR = 30
 

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from exporter import summary
 from exporter.console.streams import table_box
 from exporter.environment import Environment
-from exporter.report import Report, RotateReport, RotationGateRow
-from exporter.summary import Table, human_bytes, human_seconds
+from exporter.reporting import summary
+from exporter.reporting.report import Report, RotateReport, RotationGateRow
+from exporter.reporting.summary import Table, human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from exporter.evaluation import EvalResult
-    from exporter.plan import Plan
+    from exporter.commands.evaluate import EvalResult
+    from exporter.planning.plan import Plan
 
 
 def show_settings(console: Console, settings: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from exporter.console.show import show_line, show_table
-from exporter.summary import Table
+from exporter.reporting.summary import Table
 
 if TYPE_CHECKING:
     from backends.registry import BackendInfo

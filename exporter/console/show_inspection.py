@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from exporter import summary
 from exporter.console.show import show_line, show_table
-from exporter.summary import Table, human_bytes
+from exporter.reporting import summary
+from exporter.reporting.summary import Table, human_bytes
 
 if TYPE_CHECKING:
-    from exporter.inspection import Inspection
+    from exporter.commands.inspect import Inspection
 
 KERNELS_SHOWN = 12
 """Operators in the table unless -v asks for all."""

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from exporter import summary
 from exporter.console.show import show_line, show_rotation_gate, show_table
-from exporter.summary import Table
+from exporter.reporting import summary
+from exporter.reporting.summary import Table
 
 if TYPE_CHECKING:
-    from exporter.stats import LinearRow, PhaseFigures, StatsReport
+    from exporter.commands.stats import LinearRow, PhaseFigures, StatsReport
 
 _FIGURES = ("damage", "input error", "weight error", "kurtosis", "outliers")
 """Kurtosis and outliers are those of the input; ``stats.csv`` has all figures."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from calib.floor import naive_floor, one_flip_floor, split_sum_floor
+from calib.measure.floor import naive_floor, one_flip_floor, split_sum_floor
 from exporter.parity.rows import row
 from exporter.parity.subject import Subject
-from exporter.report import ParityRow
+from exporter.reporting.report import ParityRow
 
 LINEAR_BOUND = 1e-5
 """One linear in float32: only the order of a float sum differs; 2e-7 is usual, 1e-5 leaves room for

@@ -7,7 +7,7 @@ from exporter.parity.fold import fold_row
 from exporter.parity.quality import quality_rows
 from exporter.parity.runtime import runtime_rows
 from exporter.parity.subject import Sessions, Subject
-from exporter.report import ParityRow
+from exporter.reporting.report import ParityRow
 
 _RUNGS = 3
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from calib.floor import Difference
 from calib.fusing import materialize
-from calib.perplexity import model_logits
+from calib.measure.floor import Difference
+from calib.measure.perplexity import model_logits
 from exporter.parity.rows import NO_ORIGINAL, not_run, row
 from exporter.parity.subject import Subject
-from exporter.report import ParityRow
+from exporter.reporting.report import ParityRow
 from exporter.source import Source
 
 FOLD_BOUND = 1e-5

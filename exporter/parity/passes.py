@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from backends.base import RuntimeModel
-from calib.floor import Difference
-from calib.perplexity import LogitsFunction
+from calib.measure.floor import Difference
+from calib.measure.perplexity import LogitsFunction
 
 DECODE_STEPS = 64
 _DECODE_ROWS, _DECODE_PREFIX = 4, 16

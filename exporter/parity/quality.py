@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from calib.perplexity import compare_logits, model_logits
+from calib.measure.perplexity import compare_logits, model_logits
 from exporter.parity.passes import runtime_logits
 from exporter.parity.rows import NO_ORIGINAL, not_run, row
 from exporter.parity.subject import Missing, Sessions, Subject
-from exporter.report import ParityRow
+from exporter.reporting.report import ParityRow
 
 _NAME = "original float vs exported"
 _STEPPED_ROWS, _STEPPED_TOKENS = 8, 128

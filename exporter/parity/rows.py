@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from exporter.report import ParityRow
+from exporter.reporting.report import ParityRow
 
 NO_ORIGINAL = "the original checkpoint is not at hand (-m/--model names it)"
 

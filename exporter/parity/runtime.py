@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backends.base import RuntimeMissing
-from calib.floor import Difference, settled
-from calib.perplexity import LogitsFunction, model_logits
-from calib.reference import ReferenceLinear, build_reference
+from calib.measure.floor import Difference, settled
+from calib.measure.perplexity import LogitsFunction, model_logits
+from calib.measure.reference import ReferenceLinear, build_reference
 from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound
 from exporter.parity.passes import DECODE_STEPS, PADDED_ROWS, Pass, decode, padded, prefill
 from exporter.parity.rows import not_run, row
 from exporter.parity.subject import Missing, Sessions, Subject
-from exporter.report import ParityRow
+from exporter.reporting.report import ParityRow
 
 _PROBE_ROWS, _PROBE_TOKENS = 3, 64
 _LINEARS = "each linear on identical inputs"

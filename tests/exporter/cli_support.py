@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from exporter.report import (
+from exporter.reporting.report import (
     CalibrationSummary,
     GateRow,
     KeptLayer,

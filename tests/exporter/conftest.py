@@ -46,9 +46,9 @@ def clean_logging() -> Iterator[None]:
 def pipeline(
     monkeypatch: pytest.MonkeyPatch, clean_logging: None, plugins: str
 ) -> types.ModuleType:
-    """Stands in for ``exporter.pipeline``; a test gives it the function it needs."""
-    module = types.ModuleType("exporter.pipeline")
-    monkeypatch.setitem(sys.modules, "exporter.pipeline", module)
+    """Stands in for ``exporter.commands.export``; a test gives it the function it needs."""
+    module = types.ModuleType("exporter.commands.export")
+    monkeypatch.setitem(sys.modules, "exporter.commands.export", module)
     monkeypatch.setattr("exporter.cli.session._silence_libraries", lambda: None)
     monkeypatch.syspath_prepend(plugins)
     return module

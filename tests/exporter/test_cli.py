@@ -274,17 +274,31 @@ def test_output_that_the_terminal_cannot_encode_does_not_kill_it(plugins: str) -
 
 
 def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
-    script = (
-        # a shell that runs the tests in the background has its children ignore interrupts
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport sys, time,"
-        " types; from exporter.output import atomic_folder; import exporter.cli.session as"
-        " session\nsession._silence_libraries = lambda: None\ndef run_capture(recipe, options, *,"
-        " progress):\n    with atomic_folder(options.output) as folder:\n        (folder /"
-        " 'half').write_text('x'); print('ready', file=sys.stderr, flush=True);"
-        " time.sleep(60)\nmodule = types.ModuleType('exporter.pipeline'); module.run_capture ="
-        " run_capture\nsys.modules['exporter.pipeline'] = module\nfrom exporter.cli import main;"
-        " sys.exit(main(['capture', '-o', 'out', '-q']))\n"
-    )
+    script = """
+import signal, sys, time, types
+
+# a shell that runs the tests in the background has its children ignore interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import exporter.cli.session as session
+from exporter.output import atomic_folder
+
+session._silence_libraries = lambda: None
+
+
+def run_capture(recipe, options, *, progress):
+    with atomic_folder(options.output) as folder:
+        (folder / "half").write_text("x")
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+
+module = types.ModuleType("exporter.commands.export")
+module.run_capture = run_capture
+sys.modules["exporter.commands.export"] = module
+from exporter.cli import main
+
+sys.exit(main(["capture", "-o", "out", "-q"]))
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,

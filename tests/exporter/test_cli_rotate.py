@@ -15,7 +15,7 @@ import pytest
 from cli_support import rotq, sample_report
 
 from exporter.cli import main
-from exporter.report import ParityRow, RotateReport, RotationGateRow
+from exporter.reporting.report import ParityRow, RotateReport, RotationGateRow
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,18 @@ def sample() -> RotateReport:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, clean_logging: None) -> list[dict[str, Any]]:
-    """The arguments that the stand-in for :func:`exporter.rotating.rotate` was called with."""
+    """The arguments that the stand-in for :func:`exporter.commands.rotate.rotate` was called
+    with.
+    """
     seen: list[dict[str, Any]] = []
 
     def rotate(recipe: Any, options: Any, **rest: Any) -> Result:
         seen.append({"recipe": recipe, **rest})
         return Result(options.output, sample())
 
-    module: Any = types.ModuleType("exporter.rotating")
+    module: Any = types.ModuleType("exporter.commands.rotate")
     module.rotate = rotate
-    monkeypatch.setitem(sys.modules, "exporter.rotating", module)
+    monkeypatch.setitem(sys.modules, "exporter.commands.rotate", module)
     monkeypatch.setattr("exporter.cli.session._silence_libraries", lambda: None)
     return seen
 

@@ -22,9 +22,9 @@ from calib.progress import Progress
 from exporter.cli import main
 from exporter.cli.results import targets_for
 from exporter.recipe import Recipe, load_recipe
-from exporter.report import ParityRow, Report
-from exporter.results import ExportResult
-from exporter.run_options import RunOptions
+from exporter.reporting.report import ParityRow, Report
+from exporter.run.options import RunOptions
+from exporter.run.results import ExportResult
 
 
 def result_of(output: Path, recipe: Recipe, report: Report) -> ExportResult:
@@ -410,9 +410,9 @@ def test_verify_repeats_the_verdict(
     tmp_path: Path,
 ) -> None:
     sample_report().save(tmp_path)
-    module = types.ModuleType("exporter.verification")
+    module = types.ModuleType("exporter.commands.verify")
     module.verify = lambda folder, *, model, rows, progress: sample_report("failed")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "exporter.verification", module)
+    monkeypatch.setitem(sys.modules, "exporter.commands.verify", module)
     assert main(["verify", str(tmp_path), "-q"]) == 3
     assert capsys.readouterr().out == f"{tmp_path}\n"
 
@@ -427,9 +427,9 @@ def test_eval_prints_a_perplexity(
         tokens: int = 1000
         runtime: str = "onnxruntime"
 
-    module = types.ModuleType("exporter.evaluation")
+    module = types.ModuleType("exporter.commands.evaluate")
     module.evaluate = lambda source, text, **settings: EvalResult()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "exporter.evaluation", module)
+    monkeypatch.setitem(sys.modules, "exporter.commands.evaluate", module)
     assert main(["eval", "out"]) == 0
     assert (
         capsys.readouterr().out

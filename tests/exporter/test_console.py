@@ -14,7 +14,7 @@ from rich.console import Console
 
 from calib.progress import track
 from exporter.console import ConsoleProgress, output_console, show_report
-from exporter.summary import human_bytes, human_seconds
+from exporter.reporting.summary import human_bytes, human_seconds
 
 
 def console(*, terminal: bool = False, encoding: str = "utf-8") -> tuple[Console, io.BytesIO]:

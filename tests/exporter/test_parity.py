@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.pipeline import export
+from exporter.commands.export import export
+from exporter.commands.verify import verify
 from exporter.recipe import Recipe, load_recipe
-from exporter.report import ParityRow, Report
-from exporter.run_options import RunOptions
-from exporter.verification import verify
+from exporter.reporting.report import ParityRow, Report
+from exporter.run.options import RunOptions
 from tests.checkpoints import write_checkpoint
 from tests.torch_backend import install
 

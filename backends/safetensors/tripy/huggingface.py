@@ -15,16 +15,16 @@ from backends.safetensors.tripy.layout import TripyLayout, tripy_dtype
 from backends.safetensors.tripy.loader import fill, float_dtype, quantized_modules
 from calib.architectures import architecture_for
 from calib.artifact import Provenance, QuantizedModel
-from calib.checkpoint import load_config, open_checkpoint
 from calib.data.batches import length_batches
+from calib.data.forward_loop import ForwardLoop, forward_loop_over
 from calib.data.tokens import Tokenizer, calibration_rows, clamp_seqlen
 from calib.errors import BackendError, CheckpointError
-from calib.forward_loop import ForwardLoop, forward_loop_over
 from calib.fusing import FusedModel, expected_tensors
 from calib.fusing.source import SourceTensors
+from calib.network.checkpoint import load_config, open_checkpoint
 from calib.progress import Progress, silent
-from calib.quantization import resolve
-from calib.quantize import quantize_model
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import FLOAT, scheme_named
 

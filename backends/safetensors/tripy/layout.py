@@ -45,9 +45,9 @@ from backends.safetensors.source import (
     uneven,
 )
 from backends.safetensors.tripy.models import refusal_of
+from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.grids import Grid, dequantize, quantize
 from calib.schemes import LinearScheme, PerBlock, TensorScheme, tensor_scheme_from_dict
 
 STATEMENT_FILE = "tripy.json"

@@ -22,7 +22,7 @@ from backends.onnx.runner import OnnxModel
 from calib.architectures import Kind
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.fusing import fuse
-from calib.reference import build_reference
+from calib.measure.reference import build_reference
 from calib.rotations.rotation_set import RotationSet, hadamard_rotation
 from tests.tiny import CONFIGS, SIZES, fuse_tiny, make_tiny, quantize_fused
 

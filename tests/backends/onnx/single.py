@@ -18,12 +18,12 @@ from backends.onnx.lower import lower
 from backends.onnx.placeholders import DOMAIN, LINEAR, MODULE_ATTRIBUTE
 from backends.onnx.targets import TARGETS
 from backends.onnx.write import METADATA_KEY
+from calib.arithmetic.grids import quantize, weight_grid
+from calib.arithmetic.inputs import input_grid
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import QuantizationError
-from calib.grids import quantize, weight_grid
-from calib.inputs import input_grid
-from calib.quantization import customised
-from calib.reference import ReferenceLinear
+from calib.measure.reference import ReferenceLinear
+from calib.quantizing.plan import customised
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import (
     INT4,

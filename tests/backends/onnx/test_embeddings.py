@@ -15,6 +15,7 @@ from backends.onnx.trace import TraceRequest
 from backends.onnx.trace_cache import cached_trace
 from backends.onnx.write import build
 from calib.errors import BackendError
+from calib.network.skeleton import portable_config
 from calib.progress import silent
 from calib.schemes import (
     FLOAT8,
@@ -26,7 +27,6 @@ from calib.schemes import (
     PerTensor,
     TensorScheme,
 )
-from calib.skeleton import portable_config
 from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS
 from tests.tolerances import WEIGHT_ONLY

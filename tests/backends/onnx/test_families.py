@@ -10,7 +10,7 @@ import pytest
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.experts import ACTIVATIONS
 from backends.onnx.refusals import graph_refusal
-from calib.skeleton import portable_config
+from calib.network.skeleton import portable_config
 from tests.backends.onnx.conftest import CASES
 from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS

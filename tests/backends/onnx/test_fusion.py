@@ -12,9 +12,9 @@ import pytest
 from backends.base import Fusion, WriteOptions
 from backends.onnx.backend import OnnxBackend
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
-from calib.quantization import resolve
-from calib.quantize import quantize_model
+from calib.data.forward_loop import forward_loop_over
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.schemes import scheme_named
 from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, token_rows
 

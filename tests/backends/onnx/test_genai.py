@@ -14,10 +14,10 @@ from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.genai import GENAI_FILE, genai_config
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
-from calib.quantization import resolve
-from calib.quantize import quantize_model
-from calib.reference import build_reference
+from calib.data.forward_loop import forward_loop_over
+from calib.measure.reference import build_reference
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.schemes import scheme_named
 from tests.backends.onnx.conftest import CASES, Exported
 from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, token_rows

@@ -21,9 +21,9 @@ from backends.onnx.targets import TARGETS
 from backends.onnx.write import build
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
-from calib.quantization import customised, resolve
-from calib.quantize import quantize_model
+from calib.data.forward_loop import forward_loop_over
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import customised, resolve
 from calib.schemes import Scheme, scheme_named
 from tests.tiny import PROVENANCE, fuse_tiny, make_tiny, token_rows, wide_llama
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from backends.onnx.inputs import TRT
 from backends.onnx.targets import TARGETS
+from calib.arithmetic.grids import grid_of, grid_under, quantize, weight_limits
 from calib.errors import BackendError
-from calib.grids import grid_of, grid_under, quantize, weight_limits
 from calib.schemes import FLOAT4, FLOAT8, PerBlock, TensorScheme
 from tests.backends.onnx.single import Single, accepted, schemes, single
 from tests.tiny import relative_l2

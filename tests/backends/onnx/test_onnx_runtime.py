@@ -18,7 +18,7 @@ from backends.onnx.backend import MODEL_FILE, OnnxBackend
 from backends.onnx.feeds import cache_inputs, feeds, whole_row
 from backends.onnx.runner import OnnxModel
 from calib.errors import BackendError
-from calib.reference import ReferenceLinear
+from calib.measure.reference import ReferenceLinear
 from tests.backends.onnx.conftest import CASES, Exported
 from tests.tiny import relative_l2, token_rows
 from tests.tolerances import FLIPS, LINEAR, WEIGHT_ONLY

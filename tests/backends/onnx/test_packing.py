@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from backends.onnx.packing import members, packed, packs, unpacked
+from calib.arithmetic.grids import quantize, weight_grid
 from calib.artifact import LINEAR_PARTS, QuantizedLinear
-from calib.grids import quantize, weight_grid
 from calib.schemes import INT4, LINEAR_SCHEMES, PerBlock, PerTensor, TensorScheme
 from tests.backends.onnx.conftest import Exported
 

@@ -19,7 +19,7 @@ from backends.onnx.runner import OnnxModel
 from backends.onnx.targets import TARGETS
 from backends.onnx.write import build
 from calib.artifact import QuantizedModel
-from calib.reference import build_reference
+from calib.measure.reference import build_reference
 from tests.tiny import SIZES, quantize_tiny, relative_l2, token_rows
 from tests.tolerances import WEIGHT_ONLY
 

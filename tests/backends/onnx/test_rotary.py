@@ -10,7 +10,7 @@ import torch
 
 from backends.onnx.rotary import ROTARY_OPSET, fuse_rotary
 from backends.onnx.trace import TraceRequest, trace
-from calib.skeleton import portable_config
+from calib.network.skeleton import portable_config
 from tests.tiny import CONFIGS
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from backends.base import ProbedModel, RuntimeMissing, RuntimeModel, WriteOptions
 from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from calib.artifact import cast_model
 from calib.errors import BackendError
-from calib.reference import ReferenceLinear
+from calib.measure.reference import ReferenceLinear
 from tests.backends.onnx.conftest import Exported
 from tests.tiny import relative_l2, token_rows
 from tests.tolerances import FLIPS, LINEAR, WEIGHT_ONLY
@@ -199,7 +200,7 @@ def half(export_of: Export, tmp_path_factory: pytest.TempPathFactory) -> Exporte
     """The static Llama in float16, for TensorRT."""
     case = export_of(STATIC)
     folder = tmp_path_factory.mktemp("half")
-    OnnxBackend().write(case.quantized.to(torch.float16), folder, WriteOptions("tensorrt"))
+    OnnxBackend().write(cast_model(case.quantized, torch.float16), folder, WriteOptions("tensorrt"))
     return Exported(case.quantized, case.reference, folder)
 
 

@@ -15,10 +15,10 @@ from backends.onnx import tensorrt_rtx
 from backends.onnx.backend import MODEL_FILE, OnnxBackend
 from backends.onnx.targets import TARGETS
 from calib.data.batches import length_batches
+from calib.data.forward_loop import forward_loop_over
 from calib.errors import BackendError
-from calib.forward_loop import forward_loop_over
-from calib.quantization import resolve
-from calib.quantize import quantize_model
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.schemes import FLOAT4, FLOAT8, LinearScheme, scheme_named
 from tests.backends.onnx.single import Single, accepted, preset, schemes, single
 from tests.tiny import PROVENANCE, fuse_tiny, make_tiny, token_rows, wide_llama

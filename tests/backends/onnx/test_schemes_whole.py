@@ -17,10 +17,10 @@ from backends.onnx.backend import MODEL_FILE, OnnxBackend
 from backends.onnx.runner import OnnxModel
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
-from calib.quantization import resolve
-from calib.quantize import quantize_model
-from calib.reference import ReferenceLinear, build_reference
+from calib.data.forward_loop import forward_loop_over
+from calib.measure.reference import ReferenceLinear, build_reference
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.schemes import scheme_named
 from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, relative_l2, token_rows
 from tests.tolerances import FLIPS, FLOAT16_STEPS, LINEAR, WEIGHT_ONLY

@@ -15,10 +15,10 @@ from backends.onnx.backend import OnnxBackend
 from calib.architectures import Kind
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
-from calib.quantization import customised, resolve
-from calib.quantize import quantize_model
-from calib.reference import ReferenceLinear, build_reference
+from calib.data.forward_loop import forward_loop_over
+from calib.measure.reference import ReferenceLinear, build_reference
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import customised, resolve
 from calib.schemes import scheme_named
 from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, relative_l2, token_rows
 from tests.tolerances import LINEAR, WEIGHT_ONLY

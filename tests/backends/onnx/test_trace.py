@@ -16,7 +16,7 @@ from backends.onnx.targets import TARGETS
 from backends.onnx.trace import CHECKPOINT, TraceRequest, fill, trace
 from backends.onnx.write import build
 from calib.errors import BackendError, CheckpointError
-from calib.skeleton import portable_config
+from calib.network.skeleton import portable_config
 from tests.tiny import CONFIGS, quantize_tiny
 
 SMALL = 128

@@ -15,9 +15,9 @@ from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.trace import TraceRequest, trace
 from backends.onnx.trace_cache import cache_folder, cached_trace, key_of
+from calib.network.skeleton import portable_config
 from calib.progress import silent
 from calib.rotations.rotation_set import hadamard_rotations
-from calib.skeleton import portable_config
 from tests.tiny import CONFIGS, make_tiny, quantize_tiny
 
 Count = Callable[[], int]

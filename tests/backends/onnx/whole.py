@@ -16,10 +16,10 @@ from backends.onnx.backend import OnnxBackend
 from calib.architectures import Kind
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
-from calib.quantization import resolve
-from calib.quantize import quantize_model
-from calib.reference import build_reference
+from calib.data.forward_loop import forward_loop_over
+from calib.measure.reference import build_reference
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.schemes import scheme_named
 from tests.tiny import PROVENANCE, fuse_tiny, make_tiny, relative_l2, token_rows
 
@@ -61,7 +61,7 @@ def quantized(
     scheme: str = "int8-weight-only",
     **settings: Any,
 ) -> QuantizedModel:
-    """The artifact of a tiny model; ``settings`` go to :func:`calib.quantization.resolve`.
+    """The artifact of a tiny model; ``settings`` go to :func:`calib.quantizing.plan.resolve`.
 
     Tests that leave ``kinds`` as they are share one trace a config.
     """

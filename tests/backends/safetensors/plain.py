@@ -11,7 +11,8 @@ from torch import Tensor
 
 from backends.base import ContentKind
 from backends.safetensors.layout import Entry
-from calib.artifact import LINEAR_PARTS, QuantizedCache, QuantizedLinear, QuantizedModel, cache_key
+from calib.artifact import LINEAR_PARTS, QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.artifact.files import cache_key
 from calib.schemes import LinearScheme, tensor_scheme_from_dict
 
 KINDS: dict[str, ContentKind] = {

@@ -6,7 +6,7 @@ import pytest
 
 from backends.safetensors.backend import SafetensorsBackend
 from backends.safetensors.source import input_widths
-from calib.quantization import customised
+from calib.quantizing.plan import customised
 from calib.schemes import LINEAR_SCHEMES, SCHEMES, LinearScheme
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, quantize_fused
 

@@ -10,6 +10,8 @@ import torch
 from fake_quant_support import Net, batches
 from torch import Tensor, nn
 
+from calib.arithmetic.grids import expand_grid, grid_of, round_to_grid, weight_grid
+from calib.arithmetic.inputs import fake_quantize_input
 from calib.errors import QuantizationError
 from calib.fake_quant import (
     FakeQuantState,
@@ -20,8 +22,6 @@ from calib.fake_quant import (
     set_fake_quantize,
 )
 from calib.fake_quant.qconfig import METHODS
-from calib.grids import expand_grid, grid_of, round_to_grid, weight_grid
-from calib.inputs import fake_quantize_input
 from calib.observers import observer_named
 from calib.schemes import (
     FLOAT8,

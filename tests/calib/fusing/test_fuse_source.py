@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.checkpoint import Checkpoint
 from calib.errors import CheckpointError, RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, fuse
+from calib.network.checkpoint import Checkpoint
 from calib.rotations.rotation_set import RotationSet, fused_rotation
 
 OfName = Callable[[str], Any]
@@ -29,7 +29,7 @@ def assert_same(left: FusedModel, right: FusedModel) -> None:
 
 def test_saved_checkpoint_gives_the_same_as_the_state_dict(tiny: Any, tmp_path: Any) -> None:
     # save_pretrained writes published names: one tensor per expert, embed_out, no tied head.
-    from calib.checkpoint import load_config, open_checkpoint
+    from calib.network.checkpoint import load_config, open_checkpoint
 
     tiny.model(torch.float32).save_pretrained(tmp_path, max_shard_size="30KB")
     opened = fuse(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calib.errors import RotationError
 from calib.fusing import fuse, materialize
-from calib.online import attach_online
+from calib.network.online import attach_online
 from calib.rotations.rotation_set import RotationSet
 
 OfName = Callable[[str], Any]

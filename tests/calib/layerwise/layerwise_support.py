@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from calib.architectures.experts import quantizable_linears
 from calib.data.batches import Batch, length_batches
-from calib.experts.names import quantizable_linears
-from calib.experts.observe import experts_as_modules
 from calib.fusing import FusedModel, fuse
 from calib.layerwise import Block, CalibrationRunner
+from calib.network.observe_experts import experts_as_modules
 from tests.tiny import Tiny, token_rows
 
 ALL_KINDS = ("r1", "r2", "r3", "r4")

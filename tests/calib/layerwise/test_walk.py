@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from calib.experts.observe import experts_as_modules
 from calib.fusing import FusedModel, materialize
 from calib.layerwise import Block, CalibrationRunner, linear_groups
 from calib.layerwise.blocks import block_name
+from calib.network.observe_experts import experts_as_modules
 from tests.calib.layerwise.layerwise_support import (
     Rounded,
     Rtn,

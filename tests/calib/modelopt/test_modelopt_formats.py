@@ -11,8 +11,8 @@ import torch
 from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor, nn
 
-from calib.grids import dequantize, quantize, weight_grid
-from calib.inputs import fake_quantize_input, input_grid
+from calib.arithmetic.grids import dequantize, quantize, weight_grid
+from calib.arithmetic.inputs import fake_quantize_input, input_grid
 from calib.modelopt.quantize import modelopt_quantize, read_input_amax
 from calib.schemes import SCHEMES
 

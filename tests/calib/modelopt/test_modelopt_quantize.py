@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calib.arithmetic.grids import weight_grid
 from calib.data.batches import length_batches
+from calib.data.forward_loop import forward_loop_over
 from calib.errors import CheckpointError, DataError, QuantizationError
-from calib.forward_loop import forward_loop_over
 from calib.fusing import materialize
-from calib.grids import weight_grid
 from calib.modelopt.config import modelopt_calibrates, modelopt_config
 from calib.modelopt.quantize import input_amax, modelopt_quantize, read_input_amax
 from calib.schemes import (

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.data.batches import length_batches
+from calib.data.forward_loop import forward_loop_over
 from calib.errors import CheckpointError, QuantizationError
-from calib.forward_loop import forward_loop_over
 from calib.observers import input_limits, observe_inputs, observer_named
 from calib.schemes import INT8, PerCluster, PerTensor, TensorScheme
 from tests.tiny import CONFIGS, make_tiny, token_rows

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib.clusters import NO_FUSED_KERNEL
-from calib.grids import grid_of, round_to_grid
+from calib.arithmetic.grids import grid_of, round_to_grid
 from calib.observers import Observer, observer_named
 from calib.schemes import (
     FLOAT4,
@@ -30,6 +29,7 @@ from calib.schemes import (
     PerTensor,
     TensorScheme,
 )
+from calib.stats.clusters import NO_FUSED_KERNEL
 
 Array = NDArray[np.float64]
 BIN = 2**-10

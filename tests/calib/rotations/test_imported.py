@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from calib.errors import RotationError
-from calib.rotations.imported import import_rotations
-from calib.rotations.rotation_files import export_dartquant
+from calib.rotations.files import save_rotations
+from calib.rotations.foreign import export_dartquant, import_rotations
 from calib.rotations.rotation_set import RotationSet
 from calib.rotations.starts import haar_start
 from tests.tiny import SIZES, Tiny, make_tiny
@@ -44,7 +44,7 @@ def assert_same(found: RotationSet, wanted: RotationSet) -> None:
 @pytest.mark.parametrize("path", ["", "rotations.safetensors"])
 def test_rotqs_own_folder_or_file_is_read_whole(tiny: Tiny, tmp_path: Path, path: str) -> None:
     wanted = tiny.rotations(["r1", "r2", "r3", "r4"])
-    wanted.save(tmp_path)
+    save_rotations(wanted, tmp_path)
     found = read(tiny, tmp_path / path)
     assert_same(found, wanted)
     assert found["R4.1"].seed == wanted["R4.1"].seed

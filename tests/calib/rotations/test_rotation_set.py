@@ -12,8 +12,9 @@ import transformers
 
 from calib.architectures import Space, architecture_for
 from calib.errors import RotationError
+from calib.rotations.files import load_rotations, save_rotations
+from calib.rotations.foreign import export_dartquant, import_dartquant, import_spinquant
 from calib.rotations.hadamard import hadamard_matrix
-from calib.rotations.rotation_files import export_dartquant, import_dartquant, import_spinquant
 from calib.rotations.rotation_set import (
     Rotation,
     RotationSet,
@@ -127,8 +128,8 @@ def test_inconsistent_rotations_cannot_be_made(fields: dict[str, Any], message: 
 
 
 def test_saving_and_loading(rotations: RotationSet, tmp_path: Path) -> None:
-    rotations.save(tmp_path)
-    assert_same(RotationSet.load(tmp_path), rotations)
+    save_rotations(rotations, tmp_path)
+    assert_same(load_rotations(tmp_path), rotations)
     manifest = json.loads((tmp_path / "rotations.json").read_text())
     assert manifest["format_version"] == 1
     assert manifest["rotations"][0] == {
@@ -145,8 +146,8 @@ def test_saving_and_loading(rotations: RotationSet, tmp_path: Path) -> None:
 
 def test_saving_a_set_without_matrices(tmp_path: Path) -> None:
     for rotations in (RotationSet(), RotationSet([hadamard_rotation("r1", 48, seed=2)])):
-        rotations.save(tmp_path)
-        assert_same(RotationSet.load(tmp_path), rotations)
+        save_rotations(rotations, tmp_path)
+        assert_same(load_rotations(tmp_path), rotations)
 
 
 @pytest.mark.parametrize("file", ["rotations.json", "rotations.safetensors"])
@@ -154,12 +155,12 @@ def test_saving_a_set_without_matrices(tmp_path: Path) -> None:
 def test_missing_or_damaged_files(
     rotations: RotationSet, tmp_path: Path, file: str, content: bytes | None
 ) -> None:
-    rotations.save(tmp_path)
+    save_rotations(rotations, tmp_path)
     (tmp_path / file).unlink()
     if content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(RotationError, match="cannot be read"):
-        RotationSet.load(tmp_path)
+        load_rotations(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -177,12 +178,12 @@ def test_missing_or_damaged_files(
 def test_manifest_that_does_not_fit(
     rotations: RotationSet, tmp_path: Path, change: Any, message: str
 ) -> None:
-    rotations.save(tmp_path)
+    save_rotations(rotations, tmp_path)
     manifest = json.loads((tmp_path / "rotations.json").read_text())
     change(manifest)
     (tmp_path / "rotations.json").write_text(json.dumps(manifest))
     with pytest.raises(RotationError, match=message):
-        RotationSet.load(tmp_path)
+        load_rotations(tmp_path)
 
 
 def test_validation_accepts_what_fits(rotations: RotationSet, config: Any) -> None:

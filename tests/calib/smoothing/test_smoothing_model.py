@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from calib.data.batches import length_batches
+from calib.data.forward_loop import ForwardLoop, forward_loop_over
 from calib.errors import QuantizationError
-from calib.forward_loop import ForwardLoop, forward_loop_over
 from calib.fusing import FusedModel, fuse, materialize
-from calib.perplexity import model_logits, perplexity
-from calib.quantization import resolve
-from calib.quantize import quantize_model
-from calib.reference import build_reference
+from calib.measure.perplexity import model_logits, perplexity
+from calib.measure.reference import build_reference
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import LinearScheme, scheme_named
 from calib.smoothing.groups import SmoothingGroup, smoothing_groups

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from calib.architectures import LinearSpec, Space
-from calib.clusters import cluster_linears
 from calib.data.batches import Batch
 from calib.errors import QuantizationError
 from calib.schemes import LinearScheme, PerCluster, scheme_named
+from calib.stats.clusters import cluster_linears
 from calib.stats.damage import LinearDamage, linear_damage, rounded_weight
 from calib.stats.linears import LinearMoments, linear_moments
 

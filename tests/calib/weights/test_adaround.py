@@ -16,8 +16,8 @@ from weights_support import (
     random_weight,
 )
 
+from calib.arithmetic.grids import expand_grid, weight_grid
 from calib.errors import QuantizationError
-from calib.grids import expand_grid, weight_grid
 from calib.schemes import INT4, INT8, PerBlock, PerChannel, PerTensor, TensorScheme
 from calib.weights.adaround import adaround
 from calib.weights.clip import rtn

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from weights_support import ALL_SCHEMES, correlated_moment, is_on_grid, random_weight
 
+from calib.arithmetic.grids import dequantize, grid_of, quantize, weight_grid, weight_limits
 from calib.errors import QuantizationError
-from calib.grids import dequantize, grid_of, quantize, weight_grid, weight_limits
 from calib.schemes import FLOAT4, INT4, INT8, PerBlock, PerChannel, PerTensor, TensorScheme
 from calib.weights.clip import clip_grid, mse, rtn
 from calib.weights.rounded import keep_best, output_error, row_errors

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from calib.data.batches import length_batches
+from calib.data.forward_loop import forward_loop_over
 from calib.errors import CheckpointError, QuantizationError, UnsupportedModelError
-from calib.forward_loop import forward_loop_over
 from calib.weights.moments import Moment, observe_moments
 from tests.tiny import CONFIGS, make_tiny, relative_l2, token_rows
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from weights_support import is_on_grid
 
 from calib.data.batches import length_batches
+from calib.data.forward_loop import forward_loop_over
 from calib.data.tokens import calibration_rows
-from calib.forward_loop import forward_loop_over
 from calib.schemes import scheme_named
 from calib.weights.algorithms import algorithm_named
 from calib.weights.moments import observe_moments

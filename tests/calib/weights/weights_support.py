@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib.grids import expand_grid, round_to_grid
+from calib.arithmetic.grids import expand_grid, round_to_grid
 from calib.schemes import (
     FLOAT8,
     INT4,

@@ -16,7 +16,7 @@ from torch import Tensor
 from backends.base import ContentKind, StoredTensor
 from calib.artifact import LINEAR_PARTS, Provenance, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError, RotqError
-from calib.rotations.rotation_set import RotationSet
+from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import scheme_named, tensor_scheme_from_dict
 
 _KINDS: dict[str, ContentKind] = {
@@ -49,7 +49,7 @@ def write(model: QuantizedModel, folder: Path) -> None:
         },
     }
     (folder / "model.json").write_text(json.dumps(described))
-    model.rotations.save(folder)
+    save_rotations(model.rotations, folder)
 
 
 def read(folder: Path) -> QuantizedModel:
@@ -72,7 +72,7 @@ def read(folder: Path) -> QuantizedModel:
                 if key.startswith("float/")
             },
             kept=described["kept"],
-            rotations=RotationSet.load(folder),
+            rotations=load_rotations(folder),
             provenance=Provenance(str(folder), "", {}, 0, 0, 0, 0, "", {}),
         )
     except (KeyError, TypeError, ValueError, RotqError) as error:

@@ -18,9 +18,9 @@ from backends.safetensors.compressed_tensors.layout import CompressedTensorsLayo
 from calib.architectures import Kind
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
-from calib.quantization import customised, resolve
-from calib.quantize import quantize_model
+from calib.data.forward_loop import forward_loop_over
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import customised, resolve
 from calib.schemes import scheme_named
 from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, token_rows, wide_llama
 

@@ -14,8 +14,8 @@ from backends.safetensors.compressed_tensors.packing import (
     unpack_nibbles,
 )
 from backends.safetensors.compressed_tensors.schemes import form_of
+from calib.arithmetic.grids import dequantize
 from calib.artifact import QuantizedLinear
-from calib.grids import dequantize
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
     artifact,
     equal,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from backends.safetensors.backend import SafetensorsBackend
-from calib.quantization import customised
+from calib.quantizing.plan import customised
 from calib.schemes import (
     INT8,
     KV_SCHEMES,

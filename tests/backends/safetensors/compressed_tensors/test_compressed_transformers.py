@@ -15,10 +15,10 @@ from torch import Tensor
 from backends.base import RuntimeMissing
 from backends.safetensors.backend import SafetensorsBackend
 from backends.safetensors.compressed_tensors.runner import TransformersModel, load
+from calib.arithmetic.grids import round_to_grid
 from calib.artifact import QuantizedModel
-from calib.floor import split_sum_floor
-from calib.grids import round_to_grid
-from calib.reference import ReferenceLinear, build_reference
+from calib.measure.floor import split_sum_floor
+from calib.measure.reference import ReferenceLinear, build_reference
 from calib.schemes import FLOAT4
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
     FIXED_BLOCKS,

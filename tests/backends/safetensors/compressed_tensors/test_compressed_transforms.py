@@ -13,7 +13,7 @@ import torch
 
 from backends.safetensors.compressed_tensors import runner
 from calib.errors import BackendError
-from calib.reference import build_reference
+from calib.measure.reference import build_reference
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
     artifact,
     logits,

@@ -22,11 +22,11 @@ from torch import Tensor
 from backends.safetensors.modelopt.layout import ModelOptLayout
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
-from calib.forward_loop import forward_loop_over
+from calib.data.forward_loop import forward_loop_over
 from calib.fusing import FusedModel, materialize
 from calib.modelopt.config import config_of
-from calib.quantization import customised, resolve
-from calib.quantize import quantize_model
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import customised, resolve
 from calib.schemes import INT4, LinearScheme, scheme_named
 from tests.tiny import GPT2, MOE, PROVENANCE, SIZES, fuse_tiny, make_tiny, token_rows
 

@@ -15,7 +15,7 @@ from backends.safetensors.modelopt.algorithms import algorithm_of
 from backends.safetensors.modelopt.rules import rotation_refusal
 from backends.safetensors.modelopt.tensors import format_of
 from calib.errors import BackendError
-from calib.quantization import customised
+from calib.quantizing.plan import customised
 from calib.schemes import (
     INT8,
     KV_SCHEMES,

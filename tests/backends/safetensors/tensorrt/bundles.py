@@ -15,7 +15,7 @@ from backends.safetensors.bundle import write_bundle
 from backends.safetensors.tensorrt.layout import TensorRTLayout
 from calib.architectures import Kind
 from calib.artifact import QuantizedCache, QuantizedModel
-from calib.reference import build_reference
+from calib.measure.reference import build_reference
 from calib.schemes import KV_SCHEMES
 from tests.tiny import CONFIGS, VOCABULARY, fuse_tiny, make_tiny, quantize_fused, wide_llama
 

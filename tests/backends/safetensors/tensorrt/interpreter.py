@@ -16,8 +16,8 @@ from torch import Tensor
 
 from backends.safetensors.tensorrt.loader import BundleWeights
 from backends.safetensors.tensorrt.packing import unpack
-from calib.inputs import fake_quantize_input
-from calib.rounding import decode, round_to_format
+from calib.arithmetic.inputs import fake_quantize_input
+from calib.arithmetic.rounding import decode, round_to_format
 from calib.schemes import FLOAT4, FLOAT8, INT4, INT8, PerBlock, TensorScheme
 
 _DTYPES = {

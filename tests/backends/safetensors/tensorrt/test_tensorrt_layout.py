@@ -11,8 +11,8 @@ import torch
 from backends.safetensors.read import open_bundle, read_cache, read_model
 from backends.safetensors.tensorrt.layout import TensorRTLayout
 from backends.safetensors.tensorrt.packing import pack, packed_size, unpack
+from calib.arithmetic.grids import quantize, weight_grid
 from calib.artifact import QuantizedLinear
-from calib.grids import quantize, weight_grid
 from calib.schemes import LINEAR_SCHEMES, scheme_named
 from tests.backends.safetensors.tensorrt.bundles import quantized, with_cache, write
 

@@ -14,7 +14,7 @@ from backends.safetensors.bundle import write_bundle
 from backends.safetensors.tripy.layout import TripyLayout
 from calib.architectures import Kind
 from calib.artifact import QuantizedModel
-from calib.reference import build_reference
+from calib.measure.reference import build_reference
 from tests.tiny import CONFIGS, VOCABULARY, fuse_tiny, make_tiny, quantize_fused
 
 

@@ -15,9 +15,9 @@ import backends
 import calib
 from calib.architectures import architecture_for
 from calib.data.batches import length_batches
+from calib.data.forward_loop import forward_loop_over
 from calib.data.tokens import calibration_rows
 from calib.errors import BackendError, CheckpointError, RotqError
-from calib.forward_loop import forward_loop_over
 from tests.backends.safetensors.tripy.conftest import Run
 from tests.backends.safetensors.tripy.test_tripy_modules import example
 from tests.checkpoints import TINY, VOCABULARY, write_checkpoint

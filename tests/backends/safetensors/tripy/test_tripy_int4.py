@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from backends.safetensors.tripy.layout import linear_entries
+from calib.arithmetic.grids import quantize, weight_grid
 from calib.artifact import QuantizedLinear
-from calib.checkpoint import open_checkpoint
-from calib.grids import quantize, weight_grid
+from calib.network.checkpoint import open_checkpoint
 from calib.schemes import INT4, PerBlock, TensorScheme
 from exporter.source import embedded_folder
 from tests.backends.safetensors.tripy import interpreter

@@ -15,10 +15,10 @@ from torch import Tensor
 from backends.safetensors.read import open_bundle, read_model
 from backends.safetensors.source import even_block, even_scales, original_scales
 from backends.safetensors.tripy.layout import STATEMENT_FILE, TripyLayout
+from calib.arithmetic.grids import Grid, dequantize, quantize
+from calib.arithmetic.rounding import decode
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.grids import Grid, dequantize, quantize
-from calib.rounding import decode
 from calib.schemes import (
     FLOAT8,
     INT4,

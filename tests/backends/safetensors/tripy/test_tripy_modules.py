@@ -16,10 +16,10 @@ import torch
 import backends
 from backends.safetensors.read import open_bundle
 from calib.architectures import Kind
+from calib.arithmetic.grids import quantize, weight_grid
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.grids import quantize, weight_grid
-from calib.reference import build_reference
+from calib.measure.reference import build_reference
 from tests.backends.safetensors.tripy.bundles import quantized, reference_logits, token_ids, write
 from tests.backends.safetensors.tripy.conftest import Run
 from tests.backends.safetensors.tripy.test_tripy_layout import reordered

@@ -1,0 +1,1 @@
+"""Numbers: rounding to a format, scales from amax, grids of stored values, quantized inputs."""

@@ -1,0 +1,265 @@
+"""The artifact on disk.
+
+A folder: safetensors shards (unpacked integers, float scales, float remainder), one JSON manifest
+with a ``format_version``, the rotations, and the files of the checkpoint that travel along (config,
+generation config, tokenizer). Loading is by memory map: a tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from calib.artifact.model import (
+    LINEAR_PARTS,
+    Provenance,
+    QuantizedCache,
+    QuantizedLinear,
+    QuantizedModel,
+)
+from calib.errors import CheckpointError
+from calib.rotations.files import load_rotations, save_rotations
+from calib.schemes import (
+    scheme_named,
+    tensor_scheme_from_dict,
+    tensor_scheme_to_dict,
+)
+
+MANIFEST = "quantized_model.json"
+FORMAT_VERSION = 2
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files of a checkpoint folder that every output carries, where they exist."""
+
+
+def save_artifact(model: QuantizedModel, folder: Path) -> None:
+    """Write everything into ``folder``, which must exist and should be empty."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(
+        dict(_tensors(model)), folder, filename_pattern="quantized_model{suffix}.safetensors"
+    )
+    save_description(model, folder)
+
+
+def save_description(model: QuantizedModel, folder: Path) -> None:
+    """Write everything but the shards into ``folder``: manifest, rotations and side files."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "config": model.config,
+        "scheme": model.scheme.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "linears": {name: linear.description() for name, linear in model.linears.items()},
+        "cache": None
+        if model.cache is None
+        else {
+            "scheme": tensor_scheme_to_dict(model.cache.scheme),
+            "layers": list(model.cache.key_scale),
+        },
+        "smoothing": list(model.smoothing),
+        "kept": dict(model.kept),
+        "provenance": vars(model.provenance),
+        "tensors": sorted(key for key, _ in _tensors(model)),
+    }
+    save_rotations(model.rotations, folder)
+    copy_side_files(model.files, folder)
+    text = json.dumps(manifest, indent=2, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def load_artifact(folder: Path) -> QuantizedModel:
+    """Open a saved model by memory map.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, corrupt, or written by a newer rotq.
+        RotationError: its rotations are.
+    """
+    manifest = _read_manifest(folder)
+    tensors = ShardedTensors(folder)
+    try:
+        tensors.check_complete(manifest["tensors"])
+        return _from_manifest(manifest, tensors, folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"'{folder / MANIFEST}' is damaged: {error}", hint="run `rotq calibrate` again"
+        ) from error
+
+
+def _tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
+    yield from model.floats.items()
+    for linear in model.linears.values():
+        yield from linear.tensors().items()
+    if model.cache is not None:
+        for layer, scale in model.cache.key_scale.items():
+            yield cache_key(layer, "key"), scale
+            yield cache_key(layer, "value"), model.cache.value_scale[layer]
+    for group, scale in model.smoothing.items():
+        yield smoothing_key(group), scale
+
+
+def _from_manifest(
+    manifest: Mapping[str, Any], tensors: ShardedTensors, folder: Path
+) -> QuantizedModel:
+    linears = {
+        name: _read_linear(name, entry, tensors) for name, entry in manifest["linears"].items()
+    }
+    cache = _read_cache(manifest["cache"], tensors)
+    parts = {f"{name}.{part}" for name in linears for part in LINEAR_PARTS}
+    if cache is not None:
+        parts |= {cache_key(layer, part) for layer in cache.key_scale for part in ("key", "value")}
+    smoothing = {group: tensors[smoothing_key(group)] for group in manifest["smoothing"]}
+    parts |= {smoothing_key(group) for group in smoothing}
+    return QuantizedModel(
+        config=manifest["config"],
+        scheme=scheme_named(manifest["scheme"]),
+        dtype=getattr(torch, manifest["dtype"]),
+        linears=linears,
+        floats={key: tensors[key] for key in tensors if key not in parts},
+        kept=manifest["kept"],
+        rotations=load_rotations(folder),
+        provenance=_provenance(manifest["provenance"]),
+        files=side_files(folder),
+        cache=cache,
+        smoothing=smoothing,
+    )
+
+
+def _read_linear(
+    name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> QuantizedLinear:
+    optional = {part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]}
+    return QuantizedLinear(
+        name=name,
+        weight=tensors[f"{name}.weight"],
+        weight_scale=tensors[f"{name}.weight_scale"],
+        weight_scheme=tensor_scheme_from_dict(entry["weight"]),
+        input_scheme=None if entry["input"] is None else tensor_scheme_from_dict(entry["input"]),
+        online_rotation=entry["online_rotation"],
+        **optional,
+    )
+
+
+def _read_cache(
+    entry: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> QuantizedCache | None:
+    if entry is None:
+        return None
+    key, value = (
+        {layer: tensors[cache_key(layer, part)] for layer in entry["layers"]}
+        for part in ("key", "value")
+    )
+    return QuantizedCache(tensor_scheme_from_dict(entry["scheme"]), key, value)
+
+
+def cache_key(layer: int, part: str) -> str:
+    """The key under which the scale of a layer's ``key`` or ``value`` is stored."""
+    return f"kv_cache.{layer}.{part}_scale"
+
+
+def smoothing_key(group: str) -> str:
+    """The key under which the scale of a smoothing group is stored."""
+    return f"smoothing.{group}"
+
+
+def _provenance(values: Mapping[str, Any]) -> Provenance:
+    tables = {name: tuple(values[name]) for name in ("gate", "rotation_gate")}
+    return Provenance(**{**values, **tables})
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """The :data:`SIDE_FILES` that exist in ``folder``."""
+    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+
+
+def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy ``files`` into ``folder`` under their own names."""
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"'{folder}' is not a quantized model: it holds no {MANIFEST}",
+            hint="`rotq calibrate -o DIR` writes one",
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
+            hint="use the rotq that wrote it, or a newer one",
+        )
+    return manifest
+
+
+class ShardedTensors(Mapping[str, Tensor]):
+    """Tensors of a saved model, memory-mapped shard by shard."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: holds ``quantized_model*.safetensors``.
+
+        Raises:
+            CheckpointError: there is none, or one is damaged.
+        """
+        self._shards: dict[str, Any] = {}
+        paths = sorted(folder.glob("quantized_model*.safetensors"))
+        if not paths:
+            raise CheckpointError(
+                f"'{folder}' holds no weights (quantized_model*.safetensors)",
+                hint="run `rotq calibrate` again",
+            )
+        for path in paths:
+            try:
+                shard: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
+                ) from error
+            self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118 - a handle is no mapping
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor: Tensor = self._shards[key].get_tensor(key)
+        return tensor
+
+    def check_complete(self, promised: Iterable[str]) -> None:
+        """Every tensor that the manifest promises must be there: an optional one would be missed by
+        nobody.
+        """
+        missing = [key for key in promised if key not in self._shards]
+        if missing:
+            raise CheckpointError(
+                f"the saved model lacks {len(missing)} tensor(s), such as '{missing[0]}'",
+                hint="a shard is missing; copy the folder again or run `rotq calibrate` again",
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)

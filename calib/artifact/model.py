@@ -1,0 +1,194 @@
+"""The :class:`QuantizedModel`: everything a backend needs, with no module, no packing and no
+runtime's key names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.arithmetic.grids import Grid, dequantize
+from calib.rotations.rotation_set import RotationSet
+from calib.schemes import (
+    LinearScheme,
+    Scheme,
+    TensorScheme,
+    tensor_scheme_to_dict,
+)
+
+LINEAR_PARTS = (
+    "weight",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_second_scale",
+    "weight_order",
+    "bias",
+    "input_scale",
+    "input_zero_point",
+)
+"""Tensors of a :class:`QuantizedLinear`; they are stored under its name, a dot and theirs."""
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One quantized linear ``y = x W^T + b``, in the orientation and order of the source model.
+
+    Attributes:
+        name: dotted module path in the source model.
+        weight: stored values ``[out, in]``, unpacked: int8 storage for integer formats, float8 for
+            float8, E2M1 codes in uint8 for float4.
+        weight_scale: shape by ``weight_scheme.granularity`` (:mod:`calib.schemes`), in the compute
+            dtype; float32 holding E4M3 numbers or powers of two where the scheme stores scales so.
+        weight_scheme: format and granularity of the weight.
+        bias: ``[out]`` in the compute dtype, or ``None``.
+        input_scheme: format and granularity of the input, or ``None`` where the input stays in
+            float.
+        input_scale: what was calibrated of the input: shape ``[]``, or ``[in]`` per cluster, in the
+            compute dtype; for NVFP4 the second-level scale, float32 ``[]``; ``None`` where nothing
+            was.
+        online_rotation: name in :attr:`QuantizedModel.rotations` of the rotation that acts on the
+            input before it is quantized, or ``None``.
+        weight_zero_point: integers in the dtype and shape of ``weight_scale``; ``None`` when
+            symmetric.
+        weight_second_scale: float32 ``[]``, the factor of every ``weight_scale`` (NVFP4), else
+            ``None``.
+        weight_order: int64 ``[in]`` where scales follow another order of the input features (GPTQ's
+            act-order with groups of its own): column ``p`` of ``weight`` is input feature
+            ``weight_order[p]``. Else ``None``.
+        input_zero_point: integer in the dtype and shape of ``input_scale``; ``None`` when symmetric
+            or dynamic.
+    """
+
+    name: str
+    weight: Tensor
+    weight_scale: Tensor
+    weight_scheme: TensorScheme
+    bias: Tensor | None
+    input_scheme: TensorScheme | None
+    input_scale: Tensor | None
+    online_rotation: str | None
+    weight_zero_point: Tensor | None = None
+    weight_second_scale: Tensor | None = None
+    weight_order: Tensor | None = None
+    input_zero_point: Tensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """Scales and zero points of the weight."""
+        return Grid(self.weight_scale, self.weight_zero_point, self.weight_second_scale)
+
+    def values(self) -> Tensor:
+        """The float32 weight ``[out, in]`` that is stored, its columns in the order of the input
+        features.
+        """
+        values = dequantize(self.weight, self.grid, self.weight_scheme)
+        return values if self.weight_order is None else values[:, self.weight_order.argsort()]
+
+    def description(self) -> dict[str, Any]:
+        """All that is no tensor, as JSON values."""
+        return {
+            "weight": tensor_scheme_to_dict(self.weight_scheme),
+            "input": None
+            if self.input_scheme is None
+            else tensor_scheme_to_dict(self.input_scheme),
+            "online_rotation": self.online_rotation,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of :data:`LINEAR_PARTS`, by the keys under which it is stored."""
+        parts = ((part, getattr(self, part)) for part in LINEAR_PARTS)
+        return {
+            f"{self.name}.{part}": tensor.contiguous()
+            for part, tensor in parts
+            if tensor is not None
+        }
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """How cached keys (after RoPE and R3) and values are quantized: one static scale each for a
+    layer.
+
+    Attributes:
+        scheme: format of both.
+        key_scale: ``[]`` in the compute dtype, by layer.
+        value_scale: the same.
+    """
+
+    scheme: TensorScheme
+    key_scale: Mapping[int, Tensor]
+    value_scale: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a quantized model came from."""
+
+    source: str
+    """Folder or hub id of the float checkpoint."""
+    fingerprint: str
+    """SHA-256 of the source weights."""
+    recipe: dict[str, Any]
+    parameters: int
+    """Elements of the source weights."""
+    nbytes: int
+    """Bytes of the source weights, in their own dtypes."""
+    calibration_rows: int
+    calibration_tokens: int
+    calibration_sha256: str
+    """SHA-256 over the calibration token ids."""
+    versions: dict[str, str]
+    gate: tuple[dict[str, Any], ...] = ()
+    """The candidates that the rotations were chosen from, where there was a choice; rows of the
+    report's gate table.
+    """
+    rotation_gate: tuple[dict[str, Any], ...] = ()
+    """The candidates that each rotation was chosen from, with their errors."""
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A rotated, calibrated, quantized model, independent of any runtime. Frozen; the tensors may
+    be memory-mapped.
+
+    Attributes:
+        config: the Hugging Face config as a dictionary, with ``tie_word_embeddings`` false.
+        scheme: the preset that the linears were quantized with, but for the overrides of single
+            ones.
+        dtype: what the target computes in; dtype of every float tensor and scale here.
+        linears: by module name, in topological order; an embedding that was asked for is one of
+            them.
+        floats: every other tensor of the model by its checkpoint key: embeddings, norms, float
+            linears.
+        kept: linears left in float, with the reason.
+        rotations: all rotations, folded and online.
+        provenance: where it came from.
+        files: files of the source checkpoint that travel along, by name.
+        cache: the KV cache, where it is quantized.
+        smoothing: scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their
+            group.
+    """
+
+    config: dict[str, Any]
+    scheme: Scheme
+    dtype: torch.dtype
+    linears: Mapping[str, QuantizedLinear]
+    floats: Mapping[str, Tensor]
+    kept: Mapping[str, str]
+    rotations: RotationSet
+    provenance: Provenance
+    files: Mapping[str, Path] = field(default_factory=dict)
+    cache: QuantizedCache | None = None
+    smoothing: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def schemes(self) -> dict[str, LinearScheme]:
+        """How each quantized linear is quantized, by name."""
+        return {
+            name: LinearScheme(part.weight_scheme, part.input_scheme)
+            for name, part in self.linears.items()
+        }

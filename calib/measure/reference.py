@@ -1,0 +1,171 @@
+"""The torch model that an exported artifact must reproduce: fake quantization computed from the
+artifact alone.
+
+Every quantized linear becomes
+
+    y = Q(x R) W_dq^T + b,   Q(x) = (clamp(round(x / s_x) + z_x) - z_x) s_x,   W_dq = (W_q - z_w)
+    s_w
+
+with the artifact's numbers and scales, in float32; Q as :mod:`calib.arithmetic.inputs` says.
+Nothing of ModelOpt is left in it: it defines the numbers that a runtime has to give.
+
+In float16 or bfloat16 the same model is the naive path of a graph in that dtype: every value that a
+layer passes on is rounded to it. What that loses against float32 is what a runtime may lose.
+
+The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears,
+attention, head), is just as right: addition of floats fixes no order. :mod:`calib.measure.floor`
+measures what the two differ by.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from calib.architectures import architecture_for
+from calib.arithmetic.inputs import fake_quantize_input
+from calib.artifact import QuantizedLinear, QuantizedModel
+from calib.network.attention import attend, registered
+from calib.network.experts import Experts
+from calib.network.gather_experts import gather_experts
+from calib.network.kv_cache import attach_cache
+from calib.network.modules import set_submodule
+from calib.network.online import attach_online
+from calib.network.skeleton import build_skeleton
+from calib.rotations.rotation_set import Rotation, RotationSet
+
+_SPLIT_ATTENTION = "rotq_split_sum"
+
+
+class ReferenceLinear(nn.Module):
+    """Fake-quantized linear of a :class:`QuantizedLinear`; input ``[..., in]``, output ``[...,
+    out]`` in ``dtype``.
+    """
+
+    def __init__(
+        self,
+        linear: QuantizedLinear,
+        rotation: Rotation | None,
+        *,
+        split_sum: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.source = linear
+        self.rotation = rotation
+        self.split_sum = split_sum
+        self.register_buffer("weight", linear.values().to(dtype), persistent=False)
+        self.register_buffer(
+            "bias", None if linear.bias is None else linear.bias.to(dtype), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate (where an online rotation acts), quantize, multiply."""
+        if self.rotation is not None:
+            x = self.rotation.apply(x)
+        return self.matmul(self.quantize(x))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The values that the integer kernel sees, in float."""
+        source = self.source
+        if source.input_scheme is None:
+            return x
+        scale = None if source.input_scale is None else source.input_scale.to(x)
+        zero = None if source.input_zero_point is None else source.input_zero_point.to(x)
+        return fake_quantize_input(x, source.input_scheme, scale, zero).to(x.dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """``x W^T + b`` on already quantized values."""
+        linear = _split_linear if self.split_sum else functional.linear
+        return linear(x, cast(Tensor, self.weight), cast("Tensor | None", self.bias))
+
+
+class _SplitLinear(nn.Linear):
+    """A float linear whose products are summed in two halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _split_linear(x, self.weight, self.bias)
+
+
+def build_reference(
+    model: QuantizedModel, *, split_sum: bool = False, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The Hugging Face model of ``model.config`` in eval mode on the CPU, its quantized linears
+    fake-quantized.
+
+    Args:
+        model: the artifact. Any rotation may be in it; :mod:`calib.network.online` attaches those
+            outside the linears.
+        split_sum: sum every matmul in two halves (see the module's docstring).
+        dtype: what it computes in; anything but float32 is the naive path of such a graph.
+    """
+    config = _config(model)
+    architecture = architecture_for(config)
+    tables = {table.name for table in architecture.embeddings}
+    floats = {name: tensor.to(dtype) for name, tensor in model.floats.items()}
+    floats |= {
+        f"{name}.weight": model.linears[name].values().to(dtype)
+        for name in tables & model.linears.keys()
+    }
+    modules: dict[str, nn.Module] = {}
+    for name, linear in model.linears.items():
+        if name not in tables:
+            rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
+            modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum, dtype=dtype)
+    gather_experts(modules, floats, architecture, config, model.rotations)
+    network = build_skeleton(model.config, floats, skip=set(modules))
+    for name, module in modules.items():
+        set_submodule(network, name, module)
+    within = (
+        module for module in network.modules() if isinstance(module, ReferenceLinear | Experts)
+    )
+    inside = {module.rotation.name for module in within if module.rotation is not None}
+    # the rest: R3, and the R4 of float linears and experts
+    outside = RotationSet(
+        rotation for name, rotation in model.rotations.items() if name not in inside
+    )
+    attach_online(network, architecture, network.config, outside)
+    if split_sum:
+        for module in network.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _SplitLinear
+        network.set_attn_implementation(registered(_SPLIT_ATTENTION, _split_attention))  # type: ignore[operator]
+    if model.cache is not None:
+        attach_cache(network, architecture, model.cache)
+    return network.eval()
+
+
+def _config(model: QuantizedModel) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**model.config)
+
+
+def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    half = weight.shape[1] // 2
+    total = functional.linear(x[..., :half], weight[:, :half]) + functional.linear(
+        x[..., half:], weight[:, half:]
+    )
+    return total if bias is None else total + bias
+
+
+def _split_matmul(a: Tensor, b: Tensor) -> Tensor:
+    half = a.shape[-1] // 2
+    return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
+
+
+def _split_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, each of its products summed in two halves."""
+    return attend(_split_matmul, query, key, value, attention_mask, scaling, softcap), None

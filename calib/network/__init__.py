@@ -1,0 +1,1 @@
+"""The float network: its checkpoint, its module tree, attention, online rotations, experts."""

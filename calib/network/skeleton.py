@@ -1,0 +1,122 @@
+"""Hugging Face models built from a config without allocating any weight, and given some or all of
+their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.errors import CheckpointError
+from calib.network.attention import attention_implementation
+from calib.network.modules import set_submodule
+
+_MIXED = "the folder mixes files of two models, or was edited after it was written"
+
+
+def portable_config(config: Any) -> dict[str, Any]:
+    """A Hugging Face config as a dictionary that says nothing of the machine it was loaded on."""
+    values: dict[str, Any] = config.to_dict()
+    values.pop("_name_or_path", None)
+    return values
+
+
+def build_on_meta(config: Any, dtype: torch.dtype | None = torch.float32) -> Any:
+    """The causal-LM module tree of ``config`` with every parameter and buffer on the meta device.
+
+    Args:
+        config: a Hugging Face config; it is left as it is.
+        dtype: of the floating-point tensors; ``None`` for that of the config.
+    """
+    from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
+
+    with torch.device("meta"):
+        # A copy, because from_config writes dtype and attention implementation into the config it
+        # is given.
+        return AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=dtype, attn_implementation=attention_implementation(config)
+        )
+
+
+@torch.no_grad()
+def fill_buffers(model: Any) -> None:
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their
+    values, on the CPU.
+
+    They cannot be computed on the meta device. transformers recomputes them after loading in
+    ``_init_weights``, which leaves tensors alone that are marked as initialised; this does the
+    same.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        names = [
+            name for name in module._non_persistent_buffers_set if module._buffers[name] is not None
+        ]
+        for name in names:
+            setattr(module, name, torch.empty_like(module._buffers[name], device="cpu"))
+        if names:
+            model._init_weights(module)
+
+
+def accept_biases(model: nn.Module, names: Iterable[str]) -> None:
+    """Make room, on the meta device, for those biases among ``names`` that the stock model lacks.
+
+    They belong to linears that had to take the bias of their norm (:mod:`calib.fusing`).
+    """
+    own = model.state_dict()
+    for name in names:
+        if name not in own:
+            linear = model.get_submodule(name.removesuffix(".bias"))
+            weight = own[f"{name.removesuffix('.bias')}.weight"]
+            bias = torch.empty(weight.shape[0], dtype=weight.dtype, device="meta")
+            linear.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+
+
+def build_skeleton(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, skip: Collection[str]
+) -> nn.Module:
+    """The causal LM of ``config`` in eval mode, holding ``tensors``, ``Identity`` where ``skip``
+    names a module.
+
+    Args:
+        config: a Hugging Face config as a dictionary, with ``model_type``.
+        tensors: parameters by checkpoint key, used without a copy.
+        skip: dotted names of modules that the caller puts something else in place of.
+
+    Raises:
+        CheckpointError: a parameter outside ``skip`` is missing or has another shape, or
+            ``tensors`` holds one that the model has not.
+    """
+    from transformers import AutoConfig  # here, because it takes seconds to import
+
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    model: nn.Module = build_on_meta(AutoConfig.for_model(config["model_type"], **values), None)
+    for name in skip:
+        set_submodule(model, name, nn.Identity())
+    accept_biases(model, [name for name in _head_bias(model) if name in tensors])
+    fill_buffers(model)
+    try:
+        result = model.load_state_dict(dict(tensors), strict=False, assign=True)
+    except RuntimeError as error:  # a tensor of another shape
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the weights do not fit the config: {reason}", hint=_MIXED
+        ) from error
+    if result.missing_keys or result.unexpected_keys:
+        raise CheckpointError(
+            f"the weights do not fit the config: missing {result.missing_keys[:4]}, "
+            f"unexpected {result.unexpected_keys[:4]}",
+            hint=_MIXED,
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _head_bias(model: Any) -> list[str]:
+    """What the bias of the output head is called."""
+    head = model.get_output_embeddings()
+    return [f"{name}.bias" for name, module in model.named_modules() if module is head]

@@ -1,0 +1,1 @@
+"""From a fused float model to the artifact: the plan, what is observed, the calibrator."""

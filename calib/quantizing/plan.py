@@ -1,0 +1,238 @@
+"""What is to be done to each linear: a scheme with its finer controls and overrides, resolved for
+one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from calib.architectures import Architecture, LinearSpec
+from calib.architectures.experts import quantizable_linears
+from calib.errors import QuantizationError
+from calib.schemes import (
+    KV_SCHEMES,
+    Granularity,
+    LinearScheme,
+    PerBlock,
+    PerCluster,
+    PerTensor,
+    PerToken,
+    Scheme,
+    TensorScheme,
+    scheme_named,
+)
+
+KEPT_BY_OVERRIDE = "float by override"
+KEPT_BY_SCHEME = "the scheme quantizes nothing"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model is quantized, linear by linear.
+
+    Attributes:
+        scheme: the preset, with the finer controls applied; the rule for linears that no override
+            names.
+        linears: what is done to each linear (or embedding, or head) that is quantized, by module
+            name, in topological order.
+        observer: what turns activations into limits; see :mod:`calib.observers`.
+        weights: what rounds weights; see :mod:`calib.weights`.
+        cache: how the KV cache is quantized, if it is.
+        kept: linears of the decoder that an override or the scheme leaves in float, with that
+            reason.
+    """
+
+    scheme: Scheme
+    linears: Mapping[str, LinearScheme]
+    observer: str = "min_max"
+    weights: str = "rtn"
+    cache: TensorScheme | None = None
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+
+def customised(
+    scheme: Scheme,
+    *,
+    block_size: int | None = None,
+    weight_symmetric: bool | None = None,
+    activation_symmetric: bool | None = None,
+    activation_granularity: str | None = None,
+) -> Scheme:
+    """``scheme`` with finer controls; ``None`` leaves what it says.
+
+    Args:
+        scheme: a preset.
+        block_size: input features that share a weight scale.
+        weight_symmetric: ``False``: weights get zero points.
+        activation_symmetric: ``False``: activations get zero points.
+        activation_granularity: ``tensor`` (static), ``token`` (dynamic) or ``cluster:k`` (static).
+
+    Raises:
+        QuantizationError: a control that this scheme does not have.
+    """
+    controls = (block_size, weight_symmetric, activation_symmetric, activation_granularity)
+    weight, activation = scheme.weight, scheme.activation
+    if weight is None:
+        if any(control is not None for control in controls):
+            raise QuantizationError(
+                f"'{scheme.name}' quantizes nothing, so there is nothing to control",
+                hint=(
+                    "choose a scheme that quantizes, such as int8; overrides take no finer controls"
+                ),
+            )
+        return scheme
+    if block_size is not None:
+        if block_size < 1:
+            raise QuantizationError(
+                f"a block of {block_size} input features", hint="use 1 or more, such as 32 or 128"
+            )
+        if weight.scale_format != "compute":
+            raise QuantizationError(
+                f"the format of '{scheme.name}' fixes its blocks",
+                hint="leave --block-size out",
+            )
+        weight = replace(weight, granularity=PerBlock(block_size))
+    if weight_symmetric is not None:
+        weight = replace(weight, symmetric=weight_symmetric)
+    if activation is None:
+        if activation_symmetric is not None or activation_granularity is not None:
+            raise QuantizationError(
+                f"'{scheme.name}' leaves activations in float",
+                hint="choose a scheme that quantizes them, such as int8",
+            )
+        return replace(scheme, weight=weight)
+    if activation_granularity is not None:
+        if activation.scale_format != "compute":
+            raise QuantizationError(
+                f"the format of '{scheme.name}' fixes the blocks of activations",
+                hint="choose int8 or w4a4 instead",
+            )
+        granularity = _activation_granularity(activation_granularity)
+        activation = replace(
+            activation, granularity=granularity, dynamic=isinstance(granularity, PerToken)
+        )
+    if activation_symmetric is not None:
+        activation = replace(activation, symmetric=activation_symmetric)
+    return replace(scheme, weight=weight, activation=activation)
+
+
+def resolve(
+    scheme: Scheme,
+    architecture: Architecture,
+    config: Any,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    observer: str = "min_max",
+    weights: str = "rtn",
+    kv: str | None = None,
+) -> Quantization:
+    """What is done to every linear of one model.
+
+    A pattern (``fnmatch``: ``*``, ``?``, ``[…]``) is matched against the names of the decoder's
+    linears; of several that match the last one counts. The output head and embeddings are quantized
+    only where a pattern *is* their name. An expert of a 3-D parameter is called
+    ``{parameter}.{e}``; a pattern that matches the parameter matches them all.
+
+    Args:
+        scheme: the rule.
+        architecture: the model's table entry.
+        config: its Hugging Face config.
+        overrides: scheme names by pattern.
+        observer: what turns activations into limits.
+        weights: what rounds weights.
+        kv: how the KV cache is quantized; a key of :data:`calib.schemes.KV_SCHEMES`.
+
+    Raises:
+        QuantizationError: a pattern that matches nothing, an unknown scheme, an embedding with a
+            scheme that quantizes its input, or some experts of a 3-D parameter left in float and
+            others not.
+    """
+    specs = quantizable_linears(architecture, config)
+    decoder = list(specs)
+    embeddings = [table.name for table in architecture.embeddings]
+    outside = [*embeddings, architecture.head.name]
+    chosen: dict[str, LinearScheme | None] = dict.fromkeys(decoder, scheme.linear)
+    overridden: set[str] = set()
+    for pattern, name in (overrides or {}).items():
+        matched = (
+            [pattern]
+            if pattern in outside
+            else [linear for linear in decoder if _matches(pattern, linear, specs)]
+        )
+        if not matched:
+            raise _nothing_matches(pattern, decoder, outside)
+        chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
+        overridden.update(matched)
+    _check_experts(chosen, specs)
+    for table in embeddings:
+        found = chosen.get(table)
+        if found is not None and found.input is not None:
+            raise QuantizationError(
+                f"the embedding '{table}' has no input to quantize",
+                hint="give it a weight-only scheme",
+            )
+    if kv is not None and kv not in KV_SCHEMES:
+        raise QuantizationError(
+            f"unknown KV cache format '{kv}'", hint=f"use one of: {', '.join(KV_SCHEMES)}"
+        )
+    order = [*embeddings, *decoder, architecture.head.name]
+    linears = {name: what for name in order if (what := chosen.get(name)) is not None}
+    return Quantization(
+        scheme=scheme,
+        linears=linears,
+        observer=observer,
+        weights=weights,
+        cache=None if kv is None else KV_SCHEMES[kv],
+        kept={
+            spec.name: KEPT_BY_OVERRIDE if name in overridden else KEPT_BY_SCHEME
+            for name, spec in specs.items()
+            if chosen[name] is None
+        },
+    )
+
+
+def _matches(pattern: str, name: str, specs: Mapping[str, LinearSpec]) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(specs[name].name, pattern)
+
+
+def _check_experts(
+    chosen: Mapping[str, LinearScheme | None], specs: Mapping[str, LinearSpec]
+) -> None:
+    """A 3-D parameter is either in the artifact's float tensors or not."""
+    quantized: dict[str, set[bool]] = {}
+    for name, spec in specs.items():
+        quantized.setdefault(spec.name, set()).add(chosen[name] is not None)
+    mixed = next((parameter for parameter, found in quantized.items() if len(found) > 1), None)
+    if mixed is not None:
+        raise QuantizationError(
+            f"overrides leave some experts of '{mixed}' in float and quantize others",
+            hint=f"name all of them, as in --override '{mixed}=float'",
+        )
+
+
+def _activation_granularity(text: str) -> Granularity:
+    kind, _, count = text.partition(":")
+    if kind == "cluster" and count.isdecimal() and int(count) > 0:
+        return PerCluster(int(count))
+    if text == "tensor":
+        return PerTensor()
+    if text == "token":
+        return PerToken()
+    raise QuantizationError(
+        f"unknown granularity '{text}' of activations", hint="use tensor, token or cluster:K"
+    )
+
+
+def _nothing_matches(
+    pattern: str, decoder: Sequence[str], outside: Sequence[str]
+) -> QuantizationError:
+    return QuantizationError(
+        f"the override '{pattern}' matches no linear of this model",
+        hint=(
+            f"linears are called like {decoder[0]} and {decoder[-1]}; by their full name also"
+            f" {', '.join(outside)}"
+        ),
+    )

@@ -1,0 +1,84 @@
+"""Rotations on disk in rotq's own format.
+
+``rotations.safetensors`` holds float64 matrices by rotation name; ``rotations.json`` beside it is
+the manifest: for each rotation its name, kind, space, layer, order, seed, whether it is folded or
+online, and how it was chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calib.architectures import Space
+from calib.errors import RotationError
+from calib.rotations.rotation_set import Rotation, RotationSet
+
+FORMAT_VERSION = 1
+TENSORS = "rotations.safetensors"
+MANIFEST = "rotations.json"
+_FIELDS = ("name", "kind", "space", "layer", "order", "seed", "online", "origin")
+
+
+def save_rotations(rotations: RotationSet, folder: str | os.PathLike[str]) -> None:
+    """Write ``rotations.safetensors`` and ``rotations.json`` into ``folder``, which is created if
+    need be.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    matrices = {
+        name: r.matrix.contiguous().cpu() for name, r in rotations.items() if r.matrix is not None
+    }
+    save_file(matrices, target / TENSORS)
+    entries = [
+        {field: getattr(rotation, field) for field in _FIELDS} for rotation in rotations.values()
+    ]
+    manifest = {"format_version": FORMAT_VERSION, "rotations": entries}
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
+    """Read what :func:`save_rotations` wrote.
+
+    Raises:
+        RotationError: a file is missing or damaged, a matrix is missing, or the format is of a
+            later version.
+    """
+    source = Path(folder)
+    try:
+        manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        entries = manifest["rotations"]
+        matrices = load_file(source / TENSORS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RotationError(
+            f"the rotations in {source} cannot be read: {error}",
+            hint=f"the folder needs {MANIFEST} and {TENSORS}, both written by rotq",
+        ) from error
+    if version != FORMAT_VERSION:
+        raise RotationError(
+            f"the rotations in {source} have format version {version}; this rotq reads version"
+            f" {FORMAT_VERSION}",
+            hint="use the version of rotq that wrote them",
+        )
+    return RotationSet(_from_entry(entry, matrices, source) for entry in entries)
+
+
+def _from_entry(entry: Any, matrices: dict[str, Tensor], source: Path) -> Rotation:
+    try:
+        values = {field: entry[field] for field in _FIELDS}
+        values["space"] = Space(values["space"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RotationError(
+            f"{MANIFEST} in {source} is damaged: {error!r}", hint="write it again"
+        ) from error
+    matrix = matrices.get(values["name"])
+    if matrix is None and values["order"] is None:
+        raise RotationError(f"the matrix of {values['name']} is missing from {source / TENSORS}")
+    return Rotation(**values, matrix=matrix)

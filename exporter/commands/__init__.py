@@ -1,0 +1,1 @@
+"""What each command of the front door does, as functions that take values."""

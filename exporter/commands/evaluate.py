@@ -1,0 +1,124 @@
+"""``rotq eval``: perplexity by the same windows of an exported folder in its runtime, and in torch
+of a checkpoint or of what ``rotq calibrate`` wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends.registry import get_backend
+from calib.artifact import load_artifact
+from calib.artifact.files import MANIFEST
+from calib.data.documents import read_documents
+from calib.data.tokens import clamp_seqlen
+from calib.errors import CheckpointError
+from calib.measure.perplexity import LogitsFunction, Perplexity, model_logits, perplexity
+from calib.measure.reference import build_reference
+from calib.network.checkpoint import load_config, open_checkpoint
+from calib.progress import Progress, silent, track
+from exporter.parity import runtime_logits
+from exporter.recipe import EMBEDDED
+from exporter.reporting.report import REPORT_FILE, Report
+from exporter.run.device import resolve_device
+from exporter.source import embedded_folder, load_tokenizer
+
+DEFAULT_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A perplexity and what it was measured on."""
+
+    perplexity: float
+    nll: float
+    """Mean negative log-likelihood of a token, in nats."""
+    tokens: int
+    """Tokens scored."""
+    runtime: str
+    """What ran it, as its backend calls it, or ``torch``."""
+
+
+def evaluate(
+    source: str,
+    text: str | None,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    nsamples: int | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> EvalResult:
+    """Score every token of a text once, with as much context as the window gives.
+
+    Args:
+        source: an exported folder, one of ``rotq calibrate``, a checkpoint folder, a hub id, or
+            ``embedded``.
+        text: local .txt (one document a line), .jsonl or .parquet file, or hub data set; ``None``:
+            the embedded evaluation text.
+        window: the most tokens the model sees at once; by default 2048 or the model's positions, if
+            fewer.
+        stride: tokens by which windows move on; by default the window (no overlap).
+        nsamples: score only this many documents.
+        device: where a checkpoint runs.
+        progress: called after each document.
+
+    Raises:
+        RotqError: the model or the text cannot be read.
+    """
+    folder = embedded_folder() if source == EMBEDDED else Path(source)
+    if (folder / REPORT_FILE).is_file():
+        logits, config, where = _exported(folder)
+    elif (folder / MANIFEST).is_file():
+        logits, config, where = _artifact(folder, device)
+    else:
+        logits, config, where = _checkpoint(source, folder, device)
+    tokenizer = load_tokenizer(where[1])
+    window = clamp_seqlen(window or DEFAULT_WINDOW, config)
+    documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
+    nll, tokens = 0.0, 0
+    for document in track(documents, "eval", len(documents), progress):
+        row = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+        if row.numel() < 2:
+            continue
+        found = perplexity(logits, [row], window=window, stride=stride or window)
+        nll, tokens = nll + found.nll * found.tokens, tokens + found.tokens
+    if not tokens:
+        raise CheckpointError(
+            "the evaluation text holds no token to predict", hint="give a longer text with --text"
+        )
+    mean = Perplexity(nll / tokens, tokens)
+    return EvalResult(mean.value, mean.nll, tokens, where[0])
+
+
+def _exported(folder: Path) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
+    report = Report.load(folder)
+    runtime = get_backend(report.backend).load(folder, report.target, exact=False)
+    return runtime_logits(runtime), load_config(folder), (runtime.runtime, folder)
+
+
+def _artifact(folder: Path, device: str) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
+    model = build_reference(load_artifact(folder)).to(resolve_device(device))
+    return model_logits(model), model.config, ("torch, fake-quantized", folder)
+
+
+def _checkpoint(
+    source: str, folder: Path, device: str
+) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
+    from transformers import AutoModelForCausalLM
+
+    path = folder if source == EMBEDDED else source
+    config = load_config(path)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.folder is not None  # it was opened from files
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, config=config, dtype=torch.float32
+    )
+    return (
+        model_logits(model.to(resolve_device(device)).eval()),
+        config,
+        ("torch", checkpoint.folder),
+    )

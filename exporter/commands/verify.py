@@ -1,0 +1,184 @@
+"""``rotq verify``: the parity check again, on a folder that exists, from what the folder itself
+holds.
+
+The reference is computed from the integers and scales in the exported file, read back by the
+backend; the checksums in ``report.json`` say whether these are still the ones that were exported.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends.base import Backend
+from backends.registry import get_backend
+from calib.artifact import Provenance, QuantizedModel
+from calib.errors import CheckpointError
+from calib.fusing import FusedModel, fuse
+from calib.progress import Progress, silent
+from calib.quantizing.kept import kept_reasons
+from calib.rotations.files import load_rotations
+from calib.schemes import scheme_named
+from calib.smoothing.smooth import fold_all
+from exporter.output import sha256_tree
+from exporter.parity import Subject, check_parity
+from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
+from exporter.reporting.describe import CONFIG_FILE, load_smoothing
+from exporter.reporting.report import REPORT_FILE, Report, parity_status
+from exporter.run.dtypes import dtype_of
+from exporter.source import Source, open_source, read_rows
+
+
+def verify(
+    folder: Path, *, model: str | None = None, rows: int | None = None, progress: Progress = silent
+) -> Report:
+    """Check ``folder`` and update its report.
+
+    Args:
+        folder: what ``rotq export`` wrote.
+        model: the float model, where it is no longer where the recipe says.
+        rows: evaluation rows; by default the recipe's.
+        progress: called after each rung.
+
+    Raises:
+        CheckpointError: the folder is incomplete or was edited after the export, or ``model`` is
+            another model.
+    """
+    report, recipe = read_export(folder)
+    check_unchanged(folder, report)
+    changes: dict[str, Any] = {"model": model or recipe.model}
+    if rows is not None:
+        changes["evaluation"] = recipe.evaluation.model_copy(update={"nsamples": rows})
+    recipe = recipe.model_copy(update=changes)
+    source = open_source(recipe)
+    if source.fingerprint() != report.model.fingerprint:
+        raise CheckpointError(
+            f"'{source.name}' is not the model that '{folder}' was exported from: the fingerprint"
+            " of its weights differs",
+            hint="name the original with -m/--model",
+        )
+    start = time.perf_counter()
+    backend = get_backend(report.backend)
+    fused, quantized = read_back(folder, report, recipe, source, backend)
+    evaluation = read_rows(recipe, source.tokenizer, source.config).evaluation
+    parity = check_parity(
+        Subject(
+            quantized,
+            backend,
+            report.target,
+            folder,
+            evaluation,
+            source=source,
+            fused=fused,
+            last=recipe.logits == "last",
+        ),
+        progress,
+    )
+    report = report.model_copy(
+        update={
+            "parity": parity,
+            "status": parity_status(parity),
+            "seconds": {**report.seconds, "verify": time.perf_counter() - start},
+        }
+    )
+    report.save(folder)
+    return report
+
+
+def read_back(
+    folder: Path, report: Report, recipe: Recipe, source: Source, backend: Backend
+) -> tuple[FusedModel, QuantizedModel]:
+    """The rotated float model and the quantized model, from what ``folder`` holds and the original
+    weights.
+    """
+    rotations = load_rotations(folder)
+    linears = backend.read_linears(folder, report.target)
+    dtype = getattr(
+        torch, report.dtype or dtype_of(recipe, backend, report.target, lambda: source.dtype)
+    )
+    smoothing = load_smoothing(folder)
+    fused = fold_all(
+        fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype),
+        smoothing,
+    )
+    own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
+    quantized = QuantizedModel(
+        config=_read_config(folder),
+        scheme=scheme_named(report.scheme),
+        dtype=dtype,
+        linears=linears,
+        floats={name: tensor for name, tensor in fused.state.items() if name not in own},
+        kept=kept_reasons(fused, linears),
+        rotations=rotations,
+        provenance=Provenance(
+            source=report.model.source,
+            fingerprint=report.model.fingerprint,
+            recipe=recipe.model_dump(mode="json"),
+            parameters=report.model.parameters,
+            nbytes=report.layers.bytes_before,
+            calibration_rows=report.calibration.rows,
+            calibration_tokens=report.calibration.tokens,
+            calibration_sha256=report.calibration.sha256,
+            versions=report.versions,
+        ),
+        cache=backend.read_cache(folder, report.target),
+        smoothing=smoothing,
+    )
+    return fused, quantized
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The model's config; a runtime's may also say how the weights are stored, which is no business
+    of the model.
+    """
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    return config
+
+
+def read_export(folder: Path) -> tuple[Report, Recipe]:
+    """Report and recipe of an exported folder.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    try:
+        return Report.load(folder), load_recipe(folder / RECIPE_FILE)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"'{folder}' is not a complete export ({REPORT_FILE}, {RECIPE_FILE}): {reason}",
+            hint="export the model again",
+        ) from error
+
+
+def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
+    """Names of files that are ``missing`` from the folder or ``changed`` since it was exported."""
+    found = sha256_tree(folder, exclude=(REPORT_FILE,))
+    missing = sorted(report.checksums.keys() - found.keys())
+    changed = sorted(
+        name
+        for name in report.checksums.keys() & found.keys()
+        if report.checksums[name] != found[name]
+    )
+    return {what: names for what, names in (("missing", missing), ("changed", changed)) if names}
+
+
+def check_unchanged(folder: Path, report: Report) -> None:
+    """Refuse a folder that is not what was exported.
+
+    Raises:
+        CheckpointError: naming the files.
+    """
+    problems = [
+        f"{what}: {', '.join(names)}" for what, names in edited_files(folder, report).items()
+    ]
+    if problems:
+        raise CheckpointError(
+            f"'{folder}' is not what was exported ({'; '.join(problems)})",
+            hint="export the model again, or restore the files",
+        )

@@ -1,0 +1,1 @@
+"""What a run would do, from config and headers alone: ``--dry-run``."""

@@ -1,0 +1,138 @@
+"""What an exported folder holds besides the weights: the side files, the report and the card."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from backends.base import Backend
+from backends.registry import warnings_of
+from calib.artifact import QuantizedModel
+from calib.artifact.files import copy_side_files
+from calib.rotations.files import save_rotations
+from calib.schemes import linear_words
+from exporter.output import sha256_tree
+from exporter.recipe import RECIPE_FILE, Recipe
+from exporter.reporting.card import write_card
+from exporter.reporting.report import (
+    CalibrationSummary,
+    GateRow,
+    KeptLayer,
+    LayerSummary,
+    ModelSummary,
+    ParityRow,
+    Report,
+    RotationGateRow,
+    parity_status,
+)
+from exporter.run.rotations import rotation_summaries
+
+CONFIG_FILE = "config.json"
+SMOOTHING_FILE = "smoothing.safetensors"
+_PACKAGES = (
+    "rotq",
+    "torch",
+    "transformers",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
+    "scikit-learn",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def describe(
+    quantized: QuantizedModel,
+    parity: list[ParityRow],
+    folder: Path,
+    backend: Backend,
+    target: str,
+    seconds: dict[str, float],
+) -> Report:
+    """The report of a folder that ``backend`` wrote, but for its checksums."""
+    origin = quantized.provenance
+    return Report(
+        status=parity_status(parity),
+        backend=backend.name,
+        target=target,
+        scheme=quantized.scheme.name,
+        rotate=",".join(quantized.rotations.kinds()) or "none",
+        dtype=str(quantized.dtype).removeprefix("torch."),
+        warnings=warnings_of(backend, target, quantized.schemes()),
+        model=ModelSummary(
+            source=origin.source,
+            model_type=quantized.config["model_type"],
+            parameters=origin.parameters,
+            fingerprint=origin.fingerprint,
+        ),
+        layers=LayerSummary(
+            quantized=len(quantized.linears),
+            schemes=dict(Counter(map(linear_words, quantized.schemes().values()))),
+            cache=None if quantized.cache is None else quantized.cache.scheme.format.name,
+            kept=[KeptLayer(name=name, reason=reason) for name, reason in quantized.kept.items()],
+            bytes_before=origin.nbytes,
+            bytes_after=sum(part.nbytes for part in backend.contents(folder, target)),
+        ),
+        calibration=CalibrationSummary(
+            dataset=origin.recipe["calibration"]["dataset"],
+            rows=origin.calibration_rows,
+            tokens=origin.calibration_tokens,
+            observer=origin.recipe["activations"]["observer"],
+            weights=origin.recipe["weights"]["algorithm"],
+            smoothing=origin.recipe["smoothing"],
+            sha256=origin.calibration_sha256,
+        ),
+        rotations=rotation_summaries(quantized.rotations),
+        gate=[GateRow.model_validate(row) for row in origin.gate],
+        rotation_gate=[RotationGateRow.model_validate(row) for row in origin.rotation_gate],
+        parity=parity,
+        seconds=seconds,
+        versions=package_versions(),
+    )
+
+
+def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) -> None:
+    """Everything that travels with the weights: config, tokenizer, generation config, recipe and
+    rotations.
+
+    What the backend has written itself is kept: a runtime may want a config of its own.
+    """
+    files = {name: path for name, path in quantized.files.items() if name != CONFIG_FILE}
+    copy_side_files(
+        {name: path for name, path in files.items() if not (folder / name).exists()}, folder
+    )
+    if not (folder / CONFIG_FILE).exists():
+        (folder / CONFIG_FILE).write_text(
+            json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8"
+        )
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    save_rotations(quantized.rotations, folder)
+    if quantized.smoothing:
+        save_file(dict(quantized.smoothing), folder / SMOOTHING_FILE)
+
+
+def load_smoothing(folder: Path) -> dict[str, Tensor]:
+    """The scales that smoothing folded into the weights of an exported folder, by group; empty if
+    it did not.
+    """
+    path = folder / SMOOTHING_FILE
+    return load_file(path) if path.is_file() else {}
+
+
+def finish(report: Report, recipe: Recipe, folder: Path) -> Report:
+    """Write the card, take the checksums, and write the report, which therefore is in neither."""
+    write_card(folder, recipe, report)
+    report = report.model_copy(update={"checksums": sha256_tree(folder)})
+    report.save(folder)
+    return report

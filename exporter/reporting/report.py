@@ -1,0 +1,222 @@
+"""What a run found, as data: the content of ``report.json`` and of the summary that the console
+prints.
+
+Pure data and arithmetic-free: the pipeline fills it, :mod:`exporter.console` and
+:mod:`exporter.reporting.card` show it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REPORT_FILE = "report.json"
+ROTATE_REPORT_FILE = "rotation_report.json"
+REPORT_FORMAT_VERSION = 1
+COMPARED_ROWS = 8
+"""Rows on which ``rotq rotate`` compares the folder it wrote with the original."""
+
+Status = Literal["passed", "failed", "unverified"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GateRow(_Frozen):
+    """One candidate of ``--rotate auto``: quality of the quantized model on held-out tokens against
+    the float model.
+    """
+
+    rotate: str
+    """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``,
+    ``r1,r2,r4``); with ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
+    kl: float
+    """Mean KL(float || quantized) per token, in nats."""
+    top1: float
+    """Share of tokens whose most likely next token is the same, 0 to 1."""
+    perplexity: float
+    chosen: bool = False
+
+
+class RotationGateRow(_Frozen):
+    """One candidate of one rotation: the error that the exported quantizer makes on what it
+    rotates.
+    """
+
+    rotation: str
+    """``R1``, or ``R2`` for those of all layers."""
+    candidate: str
+    """``identity``, ``hadamard``, ``pca-hadamard`` or ``trained``."""
+    error: float
+    """Relative squared error; for R2 the mean over layers."""
+    layers: list[float] = Field(default_factory=list)
+    """The error of every layer; empty for R1."""
+    measure: str
+    """What was quantized, and how."""
+    chosen: bool = False
+
+
+class ParityRow(_Frozen):
+    """One figure of the parity check and the bound it is held to."""
+
+    rung: Literal[1, 2, 3]
+    name: str
+    """What was compared, in a few words."""
+    metric: str
+    """``relative L2``, ``KL``, ``top-1 agreement``, ``perplexity ratio`` or ``unfused``."""
+    measured: float | None
+    """``None`` where the row could not be run; ``note`` then says why."""
+    bound: float | None
+    """``None``: reported only, not judged."""
+    passed: bool | None
+    note: str = ""
+    runtime: str = ""
+    """What ran the export, as its backend calls it; empty where torch alone ran, and where nothing
+    did.
+    """
+
+
+class KeptLayer(_Frozen):
+    """A linear left in float."""
+
+    name: str
+    reason: str
+
+
+class ModelSummary(_Frozen):
+    """What went in."""
+
+    source: str
+    """Folder or hub id as given, or ``embedded``."""
+    model_type: str
+    parameters: int
+    fingerprint: str
+    """SHA-256 over the names, shapes, dtypes and bytes of the source weights."""
+
+
+class LayerSummary(_Frozen):
+    """What was quantized and how large it became."""
+
+    quantized: int
+    schemes: dict[str, int] = Field(default_factory=dict)
+    """How many linears are quantized how, in words."""
+    cache: str | None = None
+    """Number format of the KV cache; ``None``: float."""
+    kept: list[KeptLayer]
+    bytes_before: int
+    """Bytes of all source weights in the checkpoint's own dtype."""
+    bytes_after: int
+    """Bytes of all weights, scales and biases in the exported folder."""
+
+
+class CalibrationSummary(_Frozen):
+    """Which tokens the statistics saw."""
+
+    dataset: str
+    rows: int
+    tokens: int
+    observer: str = "min_max"
+    """What turned activations into limits."""
+    weights: str = "rtn"
+    """What rounded weights."""
+    smoothing: str = "none"
+    """What moved outliers from activations into weights."""
+    sha256: str
+    """Over the token ids, in order."""
+
+
+class RotationSummary(_Frozen):
+    """One rotation of the result: what it acts on, whether a user meets it at run time, and how it
+    was chosen.
+    """
+
+    name: str
+    space: str
+    order: int
+    online: bool
+    origin: str
+
+
+class Report(_Frozen):
+    """Everything a later reader needs to judge, repeat or compare a run."""
+
+    format_version: int = REPORT_FORMAT_VERSION
+    status: Status
+    backend: str
+    target: str
+    scheme: str
+    rotate: str
+    dtype: str = ""
+    """What the target computes in; empty in reports of versions that did not say."""
+    warnings: list[str] = Field(default_factory=list)
+    """What the target expresses, but runs slower than the scheme promises."""
+    model: ModelSummary
+    layers: LayerSummary
+    calibration: CalibrationSummary
+    rotations: list[RotationSummary]
+    gate: list[GateRow]
+    rotation_gate: list[RotationGateRow] = Field(default_factory=list)
+    parity: list[ParityRow]
+    seconds: dict[str, float]
+    """Wall-clock seconds by stage."""
+    versions: dict[str, str]
+    checksums: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every other file in the folder, by relative path."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``report.json`` into ``folder``."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        """Read ``report.json`` from ``folder``.
+
+        Raises:
+            OSError, pydantic.ValidationError: left to the caller, who knows what the folder should
+                be.
+        """
+        return cls.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
+
+
+class RotateReport(_Frozen):
+    """What ``rotq rotate`` found: how the rotations were chosen, and that the folder computes what
+    the source does.
+    """
+
+    format_version: int = REPORT_FORMAT_VERSION
+    model: ModelSummary
+    dtype: str
+    """Dtype of the written weights."""
+    scheme: str
+    """The scheme that the rotations were chosen for; nothing is quantized."""
+    rotate: str
+    rotations: list[RotationSummary]
+    rotation_gate: list[RotationGateRow]
+    parity: list[ParityRow]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write ``rotation_report.json`` into ``folder``: its model is a checkpoint, not an
+        export.
+        """
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        (folder / ROTATE_REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def parity_status(rows: list[ParityRow]) -> Status:
+    """``failed`` if a judged row failed; ``passed`` if, beside, the runtime's own logits were
+    judged; else ``unverified``: that torch agrees with torch says nothing of a runtime that was not
+    run.
+    """
+    if any(row.passed is False for row in rows):
+        return "failed"
+    ran = any(
+        row.passed is not None and row.rung == 2 and row.metric == "relative L2" for row in rows
+    )
+    return "passed" if ran else "unverified"

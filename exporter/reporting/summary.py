@@ -1,0 +1,264 @@
+"""The tables and sentences that a :class:`Report` amounts to, as plain strings: the console and the
+model card show the same ones, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from exporter.recipe import EMBEDDED
+from exporter.reporting.report import (
+    ParityRow,
+    Report,
+    RotateReport,
+    RotationGateRow,
+    RotationSummary,
+)
+
+_INDEX = re.compile(r"(?<=[.\[])\d+")
+
+NAMES_SHOWN = 4
+"""Layer names listed for one reason before the rest is only counted."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header. ``marked`` rows stand out: the chosen candidate, a failed
+    figure.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[int] = frozenset()
+    """Columns of numbers, aligned to the right."""
+    marked: frozenset[int] = frozenset()
+
+
+def human_bytes(count: int) -> str:
+    """``1536`` as ``1.5 KiB``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """``75`` as ``1 min 15 s``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def source_words(source: str) -> str:
+    """The model as a reader should see it; nobody should take the example for their own model."""
+    return "the embedded example model" if source == EMBEDDED else source
+
+
+def size_words(before: int, after: int) -> str:
+    """Bytes before and after, with the ratio."""
+    ratio = f" ({before / after:.2f} x smaller)" if 0 < after <= before else ""
+    if before and after > before:
+        ratio = (
+            f" ({after / before:.2f} x larger: 'rotq inspect' says what is stored in which dtype)"
+        )
+    return f"{human_bytes(before)} -> {human_bytes(after)}{ratio}"
+
+
+def layer_lines(report: Report) -> list[str]:
+    """How many linears are quantized, and which are kept in float and why."""
+    layers = report.layers
+    lines = [
+        f"{layers.quantized} linears quantized ({report.scheme}), {len(layers.kept)} kept in float"
+    ]
+    if len(layers.schemes) > 1:
+        lines += [f"{count} with {words}" for words, count in layers.schemes.items()]
+    if layers.cache is not None:
+        lines.append(
+            f"KV cache: {layers.cache}, one static scale each for the keys and the values of a"
+            " layer"
+        )
+    return lines + kept_lines({layer.name: layer.reason for layer in layers.kept})
+
+
+def kept_lines(kept: Mapping[str, str]) -> list[str]:
+    """Which linears stay in float, a line for each reason."""
+    lines = []
+    names_by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in kept.items():
+        names_by_reason[reason].append(name)
+    for reason, names in names_by_reason.items():
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        lines.append(f"kept in float: {', '.join(names[:NAMES_SHOWN])}{more}: {reason}")
+    return lines
+
+
+def gate_table(report: Report) -> Table:
+    """The candidates of ``--rotate auto`` on held-out tokens."""
+    return Table(
+        "Rotation gate (held-out tokens, against the float model)",
+        ("rotate", "KL", "top-1 agreement", "perplexity", ""),
+        tuple(
+            (
+                row.rotate,
+                f"{row.kl:.4g}",
+                f"{row.top1:.2%}",
+                f"{row.perplexity:.3f}",
+                "chosen" if row.chosen else "",
+            )
+            for row in report.gate
+        ),
+        right=frozenset({1, 2, 3}),
+        marked=frozenset(index for index, row in enumerate(report.gate) if row.chosen),
+    )
+
+
+def gate_findings(report: Report) -> list[str]:
+    """Say plainly what rotating did: where it helped, and where it made things worse."""
+    plain = next((row for row in report.gate if row.rotate == "none"), None)
+    if plain is None:
+        return []
+    findings = []
+    for row in report.gate:
+        if row is not plain and row.kl >= plain.kl:
+            findings.append(
+                f"{row.rotate} did not help: KL {row.kl:.4g} against {plain.kl:.4g} without"
+                " rotation"
+            )
+        elif row.chosen and row is not plain:
+            findings.append(f"{row.rotate} lowers KL from {plain.kl:.4g} to {row.kl:.4g}")
+    if plain.chosen and len(report.gate) > 1:
+        findings.append(
+            "no rotation was applied: none of the candidates was better than leaving the model as"
+            " it is"
+        )
+    return findings
+
+
+def rotation_gate_table(rows: Sequence[RotationGateRow]) -> Table:
+    """The candidates of each rotation by the error of the exported quantizer."""
+    return Table(
+        "Candidates of each rotation (relative squared quantization error)",
+        ("rotation", "candidate", "error", "range over layers", "measured on", ""),
+        tuple(
+            (
+                row.rotation,
+                row.candidate,
+                f"{row.error:.3e}",
+                f"{min(row.layers):.2e} to {max(row.layers):.2e}" if row.layers else "",
+                row.measure,
+                "chosen" if row.chosen else "",
+            )
+            for row in rows
+        ),
+        right=frozenset({2}),
+        marked=frozenset(index for index, row in enumerate(rows) if row.chosen),
+    )
+
+
+def rotation_gate_findings(rows: Sequence[RotationGateRow]) -> list[str]:
+    """Say plainly where training, or rotating at all, gained nothing."""
+    chosen = {row.rotation: row for row in rows if row.chosen}
+    trained = {row.rotation: row for row in rows if row.candidate == "trained"}
+    findings = []
+    for name, best in chosen.items():
+        if best.candidate == "identity":
+            findings.append(f"{name} is left out: no rotation lowers this error")
+        elif best.candidate != "trained" and name in trained:
+            ratio = trained[name].error / best.error
+            findings.append(
+                f"training {name} gained nothing over {best.candidate}: {ratio:.2f} x its error"
+            )
+    return findings
+
+
+class _Rotated(Protocol):
+    @property
+    def rotations(self) -> list[RotationSummary]: ...
+
+
+def rotation_table(report: _Rotated) -> Table:
+    """The rotations of the result; equal ones (R2 of every layer and head) share a row."""
+    kinds: Counter[tuple[str, str, str, str, str]] = Counter()
+    for rotation in report.rotations:
+        where = "online: computed at run time" if rotation.online else "folded into the weights"
+        name, space = (_INDEX.sub("*", text) for text in (rotation.name, rotation.space))
+        kinds[name, space, str(rotation.order), where, rotation.origin] += 1
+    return Table(
+        "Rotations",
+        ("rotation", "space", "order", "count", "where", "origin"),
+        tuple(
+            (name, space, order, str(count), where, origin)
+            for (name, space, order, where, origin), count in kinds.items()
+        ),
+        right=frozenset({2, 3}),
+    )
+
+
+def parity_table(report: Report | RotateReport) -> Table:
+    """Every parity figure with its bound and verdict."""
+    return Table(
+        "Parity",
+        ("rung", "compared", "metric", "measured", "bound", "result", "note"),
+        tuple(
+            (
+                str(row.rung),
+                row.name,
+                row.metric,
+                _figure(row.measured),
+                _figure(row.bound),
+                verdict(row),
+                row.note,
+            )
+            for row in report.parity
+        ),
+        right=frozenset({0, 3, 4}),
+        marked=frozenset(index for index, row in enumerate(report.parity) if row.passed is False),
+    )
+
+
+def runtime_lines(report: Report) -> list[str]:
+    """What ran the export, and what could not be run here."""
+    ran = dict.fromkeys(row.runtime for row in report.parity if row.runtime)
+    missing = dict.fromkeys(
+        row.note for row in report.parity if row.rung == 2 and row.measured is None
+    )
+    return [f"ran in: {name}" for name in ran] + list(missing)
+
+
+def verdict(row: ParityRow) -> str:
+    """``pass``, ``FAIL``, or why there is no verdict."""
+    if row.passed is None:
+        return "not run" if row.measured is None else "reported"
+    return "pass" if row.passed else "FAIL"
+
+
+def failed_rows(report: Report) -> list[str]:
+    """One phrase for each parity figure that missed its bound."""
+    return [
+        f"{row.name}: {row.metric} {_figure(row.measured)}, bound {_figure(row.bound)}"
+        for row in report.parity
+        if row.passed is False
+    ]
+
+
+def seconds_table(report: Report | RotateReport) -> Table:
+    """Wall-clock time by stage, and in total."""
+    rows = [(stage, human_seconds(seconds)) for stage, seconds in report.seconds.items()]
+    rows.append(("total", human_seconds(sum(report.seconds.values()))))
+    return Table("Time", ("stage", "seconds"), tuple(rows), right=frozenset({1}))
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    # a bound of 1.001 is not one of 1
+    return f"{value:.4g}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"

@@ -1,0 +1,67 @@
+"""``--rotate auto``: quantize with each candidate set of rotations and keep the one that is closest
+to the float model.
+
+Rotating can hurt: R1 and R2 alone may worsen static INT8, and on some models nothing helps. So no
+set is assumed. Every candidate goes through the same calibration, and the mean KL(float ‖
+quantized) of the whole model on held-out tokens, which neither trained a rotation nor set a scale,
+decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from calib.artifact import QuantizedModel
+from calib.fusing import FusedModel
+from calib.measure.perplexity import LogitsFunction, compare_logits, model_logits
+from calib.measure.reference import build_reference
+from calib.progress import Progress, track
+from exporter.reporting.report import GateRow
+
+CANDIDATES = ("none", "r1,r2", "r1,r2,r4")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of rotations, fused and quantized."""
+
+    rotate: str
+    fused: FusedModel
+    quantized: QuantizedModel
+
+
+def choose(
+    rotates: Sequence[str],
+    make: Callable[[str], Candidate],
+    original: LogitsFunction,
+    rows: Sequence[Tensor],
+    progress: Progress,
+) -> tuple[Candidate, list[GateRow]]:
+    """The candidate with the lowest KL, and a row for each. Of equals the first wins, so list the
+    simplest first.
+
+    Args:
+        rotates: candidate sets as ``--rotate`` takes them.
+        make: fuses and quantizes one of them. Only the best so far is kept in memory.
+        original: logits of the float model.
+        rows: held-out token rows.
+        progress: called after each candidate.
+    """
+    best: Candidate | None = None
+    found: list[GateRow] = []
+    window = max(row.numel() for row in rows)
+    for rotate in track(rotates, "gate", len(rotates), progress):
+        candidate = make(rotate)
+        reference = model_logits(build_reference(candidate.quantized))
+        result = compare_logits(original, reference, rows, window=window, stride=window)
+        row = GateRow(
+            rotate=rotate, kl=result.kl, top1=result.top1, perplexity=result.candidate.value
+        )
+        if best is None or row.kl < min(other.kl for other in found):
+            best = candidate
+        found.append(row)
+    assert best is not None  # there is at least one candidate
+    return best, [row.model_copy(update={"chosen": row.rotate == best.rotate}) for row in found]

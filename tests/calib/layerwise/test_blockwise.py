@@ -1,0 +1,201 @@
+"""Layer-wise quantization against that of the whole model: the same scales, cache and smoothing, to
+the bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calib.architectures.experts import with_parameters
+from calib.artifact import QuantizedModel
+from calib.data.batches import length_batches
+from calib.data.forward_loop import forward_loop_over
+from calib.errors import QuantizationError
+from calib.fusing import FusedModel, fuse, materialize
+from calib.layerwise.calibrator import quantize_blockwise
+from calib.measure.reference import build_reference
+from calib.quantizing.calibrator import quantize_model
+from calib.quantizing.plan import Quantization, resolve
+from calib.schemes import scheme_named
+from calib.smoothing.groups import groups_of
+from calib.smoothing.methods import smoothing_named
+from calib.smoothing.observe import observe_channels
+from calib.smoothing.smooth import smooth
+from tests.tiny import CONFIGS, PROVENANCE, Tiny, make_tiny, token_rows
+
+KINDS: list[Any] = ["r1", "r2", "r3", "r4"]
+CASES = [
+    ("llama", "int8", {}),
+    ("llama", "int8", {"observer": "percentile:99"}),
+    ("llama", "int8", {"kv": "int8"}),
+    ("llama", "int4-weight-only", {"weights": "gptq"}),
+    ("llama", "w4a4", {"overrides": {"*.0.mlp.*": "int8", "*.1.self_attn.*": "float"}}),
+    ("gpt2", "int8", {"weights": "mse"}),
+    ("gpt2", "int4-weight-only", {"weights": "gptq", "kv": "float8"}),
+    ("gemma", "float8", {}),
+    ("opt", "int8", {"kv": "int4"}),
+    ("mixtral", "int8", {}),
+    ("qwen2_moe", "int4-weight-only", {"weights": "gptq"}),
+    ("qwen3_moe", "int8", {"overrides": {"*.experts.gate_up_proj": "float"}}),
+]
+
+
+def prepared(
+    name: str, scheme: str, settings: dict[str, Any]
+) -> tuple[FusedModel, FusedModel, Quantization]:
+    """The fused model, held and lazy, and what to do with it."""
+    tiny: Tiny = make_tiny(CONFIGS[name]())
+    kinds = [
+        kind
+        for kind in KINDS
+        if kind in tiny.offered() and not (kind == "r3" and name in ("gpt2", "opt"))
+    ]
+    held, lazy = (
+        fuse(
+            tiny.state,
+            tiny.config,
+            tiny.architecture,
+            tiny.rotations(kinds),
+            dtype=torch.float32,
+            lazy=flag,
+        )
+        for flag in (False, True)
+    )
+    return held, lazy, resolve(scheme_named(scheme), tiny.architecture, held.config, **settings)
+
+
+def blockwise(lazy: FusedModel, how: Quantization, folder: Path, **settings: Any) -> QuantizedModel:
+    (folder / "out").mkdir(parents=True)
+    batches = length_batches(token_rows(), 4)
+    return quantize_blockwise(
+        lazy,
+        how,
+        batches,
+        PROVENANCE,
+        folder / "work",
+        folder / "out",
+        max_memory=2**20,
+        **settings,
+    )
+
+
+def assert_same(found: QuantizedModel, expected: QuantizedModel) -> None:
+    assert list(found.linears) == list(expected.linears)
+    assert found.schemes() == expected.schemes()
+    assert found.kept == expected.kept
+    tensors, wanted = dict(found._tensors()), dict(expected._tensors())
+    assert tensors.keys() == wanted.keys()
+    for key, tensor in tensors.items():
+        assert tensor.dtype == wanted[key].dtype, key
+        assert torch.equal(tensor, wanted[key]), key
+    assert {linear.online_rotation for linear in found.linears.values()} == {
+        linear.online_rotation for linear in expected.linears.values()
+    }
+
+
+@pytest.mark.parametrize(("name", "scheme", "settings"), CASES, ids=str)
+def test_block_by_block_gives_what_the_whole_model_gives(
+    name: str, scheme: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    held, lazy, how = prepared(name, scheme, settings)
+    whole = quantize_model(
+        held, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+    )
+    found = blockwise(lazy, how, tmp_path)
+    assert_same(found, whole)
+    ids = torch.stack(token_rows([11, 11]))
+    assert torch.equal(
+        build_reference(found)(input_ids=ids).logits, build_reference(whole)(input_ids=ids).logits
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama", "smoothquant:0.5"), ("llama", "awq:grid=4"), ("mixtral", "awq:grid=4")],
+)
+def test_smoothing_block_by_block_is_that_of_the_whole_model(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    """Scales of a block change nothing of what enters the next: both see the same float
+    function.
+    """
+    held, lazy, how = prepared(name, "w4a8", {})
+    chosen = smoothing_named(method)
+    assert chosen is not None
+    schemes = with_parameters(how.linears, held.architecture, held.config)
+    groups = groups_of(held.architecture, held.config, held.rotations, schemes)
+    norms = held.architecture.norm_names(held.config)[:-1]
+    # Mixtral's second one feeds experts, and a router, only
+    assert {group.name for group in groups} >= set(norms)
+    loop = forward_loop_over(length_batches(token_rows(), 4))
+    statistics = observe_channels(materialize(held), groups, loop, moments=chosen.needs_moment)
+    smoothed, _ = smooth(held, chosen, statistics, schemes)
+    whole = quantize_model(smoothed, how, loop, PROVENANCE)
+    found = blockwise(lazy, how, tmp_path, smoothing=chosen)
+    assert found.smoothing.keys() == whole.smoothing.keys()
+    for group, scale in whole.smoothing.items():
+        # A smoothed block rounds differently in its last bits, and so does what enters the next
+        # one.
+        torch.testing.assert_close(found.smoothing[group], scale, rtol=1e-4, atol=0)
+    for name, linear in found.linears.items():
+        expected = whole.linears[name].input_scale
+        assert linear.input_scale is not None
+        assert expected is not None
+        torch.testing.assert_close(linear.input_scale, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"])
+def test_asym_sees_the_quantized_model(name: str, tmp_path: Path) -> None:
+    """The last linear is calibrated on what it reads in the result: its input's amax there is that
+    of its scale.
+    """
+    _, lazy, how = prepared(name, "int8", {})
+    found = blockwise(lazy, how, tmp_path, asym=True)
+    reference = build_reference(found)
+    last = list(found.linears)[-1]
+    largest = 0.0
+
+    def look(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal largest
+        rotated = args[0] if module.rotation is None else module.rotation.apply(args[0])
+        largest = max(largest, float(rotated.abs().max()))
+
+    reference.get_submodule(last).register_forward_pre_hook(look)
+    for batch in length_batches(token_rows(), 4):
+        reference(input_ids=batch.input_ids)
+    scale = found.linears[last].input_scale
+    assert scale is not None
+    assert float(scale) * 127 == pytest.approx(largest, rel=1e-5)
+    float_scale = blockwise(lazy, how, tmp_path / "float").linears[last].input_scale
+    assert float_scale is not None
+    assert float(float_scale) != pytest.approx(float(scale), rel=1e-4)
+
+
+def test_weights_alone_need_no_batch(tmp_path: Path) -> None:
+    held, lazy, how = prepared("llama", "int4-weight-only", {})
+    (tmp_path / "out").mkdir()
+    found = quantize_blockwise(
+        lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out", max_memory=2**20
+    )
+    assert_same(found, quantize_model(held, how, None, PROVENANCE))
+
+
+def test_the_head_lies_outside_of_the_blocks(tmp_path: Path) -> None:
+    _, lazy, how = prepared("llama", "int8", {"overrides": {"lm_head": "int8-weight-only"}})
+    with pytest.raises(QuantizationError, match="decoder blocks only, not lm_head"):
+        blockwise(lazy, how, tmp_path)
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_hidden_states_that_fit_in_memory_are_written_only_for_a_later_run(
+    resumable: bool, tmp_path: Path
+) -> None:
+    _, lazy, how = prepared("llama", "int8", {})
+    blockwise(lazy, how, tmp_path, resumable=resumable)
+    shards = json.loads((tmp_path / "work" / "journal.json").read_text())["shards"]
+    assert bool(shards["block-00000"]["next_inputs"]) is resumable

@@ -1,0 +1,281 @@
+"""``--dry-run``: sizes from headers alone, refusals that the run itself would make, and estimates
+that scale.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from cli_support import LLAMA_CONFIG, llama_shapes, write_llama, write_safetensors
+
+from calib.errors import BackendError, CheckpointError, UnsupportedModelError
+from calib.schemes import INT8, PerChannel, TensorScheme, tensor_scheme_to_dict
+from exporter.planning.headers import read_headers
+from exporter.planning.plan import Goal, Plan, plan
+from exporter.recipe import Recipe, load_recipe
+from exporter.run.options import RunOptions
+
+BLOCK_PARAMETERS = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64)
+EMBEDDING = 100 * 64
+NORMS = 5 * 64
+CHANNELS = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+
+
+def planned(
+    folder: Path, *, goal: Goal = "export", options: RunOptions | None = None, **overrides: object
+) -> Plan:
+    recipe = load_recipe(
+        None, {"model": str(folder), "dtype": "float32", "device": "cpu", **overrides}
+    )
+    return plan(recipe, options or RunOptions(output=Path("out")), goal=goal)
+
+
+def stages(of: Plan) -> dict[str, float]:
+    return {stage.name: stage.seconds for stage in of.stages}
+
+
+def test_sizes_follow_from_the_headers(tmp_path: Path) -> None:
+    found = planned(write_llama(tmp_path / "model"))
+    assert found.quantized_parameters == BLOCK_PARAMETERS
+    assert found.parameters == BLOCK_PARAMETERS + 2 * EMBEDDING + NORMS
+    assert found.bytes_before == 2 * found.parameters
+    # int8 weights, one float32 scale an output channel, everything else in float32
+    assert found.bytes_after == BLOCK_PARAMETERS + 4 * CHANNELS + 4 * (2 * EMBEDDING + NORMS)
+
+
+def test_shards_count_as_one_model(tmp_path: Path) -> None:
+    one = planned(write_llama(tmp_path / "one"))
+    three = planned(write_llama(tmp_path / "three", shards=3))
+    assert (one.parameters, one.bytes_before, one.bytes_after) == (
+        three.parameters,
+        three.bytes_before,
+        three.bytes_after,
+    )
+
+
+def test_a_tied_head_is_stored_separately_afterwards(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "tied", tie_word_embeddings=True)
+    shapes = llama_shapes()
+    del shapes["lm_head.weight"]
+    write_safetensors(folder / "model.safetensors", shapes)
+    assert planned(folder).bytes_after == planned(write_llama(tmp_path / "untied")).bytes_after
+
+
+def test_four_bit_weights_take_half_a_byte_and_one_scale_a_block(tmp_path: Path) -> None:
+    found = planned(write_llama(tmp_path / "model"), scheme="int4-weight-only")
+    # no row is longer than a block of 128 here, so there is one scale a row
+    assert found.bytes_after == BLOCK_PARAMETERS // 2 + 4 * CHANNELS + 4 * (2 * EMBEDDING + NORMS)
+
+
+def test_the_stages_are_those_of_the_settings(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "model")
+    everything = [
+        "start",
+        "load",
+        "capture",
+        "train R1",
+        "train R2",
+        "fuse",
+        "calibrate",
+        "gate",
+        "write",
+        "verify",
+    ]
+    assert list(stages(planned(folder))) == everything
+    plain = planned(folder, rotate="none", options=RunOptions(output=Path("out"), verify=False))
+    assert list(stages(plain)) == ["start", "load", "fuse", "calibrate", "write"]
+    assert list(stages(planned(folder, rotate="r2"))) == [
+        "start", "load", "capture", "train R2", "fuse", "calibrate", "write", "verify",
+    ]  # fmt: skip
+    assert "capture" not in stages(planned(folder, rotate="r4"))
+    assert list(stages(planned(folder, goal="capture"))) == ["start", "load", "capture"]
+    assert list(stages(planned(folder, goal="calibrate", rotate="none"))) == [
+        "start",
+        "load",
+        "fuse",
+        "calibrate",
+    ]
+
+
+def test_what_is_reused_costs_no_time(tmp_path: Path) -> None:
+    options = RunOptions(output=Path("out"), from_capture=tmp_path)
+    assert stages(planned(write_llama(tmp_path / "model"), options=options))["capture"] == 0
+    assert stages(planned(tmp_path / "model", scheme="int8-weight-only"))["calibrate"] == 0
+
+
+def test_time_grows_with_the_rows_and_the_total_is_the_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.planning.plan.matmul_flops", lambda: 1e10)
+    folder = write_llama(tmp_path / "model")
+    few, many = (planned(folder, **{"calibration.nsamples": rows}) for rows in (16, 64))
+    assert stages(many)["capture"] == pytest.approx(4 * stages(few)["capture"])
+    assert many.seconds == pytest.approx(sum(stages(many).values()))
+
+
+def test_rows_are_never_longer_than_the_model_takes(tmp_path: Path) -> None:
+    found = planned(write_llama(tmp_path / "model"), **{"calibration.seqlen": 4096})
+    assert any("rows of 128 tokens" in stage.detail for stage in found.stages)
+
+
+def test_the_plan_carries_the_complete_recipe(tmp_path: Path) -> None:
+    found = planned(write_llama(tmp_path / "model"), seed=7)
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(found.recipe)
+    assert load_recipe(saved).seed == 7
+    assert json.loads(json.dumps(found.as_dict()))["seconds"] == pytest.approx(found.seconds)
+
+
+def test_an_artifact_is_only_written_and_verified(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "artifact")
+    (folder / "model.safetensors").rename(folder / "quantized_model.safetensors")
+    (folder / "config.json").unlink()  # an artifact's manifest holds the config
+    int8 = tensor_scheme_to_dict(TensorScheme(INT8, PerChannel(0)))
+    linears = {"model.layers.0.mlp.down_proj": {"weight": int8, "input": None}}
+    manifest = {"config": LLAMA_CONFIG, "linears": linears, "cache": None}
+    (folder / "quantized_model.json").write_text(json.dumps(manifest))
+    (folder / "rotations.json").write_text(json.dumps({"rotations": []}))
+    options = RunOptions(output=Path("out"), from_artifact=folder)
+    assert list(stages(planned(folder, options=options))) == ["start", "write", "verify"]
+    (folder / "quantized_model.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"quantized_model\.json' is damaged: 'linears'"):
+        planned(folder, options=options)
+    (folder / "quantized_model.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no quantized_model\.json") as caught:
+        planned(folder, options=options)
+    assert caught.value.hint == "give what 'rotq calibrate' wrote to --from-artifact"
+
+
+def test_every_target_has_its_own_dtype_and_bytes(
+    tmp_path: Path, plugins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plugins)
+    folder = write_llama(tmp_path / "model")  # bfloat16
+
+    def bytes_after(*targets: str, dtype: str = "auto", **settings: object) -> int:
+        found = planned(
+            folder, backend="stub", target=list(targets), dtype=dtype, scheme="float", **settings
+        )
+        assert found.quantized_parameters == 0
+        return found.bytes_after
+
+    one, two, own = (bytes_after(target) for target in ("one", "two", "own"))
+    assert one == 2 * two == 2 * own == 4 * (BLOCK_PARAMETERS + 2 * EMBEDDING + NORMS)
+    assert bytes_after("one", "two", dtype="bfloat16") == 2 * two
+    with pytest.raises(BackendError, match="one in float32, two in float16") as caught:
+        bytes_after("one", "two")
+    assert "--from-artifact" in str(caught.value.hint)
+
+
+def test_a_plan_refuses_and_warns_as_the_run_would(
+    tmp_path: Path, plugins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plugins)
+    folder = write_llama(tmp_path / "model")
+    found = planned(
+        folder, backend="stub", target="two", scheme="int8", overrides={"*.0.mlp.*": "w4a8"}
+    )
+    assert found.warnings == (
+        (
+            "target 'two': 3 linears with int4 weights in blocks of 128, int8 inputs per tensor:"
+            " int4 weights are unpacked first"
+        ),
+    )
+    with pytest.raises(BackendError, match="cannot express 'lm_head': no float8 kernels"):
+        planned(folder, backend="stub", target="one", overrides={"lm_head": "float8"})
+    with pytest.raises(
+        BackendError, match="'two' of backend 'stub' cannot express R4: it has no place for one"
+    ):
+        planned(folder, backend="stub", target="two", rotate="r1,r4")
+    planned(folder, backend="stub", target="two", rotate="auto")
+    odd = write_llama(tmp_path / "odd", vocab_size=101)
+    with pytest.raises(BackendError, match="cannot express this model: its vocabulary is odd"):
+        planned(odd, backend="stub")
+
+
+def test_the_scheme_float_trains_and_compares_nothing(tmp_path: Path) -> None:
+    found = planned(write_llama(tmp_path / "model"), scheme="float")
+    assert list(stages(found)) == ["start", "load", "fuse", "calibrate", "write", "verify"]
+
+
+def test_the_embedded_model_can_be_planned() -> None:
+    found = plan(Recipe(dtype="float32", device="cpu"), RunOptions(output=Path()))
+    assert found.model_type == "llama"
+    assert found.output is None
+    assert found.bytes_after < found.bytes_before
+
+
+def test_an_unknown_architecture_is_refused_with_the_list(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not in .*llama"):
+        planned(write_llama(tmp_path / "model", model_type="mamba"))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "model", shards=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"lacks the weight file 'model-00002-of-00002.safetensors'"
+    ):
+        planned(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234567",
+        struct.pack("<Q", 10**12) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 4) + b"nope",
+    ],
+    ids=["empty", "shorter than the length", "absurd length", "not an object", "not JSON"],
+)
+def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    folder = write_llama(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        planned(folder)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "model")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        planned(folder)
+
+
+def test_headers_agree_with_the_library_that_reads_them(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    folder = write_llama(tmp_path / "model")
+    with safetensors.safe_open(folder / "model.safetensors", "np") as file:
+        expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert {tensor.name: tensor.shape for tensor in read_headers(str(folder)).tensors} == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "does not exist"),
+        ("a/b/c", "does not exist"),
+        ("not a name", "neither a folder nor a hub id"),
+        ("some-org/some-model", "hub cannot be reached"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused(
+    model: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=message):
+        read_headers(model)
+
+
+def test_a_folder_without_config_and_a_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        read_headers(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a file"):
+        read_headers(str(tmp_path / "model.gguf"))

@@ -1,0 +1,96 @@
+"""Artifacts opened again: the figures are those of the model that was calibrated, and the recipe is
+its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calib.errors import CheckpointError, QuantizationError, RotqError
+from exporter.commands.export import Run, calibrate, export
+from exporter.commands.verify import verify
+from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
+from exporter.reporting.report import ParityRow
+from exporter.run.options import RunOptions
+from exporter.run.workdir import ARTIFACT, WALK
+from tests.checkpoints import write_checkpoint
+
+FEW = {"calibration.nsamples": 8, "calibration.seqlen": 64, "evaluation.nsamples": 2}
+MIXED = {
+    "rotate": "r4",
+    "scheme": "int8",
+    "smoothing": "smoothquant:0.5",
+    "weights.algorithm": "gptq",
+}
+
+
+def few(**changes: Any) -> Recipe:
+    return load_recipe(
+        None, {**FEW, **{key.replace("__", "."): value for key, value in changes.items()}}
+    )
+
+
+def of_rungs(rows: list[ParityRow], *rungs: int) -> dict[str, bool | None]:
+    return {row.name: row.passed for row in rows if row.rung in rungs and row.bound is not None}
+
+
+def test_a_smoothed_artifact_with_a_float_linear_passes_when_it_is_written_and_verified(
+    tmp_path: Path,
+) -> None:
+    made = load_recipe(None, {**FEW, **MIXED, "overrides": {"*.0.mlp.down_proj": "float"}})
+    calibrate(made, RunOptions(tmp_path / "artifact"))
+    other = few(evaluation__nsamples=3)  # says nothing of smoothing, rotations or overrides
+    written = export(other, RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact"))
+    assert all(of_rungs(written.report.parity, 1, 2).values())
+    assert of_rungs(verify(tmp_path / "out").parity, 1, 2) == of_rungs(written.report.parity, 1, 2)
+    saved = load_recipe(tmp_path / "out" / RECIPE_FILE)
+    assert saved == made.model_copy(update={"evaluation": other.evaluation})
+
+
+def test_another_original_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    calibrate(few(rotate="none", scheme="int8-weight-only"), RunOptions(tmp_path / "artifact"))
+    other = few(model=str(write_checkpoint(tmp_path / "model")))
+    again = RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact")
+    with pytest.raises(CheckpointError, match="is not the model that") as caught:
+        export(other, again)
+    assert "--no-verify" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resume_notices_that_the_model_was_replaced_and_removes_what_was_left_over(
+    tmp_path: Path,
+) -> None:
+    model = write_checkpoint(tmp_path / "model", seed=0)
+    recipe = few(model=str(model), rotate="none", scheme="int8-weight-only")
+    calibrate(recipe, RunOptions(tmp_path / "out", work_dir=tmp_path / "work"))
+    (tmp_path / "work" / WALK).mkdir()
+    resumed = RunOptions(tmp_path / "again", work_dir=tmp_path / "work", resume=True)
+    calibrate(recipe, resumed)
+    assert (tmp_path / "work" / ARTIFACT).is_dir()
+    assert not (tmp_path / "work" / WALK).exists()
+    write_checkpoint(model, seed=1)
+    with pytest.raises(CheckpointError, match="fingerprint of its weights differs") as caught:
+        calibrate(recipe, RunOptions(tmp_path / "third", work_dir=tmp_path / "work", resume=True))
+    assert caught.value.hint == "use another --work-dir"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheme": "int8", "overrides": {"no.such.linear": "float"}}, "matches no linear"),
+        ({"scheme": "nvfp4"}, "blocks of 16 do not divide"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_before_anything_is_captured(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(_: Run) -> None:
+        raise RotqError("captured first")
+
+    monkeypatch.setattr(Run, "captured", capture)
+    model = write_checkpoint(tmp_path / "model", intermediate_size=88)
+    with pytest.raises(QuantizationError, match=message):
+        calibrate(few(model=str(model), rotate="r1,r2", **changes), RunOptions(tmp_path / "out"))

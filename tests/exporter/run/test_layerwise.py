@@ -1,0 +1,92 @@
+"""Layer-wise runs of the pipeline: equal to whole-model runs, resumable, and refused where they
+must be.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calib.artifact import QuantizedModel, load_artifact
+from calib.errors import OutputError, RecipeError
+from exporter.commands.evaluate import evaluate
+from exporter.commands.export import calibrate
+from exporter.recipe import load_recipe, parse_size
+from exporter.run.layerwise import check_layerwise
+from exporter.run.options import RunOptions
+from exporter.run.workdir import ARTIFACT, WALK
+
+FEW = {"calibration.nsamples": 4, "calibration.seqlen": 32, "rotate": "r1,r2,r4", "scheme": "int8"}
+
+
+def quantized(tmp_path: Path, name: str, **settings: Any) -> QuantizedModel:
+    options = RunOptions(
+        tmp_path / name, work_dir=settings.pop("work", None), resume=settings.pop("resume", False)
+    )
+    recipe = load_recipe(
+        None, {**FEW, **{key.replace("__", "."): value for key, value in settings.items()}}
+    )
+    calibrate(recipe, options)
+    return load_artifact(options.output)
+
+
+def test_a_layerwise_run_is_the_whole_model_run(tmp_path: Path) -> None:
+    layerwise = quantized(tmp_path, "one", layerwise__enabled=True)
+    assert not list(tmp_path.glob(".one*"))  # the temporary folder is gone
+    whole = quantized(tmp_path, "other", rotation__files=[str(tmp_path / "one")])
+    assert list(layerwise.linears) == list(whole.linears)
+    for name, linear in layerwise.linears.items():
+        for key, tensor in linear.tensors().items():
+            assert torch.equal(tensor, whole.linears[name].tensors()[key]), key
+    assert layerwise.kept == whole.kept
+    result = evaluate(str(tmp_path / "one"), None, nsamples=2, window=64)
+    assert result.runtime == "torch, fake-quantized"
+    assert (
+        result.perplexity
+        == evaluate(str(tmp_path / "other"), None, nsamples=2, window=64).perplexity
+    )
+
+
+def test_a_work_folder_keeps_the_walk_until_it_is_whole(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first = quantized(tmp_path, "first", layerwise__enabled=True, work=work)
+    assert (work / ARTIFACT).is_dir()
+    assert not (work / WALK).exists()
+    again = quantized(tmp_path, "again", layerwise__enabled=True, work=work, resume=True)
+    assert again.provenance == first.provenance
+    with pytest.raises(OutputError, match="scheme was int8 and is now w4a8"):
+        quantized(tmp_path, "third", layerwise__enabled=True, work=work, resume=True, scheme="w4a8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layerwise.enabled": True, "rotate": "auto"}, "cannot compare sets of rotations"),
+        ({"layerwise.asym": True}, "'layerwise.asym' has no effect"),
+        ({"layerwise.max_memory": "much"}, r"'layerwise.max_memory': this is no size.*'much'"),
+        ({"layerwise.max_memory": "0GB"}, "is no size"),
+        ({"max_shard_size": "GB"}, r"'max_shard_size': this is no size"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        check_layerwise(load_recipe(None, settings))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("1KB", 1000),
+        ("2GB", 2 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("2g", 2 * 10**9),
+        (" 3 MiB ", 3 * 2**20),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
