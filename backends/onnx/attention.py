@@ -26,21 +26,28 @@ from onnx_ir import tape
 
 from backends.onnx.nodes import constant, integers, replace, size
 from backends.onnx.placeholders import ATTENTION, DOMAIN, SCALE_ATTRIBUTE, SOFTCAP_ATTRIBUTE
+from backends.onnx.prefix import Constants, constants
+from calib.artifact import Prefix
 
 _DEPTH = 70.0
+_END = 2**63 - 1
+"""Where a Slice ends that goes on to the end."""
 
 
-def lower_attention(model: ir.Model) -> None:
-    """Replace every attention placeholder of ``model``, in place."""
-    masks = Masks(model.graph)
-    for site in sites(model.graph):
+def lower_attention(model: ir.Model, prefix: Prefix | None = None) -> None:
+    """Replace every attention placeholder of ``model``, in place.
+
+    Args:
+        model: a traced graph.
+        prefix: keys and values that stand before those of every layer.
+    """
+    graph = model.graph
+    masks = Masks(graph)
+    for layer, site in enumerate(sites(graph)):
         nodes = tape.Tape()
-        replace(
-            model.graph,
-            site.node,
-            nodes,
-            attention(model.graph, nodes, site, site.inputs, masks.of(site)),
-        )
+        before = None if prefix is None else constants(graph, prefix, layer, site.dtype)
+        mixed = attention(graph, nodes, site, site.inputs, masks.of(site), before)
+        replace(graph, site.node, nodes, mixed)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ def attention(
     site: Site,
     inputs: tuple[ir.Value, ir.Value, ir.Value],
     mask: Mask,
+    prefix: Constants | None = None,
 ) -> ir.Value:
     """The nodes of ``site``, appended to ``builder``.
 
@@ -157,60 +165,118 @@ def attention(
         site: says how.
         inputs: queries, keys and values.
         mask: of the site.
+        prefix: keys and values that all queries see besides ``inputs``. They have scores of their
+            own, so that a cache is not copied to put them before it.
 
     Returns:
         ``[B, S, heads, d]``.
     """
+    nodes = _Nodes(graph, builder, site, mask)
     query, key, value = inputs
-    heads, kv_heads, dtype = site.heads, site.kv_heads, site.dtype
+    query = nodes.grouped_queries(query)
 
-    def op(kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
-        return builder.op(kind, inputs, attributes, name=f"{site.name}/{label}")
+    scores = nodes.op("Add", [nodes.scores(query, key), mask.bias], "Mask")
+    if prefix is not None:
+        before = nodes.scores(query, prefix.keys, "Prefix")
+        scores = nodes.op("Concat", [before, scores], "Together", axis=-1)
 
-    def scalar(label: str, number: float) -> ir.Value:
-        return constant(
-            graph, f"attention.{label}.{number!r}.{dtype.name}", np.array(number, dtype.numpy())
+    weights = nodes.weights(scores)
+    if prefix is None:
+        mixed = nodes.mixed(weights, value, mask.total)
+    else:
+        zero, cut, end, axis = (
+            integers(graph, (number,)) for number in (0, prefix.length, _END, -1)
         )
+        first = nodes.op("Slice", [weights, zero, cut, axis], "PrefixWeights")
+        rest = nodes.op("Slice", [weights, cut, end, axis], "TextWeights")
+        before = nodes.mixed(first, prefix.values, cut, "Prefix")
+        mixed = nodes.op("Add", [nodes.mixed(rest, value, mask.total), before], "Sum")
 
-    grouped = heads != kv_heads
-    width = size(site.inputs[2], 3)
-    if grouped:
-        query = op(
-            "Reshape", [query, integers(graph, (0, kv_heads, -1, size(site.inputs[0], 3)))], "Group"
-        )
-    keys = op(
-        "Transpose",
-        [op("Mul", [key, scalar("scale", site.scale)], "Scale")],
-        "Keys",
-        perm=[0, 1, 3, 2],
-    )
-    scores = op("MatMul", [query, keys], "Scores")
-    if grouped:
-        apart = op(
-            "Concat",
-            [integers(graph, (0, heads)), mask.sequence, integers(graph, (-1,))],
-            "Heads",
-            axis=0,
-        )
-        scores = op("Reshape", [scores, apart], "Ungroup")
-    if site.softcap is not None:
-        cap = scalar("cap", site.softcap)
-        scores = op("Mul", [op("Tanh", [op("Div", [scores, cap], "Divide")], "Tanh"), cap], "Cap")
-    scores = op("Add", [scores, mask.bias], "Mask")
-    # what computes in fewer bits is no CPU, and fuses attention without the Max
-    if dtype == ir.DataType.FLOAT:
-        largest = op("ReduceMax", [scores, integers(graph, (-1,))], "Largest", keepdims=1)
-        scores = op(
-            "Max", [scores, op("Sub", [largest, scalar("depth", _DEPTH)], "Least")], "Clamp"
-        )
-    weights = op("Softmax", [scores], "Softmax", axis=-1)
-    if grouped:
-        together = op("Concat", [integers(graph, (0, kv_heads, -1)), mask.total], "Groups", axis=0)
-        weights = op("Reshape", [weights, together], "Regroup")
-    mixed = op("MatMul", [weights, value], "Values")
-    if grouped:
-        mixed = op("Reshape", [mixed, integers(graph, (0, heads, -1, width))], "Split")
-    return op("Transpose", [mixed], "Output", perm=[0, 2, 1, 3])
+    return nodes.output(mixed)
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """The steps of one attention. Where query heads share a key head, they are its rows."""
+
+    graph: ir.Graph
+    builder: tape.Tape
+    site: Site
+    mask: Mask
+
+    def op(self, kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
+        """A node, named after the site and ``label``."""
+        return self.builder.op(kind, inputs, attributes, name=f"{self.site.name}/{label}")
+
+    def scalar(self, label: str, number: float) -> ir.Value:
+        """A constant in the dtype of the scores, held once."""
+        dtype = self.site.dtype
+        name = f"attention.{label}.{number!r}.{dtype.name}"
+        return constant(self.graph, name, np.array(number, dtype.numpy()))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether query heads share key heads."""
+        return self.site.heads != self.site.kv_heads
+
+    def grouped_queries(self, query: ir.Value) -> ir.Value:
+        """``[B, heads, S, d]`` to ``[B, kv_heads, G S, d]``."""
+        if not self.is_grouped:
+            return query
+        dims = (0, self.site.kv_heads, -1, size(self.site.inputs[0], 3))
+        return self.op("Reshape", [query, integers(self.graph, dims)], "Group")
+
+    def scores(self, query: ir.Value, key: ir.Value, label: str = "") -> ir.Value:
+        """``cap(q (s k)^T)``, ``[B, heads, S, T]``."""
+        site = self.site
+        scaled = self.op("Mul", [key, self.scalar("scale", site.scale)], f"{label}Scale")
+        keys = self.op("Transpose", [scaled], f"{label}Keys", perm=[0, 1, 3, 2])
+        scores = self.op("MatMul", [query, keys], f"{label}Scores")
+
+        if self.is_grouped:
+            dims = [
+                integers(self.graph, (0, site.heads)),
+                self.mask.sequence,
+                integers(self.graph, (-1,)),
+            ]
+            apart = self.op("Concat", dims, f"{label}Heads", axis=0)
+            scores = self.op("Reshape", [scores, apart], f"{label}Ungroup")
+
+        if site.softcap is not None:
+            cap = self.scalar("cap", site.softcap)
+            quotient = self.op("Div", [scores, cap], f"{label}Divide")
+            scores = self.op(
+                "Mul", [self.op("Tanh", [quotient], f"{label}Tanh"), cap], f"{label}Cap"
+            )
+
+        return scores
+
+    def weights(self, scores: ir.Value) -> ir.Value:
+        """Their softmax, without denormal numbers on a CPU."""
+        # what computes in fewer bits is no CPU, and fuses attention without the Max
+        if self.site.dtype == ir.DataType.FLOAT:
+            axis = integers(self.graph, (-1,))
+            largest = self.op("ReduceMax", [scores, axis], "Largest", keepdims=1)
+            least = self.op("Sub", [largest, self.scalar("depth", _DEPTH)], "Least")
+            scores = self.op("Max", [scores, least], "Clamp")
+        return self.op("Softmax", [scores], "Softmax", axis=-1)
+
+    def mixed(
+        self, weights: ir.Value, value: ir.Value, total: ir.Value, label: str = ""
+    ) -> ir.Value:
+        """The values of ``total`` tokens by their weights, ``[B, kv_heads, G S, d]``."""
+        if self.is_grouped:
+            dims = [integers(self.graph, (0, self.site.kv_heads, -1)), total]
+            together = self.op("Concat", dims, f"{label}Groups", axis=0)
+            weights = self.op("Reshape", [weights, together], f"{label}Regroup")
+        return self.op("MatMul", [weights, value], f"{label}Values")
+
+    def output(self, mixed: ir.Value) -> ir.Value:
+        """``[B, S, heads, d]``."""
+        if self.is_grouped:
+            dims = (0, self.site.heads, -1, size(self.site.inputs[2], 3))
+            mixed = self.op("Reshape", [mixed, integers(self.graph, dims)], "Split")
+        return self.op("Transpose", [mixed], "Output", perm=[0, 2, 1, 3])
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:

@@ -44,11 +44,16 @@ _TO_HEADS = (0, 2, 1, 3)
 """The permutation between ``[B, S, heads, d]`` and ``[B, heads, S, d]``; its own inverse."""
 
 
-def share_buffer(model: ir.Model) -> None:
+def share_buffer(model: ir.Model, *, single: bool = True) -> None:
     """Let ``model`` write into its past, and lower the attention of every layer whose cache is in
     float, in place.
 
     The attention of other layers is left to :func:`backends.onnx.attention.lower_attention`.
+
+    Args:
+        model: a traced graph.
+        single: give one token at a time to GroupQueryAttention; it sees nothing but the buffer, and
+            so no prefix.
     """
     graph = model.graph
     lengths = _lengths(graph)
@@ -56,7 +61,7 @@ def share_buffer(model: ir.Model) -> None:
     appended = {id(node.outputs[0]): node for node in graph if _appends(node)}
     for site in sites(graph):
         key, value = (appended.get(id(each)) for each in site.inputs[1:])
-        if key is not None and value is not None and _known_to_kernel(site):
+        if single and key is not None and value is not None and _known_to_kernel(site):
             _choose(graph, site, (key, value), masks.of(site), lengths)
             del appended[id(key.outputs[0])], appended[id(value.outputs[0])]
     for node in appended.values():

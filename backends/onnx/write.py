@@ -15,6 +15,7 @@ from backends.onnx.embeddings import lower_embeddings
 from backends.onnx.experts import lower_experts, with_experts_apart
 from backends.onnx.genai import write_genai_config
 from backends.onnx.lower import lower
+from backends.onnx.prefix import move_positions
 from backends.onnx.residual import fuse_residual_norms
 from backends.onnx.rotary import fuse_rotary
 from backends.onnx.save import save
@@ -66,14 +67,16 @@ def build(
     )
     graph = cached_trace(request, progress)
     tables = [table.name for table in wiring_of(model.config).embeddings]
+    if model.prefix is not None:
+        move_positions(graph.graph, model.prefix)
     lower_experts(graph, model.config, routed=target.routed_experts)
     if target.rotary:
         fuse_rotary(graph)
     if model.cache is not None:
         quantize_cache(graph, model.cache)
     if shared_buffer:
-        share_buffer(graph)
-    lower_attention(graph)
+        share_buffer(graph, single=model.prefix is None)
+    lower_attention(graph, model.prefix)
     lower_embeddings(graph, model.linears, tables, integer_rows=target.integer_rows)
     fill(graph, model.floats)
     lower(graph, with_experts_apart(model), target)

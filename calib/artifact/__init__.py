@@ -11,14 +11,18 @@ from calib.artifact.model import (
     QuantizedLinear,
     QuantizedModel,
 )
+from calib.artifact.prefix import Prefix, load_prefix, save_prefix
 
 __all__ = [
     "LINEAR_PARTS",
+    "Prefix",
     "Provenance",
     "QuantizedCache",
     "QuantizedLinear",
     "QuantizedModel",
     "cast_model",
     "load_artifact",
+    "load_prefix",
     "save_artifact",
+    "save_prefix",
 ]

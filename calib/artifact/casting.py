@@ -57,6 +57,7 @@ def cast_model(model: QuantizedModel, dtype: torch.dtype) -> QuantizedModel:
     return replace(
         model,
         dtype=dtype,
+        prefix=None if model.prefix is None else model.prefix.to(dtype),
         linears=_Lazy(model.linears, lambda name, linear: cast_linear(linear, dtype)),
         floats=_Lazy(model.floats, lambda key, tensor: _cast_value(tensor, dtype, key)),
         cache=cache,

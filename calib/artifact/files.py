@@ -24,6 +24,7 @@ from calib.artifact.model import (
     QuantizedLinear,
     QuantizedModel,
 )
+from calib.artifact.prefix import load_prefix, save_prefix
 from calib.errors import CheckpointError
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
@@ -79,6 +80,8 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
         "tensors": sorted(key for key, _ in _tensors(model)),
     }
     save_rotations(model.rotations, folder)
+    if model.prefix is not None:
+        save_prefix(model.prefix, folder)
     copy_side_files(model.files, folder)
     text = json.dumps(manifest, indent=2, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -138,6 +141,7 @@ def _from_manifest(
         files=side_files(folder),
         cache=cache,
         smoothing=smoothing,
+        prefix=load_prefix(folder),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calib.arithmetic.grids import Grid, dequantize
+from calib.artifact.prefix import Prefix
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import (
     LinearScheme,
@@ -170,6 +171,7 @@ class QuantizedModel:
         provenance: where it came from.
         files: files of the source checkpoint that travel along, by name.
         cache: the KV cache, where it is quantized.
+        prefix: keys and values that stand before every sequence, in float.
         smoothing: scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their
             group.
     """
@@ -185,6 +187,7 @@ class QuantizedModel:
     files: Mapping[str, Path] = field(default_factory=dict)
     cache: QuantizedCache | None = None
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def schemes(self) -> dict[str, LinearScheme]:
         """How each quantized linear is quantized, by name."""

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from calib.fusing.fuser import FusedModel, fuse
-from calib.fusing.materialize import materialize, unloaded
+from calib.fusing.materialize import materialize, unloaded, with_prefix
 
-__all__ = ["FusedModel", "fuse", "materialize", "unloaded"]
+__all__ = ["FusedModel", "fuse", "materialize", "unloaded", "with_prefix"]

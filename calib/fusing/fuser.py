@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from calib.architectures import LinearSpec, Wiring
+from calib.artifact.prefix import Prefix
 from calib.errors import CheckpointError, UnsupportedModelError
 from calib.fusing.norms import FoldedNorm, fold_norm
 from calib.fusing.source import SourceTensors
@@ -54,6 +55,8 @@ class FusedModel:
     """Why a stock model folder cannot hold this model; empty when it can."""
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     """Scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their group."""
+    prefix: Prefix | None = None
+    """Keys and values that stand before every sequence (:mod:`calib.network.prefix`)."""
 
     @property
     def config(self) -> PreTrainedConfig:

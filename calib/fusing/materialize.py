@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from calib.fusing.fuser import FusedModel
 from calib.network.online import attach_online
+from calib.network.prefix import attach_prefix, compute_prefix
 from calib.network.skeleton import accept_biases, build_on_meta, fill_buffers
 
 
@@ -38,4 +41,27 @@ def unloaded(fused: FusedModel) -> Any:
     model.requires_grad_(False)
     model.eval()
     attach_online(model, fused.wiring, fused.rotations)
+    if fused.prefix is not None:
+        attach_prefix(model, fused.wiring, fused.prefix)
     return model
+
+
+def with_prefix(
+    fused: FusedModel, tokens: Sequence[int], reason: str = "", device: torch.device | str = "cpu"
+) -> FusedModel:
+    """``fused`` with ``tokens`` before every sequence; their keys and values are computed here, in
+    its own rotated basis.
+
+    Args:
+        fused: the folded and rotated model; one without a prefix.
+        tokens: ids; none leave ``fused`` as it is.
+        reason: recorded with them.
+        device: where they are run.
+
+    Raises:
+        QuantizationError: as for :func:`~calib.network.prefix.compute_prefix`.
+    """
+    if not tokens:
+        return fused
+    network = materialize(fused, device=device)
+    return replace(fused, prefix=compute_prefix(network, fused.wiring, tokens, reason))

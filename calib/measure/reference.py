@@ -34,6 +34,7 @@ from calib.network.gather_experts import gather_experts
 from calib.network.kv_cache import attach_cache
 from calib.network.modules import set_submodule
 from calib.network.online import attach_online
+from calib.network.prefix import attach_prefix
 from calib.network.skeleton import build_skeleton
 from calib.rotations.rotation_set import Rotation, RotationSet
 
@@ -132,6 +133,8 @@ def build_reference(
             if type(module) is nn.Linear:
                 module.__class__ = _SplitLinear
         network.set_attn_implementation(registered(_SPLIT_ATTENTION, _split_attention))  # type: ignore[operator]
+    if model.prefix is not None:  # within what rounds the cache: it stays in float
+        attach_prefix(network, wiring, model.prefix.to(dtype))
     if model.cache is not None:
         attach_cache(network, wiring, model.cache)
     return network.eval()

@@ -200,6 +200,7 @@ class Calibrator:
             files=dict(files),
             cache=cache,
             smoothing=fused.smoothing if smoothing is None else smoothing,
+            prefix=fused.prefix,
         )
 
     def _weight(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
