@@ -1,0 +1,201 @@
+"""Massive tokens: the few whose activations are hundreds of times those of all others, and the
+prefix that takes their place.
+
+    m_t = max_c |x_tc|      of token t at the input of a linear
+    massive: m_t > 64 median_t(m_t)
+
+The rule is PrefixQuant's (arXiv:2410.05265, its ``stat_utils``), here for the input of every linear
+and not of the down projections alone. What ruins a static scale is that it has to hold the massive
+token: its range over the median is how many steps all others are short of.
+
+PrefixQuant takes as many prefix tokens as a row has massive ones, and the most frequent of them. On
+a model whose *first* token is massive whatever it is, the most frequent one is an accident of the
+text, and may not take the sink: on SmolLM2 the first word of one row left the ratio at 2069 of
+2074, where the token that begins a text took it to 64. So candidates are tried, and the ones are
+taken that leave the least.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calib.fusing import FusedModel, materialize, with_prefix
+
+MASSIVE = 64.0
+"""Times the median: PrefixQuant's threshold."""
+_LOOK_TOKENS = 2048
+"""How many calibration tokens are looked at: a massive token is in every row, or it does not set the
+scale."""
+_LOOK_LENGTH = 256
+_CANDIDATES = 2
+"""How many of the most frequent massive tokens are tried beside those that begin a text."""
+_WORTH = 2.0
+"""A further token is taken where it leaves at most this part of the ratio."""
+
+
+@dataclass(frozen=True)
+class MassiveInput:
+    """The input of one linear, or of several that read the same values.
+
+    Attributes:
+        name: of the first linear that reads it.
+        ratio: the largest magnitude of a token over the median of all tokens'.
+        tokens: ids of its massive tokens, each as often as it is one.
+    """
+
+    name: str
+    ratio: float
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrefixChoice:
+    """The tokens of a prefix, and what it does.
+
+    Attributes:
+        tokens: ids; none where no token is massive, or nothing takes its place.
+        before: the inputs with the largest ratios, without it.
+        after: the same inputs with it.
+    """
+
+    tokens: tuple[int, ...]
+    before: tuple[MassiveInput, ...]
+    after: tuple[MassiveInput, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why, in words for the manifest."""
+        worst = self.before[0]
+        if not self.tokens:
+            return f"largest over median is {worst.ratio:.0f} at {worst.name}"
+        left = max(each.ratio for each in self.after)
+        return (
+            f"largest over median of the inputs: {worst.ratio:.0f} at {worst.name}, {left:.0f} with"
+            " the prefix"
+        )
+
+
+def massive_inputs(
+    model: nn.Module, names: Sequence[str], rows: Sequence[Tensor]
+) -> list[MassiveInput]:
+    """How far the largest token is from the median one, at the input of every linear.
+
+    Args:
+        model: a causal LM in eval mode.
+        names: of linears that see every token, such as :attr:`Wiring.linear_names`.
+        rows: token rows, int64 ``[tokens]``, of one text; all of them are held at once, a float for
+            each token and linear.
+
+    Returns:
+        The largest ratio first. Linears that read the same values are there once.
+    """
+    device = next(model.parameters()).device
+    magnitudes: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def look(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            magnitudes[name].append(x.abs().amax(-1).flatten().float().cpu())
+
+        return model.get_submodule(name).register_forward_pre_hook(hook)
+
+    handles = [look(name) for name in names]
+    try:
+        with torch.no_grad():
+            for row in rows:
+                model(input_ids=row.unsqueeze(0).to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    ids = torch.cat(list(rows))
+    inputs: dict[bytes, MassiveInput] = {}
+    for name, parts in magnitudes.items():
+        m = torch.cat(parts)
+        unit = m.median().clamp(min=torch.finfo(torch.float32).tiny)
+        massive = tuple(ids[m > MASSIVE * unit].tolist()) if m.numel() == ids.numel() else ()
+        inputs.setdefault(
+            m.numpy().tobytes(), MassiveInput(name, float(m.max() / unit), massive)
+        )
+    return sorted(inputs.values(), key=lambda each: -each.ratio)
+
+
+def choose_prefix(
+    fused: FusedModel,
+    rows: Sequence[Tensor],
+    starts: Sequence[int] = (),
+    *,
+    limit: int = 4,
+    device: torch.device | str = "cpu",
+) -> PrefixChoice:
+    """The prefix that leaves the least of what is massive.
+
+    Args:
+        fused: the folded model, without a prefix.
+        rows: calibration rows, int64 ``[tokens]``; the first 2048 tokens are looked at.
+        starts: ids that begin a text for this tokenizer (BOS, end of text), tried first.
+        limit: the most tokens that the prefix may have.
+        device: where the model is run.
+
+    Returns:
+        No token where none is massive, or where no candidate halves the largest ratio.
+    """
+    names = fused.wiring.linear_names
+    look = _some(rows)
+    before = massive_inputs(materialize(fused, device=device), names, look)
+    worst = before[0].ratio
+    if worst <= MASSIVE:
+        return PrefixChoice((), tuple(before), tuple(before))
+
+    counts = Counter(token for each in before for token in each.tokens)
+    frequent = [token for token, _ in counts.most_common(_CANDIDATES)]
+    vocabulary = int(fused.config.vocab_size)
+    candidates = [token for token in dict.fromkeys([*starts, *frequent]) if token < vocabulary]
+
+    tokens: tuple[int, ...] = ()
+    after = before
+    # PrefixQuant's count: how many tokens of a row are massive, at the input that has the most
+    wanted = max(-(-len(each.tokens) // len(look)) for each in before)
+    for _ in range(min(limit, wanted)):
+        tried = {
+            token: massive_inputs(
+                materialize(with_prefix(fused, (*tokens, token), device=device), device=device),
+                names,
+                look,
+            )
+            for token in candidates
+        }
+        token, left = min(tried.items(), key=lambda item: item[1][0].ratio)
+        if left[0].ratio * _WORTH > after[0].ratio:
+            break
+        tokens, after = (*tokens, token), left
+        if after[0].ratio <= MASSIVE:
+            break
+
+    return PrefixChoice(tokens, tuple(before), _same_order(before, after))
+
+
+def _same_order(
+    before: Sequence[MassiveInput], after: Sequence[MassiveInput]
+) -> tuple[MassiveInput, ...]:
+    by_name: Mapping[str, MassiveInput] = {each.name: each for each in after}
+    return tuple(by_name[each.name] for each in before if each.name in by_name)
+
+
+def _some(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The beginnings of the first rows, :data:`_LOOK_TOKENS` tokens together."""
+    chosen: list[Tensor] = []
+    left = _LOOK_TOKENS
+    for row in rows:
+        part = row[: min(_LOOK_LENGTH, left)]
+        if part.numel():
+            chosen.append(part)
+        left -= part.numel()
+        if left <= 0:
+            break
+    return chosen
