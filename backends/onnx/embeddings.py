@@ -21,6 +21,7 @@ import torch
 from onnx_ir import tape
 from torch import Tensor
 
+from backends.base import Reason
 from backends.onnx.nodes import integers, replace
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
@@ -55,7 +56,9 @@ def lower_embeddings(
             continue
         refused = table_refusal(name, linears[name].weight_scheme)
         if refused is not None:
-            raise BackendError(f"'{name}' cannot be written as ONNX: {refused[0]}", hint=refused[1])
+            raise BackendError(
+                f"'{name}' cannot be written as ONNX: {refused.reason}", hint=refused.hint
+            )
         _lower(model.graph, linears[name], integer_rows=integer_rows)
 
 
@@ -95,13 +98,13 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
         replace(graph, node, builder, output)
 
 
-def table_refusal(name: str, scheme: TensorScheme) -> tuple[str, str] | None:
+def table_refusal(name: str, scheme: TensorScheme) -> Reason | None:
     """Why the embedding ``name`` cannot be written in ``scheme``, and what to do; ``None`` if it
     can.
     """
     if scheme.format == INT8 and isinstance(scheme.granularity, PerChannel) and scheme.symmetric:
         return None
-    return (
+    return Reason(
         (
             "embeddings are looked up as rows of int8 with one scale each, without zero points,"
             f" and '{name}' would be something else"

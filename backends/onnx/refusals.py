@@ -7,15 +7,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from backends.base import Reason
 from backends.onnx.embeddings import table_refusal
 from backends.onnx.experts import ACTIVATIONS
 from calib.architectures import architecture_for
 from calib.schemes import LinearScheme
 
 
-def graph_refusal(
-    config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-) -> tuple[str, str] | None:
+def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> Reason | None:
     """Why the model of ``config`` cannot be written as ONNX, and what to do; ``None`` if it can.
 
     Args:
@@ -25,7 +24,7 @@ def graph_refusal(
     hf_config: Any = AutoConfig.for_model(**config)
     architecture = architecture_for(hf_config)
     if architecture.expert_parameters(hf_config) and hf_config.hidden_act not in ACTIVATIONS:
-        return (
+        return Reason(
             (
                 f"its experts use the activation '{hf_config.hidden_act}', for which the graph has"
                 " no operators"

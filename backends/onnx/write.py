@@ -14,6 +14,7 @@ from backends.onnx.attention import lower_attention
 from backends.onnx.cache import quantize_cache
 from backends.onnx.embeddings import lower_embeddings
 from backends.onnx.experts import lower_experts, with_experts_apart
+from backends.onnx.file_names import GENAI_DTYPES
 from backends.onnx.genai import write_genai_config
 from backends.onnx.lower import lower
 from backends.onnx.residual import fuse_residual_norms
@@ -45,7 +46,7 @@ def write(model: QuantizedModel, path: Path, options: WriteOptions) -> None:
         model, target, last_logits=options.logits == "last", shared_buffer=shared, progress=progress
     )
     save(graph, path, max_shard_bytes=options.max_shard_bytes, progress=progress)
-    if target.compute_dtype == "float32":
+    if target.compute_dtype in GENAI_DTYPES:
         write_genai_config(model, path.name, path.parent, shared_buffer=shared)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.base import Reason
 from backends.safetensors.layout import Entry
 from calib.architectures import Architecture, architecture_for
 from calib.architectures.experts import quantizable_linears
@@ -144,8 +145,8 @@ def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
 def block_refusal(
     config: Mapping[str, Any],
     linears: Mapping[str, LinearScheme],
-    reason: Callable[[str, int, TensorScheme], tuple[str, str] | None],
-) -> tuple[str, str] | None:
+    reason: Callable[[str, int, TensorScheme], Reason | None],
+) -> Reason | None:
     """Why blocks of weights do not fit a model, and what to do; ``None`` if they do.
 
     Args:
@@ -174,7 +175,7 @@ def block_size(scheme: TensorScheme) -> int | None:
     return scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else None
 
 
-def uneven(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+def uneven(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     """Why the linear ``name`` of ``width`` input features has no :func:`even_block`, and what to
     do; or ``None``.
     """
@@ -186,8 +187,8 @@ def uneven(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | Non
     reason = f"blocks of {size} do not divide the {width} input features of '{name}'"
     leave = f"leave the linear in float with --override '{name}=float'"
     if scheme.scale_format != "compute":
-        return f"{reason}, and this format has blocks of no other size", leave
-    return (
+        return Reason(f"{reason}, and this format has blocks of no other size", leave)
+    return Reason(
         (
             f"{reason}, and nothing above {common} divides both: a runtime's blocks must divide the"
             " input"
@@ -213,7 +214,7 @@ def even_block(name: str, width: int, scheme: TensorScheme) -> int:
     """
     refusal, size = uneven(name, width, scheme), block_size(scheme)
     if refusal is not None:
-        raise BackendError(refusal[0], hint=refusal[1])
+        raise BackendError(refusal.reason, hint=refusal.hint)
     assert size is not None
     return math.gcd(width, size)
 

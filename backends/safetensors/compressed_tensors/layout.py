@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from backends.base import Reason
 from backends.rows import joined
 from backends.safetensors.compressed_tensors.config import with_quantization
 from backends.safetensors.compressed_tensors.schemes import short_blocks
@@ -29,17 +30,17 @@ class CompressedTensorsLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
-        """See :meth:`backends.base.Backend.model_refusal`."""
+    ) -> Reason | None:
+        """See :meth:`backends.safetensors.layout.Layout.model_refusal`."""
         names = Names.of(config)
         table, apart = names.quantized_table(linears), names.experts_apart(linears)
         if table is not None:
-            return (
+            return Reason(
                 f"transformers 5 fails on a checkpoint whose embedding ('{table}') is quantized",
                 f"leave out --override '{table}=...'",
             )
         if apart is not None:
-            return (
+            return Reason(
                 f"vLLM wants all experts in one scheme, and those of '{apart}' are left in float",
                 "quantize all experts, or none",
             )

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from backends.base import Reason
 from backends.safetensors.compressed_tensors.library import require
 from backends.safetensors.source import block_size
 from calib.artifact import QuantizedLinear
@@ -117,14 +118,14 @@ def form_of(linear: QuantizedLinear) -> Form:
         )
     refusal = short_blocks(name, width, linear.weight_scheme)
     if refusal is not None:
-        raise BackendError(refusal[0], hint=refusal[1])
+        raise BackendError(refusal.reason, hint=refusal.hint)
     return Form(
         LinearScheme(linear.weight_scheme, linear.input_scheme),
         _whole_rows(width, linear.weight_scheme),
     )
 
 
-def short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+def short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     """Why the blocks of the linear ``name`` of ``width`` input features do not fit, and what to do;
     or ``None``.
     """
@@ -137,8 +138,10 @@ def short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str]
     )
     leave = f"leave the linear in float with --override '{name}=float'"
     if scheme.scale_format != "compute":
-        return f"{reason}blocks of no other size for this format", leave
-    return f"{reason}no short blocks", f"choose a --block-size that divides them, or {leave}"
+        return Reason(f"{reason}blocks of no other size for this format", leave)
+    return Reason(
+        f"{reason}no short blocks", f"choose a --block-size that divides them, or {leave}"
+    )
 
 
 def _whole_rows(width: int, scheme: TensorScheme) -> bool:

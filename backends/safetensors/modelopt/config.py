@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from backends.base import Reason
 from backends.safetensors.modelopt.algorithms import Algorithm
 from backends.safetensors.modelopt.tensors import format_of
 from backends.safetensors.names import Names
@@ -90,7 +91,7 @@ def _groups(layers: Mapping[str, _Format]) -> dict[str, Any]:
     }
 
 
-def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> tuple[str, str] | None:
+def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> Reason | None:
     """Why the experts of a layer, which have one entry in the settings, have no one format; else
     ``None``.
     """
@@ -98,7 +99,7 @@ def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> tuple[st
     for name, scheme in linears.items():
         module = _module(name, names)
         if found.setdefault(module, scheme) != scheme:
-            return (
+            return Reason(
                 (
                     f"the experts '{module}' are quantized in several ways, and ModelOpt has one"
                     " format for a layer's"

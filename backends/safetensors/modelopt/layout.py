@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.base import Reason
 from backends.rows import joined
+from backends.safetensors.file_names import QUANT_CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.modelopt.config import mixed_experts, quant_config, with_quantization
-from backends.safetensors.modelopt.rules import rotation_refusal
+from backends.safetensors.modelopt.limits import LIMITS
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
@@ -38,17 +40,17 @@ class ModelOptLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
-        """See :meth:`backends.base.Backend.model_refusal`."""
+    ) -> Reason | None:
+        """See :meth:`backends.safetensors.layout.Layout.model_refusal`."""
         names = Names.of(config)
         table, apart = names.quantized_table(linears), names.experts_apart(linears)
         if table is not None:
-            return (
+            return Reason(
                 f"no reader of ModelOpt's layout takes a quantized embedding ('{table}')",
                 f"leave out --override '{table}=...'",
             )
         if apart is not None:
-            return (
+            return Reason(
                 (
                     f"ModelOpt's layout has all experts in one format, and those of '{apart}' are"
                     " left in float"
@@ -66,7 +68,7 @@ class ModelOptLayout:
         _check(model)
         refusal = self.model_refusal(model.config, model.schemes())
         if refusal is not None:
-            raise BackendError(refusal[0], hint=refusal[1])
+            raise BackendError(refusal.reason, hint=refusal.hint)
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
             for stored, part in names.stored(key, tensor):
@@ -90,7 +92,7 @@ class ModelOptLayout:
         names = Names.of(model.config)
         written, config = quant_config(model, names), with_quantization(model, names)
         files = {"config.json": _json(config)}
-        return files | ({"hf_quant_config.json": _json(written)} if written else {})
+        return files | ({QUANT_CONFIG_FILE: _json(written)} if written else {})
 
     def linears(
         self,
@@ -152,11 +154,11 @@ class ModelOptLayout:
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
 
 
-def _short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+def _short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     size = block_size(scheme)
     if size is None or width % size == 0:
         return None
-    return (
+    return Reason(
         (
             f"blocks of {size} do not divide the {width} input features of '{name}', and ModelOpt"
             " has no short blocks"
@@ -176,7 +178,7 @@ def _check(model: QuantizedModel) -> None:
             hint="quantize the linears as well, or leave --kv out",
         )
     for kind in model.rotations.kinds():
-        reason = rotation_refusal(kind)
+        reason = LIMITS.rotation(kind)
         if reason is not None:
             raise BackendError(f"{kind.upper()}: {reason}", hint=f"leave {kind} out of --rotate")
 

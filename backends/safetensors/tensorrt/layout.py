@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
 from backends.safetensors.layout import Entry, in_parts
 from backends.safetensors.source import (
     block_refusal,
@@ -84,7 +84,7 @@ class TensorRTLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
+    ) -> Reason | None:
         """Blocks that do not fit; whoever builds the network builds any model."""
         return block_refusal(config, linears, uneven)
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from backends.registry import check_target, get_backend
+from backends.asking import check
+from backends.base import Request
+from backends.registry import get_backend
 from backends.safetensors.differences import grouped
-from backends.safetensors.tripy.layout import TripyLayout, tripy_dtype
-from backends.safetensors.tripy.loader import fill, float_dtype, quantized_modules
+from backends.safetensors.tripy.dtypes import float_dtype, tripy_dtype
+from backends.safetensors.tripy.layout import TripyLayout
+from backends.safetensors.tripy.loader import fill, quantized_modules
 from calib.architectures import architecture_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
@@ -81,13 +84,14 @@ def load_quant_weights_from_hf(
             f"'{quant_mode}' quantizes nothing",
             hint="choose int8-weight-only, int4-weight-only, float8",
         )
-    check_target(get_backend("safetensors"), {quant_mode: scheme.linear}, "tripy")
+    request = Request("tripy", linears={quant_mode: scheme.linear})
+    check(get_backend("safetensors"), request, called=quant_mode)
     compute_dtype = float_dtype(dtype)
     quantized = _quantized_linears(model, quant_mode, tripy_dtype(scheme.linear.weight))
     config = load_config(model_type)
     refusal = layout.model_refusal(config.to_dict(), dict.fromkeys(quantized, scheme.linear))
     if refusal is not None:
-        raise BackendError(refusal[0], hint=refusal[1])
+        raise BackendError(refusal.reason, hint=refusal.hint)
     source = _as_it_is(model_type, config, compute_dtype)
     outside = {source.architecture.head.name} & quantized
     left = set(source.architecture.linear_names(config)) - quantized

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
+from backends.safetensors.file_names import STATEMENT_FILE
 from backends.safetensors.layout import Entry, in_parts
 from backends.safetensors.source import (
     block_refusal,
@@ -44,13 +45,13 @@ from backends.safetensors.source import (
     transposed_weights,
     uneven,
 )
+from backends.safetensors.tripy.dtypes import tripy_dtype
 from backends.safetensors.tripy.models import refusal_of
 from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.schemes import LinearScheme, PerBlock, TensorScheme, tensor_scheme_from_dict
+from calib.schemes import LinearScheme, PerBlock, tensor_scheme_from_dict
 
-STATEMENT_FILE = "tripy.json"
 _PARTS = ("weight", "weight_scale", "input_scale", "input_order", "bias")
 
 
@@ -61,12 +62,12 @@ class TripyLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
+    ) -> Reason | None:
         """No module for the model, a quantized embedding, or blocks that do not fit."""
         found, architecture = source_model(config)
         tables = [table.name for table in architecture.embeddings if table.name in linears]
         if tables:
-            return (
+            return Reason(
                 f"tp.Embedding holds float tables, and {', '.join(tables)} shall be quantized",
                 "leave embeddings in float",
             )
@@ -240,8 +241,3 @@ def _statement(linear: QuantizedLinear) -> dict[str, Any]:
             else None
         ),
     }
-
-
-def tripy_dtype(scheme: TensorScheme) -> str:
-    """What Tripy calls a format: ``int8``, ``int4`` or ``float8``."""
-    return scheme.format.name.removesuffix("_e4m3")

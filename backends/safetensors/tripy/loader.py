@@ -16,34 +16,13 @@ from torch import Tensor
 from backends.base import RuntimeMissing
 from backends.safetensors.differences import differences, grouped
 from backends.safetensors.read import Form, open_bundle
+from backends.safetensors.tripy.dtypes import tripy_name
 from calib.errors import BackendError
 
 _HINT = (
     "backends.safetensors.tripy.modules.build.module_for_bundle(folder) builds the module that a"
     " bundle fills; or export the model that you have"
 )
-_QUANTIZED = {"int8": "int8", "int4": "int4", "float8_e4m3": "float8"}
-"""Tripy's names of number formats."""
-_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""torch's dtypes of weights and scales, by Tripy's names for them."""
-
-
-def float_dtype(dtype: Any) -> torch.dtype:
-    """torch's dtype for Tripy's dtype of weights and scales.
-
-    Raises:
-        BackendError: ``dtype`` is none of ``tp.float32``, ``tp.float16`` and ``tp.bfloat16``.
-    """
-    found = _FLOATS.get(getattr(dtype, "name", ""))
-    if found is None:
-        raise BackendError(
-            f"weights and scales of a Tripy module cannot be '{dtype}'",
-            hint=(
-                f"choose {', '.join(f'tp.{name}' for name in _FLOATS)}; what is quantized to is the"
-                " mode's concern"
-            ),
-        )
-    return found
 
 
 def load_bundle(model: Any, folder: Path | str) -> Any:
@@ -197,7 +176,7 @@ def _other_quantization(
     """
     import nvtripy as tp  # here, because the package is optional
 
-    wanted = {name: _QUANTIZED[entry["weight"]["format"]] for name, entry in described.items()}
+    wanted = {name: tripy_name(entry["weight"]["format"]) for name, entry in described.items()}
     wrong: dict[str, list[str]] = {}
     for name, module in owners.items():
         if not hasattr(module, "quant_dtype"):

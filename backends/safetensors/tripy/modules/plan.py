@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.safetensors.source import rotated_modules, source_model, transposed_weights
-from backends.safetensors.tripy.layout import tripy_dtype
+from backends.safetensors.tripy.dtypes import tripy_dtype
 from calib.architectures import Architecture
 from calib.fusing import expected_tensors
 from calib.schemes import LinearScheme, PerBlock, PerChannel, TensorScheme, tensor_scheme_from_dict

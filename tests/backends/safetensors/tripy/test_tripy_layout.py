@@ -237,7 +237,7 @@ def test_models_without_a_module_are_refused() -> None:
     for family in ("granite", "qwen3", "mixtral", "phi3", "opt", "gemma"):
         found = layout.model_refusal(CONFIGS[family]().to_dict(), {})
         assert found is not None
-        assert CONFIGS[family]().model_type in found[0]
+        assert CONFIGS[family]().model_type in found.reason
     varying = CONFIGS["llama"]()
     varying.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "rotary" in str(layout.model_refusal(varying.to_dict(), {}))
