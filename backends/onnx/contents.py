@@ -9,12 +9,13 @@ import onnx_ir as ir
 
 from backends.base import ContentKind, StoredTensor
 from backends.onnx.files import read_proto
+from backends.onnx.names import SCALE_ENDING, ZERO_POINT, Part, initializer_name
 
 _KINDS: tuple[tuple[str, ContentKind], ...] = (
-    ("_scale", "scale"),
-    ("zero_point", "zero point"),
-    (".weight", "float weight"),
-    (".bias", "float weight"),
+    (SCALE_ENDING, "scale"),
+    (ZERO_POINT, "zero point"),
+    (initializer_name("", Part.WEIGHT), "float weight"),
+    (initializer_name("", Part.BIAS), "float weight"),
 )
 """Kinds by what the initializers' names end with or hold; a weight is quantized where its elements
 are a byte or less. The last part of a name may be a dtype or a number (``zero_point.int8``)."""

@@ -22,14 +22,11 @@ from onnx_ir import tape
 from torch import Tensor
 
 from backends.base import Reason
+from backends.onnx.names import Part, initializer_name
 from backends.onnx.nodes import integers, replace
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
 from calib.schemes import INT8, PerChannel, TensorScheme
-
-STORED = "{name}.weight"
-"""The initializer that holds the table of an embedding."""
-SCALE = "{name}.weight_scale"
 
 
 def lower_embeddings(
@@ -63,7 +60,7 @@ def lower_embeddings(
 
 
 def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> None:
-    old = graph.initializers[STORED.format(name=table.name)]
+    old = graph.initializers[initializer_name(table.name, Part.WEIGHT)]
     users = list(old.consumers())
     if any(user.op_type != "Gather" or user.inputs[0] is not old for user in users):
         raise BackendError(
@@ -76,7 +73,9 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
     assert old.name is not None
     graph.initializers.pop(old.name)
     stored = _initializer(graph, old.name, table.weight, ir.DataType.INT8)
-    scale = _initializer(graph, SCALE.format(name=table.name), table.weight_scale, dtype)
+    scale = _initializer(
+        graph, initializer_name(table.name, Part.WEIGHT_SCALE), table.weight_scale, dtype
+    )
     for index, node in enumerate(users):
         ids = node.inputs[1]
         assert ids is not None
@@ -118,7 +117,8 @@ def read_embedding(
 ) -> QuantizedLinear:
     """The embedding ``name`` as a written graph holds it."""
     stored, scale = (
-        graph.initializers[template.format(name=name)].const_value for template in (STORED, SCALE)
+        graph.initializers[initializer_name(name, part)].const_value
+        for part in (Part.WEIGHT, Part.WEIGHT_SCALE)
     )
     assert stored is not None
     assert scale is not None

@@ -11,10 +11,8 @@ import onnx
 
 from backends.base import Fusion
 from backends.onnx.files import read_proto
-from backends.onnx.packing import members
+from backends.onnx.names import Label, linear_of, members, node_name
 from backends.onnx.runner import open_session, session_options
-
-_SUFFIX = "/DequantizeWeight"
 
 
 def ort_fusion(path: Path) -> Fusion:
@@ -44,7 +42,9 @@ def ort_fusion(path: Path) -> Fusion:
         for node in optimized.node
         if node.op_type == "DequantizeLinear" and node.input[0] in constants
     ]
-    left = {node.name.removesuffix(_SUFFIX) for node in whole} | {node.input[0] for node in whole}
+    left = {linear_of(node.name, Label.DEQUANTIZE_WEIGHT) for node in whole} | {
+        node.input[0] for node in whole
+    }
     return Fusion(
         quantized=_count(weights),
         unfused=[
@@ -69,7 +69,7 @@ def openvino_fusion(path: Path) -> Fusion:
     graph = read_proto(path).graph
     weights = _weights(graph)
     multiplied = {
-        node.name.removesuffix("/MatMul") for node in graph.node if node.op_type == "MatMul"
+        linear_of(node.name, Label.MATMUL) for node in graph.node if node.op_type == "MatMul"
     }
     found = kernels(path)
     fused = [names for _, integer, names in found if integer]
@@ -77,7 +77,8 @@ def openvino_fusion(path: Path) -> Fusion:
         part
         for names in fused
         for name in names
-        for part in (name, name.split("/MatMul", maxsplit=1)[0])
+        # OpenVINO puts words of its own behind the names of nodes that it has changed
+        for part in (name, name.split(node_name("", Label.MATMUL), maxsplit=1)[0])
     }
     return Fusion(
         quantized=_count(weights),
@@ -97,7 +98,7 @@ def _count(weights: Mapping[str, str]) -> int:
 def _weights(graph: onnx.GraphProto) -> Mapping[str, str]:
     """The value that each quantized linear, pack of linears or table dequantizes, by its name."""
     return {
-        node.name.removesuffix(_SUFFIX): node.input[0]
+        linear: node.input[0]
         for node in graph.node
-        if node.name.endswith(_SUFFIX)
+        if (linear := linear_of(node.name, Label.DEQUANTIZE_WEIGHT)) is not None
     }

@@ -19,7 +19,8 @@ from torch import Tensor
 from backends.onnx.embeddings import read_embedding
 from backends.onnx.files import read_proto
 from backends.onnx.inputs import UNSIGNED_ZERO
-from backends.onnx.packing import SPLIT, is_pack, members, unpacked
+from backends.onnx.names import Label, linear_of, members, node_name
+from backends.onnx.packing import unpacked
 from backends.onnx.weights import E8M0_BIAS, turned
 from backends.onnx.write import CACHE_METADATA_KEY, METADATA_KEY
 from calib.artifact import QuantizedCache, QuantizedLinear
@@ -87,16 +88,16 @@ def _linears(
 ) -> Iterator[QuantizedLinear]:
     """Those that are one MatMul in the graph have the same description."""
     packs = {
-        name.removesuffix(SPLIT): members(name.removesuffix(SPLIT))
-        for name in nodes
-        if is_pack(name)
+        pack: members(pack)
+        for node in nodes
+        if (pack := linear_of(node, Label.SPLIT)) is not None and len(members(pack)) > 1
     }
     together = {name for names in packs.values() for name in names}
     for name in entries.keys() - together:
         yield _linear(graph, nodes, name, entries[name])
     for pack, names in packs.items():
         whole = _linear(graph, nodes, pack, entries[names[0]])
-        yield from unpacked(whole, _Parts(nodes, pack).need("Split", 1).tolist())
+        yield from unpacked(whole, _Parts(nodes, pack).need(Label.SPLIT, 1).tolist())
 
 
 def _linear(
@@ -104,23 +105,23 @@ def _linear(
 ) -> QuantizedLinear:
     weight = tensor_scheme_from_dict(entry["weight"])
     inputs = None if entry["input"] is None else tensor_scheme_from_dict(entry["input"])
-    if f"{name}/MatMul" not in nodes:
+    if node_name(name, Label.MATMUL) not in nodes:
         return read_embedding(graph, name, entry, weight)
     parts = _Parts(nodes, name)
-    second = parts.get("DequantizeWeightScale", 1)
+    second = parts.get(Label.DEQUANTIZE_WEIGHT_SCALE, 1)
     scale = (
-        parts.need("DequantizeWeight", 1)
+        parts.need(Label.DEQUANTIZE_WEIGHT, 1)
         if second is None
-        else parts.need("DequantizeWeightScale", 0)
+        else parts.need(Label.DEQUANTIZE_WEIGHT_SCALE, 0)
     )
-    points = parts.get("DequantizeWeight", 2)
-    input_scale = parts.get("QuantizeInput", 1)
+    points = parts.get(Label.DEQUANTIZE_WEIGHT, 2)
+    input_scale = parts.get(Label.QUANTIZE_INPUT, 1)
     return QuantizedLinear(
         name=name,
-        weight=_without_padding(parts.need("DequantizeWeight", 0).T, parts.get("Pad", 1)),
+        weight=_without_padding(parts.need(Label.DEQUANTIZE_WEIGHT, 0).T, parts.get(Label.PAD, 1)),
         weight_scale=_scale_values(turned(scale, weight.granularity), weight),
         weight_scheme=weight,
-        bias=parts.get("Add", 1),
+        bias=parts.get(Label.ADD, 1),
         input_scheme=inputs,
         input_scale=input_scale,
         online_rotation=entry["online_rotation"],
@@ -128,7 +129,7 @@ def _linear(
         if points is None
         else turned(points, weight.granularity).to(scale.dtype).contiguous(),
         weight_second_scale=second,
-        weight_order=parts.get("Order", 1),
+        weight_order=parts.get(Label.ORDER, 1),
         input_zero_point=_input_points(parts, inputs, input_scale),
     )
 
@@ -140,15 +141,15 @@ class _Parts:
         self._nodes = nodes
         self._name = name
 
-    def get(self, label: str, index: int) -> Tensor | None:
+    def get(self, label: Label, index: int) -> Tensor | None:
         """Input ``index`` of the node ``label``; ``None`` where there is no such node or input."""
-        node = self._nodes.get(f"{self._name}/{label}")
+        node = self._nodes.get(node_name(self._name, label))
         if node is None or index >= len(node.inputs):
             return None
         value = node.inputs[index]
         return None if value is None else _tensor(value)
 
-    def need(self, label: str, index: int) -> Tensor:
+    def need(self, label: Label, index: int) -> Tensor:
         """The same of a node that every linear of this kind has."""
         found = self.get(label, index)
         if found is None:
@@ -175,7 +176,7 @@ def _input_points(
 ) -> Tensor | None:
     if scheme is None or scheme.symmetric or scale is None:
         return None
-    points = parts.need("QuantizeInput", 2)
+    points = parts.need(Label.QUANTIZE_INPUT, 2)
     return points.to(scale.dtype) - (UNSIGNED_ZERO if points.dtype == torch.uint8 else 0)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from backends.onnx.linear_nodes import LinearNodes
+from backends.onnx.names import ROTATION_FACTOR
 from calib.architectures import Space, architecture_for
 from calib.architectures.experts import quantizable_linears
 from calib.artifact import QuantizedModel
@@ -71,7 +72,7 @@ def rotate(nodes: LinearNodes, x: ir.Value, rotation: Rotation) -> ir.Value:
     for index, factor in enumerate(hadamard_factors(after)):
         f = factor.shape[0]
         after //= f
-        last, label = after == 1, f"Factor{index}"
+        last, label = after == 1, f"{ROTATION_FACTOR}{index}"
         matrix = factor.double() / f**0.5
         dims = [*leading, order // (f * after), f, *([] if last else [after])]
         x = op("Reshape", [x, nodes.integers(dims)], f"{label}/Reshape")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backends.base import WriteOptions
 from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
-from backends.onnx.packing import members
+from backends.onnx.names import members
 from backends.onnx.runner import OnnxModel
 from calib.architectures import Kind
 from calib.artifact import QuantizedLinear, QuantizedModel
