@@ -8,13 +8,16 @@ kernels make of them it cannot show.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from calib.artifact import QuantizedModel
 from calib.measure.reference import ReferenceLinear, build_reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TorchModel:
@@ -75,7 +78,7 @@ class TorchModel:
 
 @torch.no_grad()
 def cached_pass(
-    network: Any,
+    network: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor,

@@ -18,13 +18,12 @@ denormal numbers, on which the product with v is up to 100 times slower.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from backends.onnx.nodes import constant, integers, replace, size
+from backends.onnx.nodes import Attribute, constant, integers, replace, size
 from backends.onnx.placeholders import ATTENTION, DOMAIN, SCALE_ATTRIBUTE, SOFTCAP_ATTRIBUTE
 
 _DEPTH = 70.0
@@ -164,7 +163,7 @@ def attention(
     query, key, value = inputs
     heads, kv_heads, dtype = site.heads, site.kv_heads, site.dtype
 
-    def op(kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
+    def op(kind: str, inputs: list[ir.Value], label: str, **attributes: Attribute) -> ir.Value:
         return builder.op(kind, inputs, attributes, name=f"{site.name}/{label}")
 
     def scalar(label: str, number: float) -> ir.Value:

@@ -113,7 +113,7 @@ def table_refusal(name: str, scheme: TensorScheme) -> Reason | None:
 
 
 def read_embedding(
-    graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme: Any
+    graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme: TensorScheme
 ) -> QuantizedLinear:
     """The embedding ``name`` as a written graph holds it."""
     stored, scale = (

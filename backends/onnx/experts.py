@@ -27,7 +27,7 @@ from onnx_ir import tape
 from torch import Tensor
 from transformers import AutoConfig
 
-from backends.onnx.nodes import constant, integers, replace
+from backends.onnx.nodes import Attribute, constant, integers, replace
 from backends.onnx.placeholders import COUNT_ATTRIBUTE, DOMAIN, EXPERTS, LINEAR, MODULE_ATTRIBUTE
 from calib.architectures import LinearSpec, architecture_for
 from calib.artifact import QuantizedModel
@@ -191,7 +191,9 @@ class _Layer:
         output.shape, output.type = ir.Shape([x.shape[0], None]), x.type
         return output
 
-    def _op(self, kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
+    def _op(
+        self, kind: str, inputs: list[ir.Value], label: str, **attributes: Attribute
+    ) -> ir.Value:
         return self.builder.op(kind, inputs, attributes, name=f"{self.path}/{label}")
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
 from backends.onnx.file_names import GENAI_FILE
 from calib.artifact import QuantizedModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _KNOWN_TYPES = frozenset(
     {
@@ -115,7 +118,7 @@ def genai_config(
     }
 
 
-def _special_tokens(network: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
+def _special_tokens(network: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Ids by name; the generation config knows all that end a turn, the config often one alone.
 
     onnxruntime-genai refuses ids outside the vocabulary, which a text cannot hold anyway.
@@ -137,7 +140,7 @@ def _special_tokens(network: Any, generation: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-def _is_token(token: Any, network: Any) -> bool:
+def _is_token(token: object, network: PretrainedConfig) -> bool:
     return isinstance(token, int) and 0 <= token < network.vocab_size
 
 

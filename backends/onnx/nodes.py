@@ -8,6 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+Attribute = int | float | str | Sequence[int]
+"""What the attributes of our nodes are."""
+
 
 def integers(graph: ir.Graph, dims: Sequence[int]) -> ir.Value:
     """The int64 constant ``[len(dims)]``."""

@@ -14,7 +14,7 @@ the scheme nor the target.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from calib.architectures import Architecture
 from calib.errors import BackendError
 from calib.network.attention import registered
 from calib.network.modules import set_submodule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DOMAIN = "rotq"
 LINEAR, ATTENTION, EXPERTS = "Linear", "Attention", "Experts"
@@ -65,7 +68,7 @@ class _OpenExperts(nn.Module):
         return _symbolic(EXPERTS, inputs, attributes, hidden_states, tuple(hidden_states.shape))
 
 
-def open_up(network: Any, architecture: Architecture, config: Any) -> None:
+def open_up(network: PreTrainedModel, architecture: Architecture, config: Any) -> None:
     """Put placeholders in the place of every linear, of the experts and of the attention of
     ``network``.
 

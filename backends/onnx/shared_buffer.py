@@ -23,14 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir import tape
 
 from backends.onnx.attention import Mask, Masks, Site, attention, sites
 from backends.onnx.feeds import CACHE, CAPACITY
-from backends.onnx.nodes import integers, replace, size
+from backends.onnx.nodes import Attribute, integers, replace, size
 from backends.onnx.residual import MICROSOFT
 from backends.onnx.rotary import ROTARY_EMBEDDING
 
@@ -95,7 +94,7 @@ def _lengths(graph: ir.Graph) -> _Lengths:
     given = {value.name: value for value in graph.inputs}
     builder = tape.Tape()
 
-    def op(kind: str, inputs: Sequence[ir.Value], label: str, **attributes: Any) -> ir.Value:
+    def op(kind: str, inputs: Sequence[ir.Value], label: str, **attributes: Attribute) -> ir.Value:
         return builder.op(kind, list(inputs), attributes, name=f"kv_buffer/{label}")
 
     rows = op("Shape", [given["input_ids"]], "Rows", start=0, end=1)

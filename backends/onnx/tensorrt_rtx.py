@@ -78,7 +78,7 @@ def _logger(trt: Any) -> Any:
             super().__init__()
             self.last = "no reason given"
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: int, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.last = message
 

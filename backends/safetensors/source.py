@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from calib.fusing import expected_tensors
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 from calib.schemes import LinearScheme, PerBlock, TensorScheme
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _ROTATION_KEY = re.compile(r"(.+)\.rotation\.(signs|factors\.\d+)")
 _SMALLEST_BLOCK = 8
@@ -63,7 +66,7 @@ def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
-def sliding_window(config: Any, layer: int) -> int | None:
+def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
     """How many tokens a layer of a transformers ``config`` sees back, itself included; ``None``:
     all.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from backends.base import Reason
+from backends.base import ContentKind, Reason
 from backends.rows import joined
 from backends.safetensors.compressed_tensors.config import with_quantization
 from backends.safetensors.compressed_tensors.schemes import short_blocks
@@ -120,7 +120,7 @@ class CompressedTensorsLayout:
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
 
 
-def _entry(key: str, kind: Any, tensor: Tensor) -> Entry:
+def _entry(key: str, kind: ContentKind, tensor: Tensor) -> Entry:
     return Entry(key, kind, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
 

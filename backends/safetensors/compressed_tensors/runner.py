@@ -25,7 +25,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from backends.safetensors.names import Names
 from backends.torch_model import cached_pass
 from calib.errors import BackendError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _NVFP4 = "nvfp4-pack-quantized"
 _BFLOAT16_ONLY = (_NVFP4, "mxfp4-pack-quantized", "mxfp8-quantized")
 _HINT = "nothing is to be done: what the file holds is run in torch instead"
@@ -44,7 +47,7 @@ _HINT = "nothing is to be done: what the file holds is run in torch instead"
 class TransformersModel:
     """A bundle in transformers; implements :class:`~backends.base.RuntimeModel`."""
 
-    def __init__(self, network: Any, runtime: str, note: str) -> None:
+    def __init__(self, network: PreTrainedModel, runtime: str, note: str) -> None:
         self._network = network
         self.runtime = runtime
         self.note = note
@@ -161,7 +164,7 @@ def _has_key_projection(names: Names) -> bool:
     return any(name.endswith((".k_proj", ".qkv_proj")) for name in names.specs)
 
 
-def _decompress(network: Any, *, exact: bool) -> None:
+def _decompress(network: PreTrainedModel, *, exact: bool) -> None:
     """Dequantize every weight, as the library does before the first pass; where ``exact``, to
     float32.
     """

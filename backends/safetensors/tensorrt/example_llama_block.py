@@ -15,17 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from backends.base import RuntimeMissing
 from backends.safetensors.source import sliding_window, source_model
+from backends.safetensors.tensorrt.api import Network, NetworkTensor
 from backends.safetensors.tensorrt.loader import BundleWeights, open_weights, tensorrt_module
 from backends.safetensors.tensorrt.network import NetworkBuilder
 from calib.errors import BackendError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2")
 _VARYING_ROPE = ("dynamic", "longrope")
@@ -41,7 +47,7 @@ def build_block(
     tokens: int,
     capabilities: Sequence[str] = (),
     refit: bool = False,
-    trt: Any = None,
+    trt: ModuleType | None = None,
 ) -> bytes:
     """Build the engine of one decoder layer.
 
@@ -86,7 +92,9 @@ def build_block(
     return bytes(plan)
 
 
-def add_block(network: Any, weights: BundleWeights, *, layer: int, tokens: int) -> NetworkBuilder:
+def add_block(
+    network: Network, weights: BundleWeights, *, layer: int, tokens: int
+) -> NetworkBuilder:
     """Add input, decoder layer and output to an empty network; the arguments of
     :func:`build_block`.
 
@@ -108,7 +116,7 @@ def add_block(network: Any, weights: BundleWeights, *, layer: int, tokens: int) 
     return block.net
 
 
-def run_block(plan: bytes, x: Tensor, trt: Any = None) -> Tensor:
+def run_block(plan: bytes, x: Tensor, trt: ModuleType | None = None) -> Tensor:
     """Run an engine of :func:`build_block`.
 
     Args:
@@ -137,7 +145,7 @@ def run_block(plan: bytes, x: Tensor, trt: Any = None) -> Tensor:
     return out
 
 
-def _refusal(config: Any, layer: int) -> str | None:
+def _refusal(config: PretrainedConfig, layer: int) -> str | None:
     """Why this example does not build a layer of a model, if so."""
     if config.model_type not in _MODEL_TYPES:
         return (
@@ -167,7 +175,7 @@ class _Block:
         self.config, architecture = source_model(net.weights.bundle.manifest.config)
         self.sizes = architecture.dimensions(self.config)
 
-    def norm(self, x: Any, name: str) -> Any:
+    def norm(self, x: NetworkTensor, name: str) -> NetworkTensor:
         """``x / rms(x) g`` in float32."""
         net, trt = self.net, self.net.trt
         wide = net.cast(x, trt.DataType.FLOAT)
@@ -183,7 +191,7 @@ class _Block:
             "PROD", scaled, net.constant(f"{self.prefix}.{name}.weight", (1, self.sizes.hidden))
         )
 
-    def attention(self, x: Any) -> Any:
+    def attention(self, x: NetworkTensor) -> NetworkTensor:
         """Causal attention over grouped heads ``[K, H / K, T, d]``."""
         net, sizes = self.net, self.sizes
         query = self._heads(net.linear(x, f"{self.prefix}.self_attn.q_proj"), sizes.heads)
@@ -203,7 +211,7 @@ class _Block:
         joined.reshape_dims = (self.tokens, sizes.heads * sizes.head_dim)
         return net.linear(joined.get_output(0), f"{self.prefix}.self_attn.o_proj")
 
-    def mlp(self, x: Any) -> Any:
+    def mlp(self, x: NetworkTensor) -> NetworkTensor:
         """``down(silu(gate x) up x)``; the rotation before ``down`` is the builder's."""
         net = self.net
         gate = net.linear(x, f"{self.prefix}.mlp.gate_proj")
@@ -214,7 +222,7 @@ class _Block:
             f"{self.prefix}.mlp.down_proj",
         )
 
-    def _heads(self, x: Any, count: int) -> Any:
+    def _heads(self, x: NetworkTensor, count: int) -> NetworkTensor:
         """``[T, count d]`` to ``[K, count / K, T, d]``; query head ``k H / K + g`` belongs to key
         head ``k``.
         """
@@ -223,7 +231,7 @@ class _Block:
             x, (self.tokens, kv_heads, count // kv_heads, width), permuted=(1, 2, 0, 3)
         )
 
-    def _rope(self, x: Any) -> Any:
+    def _rope(self, x: NetworkTensor) -> NetworkTensor:
         """``x cos + x P sin`` where ``P`` takes ``(x1, x2)`` to ``(-x2, x1)``."""
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -242,7 +250,7 @@ class _Block:
         turned = net.matmul(x, net.array(turn))
         return net.binary("SUM", net.binary("PROD", x, cosines), net.binary("PROD", turned, sines))
 
-    def _mask(self) -> Any:
+    def _mask(self) -> npt.NDArray[np.float32]:
         """0 where a token sees another, else a score that vanishes in the softmax; float32 ``[1, 1,
         T, T]``.
         """
@@ -251,7 +259,7 @@ class _Block:
         return np.where((back >= 0) & (back < window), 0, _HIDDEN).astype(np.float32)[None, None]
 
 
-def _strongly_typed(trt: Any) -> int:
+def _strongly_typed(trt: ModuleType) -> int:
     """Flags of ``create_network``; newer TensorRT knows no other kind of network, and no flag for
     it.
     """

@@ -5,7 +5,7 @@ fill.
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,11 +31,15 @@ from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import FLOAT, scheme_named
 
+if TYPE_CHECKING:
+    import nvtripy as tp
+    from transformers import PretrainedConfig
+
 
 def load_quant_weights_from_hf(
-    model: Any,
+    model: tp.Module,
     model_type: str,
-    dtype: Any,
+    dtype: tp.dtype,
     quant_mode: str,
     *,
     tokenizer: Tokenizer | None = None,
@@ -112,7 +116,7 @@ def load_quant_weights_from_hf(
     return fill(model, tensors, described, f"the '{config.model_type}' model '{model_type}'")
 
 
-def _quantized_linears(model: Any, quant_mode: str, wanted: str) -> set[str]:
+def _quantized_linears(model: tp.Module, quant_mode: str, wanted: str) -> set[str]:
     """Names of the linears of ``model`` that are quantized.
 
     Raises:
@@ -138,7 +142,7 @@ def _quantized_linears(model: Any, quant_mode: str, wanted: str) -> set[str]:
     )
 
 
-def _as_it_is(model_type: str, config: Any, dtype: torch.dtype) -> FusedModel:
+def _as_it_is(model_type: str, config: PretrainedConfig, dtype: torch.dtype) -> FusedModel:
     """The float model in ``dtype`` with nothing folded into it, under the names of the module
     tree.
     """

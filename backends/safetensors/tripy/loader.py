@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,16 @@ from backends.safetensors.read import Form, open_bundle
 from backends.safetensors.tripy.dtypes import tripy_name
 from calib.errors import BackendError
 
+if TYPE_CHECKING:
+    import nvtripy as tp
+
 _HINT = (
     "backends.safetensors.tripy.modules.build.module_for_bundle(folder) builds the module that a"
     " bundle fills; or export the model that you have"
 )
 
 
-def load_bundle(model: Any, folder: Path | str) -> Any:
+def load_bundle(model: tp.Module, folder: Path | str) -> Any:
     """Fill a Tripy module with the weights and scales of a bundle.
 
     Args:
@@ -46,7 +49,10 @@ def load_bundle(model: Any, folder: Path | str) -> Any:
 
 
 def fill(
-    model: Any, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], what: str
+    model: tp.Module,
+    tensors: Mapping[str, Tensor],
+    described: Mapping[str, Mapping[str, Any]],
+    what: str,
 ) -> Any:
     """Fill a Tripy module through ``load_state_dict(strict=True)``.
 
@@ -83,7 +89,7 @@ def fill(
     return model
 
 
-def quantized_modules(model: Any) -> dict[str, str]:
+def quantized_modules(model: tp.Module) -> dict[str, str]:
     """Tripy's name of the quantized dtype of every linear of ``model`` that has one, by name.
 
     Raises:
@@ -96,7 +102,7 @@ def quantized_modules(model: Any) -> dict[str, str]:
     return {name: dtype.name for name, dtype in dtypes.items() if dtype is not None}
 
 
-def _nvtripy_of(model: Any) -> Any:
+def _nvtripy_of(model: tp.Module) -> Any:
     """``nvtripy``, which ``model`` is a module of."""
     try:
         import nvtripy as tp  # here, because the package is optional
@@ -111,7 +117,7 @@ def _nvtripy_of(model: Any) -> Any:
     return tp
 
 
-def _modules(model: Any, prefix: str = "") -> dict[str, Any]:
+def _modules(model: tp.Module, prefix: str = "") -> dict[str, Any]:
     """``model`` and every module in it, by dotted name."""
     found = {prefix: model}
     for name, child in model.named_children():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from backends.base import Reason
 from calib.architectures.architecture import Refusal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 """Activations of the MLP, as transformers names them."""
@@ -61,7 +64,7 @@ def family_of(model_type: str) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-def refusal_of(config: Any) -> Reason | None:
+def refusal_of(config: PretrainedConfig) -> Reason | None:
     """Why the modules cannot run the model of a transformers ``config``, and what to do; ``None``
     if they can.
     """

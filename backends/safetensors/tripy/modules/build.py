@@ -11,7 +11,7 @@ from backends.base import Request
 from backends.registry import get_backend
 from backends.safetensors.manifest import dtype_name
 from backends.safetensors.read import open_bundle
-from backends.safetensors.tripy.dtypes import float_dtype
+from backends.safetensors.tripy.dtypes import NamedDtype, float_dtype
 from backends.safetensors.tripy.models import LLAMA, family_of, refusal_of
 from backends.safetensors.tripy.modules.gpt import GPT
 from backends.safetensors.tripy.modules.llama import Llama
@@ -29,7 +29,7 @@ def module_for_bundle(folder: Path | str) -> Any:
     return _built(plan_of_bundle(open_bundle(Path(folder), target="tripy").manifest))
 
 
-def module_for_config(config: Mapping[str, Any], dtype: Any, quant_mode: str) -> Any:
+def module_for_config(config: Mapping[str, Any], dtype: NamedDtype, quant_mode: str) -> Any:
     """A module of the model of ``config``, its parameters not set yet.
 
     Args:

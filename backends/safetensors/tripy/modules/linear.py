@@ -21,7 +21,7 @@ class Hadamard(tp.Module):  # type: ignore[misc]
     :mod:`backends.safetensors.source`.
     """
 
-    def __init__(self, width: int, orders: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, width: int, orders: tuple[int, ...], dtype: tp.dtype) -> None:
         super().__init__()
         self.width = width
         self.orders = orders
@@ -56,8 +56,8 @@ class BlockLinear(tp.Module):  # type: ignore[misc]
         block_size: int,
         *,
         bias: bool = True,
-        dtype: Any = tp.float32,
-        input_dtype: Any = None,
+        dtype: tp.dtype = tp.float32,
+        input_dtype: tp.dtype | None = None,
         reordered: bool = False,
     ) -> None:
         """
@@ -99,7 +99,7 @@ class _Linear(tp.Linear):  # type: ignore[misc]
     optional.
     """
 
-    def __init__(self, plan: LinearPlan, dtype: Any) -> None:
+    def __init__(self, plan: LinearPlan, dtype: tp.dtype) -> None:
         super().__init__(
             plan.in_features,
             plan.out_features,
@@ -130,7 +130,7 @@ class _RotatedBlockLinear(_Rotated, BlockLinear):
     pass
 
 
-def make_linear(plan: LinearPlan, dtype: Any) -> Any:
+def make_linear(plan: LinearPlan, dtype: tp.dtype) -> Any:
     """The module of ``plan``; ``dtype`` is Tripy's."""
     if plan.block_size is None:
         linear = (_RotatedLinear if plan.rotation else _Linear)(plan, dtype)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backends.safetensors.manifest import Manifest
 from backends.safetensors.source import rotated_modules, source_model, transposed_weights
 from backends.safetensors.tripy.dtypes import tripy_dtype
 from calib.architectures import Architecture
@@ -51,7 +52,7 @@ class ModulePlan:
     """Every linear, the head included, by name in the source model."""
 
 
-def plan_of_bundle(manifest: Any) -> ModulePlan:
+def plan_of_bundle(manifest: Manifest) -> ModulePlan:
     """The module that the bundle with ``manifest`` fills."""
     config, architecture = source_model(manifest.config)
     shapes = {key: entry.shape for key, entry in manifest.tensors.items()}
