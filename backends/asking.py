@@ -174,6 +174,7 @@ def _error(backend: Backend, request: Request, reason: Reason, called: str | Non
             hint = f"leave {flag} out"
         case _:
             verb, hint = "cannot express this model", "choose another target"
+
     return BackendError(f"{subject} {verb}: {reason.reason}", hint=reason.hint or hint)
 
 

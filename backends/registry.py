@@ -121,6 +121,7 @@ def _describe(entry: EntryPoint) -> BackendInfo:
         strange = _strange_contract(backend)
         if strange is not None:
             return BackendInfo(entry.name, distribution, (), error=f"it {strange[0]}")
+
         return BackendInfo(
             backend.name,
             distribution,

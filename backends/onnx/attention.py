@@ -132,6 +132,7 @@ class Masks:
             self._graph, f"attention.hidden.{dtype.name}", np.array(lowest, dtype.numpy())
         )
         seen = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
+
         return Mask(
             bias=builder.op("Where", [mask, seen, hidden], name=f"{mask.name}/Bias"),
             sequence=builder.op(

@@ -44,12 +44,14 @@ def _quantize(graph: ir.Graph, name: str, scale: Tensor, storage: ir.DataType) -
     label, width = f"kv_cache.{name}", size(new, 3)
     step = constant(graph, f"{label}_scale", scale.float().numpy(), new.dtype)
     assert step.const_value is not None
+
     if not 0 < float(step.const_value.numpy()) < float("inf"):
         raise BackendError(
             f"the scale of the cached '{name}' is {float(scale):g}, which {new.dtype.name} does not"
             " hold",
             hint="calibrate the model in the dtype of the target, or leave --kv out",
         )
+
     zero = constant(graph, f"kv_cache.zero_point.{storage.name}", np.array(0), storage)
     nothing = constant(graph, f"kv_cache.barrier.{width}", np.zeros(width), new.dtype)
     readers = list(present.uses())
@@ -80,6 +82,7 @@ def _appended(graph: ir.Graph, name: str) -> tuple[ir.Node, ir.Value, ir.Value, 
         past, new = concat.inputs
         if past is not None and new is not None and past.is_graph_input():
             return concat, past, new, present
+
     raise BackendError(
         f"the cache of '{name}' cannot be quantized: the model does not append to it",
         hint="leave --kv out",

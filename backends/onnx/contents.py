@@ -38,6 +38,7 @@ def contents(path: Path) -> list[StoredTensor]:
                 tensor.name, kind, dtype.name.lower(), tuple(tensor.dims), -(-bits // _BYTE)
             )
         )
+
     return found
 
 

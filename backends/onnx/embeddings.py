@@ -68,6 +68,7 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
             " look rows up",
             hint=f"leave it in float: --override '{table.name}=float'",
         )
+
     dtype = old.dtype
     assert dtype is not None
     assert old.name is not None
@@ -76,6 +77,7 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
     scale = _initializer(
         graph, initializer_name(table.name, Part.WEIGHT_SCALE), table.weight_scale, dtype
     )
+
     for index, node in enumerate(users):
         ids = node.inputs[1]
         assert ids is not None
@@ -122,6 +124,7 @@ def read_embedding(
     )
     assert stored is not None
     assert scale is not None
+
     return QuantizedLinear(
         name=name,
         weight=torch.from_numpy(stored.numpy().copy()),

@@ -72,6 +72,7 @@ def lower_experts(model: ir.Model, config: Mapping[str, Any], *, routed: bool) -
     for spec in architecture_for(hf_config).all_linears(hf_config):
         if spec.layout == "experts":
             paths.setdefault(spec.name.rpartition(".")[0], []).append(spec)
+
     for node in list(model.graph):
         if (node.domain, node.op_type) == (DOMAIN, EXPERTS):
             path = node.attributes[MODULE_ATTRIBUTE].as_string()
@@ -136,6 +137,7 @@ class _Layer:
             self.graph, f"experts.zero.{weights.dtype.name}", np.array(0), weights.dtype
         )
         mine = self._op("Equal", [chosen, numbers], "Chosen")  # [experts, tokens, k]
+
         return self._op(
             "ReduceSum",
             [self._op("Where", [mine, weights, zero], "Weights"), integers(self.graph, (-1,))],
@@ -164,6 +166,7 @@ class _Layer:
             "Add", [self._op("Gather", [total, token], f"{label}/Before"), found], f"{label}/Sum"
         )
         rows = self._op("Unsqueeze", [token, integers(self.graph, (1,))], f"{label}/Rows")
+
         return self._op("ScatterND", [total, rows, found], f"{label}/Total")
 
     def _weighted(self, expert: int, x: ir.Value, gate: ir.Value) -> ir.Value:
@@ -181,6 +184,7 @@ class _Layer:
         assert x.shape is not None
         inner.shape, inner.type = ir.Shape([x.shape[0], None]), x.type
         column = self._op("Unsqueeze", [gate, integers(self.graph, (1,))], f"{label}/Column")
+
         return self._op(
             "Mul", [self._linear(inner, f"{self.down}.{expert}"), column], f"{label}/Weighted"
         )

@@ -68,10 +68,12 @@ def feeds(
             torch.zeros(batch, cache.heads, 0, cache.head_dim, dtype=cache.dtype)
             for cache in caches
         ]
+
     found = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     for cache, tensor in zip(caches, past, strict=True):
         room = attention_mask.shape[1] - tensor.shape[2] if cache.shared else 0
         found[cache.name] = pad(tensor, (0, 0, 0, room))
+
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

@@ -38,8 +38,10 @@ def read_proto(path: Path) -> onnx.ModelProto:
         proto = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise unreadable(path, str(error)) from error
+
     if not proto.graph.node:
         raise unreadable(path, "it holds no graph")
+
     _check_data(path, proto)
     return proto
 
@@ -79,6 +81,7 @@ def _check_data(path: Path, proto: onnx.ModelProto) -> None:
         needed[place.location] = max(
             needed.get(place.location, (0, name)), (place.offset + place.length, name)
         )
+
     for location, (end, name) in needed.items():
         if not location or Path(location).name != location:
             raise unreadable(

@@ -27,6 +27,7 @@ def ort_fusion(path: Path) -> Fusion:
     """
     written = read_proto(path).graph
     weights = _weights(written)
+
     with tempfile.TemporaryDirectory() as scratch:
         optimized_path = Path(scratch) / "optimized.onnx"
         options = session_options(exact=False)
@@ -36,6 +37,7 @@ def ort_fusion(path: Path) -> Fusion:
         )
         open_session(str(path), options, path)
         optimized = onnx.load(optimized_path, load_external_data=False).graph
+
     constants = {tensor.name for tensor in optimized.initializer}
     whole = [
         node
@@ -45,6 +47,7 @@ def ort_fusion(path: Path) -> Fusion:
     left = {linear_of(node.name, Label.DEQUANTIZE_WEIGHT) for node in whole} | {
         node.input[0] for node in whole
     }
+
     return Fusion(
         quantized=_count(weights),
         unfused=[

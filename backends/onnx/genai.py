@@ -91,6 +91,7 @@ def genai_config(
     context = network.max_position_embeddings
     search = {name: generation[name] for name in _SEARCH if generation.get(name) is not None}
     kind = config["model_type"]
+
     return {
         "model": {
             "type": kind if kind in _KNOWN_TYPES else _PLAIN_DECODER,
@@ -134,6 +135,7 @@ def _special_tokens(network: PretrainedConfig, generation: Mapping[str, Any]) ->
         ]
         if ids:
             found[name] = ids if len(ids) > 1 else ids[0]
+
     if "pad_token_id" not in found and "eos_token_id" in found:
         eos = found["eos_token_id"]
         found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos

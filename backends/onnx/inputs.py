@@ -53,12 +53,14 @@ def quantized_input(
         return _static(nodes, x, linear, scheme, unsigned=unsigned and scheme.format == INT8)
     if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e4m3":
         return _nvfp4(nodes, _of_known_width(nodes, x, linear), linear, scheme.granularity.size)
+
     if (
         isinstance(scheme.granularity, PerBlock)
         and scheme.scale_format == "e8m0"
         and scheme.format.bits == 8
     ):
         return _mxfp8(nodes, _of_known_width(nodes, x, linear), scheme.granularity.size)
+
     raise BackendError(f"no operator of ONNX quantizes the input of '{linear.name}' while running")
 
 
@@ -87,6 +89,7 @@ def _static(
     zero = _input_zero_points(nodes, linear, scheme.format, unsigned=unsigned)
     axis = {"axis": len(x.shape) - 1} if isinstance(scheme.granularity, PerCluster) else {}
     stored = nodes.op("QuantizeLinear", [x, scale, zero], Label.QUANTIZE_INPUT, **axis)
+
     return _like(
         nodes.op("DequantizeLinear", [stored, scale, zero], Label.DEQUANTIZE_INPUT, **axis), x
     )
@@ -99,12 +102,14 @@ def _input_zero_points(
     points, scale = linear.input_zero_point, linear.input_scale
     assert scale is not None
     storage = ir.DataType.UINT8 if unsigned else STORAGE[fmt.name]
+
     if points is None:
         return nodes.filled(
             ZERO_POINT, tuple(scale.shape), storage, UNSIGNED_ZERO if unsigned else 0
         )
     if not unsigned:
         return zero_points(nodes, Part.INPUT_ZERO_POINT, points, fmt)
+
     return nodes.lazy(
         initializer_name(nodes.name, Part.INPUT_ZERO_POINT),
         points.shape,
@@ -153,6 +158,7 @@ def _nvfp4(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, size: int) 
     values = nodes.op(
         "DequantizeLinear", [codes, step], Label.DEQUANTIZE_INPUT, axis=-1, block_size=size
     )
+
     return _like(nodes.op("Cast", [values], Label.CAST_INPUT, to=int(nodes.dtype)), x)
 
 
@@ -169,6 +175,7 @@ def _mxfp8(nodes: LinearNodes, x: ir.Value, size: int) -> ir.Value:
     )
     codes.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
     exponents.type = ir.TensorType(ir.DataType.UINT8)
+
     return _like(
         mxfp8_values(nodes, codes, exponents, Label.DEQUANTIZE_INPUT, axis=-1, size=size), x
     )

@@ -96,6 +96,7 @@ class LinearNodes:
         stored = dtype or self.torch_dtype
         cast = tensor.to(stored).float()
         unusable = ~((cast > 0) & cast.isfinite())
+
         if bool(unusable.any()):
             name = str(stored).removeprefix("torch.")
             before, after = float(tensor[unusable][0]), float(cast[unusable][0])
@@ -104,6 +105,7 @@ class LinearNodes:
                 f" in {name}",
                 hint=f"calibrate with --dtype {name}, which keeps scales within its range",
             )
+
         return self.lazy(
             initializer_name(self.name, part),
             tensor.shape,

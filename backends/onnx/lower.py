@@ -67,6 +67,7 @@ def lower(model: ir.Model, quantized: QuantizedModel, target: Target) -> None:
             f"opset {opset} cannot express quantized weights",
             hint=f"use opset {LEAST_OPSET} or a newer one",
         )
+
     _Lowering(model.graph, quantized, target).run()
     if any(linear.weight_scheme.format == FLOAT4 for linear in quantized.linears.values()):
         model.graph.opset_imports[""] = max(opset, FLOAT4_OPSET)
@@ -102,6 +103,7 @@ class _Lowering:
         readers: dict[int, list[ir.Node]] = {}
         for node in placeholders:
             readers.setdefault(id(_input(node)), []).append(node)
+
         found: list[list[ir.Node]] = []
         for together in readers.values():
             by_name = {_module(node): node for node in together}
@@ -112,6 +114,7 @@ class _Lowering:
             found += [
                 [node] for name, node in by_name.items() if name not in self.quantized.linears
             ]
+
         return found
 
     def _replace_pack(self, together: Sequence[ir.Node]) -> None:
@@ -153,9 +156,11 @@ class _Lowering:
         """
         if x.shape is None or len(x.shape) != 2:
             return self._quantized_linear(nodes, x, linear, weights)
+
         first = nodes.integers([0])
         batched = nodes.op("Unsqueeze", [x, first], Label.UNSQUEEZE)
         batched.shape, batched.type = ir.Shape([1, *x.shape]), x.type
+
         return nodes.op(
             "Squeeze",
             [self._quantized_linear(nodes, batched, linear, weights), first],
@@ -173,10 +178,12 @@ class _Lowering:
         if linear.weight_order is not None:
             x = self._ordered(nodes, x, linear.weight_order)
         x = pad_features(nodes, x, rows - linear.weight.shape[1])
+
         if self._needs_barrier(linear):
             x = nodes.op(
                 "Add", [x, nodes.filled(SHARED_BARRIER, (rows,), nodes.dtype)], Label.BARRIER
             )
+
         return _product(nodes, x, dequantized_weight(nodes, linear, weights, rows), linear.bias)
 
     def _needs_barrier(self, linear: QuantizedLinear) -> bool:

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 
+METADATA_KEY = "rotq.linears"
+"""In the graph's metadata: the description of every quantized linear, by name."""
+CACHE_METADATA_KEY = "rotq.cache"
+"""The same of the KV cache: its scheme and layers."""
 _JOINT = "|"
 
 

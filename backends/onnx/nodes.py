@@ -31,6 +31,7 @@ def constant(
     """
     if name in graph.initializers:
         return graph.initializers[name]
+
     tensor = ir.tensor(
         array if dtype is None else array.astype(dtype.numpy()), dtype=dtype, name=name
     )
@@ -38,6 +39,7 @@ def constant(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(value)
+
     return value
 
 

@@ -39,6 +39,7 @@ def packs(linears: Sequence[QuantizedLinear]) -> list[list[QuantizedLinear]]:
             found.append([linear])
         else:
             fitting.append(linear)
+
     return [
         part
         for pack in found

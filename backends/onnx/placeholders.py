@@ -122,10 +122,12 @@ def _open_attention(
             f"the attention of {type(module).__name__} cannot be written as ONNX: it {reason}",
             hint="use the safetensors backend, which does not trace the model",
         )
+
     attributes: dict[str, Any] = {SCALE_ATTRIBUTE: float(scaling or query.shape[-1] ** -0.5)}
     if softcap is not None:
         attributes[SOFTCAP_ATTRIBUTE] = float(softcap)
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
     return _symbolic(ATTENTION, (query, key, value, attention_mask), attributes, query, shape), None
 
 

@@ -19,10 +19,16 @@ from torch import Tensor
 from backends.onnx.embeddings import read_embedding
 from backends.onnx.files import read_proto
 from backends.onnx.inputs import UNSIGNED_ZERO
-from backends.onnx.names import Label, linear_of, members, node_name
+from backends.onnx.names import (
+    CACHE_METADATA_KEY,
+    METADATA_KEY,
+    Label,
+    linear_of,
+    members,
+    node_name,
+)
 from backends.onnx.packing import unpacked
 from backends.onnx.weights import E8M0_BIAS, turned
-from backends.onnx.write import CACHE_METADATA_KEY, METADATA_KEY
 from calib.artifact import QuantizedCache, QuantizedLinear
 from calib.artifact.files import cache_key
 from calib.errors import BackendError
@@ -107,6 +113,7 @@ def _linear(
     inputs = None if entry["input"] is None else tensor_scheme_from_dict(entry["input"])
     if node_name(name, Label.MATMUL) not in nodes:
         return read_embedding(graph, name, entry, weight)
+
     parts = _Parts(nodes, name)
     second = parts.get(Label.DEQUANTIZE_WEIGHT_SCALE, 1)
     scale = (
@@ -116,6 +123,7 @@ def _linear(
     )
     points = parts.get(Label.DEQUANTIZE_WEIGHT, 2)
     input_scale = parts.get(Label.QUANTIZE_INPUT, 1)
+
     return QuantizedLinear(
         name=name,
         weight=_without_padding(parts.need(Label.DEQUANTIZE_WEIGHT, 0).T, parts.get(Label.PAD, 1)),

@@ -53,11 +53,13 @@ def share_buffer(model: ir.Model) -> None:
     lengths = _lengths(graph)
     masks = Masks(graph)
     appended = {id(node.outputs[0]): node for node in graph if _appends(node)}
+
     for site in sites(graph):
         key, value = (appended.get(id(each)) for each in site.inputs[1:])
         if key is not None and value is not None and _known_to_kernel(site):
             _choose(graph, site, (key, value), masks.of(site), lengths)
             del appended[id(key.outputs[0])], appended[id(value.outputs[0])]
+
     for node in appended.values():
         _scatter(graph, node, lengths)
     graph.opset_imports[""] = SCATTER_OPSET
@@ -220,6 +222,7 @@ def _choose(
     for reader in readers:
         mixed.shape, mixed.type = reader.outputs[0].shape, reader.outputs[0].type
         ir.convenience.replace_all_uses_with(reader.outputs[0], mixed)
+
     for past, present, concat in zip((key_past, value_past), presents, concats, strict=True):
         _becomes_output(graph, present, concat.outputs[0])
         _hold_buffer(past, present)
@@ -235,9 +238,11 @@ def _flat(graph: ir.Graph, builder: tape.Tape, x: ir.Value) -> ir.Value:
         if inner is not None:
             inputs, attributes = [inner, *node.inputs[1:]], dict(node.attributes)
             return builder.op(ROTARY_EMBEDDING, inputs, attributes, name=f"{node.name}/Joined")
+
     inner = _joined(x)
     if inner is not None:
         return inner
+
     turned = builder.op("Transpose", [x], {"perm": list(_TO_HEADS)}, name=f"{x.name}/Turned")
     return builder.op(
         "Reshape",
@@ -255,9 +260,11 @@ def _joined(x: ir.Value | None) -> ir.Value | None:
         or tuple(turned.attributes["perm"].as_ints()) != _TO_HEADS
     ):
         return None
+
     apart = None if turned.inputs[0] is None else turned.inputs[0].producer()
     if apart is None or apart.op_type != "Reshape":
         return None
+
     found = apart.inputs[0]
     return (
         found
@@ -295,6 +302,7 @@ def _single(layer: _Layer) -> ir.Graph:
         num_outputs=3,
         name=f"{site.name}/Single",
     )
+
     return _branch(builder, outputs, f"{site.name}/One")
 
 

@@ -100,4 +100,5 @@ def _profile(
                 )
             sizes.append((size,) * 3 if size >= 0 else axes[name])
         profile.set_shape(entry.name, *([size[step] for size in sizes] for step in range(3)))
+
     return profile

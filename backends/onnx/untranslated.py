@@ -73,6 +73,7 @@ def module_of(error: BaseException, program: torch.export.ExportedProgram) -> st
             stack = node.meta.get("nn_module_stack") or {}
             paths = [path for path, _ in stack.values()]
             return paths[-1] if paths else None
+
     return None
 
 

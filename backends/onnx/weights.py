@@ -39,11 +39,13 @@ def dequantized_weight(
     """
     scheme = linear.weight_scheme
     codes = nodes.weight(weights, STORAGE[scheme.format.name], rows)
+
     match scheme.scale_format:
         case "e4m3":
             return _nvfp4(nodes, linear, codes)
         case "e8m0" | "e8m0-floor":
             return _mxfp8(nodes, linear, codes)
+
     inputs = [
         codes,
         nodes.scale(Part.WEIGHT_SCALE, turned(linear.weight_scale, scheme.granularity)),
@@ -51,6 +53,7 @@ def dequantized_weight(
     if linear.weight_zero_point is not None:
         points = turned(linear.weight_zero_point, scheme.granularity)
         inputs.append(zero_points(nodes, Part.WEIGHT_ZERO_POINT, points, scheme.format))
+
     return nodes.op(
         "DequantizeLinear", inputs, Label.DEQUANTIZE_WEIGHT, **_attributes(scheme.granularity)
     )

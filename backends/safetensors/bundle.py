@@ -108,6 +108,7 @@ def _manifest(
         cache = CacheEntry(
             scheme=tensor_scheme_to_dict(model.cache.scheme), layers=list(model.cache.key_scale)
         )
+
     return Manifest(
         format_version=FORMAT_VERSION,
         rotq=version("rotq"),

@@ -27,6 +27,7 @@ def differences(
         problems.setdefault("missing", []).append(key)
     for key in found.keys() - expected.keys():
         problems.setdefault("unexpected", []).append(key)
+
     for key in found.keys() & expected.keys():
         (dtype, shape), (wanted, wanted_shape) = found[key], expected[key]
         complaints = []
@@ -41,6 +42,7 @@ def differences(
             complaints.append(f"shape {list(shape)} instead of {list(wanted_shape)}")
         if complaints:
             problems.setdefault(" and ".join(complaints), []).append(key)
+
     # what is missing or too much explains the rest, so it comes first
     order = sorted(problems, key=lambda what: (what not in ("missing", "unexpected"), what))
     return "; ".join(f"{what}: {', '.join(grouped(problems[what]))}" for what in order)
@@ -49,6 +51,7 @@ def differences(
 def grouped(keys: Iterable[str]) -> list[str]:
     """``keys`` with those that differ in their first number alone put together, sorted."""
     members: dict[tuple[str, str], list[int]] = {}
+
     single = []
     for key in keys:
         match = _NUMBER.search(key)
@@ -56,6 +59,7 @@ def grouped(keys: Iterable[str]) -> list[str]:
             single.append(key)
         else:
             members.setdefault((key[: match.start()], key[match.end() :]), []).append(int(match[0]))
+
     return sorted(
         [
             *single,

@@ -63,6 +63,7 @@ def in_parts(
     for start in range(0, length, step):
         stop = min(start + step, length)
         result.narrow(axis, start * each, (stop - start) * each).copy_(make(slice(start, stop)))
+
     return result
 
 

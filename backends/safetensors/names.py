@@ -136,6 +136,7 @@ class Names:
             KeyError: some of a layer's experts are missing.
         """
         found: dict[str, Tensor] = {}
+
         taken: set[str] = set()
         for parameter, spec in self.experts.items():
             experts = [
@@ -150,6 +151,7 @@ class Names:
                     ]
                 )
                 taken |= keys
+
         return found | {
             self.source(key): tensor for key, tensor in tensors.items() if key not in taken
         }

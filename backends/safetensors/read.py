@@ -85,15 +85,18 @@ def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False
                 f"export it again with --target {target}; --from-artifact needs no new calibration"
             ),
         )
+
     _check_files(folder, manifest, verify=verify)
     tensors = _MappedTensors(folder, manifest)
     bundle = Bundle(folder, manifest, tensors)
     expected = {key: (entry.torch_dtype, entry.shape) for key, entry in manifest.tensors.items()}
     problems = _undamaged(bundle, lambda: differences(tensors.forms(), expected))
+
     if problems:
         raise BackendError(
             f"the bundle '{folder}' does not hold what its manifest says: {problems}", hint=_HINT
         )
+
     return bundle
 
 
@@ -125,12 +128,14 @@ def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
     floats = _undamaged(
         bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config)
     )
+
     try:
         scheme, rotations = scheme_named(manifest.scheme), load_rotations(bundle.folder)
     except RotqError as error:
         raise BackendError(
             f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint
         ) from error
+
     return QuantizedModel(
         config=manifest.config,
         scheme=scheme,
@@ -194,6 +199,7 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}")
         elif verify and sha256(path) != entry.sha256:
             problems.append(f"{name} was changed: its checksum does not fit")
+
     listed = {entry.file for entry in manifest.tensors.values()}
     problems += [
         f"{name} is not listed with a checksum" for name in sorted(listed - manifest.files.keys())

@@ -86,6 +86,7 @@ def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
     quantized cache alone, whose scales are those of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
     """
     found, architecture = source_model(model.config)
+
     rotations = {}
     for layer in range(architecture.dimensions(found).layers):
         cached = model.rotations.r3(layer) if model.cache is not None else None
@@ -95,6 +96,7 @@ def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
             rotation = model.rotations.r4(layer, spec.branch)
             if rotation is not None:
                 rotations[spec.name] = rotation
+
     return rotations
 
 
@@ -164,6 +166,7 @@ def block_refusal(
     }
     if not blocked:
         return None
+
     widths = input_widths(config)
     return next(
         filter(
@@ -185,12 +188,15 @@ def uneven(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     size = block_size(scheme)
     assert size is not None
     common = math.gcd(width, size)
+
     if common == size or (scheme.scale_format == "compute" and common >= _SMALLEST_BLOCK):
         return None
+
     reason = f"blocks of {size} do not divide the {width} input features of '{name}'"
     leave = f"leave the linear in float with --override '{name}=float'"
     if scheme.scale_format != "compute":
         return Reason(f"{reason}, and this format has blocks of no other size", leave)
+
     return Reason(
         (
             f"{reason}, and nothing above {common} divides both: a runtime's blocks must divide the"
@@ -219,6 +225,7 @@ def even_block(name: str, width: int, scheme: TensorScheme) -> int:
     if refusal is not None:
         raise BackendError(refusal.reason, hint=refusal.hint)
     assert size is not None
+
     return math.gcd(width, size)
 
 

@@ -100,6 +100,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
     # transformers asks for the framework that wrote the file
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
+
     for entry in entries:
         end = start + entry.nbytes
         table[entry.key] = {
@@ -108,8 +109,10 @@ def _header(entries: Sequence[Entry]) -> bytes:
             "data_offsets": [start, end],
         }
         start = end
+
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+
     return len(text).to_bytes(8, "little") + text
 
 

@@ -93,6 +93,7 @@ def cases(
         ]
         if not accepted:
             continue
+
         linears = {"some.linear": linear_schemes()[accepted[0]]}
         tried = [
             family

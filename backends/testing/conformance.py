@@ -248,6 +248,7 @@ class BackendConformance:
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         before = state_of(case.model(backend.compute_dtype(case.target)))
+
         trees = []
         for name in ("one", "two"):
             folder = tmp_path / name
@@ -383,6 +384,7 @@ class BackendConformance:
             folder.mkdir()
             write(backend, case, folder)
             _DAMAGE[damage](folder)
+
             for name, opener in _openers(backend, folder, case.target).items():
                 with pytest.raises(BackendError) as caught:
                     opener()

@@ -111,6 +111,7 @@ def tiny_model(
     fused = fuse(_state(config), config, architecture, rotations, dtype=dtype)
     quantization = resolve(scheme, architecture, config, overrides=dict(overrides), kv=kv)
     loop = forward_loop_over(length_batches(token_rows(9, 12, 7, 9), 4))
+
     return quantize_model(fused, quantization, loop, _PROVENANCE)
 
 

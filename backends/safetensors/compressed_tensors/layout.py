@@ -39,11 +39,13 @@ class CompressedTensorsLayout:
                 f"transformers 5 fails on a checkpoint whose embedding ('{table}') is quantized",
                 f"leave out --override '{table}=...'",
             )
+
         if apart is not None:
             return Reason(
                 f"vLLM wants all experts in one scheme, and those of '{apart}' are left in float",
                 "quantize all experts, or none",
             )
+
         return block_refusal(config, linears, short_blocks)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
@@ -53,10 +55,12 @@ class CompressedTensorsLayout:
             yield from (
                 _entry(stored, "float weight", part) for stored, part in names.stored(key, tensor)
             )
+
         for linear in model.linears.values():
             transposed = names.transposed(linear.name)
             for module, rows in names.rows(linear):
                 yield from (part.at(module) for part in parts_of(rows, transposed=transposed))
+
         for transform in transforms_of(model, names):
             yield transform.entry(model)
         if model.cache is not None:
@@ -80,6 +84,7 @@ class CompressedTensorsLayout:
     ) -> Mapping[str, QuantizedLinear]:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names, parts = Names.of(config), _by_module(tensors)
+
         found = {}
         for name, description in described.items():
             rows = []
@@ -89,6 +94,7 @@ class CompressedTensorsLayout:
                     linear_from(name, description, stored, transposed=names.transposed(name))
                 )
             found[name] = joined(rows)
+
         return found
 
     def floats(
@@ -105,6 +111,7 @@ class CompressedTensorsLayout:
         )
         for layer in range(names.architecture.dimensions(names.config).layers):
             skipped.update(_cache_keys(names, layer))
+
         return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
 
     def cache(

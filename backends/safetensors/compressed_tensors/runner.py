@@ -119,10 +119,12 @@ def _unread(described: Mapping[str, Any], names: Names) -> str:
             "of experts it loads packed integer weights without zero points alone, all of one"
             " scheme"
         )
+
     if described["kv_cache_scheme"] is not None and not _has_key_projection(names):
         return (
             "of caches it quantizes those of attention with projections of keys of their own alone"
         )
+
     return ""
 
 
@@ -135,11 +137,13 @@ def _note(described: Mapping[str, Any]) -> str:
             "takes half the number of levels, not the largest integer, for scales computed while"
             " running"
         )
+
     if any(given["num_bits"] == 4 for given in running):
         return (
             "takes powers of two for the scales of MXFP4 activations that may clip the largest"
             " value of a block"
         )
+
     return ""
 
 
@@ -178,6 +182,7 @@ def _decompress(network: PreTrainedModel, *, exact: bool) -> None:
         if exact:
             weight = module.weight.data.float() if weight is None else weight
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
     network.hf_quantizer.compressor.remove_decompression_hook(network)
 
 
@@ -196,6 +201,7 @@ def _float32_nvfp4(module: Any) -> Tensor:
         args=module.quantization_scheme.weights,
         global_scale=module.weight_global_scale.data,
     )
+
     return weight
 
 

@@ -116,9 +116,11 @@ def form_of(linear: QuantizedLinear) -> Form:
                 " --weight-algorithm gptq"
             ),
         )
+
     refusal = short_blocks(name, width, linear.weight_scheme)
     if refusal is not None:
         raise BackendError(refusal.reason, hint=refusal.hint)
+
     return Form(
         LinearScheme(linear.weight_scheme, linear.input_scheme),
         _whole_rows(width, linear.weight_scheme),
@@ -132,6 +134,7 @@ def short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     size = block_size(scheme)
     if size is None or width % size == 0 or _whole_rows(width, scheme):
         return None
+
     reason = (
         f"blocks of {size} do not divide the {width} input features of '{name}', and"
         " compressed-tensors has "
@@ -139,6 +142,7 @@ def short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     leave = f"leave the linear in float with --override '{name}=float'"
     if scheme.scale_format != "compute":
         return Reason(f"{reason}blocks of no other size for this format", leave)
+
     return Reason(
         f"{reason}no short blocks", f"choose a --block-size that divides them, or {leave}"
     )
@@ -171,9 +175,11 @@ def _arguments(scheme: TensorScheme, *, whole_rows: bool = False) -> Any:
             arguments["strategy"] = "token"
         case PerTensor():
             arguments["strategy"] = "tensor"
+
     if scheme.scale_format in _SCALE_DTYPES:
         arguments["scale_dtype"] = _SCALE_DTYPES[scheme.scale_format]
     if scheme.scale_format == "e4m3":
         arguments["strategy"] = "tensor_group"
         arguments["dynamic"] = "local" if scheme.dynamic else False
+
     return require("compressed_tensors.quantization").QuantizationArgs(**arguments)

@@ -106,6 +106,7 @@ def linear_from(
         weight = weight.T.contiguous()
     scale = _unpacked_scale(tensors["weight_scale"], scheme)
     second, bias = tensors.get("weight_global_scale"), tensors.get("bias")
+
     return QuantizedLinear(
         name=name,
         weight=weight,

@@ -68,9 +68,11 @@ def transforms_of(model: QuantizedModel, names: Names) -> list[Transform]:
             " and keys, and the scales of rotated keys would clip plain ones",
             hint="leave r3 out of --rotate, or leave --kv out",
         )
+
     shared: dict[tuple[int | None, int | None], list[tuple[Rotation, str]]] = {}
     for rotation, module in _down_projections(model, names):
         shared.setdefault((rotation.order, rotation.seed), []).append((rotation, module))
+
     return [
         Transform(
             "R4" if index == 0 else f"R4_{index}", found[0][0], tuple(module for _, module in found)

@@ -33,10 +33,12 @@ def quant_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
     """
     if not model.linears:
         return {}
+
     layers = _formats(model, names)
     cache = None if model.cache is None else _CACHE_ALGORITHM
     formats = list(dict.fromkeys(layers.values()))
     quantization: dict[str, Any] = {"quant_algo": _MIXED, "kv_cache_quant_algo": cache}
+
     if len(formats) == 1:
         algorithm, block = formats[0]
         quantization |= algorithm.settings(block)
@@ -45,6 +47,7 @@ def quant_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
         quantization["quantized_layers"] = {
             name: algorithm.settings(block) for name, (algorithm, block) in layers.items()
         }
+
     return {"producer": _PRODUCER, "quantization": quantization}
 
 
@@ -54,6 +57,7 @@ def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     written = quant_config(model, names)
     if not written:
         return config
+
     quantization = written["quantization"]
     found: dict[str, Any] = _groups(_formats(model, names))
     if "quantized_layers" in quantization:
@@ -64,6 +68,7 @@ def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     }
     if model.cache is not None:
         found["kv_cache_scheme"] = _CACHE_SCHEME
+
     return {
         **config,
         "quantization_config": found | {"producer": _PRODUCER, "quant_method": "modelopt"},
@@ -82,6 +87,7 @@ def _groups(layers: Mapping[str, _Format]) -> dict[str, Any]:
         if not algorithm.names_linears:
             return {}
         return {"config_groups": {"group_0": algorithm.group(block) | {"targets": ["Linear"]}}}
+
     groups = enumerate(members.items())
     return {
         "config_groups": {
@@ -106,6 +112,7 @@ def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> Reason |
                 ),
                 "give all experts the same --override",
             )
+
     return None
 
 

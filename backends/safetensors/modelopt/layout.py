@@ -49,6 +49,7 @@ class ModelOptLayout:
                 f"no reader of ModelOpt's layout takes a quantized embedding ('{table}')",
                 f"leave out --override '{table}=...'",
             )
+
         if apart is not None:
             return Reason(
                 (
@@ -57,6 +58,7 @@ class ModelOptLayout:
                 ),
                 "quantize all experts, or none",
             )
+
         return mixed_experts(linears, names) or block_refusal(config, linears, _short_blocks)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
@@ -69,14 +71,17 @@ class ModelOptLayout:
         refusal = self.model_refusal(model.config, model.schemes())
         if refusal is not None:
             raise BackendError(refusal.reason, hint=refusal.hint)
+
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
             for stored, part in names.stored(key, tensor):
                 yield _float(stored, part, turned=_turned(key, names))
+
         merged = _merged(model, names)
         for linear in model.linears.values():
             for module, rows in names.rows(linear):
                 yield from entries_of(rows, module, merged[linear.name], model.dtype)
+
         if model.cache is not None:
             for layer, key_scale in model.cache.key_scale.items():
                 scales = (key_scale, model.cache.value_scale[layer])
@@ -103,6 +108,7 @@ class ModelOptLayout:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names = Names.of(config)
         dtype = _dtype(tensors)
+
         found = {}
         for name, description in described.items():
             rows = []
@@ -114,6 +120,7 @@ class ModelOptLayout:
                 }
                 rows.append(linear_from(name, description, stored, dtype))
             found[name] = joined(rows)
+
         return found
 
     def floats(
@@ -133,6 +140,7 @@ class ModelOptLayout:
         for layer in range(names.architecture.dimensions(names.config).layers):
             skipped.update(_cache_keys(names, layer))
         found = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+
         return {
             key: tensor.T.contiguous() if _turned(key, names) else tensor
             for key, tensor in found.items()

@@ -60,12 +60,14 @@ def format_of(linear: QuantizedLinear) -> Algorithm:
                 " --weight-algorithm gptq"
             ),
         )
+
     rows = linear.weight.shape[0]
     if linear.weight_scheme.format == INT4 and rows % 2:
         raise BackendError(
             f"ModelOpt packs INT4 weights by two outputs, and '{linear.name}' has {rows}",
             hint=f"leave it in float with --override '{linear.name}=float'",
         )
+
     return found
 
 
@@ -143,6 +145,7 @@ def linear_from(
     seen = None
     if given is not None and given.needs_calibration:
         seen = tensors["input_scale"].to(torch.float32 if given.scale_format == "e4m3" else dtype)
+
     return QuantizedLinear(
         name=name,
         weight=_unpacked(tensors["weight"], scheme),
@@ -176,6 +179,7 @@ def _weight(linear: QuantizedLinear) -> _Content:
             shape,
             partial(in_parts, rows, shape, torch.uint8, lambda part: pack_nibbles(weight[part])),
         )
+
     return weight.dtype, (rows, columns), weight.contiguous
 
 

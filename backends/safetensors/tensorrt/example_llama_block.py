@@ -75,6 +75,7 @@ def build_block(
     # holds what TensorRT does not copy
     block = add_block(network, weights, layer=layer, tokens=tokens)
     config = builder.create_builder_config()
+
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
@@ -83,12 +84,14 @@ def build_block(
         config.set_flag(trt.BuilderFlag.REFIT)
     plan = builder.build_serialized_network(network, config)
     del block
+
     if plan is None:
         raise BackendError(
             f"TensorRT cannot build layer {layer} of '{folder}' for"
             f" {', '.join(capabilities) or 'this GPU'}",
             hint="its log says why; float8 and MXFP8 need SM89, NVFP4 needs SM120",
         )
+
     return bytes(plan)
 
 
@@ -107,12 +110,14 @@ def add_block(
         raise BackendError(
             refusal, hint="write yours with backends.safetensors.tensorrt.network.NetworkBuilder"
         )
+
     block = _Block(NetworkBuilder(network, weights), layer, tokens)
     x = network.add_input("hidden_states", block.net.dtype, (tokens, block.config.hidden_size))
     x = block.net.binary("SUM", x, block.attention(block.norm(x, "input_layernorm")))
     x = block.net.binary("SUM", x, block.mlp(block.norm(x, "post_attention_layernorm")))
     x.name = "output"
     network.mark_output(x)
+
     return block.net
 
 
@@ -131,6 +136,7 @@ def run_block(plan: bytes, x: Tensor, trt: ModuleType | None = None) -> Tensor:
         raise RuntimeMissing(
             "an engine runs on a GPU, and there is none", hint="build here, run there"
         )
+
     trt = trt or tensorrt_module()
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
     context = engine.create_execution_context()
@@ -139,8 +145,10 @@ def run_block(plan: bytes, x: Tensor, trt: ModuleType | None = None) -> Tensor:
     context.set_tensor_address("hidden_states", x.data_ptr())
     context.set_tensor_address("output", out.data_ptr())
     stream = torch.cuda.current_stream()
+
     if not context.execute_async_v3(stream.cuda_stream):
         raise BackendError("TensorRT could not run the engine", hint="its log says why")
+
     stream.synchronize()
     return out
 
@@ -161,6 +169,7 @@ def _refusal(config: PretrainedConfig, layer: int) -> str | None:
         )
     if not 0 <= layer < config.num_hidden_layers:
         return f"the model has layers 0 to {config.num_hidden_layers - 1}, and no layer {layer}"
+
     return None
 
 
@@ -187,6 +196,7 @@ class _Block:
             net.binary("SUM", mean.get_output(0), eps), trt.UnaryOperation.SQRT
         )
         scaled = net.cast(net.binary("DIV", wide, root.get_output(0)), net.dtype)
+
         return net.binary(
             "PROD", scaled, net.constant(f"{self.prefix}.{name}.weight", (1, self.sizes.hidden))
         )
@@ -209,6 +219,7 @@ class _Block:
         joined = net.network.add_shuffle(mixed)
         joined.first_transpose = (2, 0, 1, 3)
         joined.reshape_dims = (self.tokens, sizes.heads * sizes.head_dim)
+
         return net.linear(joined.get_output(0), f"{self.prefix}.self_attn.o_proj")
 
     def mlp(self, x: NetworkTensor) -> NetworkTensor:

@@ -97,6 +97,7 @@ class TensorRTLayout:
             yield Entry(
                 key, "float weight", tensor.dtype, shape, _float_reader(model.floats, key, flip)
             )
+
         for linear in model.linears.values():
             yield from _linear_entries(linear, linear.name not in names.tables)
         if model.cache is not None:
@@ -105,6 +106,7 @@ class TensorRTLayout:
                 yield _held(
                     f"{names.attentions[layer]}.v_scale", "scale", model.cache.value_scale[layer]
                 )
+
         yield from rotation_entries(model)
 
     def files(self, model: QuantizedModel) -> Mapping[str, str]:
@@ -137,6 +139,7 @@ class TensorRTLayout:
             f"{attention}.{part}_scale" for attention in names.attentions.values() for part in "kv"
         }
         keys = [key for key in tensors if key not in taken and not is_rotation_key(key)]
+
         return {
             key: tensors[key].T.contiguous() if key in names.upright else tensors[key]
             for key in keys
@@ -249,6 +252,7 @@ def _read_linear(
             scale.T if flip else scale, width, scheme.granularity.size
         ).contiguous()
         scale = scale if scheme.scale_format == "compute" else scale.float()
+
     order = tensors.get(f"{name}.input_order")
     return QuantizedLinear(
         name=name,

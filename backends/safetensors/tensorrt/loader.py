@@ -183,6 +183,7 @@ def refit_engine(engine: Engine, weights: BundleWeights, logger: Logger) -> None
     """
     refitter = weights.trt.Refitter(engine, logger)
     names = list(refitter.get_all_weights())
+
     wrong = []
     for name in names:
         form = weights.forms.get(name)
@@ -194,6 +195,7 @@ def refit_engine(engine: Engine, weights: BundleWeights, logger: Logger) -> None
                 f"{name} is {form} and the engine has {prototype.size} values of"
                 f" {prototype.dtype.name}"
             )
+
     if wrong:
         raise _does_not_fit("engine", "; ".join(wrong), weights)
     if not all(refitter.set_named_weights(name, weights.weights(name)) for name in names):
@@ -227,6 +229,7 @@ def _check(what: str, found: Mapping[str, Form], weights: BundleWeights, *, part
             problems.setdefault("not in the bundle", []).append(name)
         elif form != wanted:
             problems.setdefault(f"{form} where the bundle has {wanted}", []).append(name)
+
     if not partial and weights.forms.keys() - found.keys():
         problems["without a constant"] = sorted(weights.forms.keys() - found.keys())
     if problems:
@@ -254,6 +257,7 @@ def _forms(bundle: Bundle) -> dict[str, Form]:
     manifest = bundle.manifest
     _, architecture = source_model(manifest.config)
     tables = {table.name for table in architecture.embeddings}
+
     for key, entry in manifest.tensors.items():
         if entry.torch_dtype is torch.uint8:
             name = key.removesuffix(".weight")
@@ -265,4 +269,5 @@ def _forms(bundle: Bundle) -> dict[str, Form]:
             )
         else:
             forms[key] = Form(_NAMES[entry.torch_dtype], tuple(entry.shape))
+
     return forms

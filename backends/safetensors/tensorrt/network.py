@@ -86,6 +86,7 @@ class NetworkBuilder:
         if rotated in self._rotated:
             x = self.rotate(x, rotated)
         described = self._described.get(name)
+
         if described is None:
             weight = self.constant(f"{name}.weight")
         else:
@@ -96,9 +97,11 @@ class NetworkBuilder:
             if described["input"] is not None:
                 x = self._quantized_input(x, name, tensor_scheme_from_dict(described["input"]))
             weight = self._dequantized_weight(name, tensor_scheme_from_dict(described["weight"]))
+
         out = self.matmul(x, weight)
         if f"{name}.bias" not in self.weights.forms:
             return out
+
         width = self.weights.forms[f"{name}.bias"].shape[0]
         return self.binary("SUM", out, self.constant(f"{name}.bias", (1, width)))
 
@@ -116,6 +119,7 @@ class NetworkBuilder:
         x = self.binary("PROD", x, self.constant(f"{name}.rotation.signs", (1, width)))
         rest = int(np.prod(orders))
         done = width // rest
+
         for key, order in zip(keys, orders, strict=True):
             rest //= order
             if rest == 1:
@@ -128,6 +132,7 @@ class NetworkBuilder:
                     self.reshape(x, (-1, done, order, rest)),
                 )
             done *= order
+
         return self.reshape(x, (-1, width))
 
     def matmul(
@@ -163,16 +168,19 @@ class NetworkBuilder:
             kind = types.FP8 if scheme.format.kind == "float" else types.INT8
             quantized = self.network.add_quantize(x, scale, kind).get_output(0)
             return self.network.add_dequantize(quantized, scale, self.dtype).get_output(0)
+
         size: Any = scheme.granularity
         if scheme.scale_format != "e4m3":
             layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP8, types.E8M0)
             return self.network.add_dequantize(
                 layer.get_output(0), layer.get_output(1), self.dtype
             ).get_output(0)
+
         second = self.constant(f"{name}.input_scale")
         layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP4, types.FP8)
         layer.set_input(1, second)
         steps = self.network.add_dequantize(layer.get_output(1), second, self.dtype).get_output(0)
+
         return self.network.add_dequantize(layer.get_output(0), steps, self.dtype).get_output(0)
 
     def _dequantized_weight(self, name: str, scheme: TensorScheme) -> NetworkTensor:

@@ -36,6 +36,7 @@ def float_dtype(dtype: NamedDtype) -> torch.dtype:
                 " mode's concern"
             ),
         )
+
     return in_torch
 
 

@@ -88,19 +88,23 @@ def load_quant_weights_from_hf(
             f"'{quant_mode}' quantizes nothing",
             hint="choose int8-weight-only, int4-weight-only, float8",
         )
+
     request = Request("tripy", linears={quant_mode: scheme.linear})
     check(get_backend("safetensors"), request, called=quant_mode)
     compute_dtype = float_dtype(dtype)
     quantized = _quantized_linears(model, quant_mode, tripy_dtype(scheme.linear.weight))
     config = load_config(model_type)
     refusal = layout.model_refusal(config.to_dict(), dict.fromkeys(quantized, scheme.linear))
+
     if refusal is not None:
         raise BackendError(refusal.reason, hint=refusal.hint)
+
     source = _as_it_is(model_type, config, compute_dtype)
     outside = {source.architecture.head.name} & quantized
     left = set(source.architecture.linear_names(config)) - quantized
     overrides = {**dict.fromkeys(sorted(outside), quant_mode), **dict.fromkeys(sorted(left), FLOAT)}
     loop = None
+
     if not scheme.weight_only:
         rows = calibration_rows(
             dataset_name,
@@ -110,9 +114,11 @@ def load_quant_weights_from_hf(
             seed=seed,
         )
         loop = forward_loop_over(length_batches(rows, batch_size), progress=progress)
+
     artifact = _quantized(source, quant_mode, overrides, loop, device, progress)
     tensors = {entry.key: entry.read() for entry in layout.entries(artifact)}
     described = {name: linear.description() for name, linear in artifact.linears.items()}
+
     return fill(model, tensors, described, f"the '{config.model_type}' model '{model_type}'")
 
 
@@ -127,6 +133,7 @@ def _quantized_linears(model: tp.Module, quant_mode: str, wanted: str) -> set[st
     others = [name for name, dtype in found.items() if dtype != wanted]
     if found and not others:
         return set(found)
+
     reason = (
         f"quantized otherwise are {', '.join(grouped(others))}"
         if found

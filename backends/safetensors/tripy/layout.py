@@ -115,12 +115,14 @@ class TripyLayout:
         transposed, norms = transposed_weights(config), norm_keys(config)
         dtype = tensors[architecture.embeddings[0].weight].dtype
         taken = {f"{name}.{part}" for name in described for part in _PARTS}
+
         result = {}
         for key in tensors:
             if key in taken or is_rotation_key(key):
                 continue
             tensor = tensors[key].T.contiguous() if key in transposed else tensors[key]
             result[key] = tensor.to(dtype) if key in norms else tensor
+
         return result
 
     def cache(
@@ -145,6 +147,7 @@ def linear_entries(linear: QuantizedLinear, dtype: torch.dtype) -> Iterator[Entr
     name, granularity = linear.name, linear.weight_scheme.granularity
     out, width = linear.weight.shape
     scale = linear.weight_scale
+
     if isinstance(granularity, PerBlock):
         size = granularity.size
         blocks = (width // even_block(name, width, linear.weight_scheme), out)
@@ -212,6 +215,7 @@ def _read_linear(
         weight = weight.T.contiguous()
         scale = original_scales(scale.T, weight.shape[1], scheme.granularity.size).contiguous()
     order = tensors.get(f"{name}.input_order")
+
     return QuantizedLinear(
         name=name,
         weight=quantize(weight, Grid(scale), scheme),

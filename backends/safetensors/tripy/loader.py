@@ -78,14 +78,17 @@ def fill(
     found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     expected = _expected({key: value for key, value in state.items() if key not in own}, found)
     problems = [differences(found, expected), *_other_quantization(owners, described)]
+
     if any(problems):
         raise BackendError(
             f"{what} does not fit the {type(model).__name__} module:"
             f" {'; '.join(filter(None, problems))}",
             hint=_HINT,
         )
+
     loaded = {key: tp.Tensor(tensor.detach().cpu().contiguous()) for key, tensor in tensors.items()}
     model.load_state_dict({**{key: state[key] for key in own}, **loaded}, strict=True)
+
     return model
 
 

@@ -36,6 +36,7 @@ class Hadamard(tp.Module):  # type: ignore[misc]
         for order in self.orders:
             rest *= order
         done = self.width // rest
+
         for order, factor in zip(self.orders, self.factors, strict=True):
             rest //= order
             if rest == 1:
@@ -43,6 +44,7 @@ class Hadamard(tp.Module):  # type: ignore[misc]
             else:
                 x = factor @ tp.reshape(x, (-1, done, order, rest))
             done *= order
+
         return tp.reshape(x, shape)
 
 

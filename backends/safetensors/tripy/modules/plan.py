@@ -68,6 +68,7 @@ def plan_of_bundle(manifest: Manifest) -> ModulePlan:
         key: shape[::-1] if key.endswith(".weight") and _blocked(schemes.get(key[:-7])) else shape
         for key, shape in shapes.items()
     }
+
     return ModulePlan(config, manifest.dtype, _linears(config, architecture, upright, schemes))
 
 
@@ -91,6 +92,7 @@ def _linears(
     config: Any, architecture: Architecture, shapes: Shapes, schemes: Mapping[str, LinearScheme]
 ) -> dict[str, LinearPlan]:
     rotated = rotated_modules(shapes)
+
     plans = {}
     for spec in architecture.all_linears(config):
         name = spec.name
@@ -105,6 +107,7 @@ def _linears(
             rotation=tuple(factors),
             **({} if scheme is None else _quantization(width, scheme.weight, scheme.input)),
         )
+
     return plans
 
 
