@@ -162,8 +162,8 @@ def _error(backend: Backend, request: Request, reason: Reason, called: str | Non
             verb = f"cannot express {named}"
             hint = _possible_schemes(backend, request.target)
         case "cache":
-            held = "" if request.cache is None else f" of {request.cache.format.name}"
-            verb = f"cannot express a KV cache{held}"
+            of_format = "" if request.cache is None else f" of {request.cache.format.name}"
+            verb = f"cannot express a KV cache{of_format}"
             hint = "calibrate without --kv, or choose another target"
         case "rotation":
             verb = f"cannot express {reason.name.upper()}"

@@ -28,18 +28,18 @@ def contents(path: Path) -> list[StoredTensor]:
     Raises:
         BackendError: the file or its data is missing or damaged.
     """
-    found = []
+    tensors = []
     for tensor in read_proto(path).graph.initializer:
         dtype = ir.DataType(tensor.data_type)
         bits = math.prod(tensor.dims) * dtype.bitwidth
         kind = _kind(tensor.name, dtype)
-        found.append(
+        tensors.append(
             StoredTensor(
                 tensor.name, kind, dtype.name.lower(), tuple(tensor.dims), -(-bits // _BYTE)
             )
         )
 
-    return found
+    return tensors
 
 
 def _kind(name: str, dtype: ir.DataType) -> ContentKind:

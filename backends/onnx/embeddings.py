@@ -139,12 +139,12 @@ def read_embedding(
 
 def _initializer(graph: ir.Graph, name: str, tensor: Tensor, dtype: ir.DataType) -> ir.Value:
     shape = ir.Shape(tuple(tensor.shape))
-    held = ir.LazyTensor(
+    unread = ir.LazyTensor(
         lambda: ir.tensor(tensor.contiguous(), dtype=dtype, name=name),
         dtype=dtype,
         shape=shape,
         name=name,
     )
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=held)
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=unread)
     graph.register_initializer(value)
     return value

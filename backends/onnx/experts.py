@@ -161,13 +161,13 @@ class _Layer:
         x = self._op("Gather", [hidden, token], f"{label}/Input")
         # Without a name for the number of tokens: ONNX Runtime takes equal names for equal sizes.
         x.shape, x.type = ir.Shape([None, *_features(hidden)]), hidden.type
-        found = self._weighted(expert, x, self._op("Gather", [gate, token], f"{label}/Weight"))
-        found = self._op(
-            "Add", [self._op("Gather", [total, token], f"{label}/Before"), found], f"{label}/Sum"
+        weighted = self._weighted(expert, x, self._op("Gather", [gate, token], f"{label}/Weight"))
+        weighted = self._op(
+            "Add", [self._op("Gather", [total, token], f"{label}/Before"), weighted], f"{label}/Sum"
         )
         rows = self._op("Unsqueeze", [token, integers(self.graph, (1,))], f"{label}/Rows")
 
-        return self._op("ScatterND", [total, rows, found], f"{label}/Total")
+        return self._op("ScatterND", [total, rows, weighted], f"{label}/Total")
 
     def _weighted(self, expert: int, x: ir.Value, gate: ir.Value) -> ir.Value:
         """What expert ``expert`` makes of ``x [n, h]``, each row ``gate [n]`` times."""

@@ -69,9 +69,9 @@ def data_range(tensor: onnx.TensorProto) -> DataRange | None:
 def data_ranges(proto: onnx.ModelProto) -> Iterator[tuple[str, DataRange]]:
     """Name and place of each external initializer of the graph."""
     for tensor in proto.graph.initializer:
-        found = data_range(tensor)
-        if found is not None:
-            yield tensor.name, found
+        place = data_range(tensor)
+        if place is not None:
+            yield tensor.name, place
 
 
 def _check_data(path: Path, proto: onnx.ModelProto) -> None:

@@ -74,8 +74,8 @@ def openvino_fusion(path: Path) -> Fusion:
     multiplied = {
         linear_of(node.name, Label.MATMUL) for node in graph.node if node.op_type == "MatMul"
     }
-    found = kernels(path)
-    fused = [names for _, integer, names in found if integer]
+    executed = kernels(path)
+    fused = [names for _, integer, names in executed if integer]
     known = {
         part
         for names in fused
@@ -90,7 +90,7 @@ def openvino_fusion(path: Path) -> Fusion:
             for name, weight in weights.items()
             if name in multiplied and not {name, weight} & known
         ],
-        kernels=dict(Counter(kind for kind, _, _ in found)),
+        kernels=dict(Counter(kind for kind, _, _ in executed)),
     )
 
 

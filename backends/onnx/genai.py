@@ -65,8 +65,8 @@ def write_genai_config(
     model: QuantizedModel, graph: str, folder: Path, *, shared_buffer: bool = False
 ) -> None:
     """Write :data:`GENAI_FILE` for the graph file called ``graph`` into ``folder``."""
-    found = genai_config(model.config, _generation(model), graph, shared_buffer=shared_buffer)
-    text = json.dumps(found, indent=2)
+    content = genai_config(model.config, _generation(model), graph, shared_buffer=shared_buffer)
+    text = json.dumps(content, indent=2)
     (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -124,7 +124,7 @@ def _special_tokens(network: PretrainedConfig, generation: Mapping[str, Any]) ->
 
     onnxruntime-genai refuses ids outside the vocabulary, which a text cannot hold anyway.
     """
-    found: dict[str, Any] = {}
+    special: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = generation.get(name)
         value = getattr(network, name, None) if value is None else value
@@ -134,12 +134,12 @@ def _special_tokens(network: PretrainedConfig, generation: Mapping[str, Any]) ->
             if _is_token(token, network)
         ]
         if ids:
-            found[name] = ids if len(ids) > 1 else ids[0]
+            special[name] = ids if len(ids) > 1 else ids[0]
 
-    if "pad_token_id" not in found and "eos_token_id" in found:
-        eos = found["eos_token_id"]
-        found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return found
+    if "pad_token_id" not in special and "eos_token_id" in special:
+        eos = special["eos_token_id"]
+        special["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    return special
 
 
 def _is_token(token: object, network: PretrainedConfig) -> bool:
@@ -148,5 +148,5 @@ def _is_token(token: object, network: PretrainedConfig) -> bool:
 
 def _generation(model: QuantizedModel) -> Mapping[str, Any]:
     path = model.files.get("generation_config.json")
-    found: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-    return found
+    settings: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return settings

@@ -104,18 +104,18 @@ class _Lowering:
         for node in placeholders:
             readers.setdefault(id(_input(node)), []).append(node)
 
-        found: list[list[ir.Node]] = []
+        groups: list[list[ir.Node]] = []
         for together in readers.values():
             by_name = {_module(node): node for node in together}
             linears = [
                 self.quantized.linears[name] for name in by_name if name in self.quantized.linears
             ]
-            found += [[by_name[linear.name] for linear in pack] for pack in packs(linears)]
-            found += [
+            groups += [[by_name[linear.name] for linear in pack] for pack in packs(linears)]
+            groups += [
                 [node] for name, node in by_name.items() if name not in self.quantized.linears
             ]
 
-        return found
+        return groups
 
     def _replace_pack(self, together: Sequence[ir.Node]) -> None:
         """The linears as one, in place of the first; the others take their part of its outputs."""

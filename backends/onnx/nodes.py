@@ -57,6 +57,6 @@ def replace(graph: ir.Graph, node: ir.Node, builder: tape.Tape, output: ir.Value
 def size(value: ir.Value, axis: int) -> int:
     """How much ``value`` holds along an axis whose size the config fixes."""
     assert value.shape is not None
-    found = value.shape[axis]
-    assert isinstance(found, int)
-    return found
+    extent = value.shape[axis]
+    assert isinstance(extent, int)
+    return extent

@@ -32,17 +32,17 @@ def packs(linears: Sequence[QuantizedLinear]) -> list[list[QuantizedLinear]]:
     """``linears``, which read one value, by those that one MatMul computes: they fit, and it gains
     by them.
     """
-    found: list[list[QuantizedLinear]] = []
+    groups: list[list[QuantizedLinear]] = []
     for linear in linears:
-        fitting = next((pack for pack in found if _fit(pack[0], linear)), None)
+        fitting = next((pack for pack in groups if _fit(pack[0], linear)), None)
         if fitting is None:
-            found.append([linear])
+            groups.append([linear])
         else:
             fitting.append(linear)
 
     return [
         part
-        for pack in found
+        for pack in groups
         for part in ([pack] if _gains(pack) else [[linear] for linear in pack])
     ]
 

@@ -94,10 +94,10 @@ def _open_mask(*, batch_size: int, attention_mask: Tensor | None = None, **other
     """
     from transformers.masking_utils import sdpa_mask
 
-    seen: Tensor = sdpa_mask(
+    visible: Tensor = sdpa_mask(
         batch_size=1, attention_mask=None, **others | {"allow_is_causal_skip": False}
     )
-    return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
+    return visible if attention_mask is None else visible & attention_mask[:, None, None, :].bool()
 
 
 def _open_attention(

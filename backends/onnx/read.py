@@ -47,8 +47,8 @@ def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
     def read(model: ir.Model) -> Mapping[str, QuantizedLinear]:
         nodes = {node.name: node for node in model.graph if node.name is not None}
         entries = json.loads(model.metadata_props[METADATA_KEY])
-        found = {linear.name: linear for linear in _linears(model.graph, nodes, entries)}
-        return {name: found[name] for name in entries}
+        linears = {linear.name: linear for linear in _linears(model.graph, nodes, entries)}
+        return {name: linears[name] for name in entries}
 
     return _opened(path, read)
 
@@ -159,10 +159,10 @@ class _Parts:
 
     def need(self, label: Label, index: int) -> Tensor:
         """The same of a node that every linear of this kind has."""
-        found = self.get(label, index)
-        if found is None:
+        tensor = self.get(label, index)
+        if tensor is None:
             raise ValueError(f"the linear '{self._name}' has no {label}")
-        return found
+        return tensor
 
 
 def _without_padding(weight: Tensor, pads: Tensor | None) -> Tensor:
@@ -190,11 +190,11 @@ def _input_points(
 
 def _tensor(value: ir.Value) -> Tensor:
     """The constant ``value``; INT4 in int8, and FLOAT4E2M1 as codes in uint8."""
-    held = value.const_value
-    if held is None:
+    constant = value.const_value
+    if constant is None:
         raise ValueError(f"'{value.name}' is not a constant")
-    array = held.numpy()
-    match held.dtype:
+    array = constant.numpy()
+    match constant.dtype:
         case ir.DataType.INT4:
             return torch.from_numpy(array.astype("int8"))
         case ir.DataType.FLOAT4E2M1:

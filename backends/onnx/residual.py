@@ -56,5 +56,5 @@ def _same_shapes(
 
 
 def _number(value: ir.Value) -> float | None:
-    held = ir.convenience.get_const_tensor(value)
-    return None if held is None or held.size != 1 else float(held.numpy().item())
+    constant = ir.convenience.get_const_tensor(value)
+    return None if constant is None or constant.size != 1 else float(constant.numpy().item())

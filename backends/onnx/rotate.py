@@ -93,10 +93,10 @@ def rotate(nodes: LinearNodes, x: ir.Value, rotation: Rotation) -> ir.Value:
 def rotations_before_float(quantized: QuantizedModel) -> dict[str, Rotation]:
     """The R4 whose inverse is folded into a linear that stays in float, by the linear's name."""
     config: Any = AutoConfig.for_model(**quantized.config)
-    found = {}
+    rotations = {}
     for name, spec in quantizable_linears(architecture_for(config), config).items():
         if spec.reads is Space.FFN and spec.layer is not None and name not in quantized.linears:
             rotation = quantized.rotations.r4(spec.layer, spec.branch)
             if rotation is not None:
-                found[name] = rotation
-    return found
+                rotations[name] = rotation
+    return rotations

@@ -36,7 +36,7 @@ def taps(graph: onnx.GraphProto) -> dict[str, Tap]:
     """The linears of ``graph`` by module name, quantized and float ones."""
     named = {node.name: node for node in graph.node}
     constants = {tensor.name for tensor in graph.initializer}
-    found: dict[str, Tap] = {}
+    by_module: dict[str, Tap] = {}
     for node in graph.node:
         linear = linear_of(node.name, Label.MATMUL)
         if node.op_type != "MatMul" or linear is None or f"/{ROTATION_FACTOR}" in node.name:
@@ -51,5 +51,5 @@ def taps(graph: onnx.GraphProto) -> dict[str, Tap]:
         last = own.get(Label.SPLIT) or own.get(Label.ADD, node)
         integer_input = Label.QUANTIZE_INPUT in own and Label.BARRIER not in own
         for name, leaving in zip(members(linear), last.output, strict=True):
-            found[name] = Tap(first.input[0], leaving, quantized, not integer_input)
-    return found
+            by_module[name] = Tap(first.input[0], leaving, quantized, not integer_input)
+    return by_module

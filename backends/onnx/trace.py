@@ -152,13 +152,13 @@ def fill(model: ir.Model, floats: Mapping[str, Tensor]) -> None:
             continue
 
         tensor = floats.get(name)
-        found = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
-        wanted = (tuple(promised.shape.numpy()), promised.dtype)
+        actual = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
+        expected = (tuple(promised.shape.numpy()), promised.dtype)
 
-        if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != wanted:
+        if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != expected:
             raise CheckpointError(
-                f"the weights do not fit the config: '{name}' {found}, not {wanted[0]}"
-                f" {wanted[1].name}",
+                f"the weights do not fit the config: '{name}' {actual}, not {expected[0]}"
+                f" {expected[1].name}",
                 hint="the folder mixes files of two models, or was edited after it was written",
             )
 

@@ -41,8 +41,8 @@ class Names:
         from transformers import AutoConfig  # here, because it takes seconds to import
 
         values = {key: value for key, value in config.items() if key != "model_type"}
-        found = AutoConfig.for_model(config["model_type"], **values)
-        return cls(found, architecture_for(found))
+        hf_config = AutoConfig.for_model(config["model_type"], **values)
+        return cls(hf_config, architecture_for(hf_config))
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
@@ -135,25 +135,25 @@ class Names:
         Raises:
             KeyError: some of a layer's experts are missing.
         """
-        found: dict[str, Tensor] = {}
+        stacked: dict[str, Tensor] = {}
 
-        taken: set[str] = set()
+        gathered_keys: set[str] = set()
         for parameter, spec in self.experts.items():
             experts = [
                 self.expert_modules(spec, expert) for expert in range(self.config.num_experts)
             ]
             keys = {f"{module}.weight" for modules in experts for module in modules}
             if keys & tensors.keys():
-                found[parameter] = torch.stack(
+                stacked[parameter] = torch.stack(
                     [
                         torch.cat([tensors[f"{module}.weight"] for module in modules])
                         for modules in experts
                     ]
                 )
-                taken |= keys
+                gathered_keys |= keys
 
-        return found | {
-            self.source(key): tensor for key, tensor in tensors.items() if key not in taken
+        return stacked | {
+            self.source(key): tensor for key, tensor in tensors.items() if key not in gathered_keys
         }
 
     def rows(self, linear: QuantizedLinear) -> Iterator[tuple[str, QuantizedLinear]]:

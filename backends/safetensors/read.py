@@ -50,10 +50,10 @@ class Bundle:
             BackendError: naming everything that is missing, too much, of another dtype, rank or
                 shape.
         """
-        found = {
+        actual = {
             key: (entry.torch_dtype, entry.shape) for key, entry in self.manifest.tensors.items()
         }
-        problems = differences(found, expected)
+        problems = differences(actual, expected)
         if problems:
             raise BackendError(
                 f"the bundle '{self.folder}' of a '{self.manifest.model_type}' model for target "
@@ -107,10 +107,10 @@ def read_linears(bundle: Bundle, layout: Layout) -> Mapping[str, QuantizedLinear
         BackendError: they are not what their descriptions say.
     """
     manifest = bundle.manifest
-    found = _undamaged(
+    linears = _undamaged(
         bundle, lambda: layout.linears(bundle.tensors, manifest.linears, manifest.config)
     )
-    return _undamaged(bundle, lambda: {name: found[name] for name in manifest.linears})
+    return _undamaged(bundle, lambda: {name: linears[name] for name in manifest.linears})
 
 
 def read_cache(bundle: Bundle, layout: Layout) -> QuantizedCache | None:
@@ -153,7 +153,7 @@ class _MappedTensors(Mapping[str, Tensor]):
     """Tensors of the weight files of a bundle, in the order in which its manifest has them."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        held: dict[str, Any] = {}
+        file_of: dict[str, Any] = {}
         for name in sorted({entry.file for entry in manifest.tensors.values()}):
             try:
                 file: Any = safe_open(folder / name, framework="pt")
@@ -161,9 +161,9 @@ class _MappedTensors(Mapping[str, Tensor]):
                 raise BackendError(
                     f"'{folder / name}' is damaged or truncated: {error}", hint=_HINT
                 ) from error
-            held.update((key, file) for key in file.keys())  # noqa: SIM118 - a handle is no mapping
-        order = [key for key in manifest.tensors if key in held]
-        self._files = {key: held[key] for key in [*order, *held]}
+            file_of.update((key, file) for key in file.keys())  # noqa: SIM118 - a handle is no mapping
+        order = [key for key in manifest.tensors if key in file_of]
+        self._files = {key: file_of[key] for key in [*order, *file_of]}
 
     def forms(self) -> dict[str, Form]:
         """Dtype and shape of every tensor, from the headers alone.

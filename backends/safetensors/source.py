@@ -46,23 +46,25 @@ def source_model(config: Mapping[str, Any]) -> tuple[Any, Architecture]:
     """The transformers config that ``config`` was made from, and its table entry."""
     from transformers import AutoConfig  # here, because it takes seconds to import
 
-    found = AutoConfig.for_model(**config)
-    return found, architecture_for(found)
+    hf_config = AutoConfig.for_model(**config)
+    return hf_config, architecture_for(hf_config)
 
 
 def transposed_weights(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of the weights that transformers stores ``[in, out]`` (Conv1D)."""
-    found, architecture = source_model(config)
+    hf_config, architecture = source_model(config)
     return frozenset(
-        spec.weight for spec in architecture.all_linears(found) if spec.layout == "conv1d"
+        spec.weight for spec in architecture.all_linears(hf_config) if spec.layout == "conv1d"
     )
 
 
 def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of the gains and biases of the norms."""
-    found, architecture = source_model(config)
+    hf_config, architecture = source_model(config)
     return frozenset(
-        f"{name}.{part}" for name in architecture.norm_names(found) for part in ("weight", "bias")
+        f"{name}.{part}"
+        for name in architecture.norm_names(hf_config)
+        for part in ("weight", "bias")
     )
 
 
@@ -85,14 +87,14 @@ def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
     parameter. R3 acts on the queries and keys of an attention, after RoPE. It is there with a
     quantized cache alone, whose scales are those of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
     """
-    found, architecture = source_model(model.config)
+    hf_config, architecture = source_model(model.config)
 
     rotations = {}
-    for layer in range(architecture.dimensions(found).layers):
+    for layer in range(architecture.dimensions(hf_config).layers):
         cached = model.rotations.r3(layer) if model.cache is not None else None
         if cached is not None:
             rotations[architecture.attention.replace("{i}", str(layer))] = cached
-        for spec in architecture.ffn_readers(found, layer):
+        for spec in architecture.ffn_readers(hf_config, layer):
             rotation = model.rotations.r4(layer, spec.branch)
             if rotation is not None:
                 rotations[spec.name] = rotation
@@ -135,10 +137,10 @@ def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
     """Input features of whatever may be quantized, by name: linears, experts one by one, the head,
     embeddings.
     """
-    found, architecture = source_model(config)
-    shapes = expected_tensors(found)
-    specs = {spec.name: spec for spec in architecture.all_linears(found)} | quantizable_linears(
-        architecture, found
+    hf_config, architecture = source_model(config)
+    shapes = expected_tensors(hf_config)
+    specs = {spec.name: spec for spec in architecture.all_linears(hf_config)} | quantizable_linears(
+        architecture, hf_config
     )
     widths = {
         name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1]

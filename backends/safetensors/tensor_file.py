@@ -71,22 +71,22 @@ def write_tensors(path: Path, entries: Sequence[Entry], written: Callable[[], No
             )
 
         pending: list[Future[Any]] = []
-        held = 0
+        bytes_before = 0
         for entry in ordered:
-            if held + entry.nbytes > _HELD_BYTES:
+            if bytes_before + entry.nbytes > _HELD_BYTES:
                 _finish(pending)
             hand_over(_bytes(entry))
-            held = entry.nbytes
+            bytes_before = entry.nbytes
             written()
         _finish(pending)
     return digest.hexdigest()
 
 
-def _consume(take: Callable[[memoryview], object], held: list[memoryview]) -> None:
+def _consume(take: Callable[[memoryview], object], handed_over: list[memoryview]) -> None:
     """Give ``take`` what is held and let go of it: a thread keeps its arguments for longer than its
     job takes.
     """
-    take(held.pop())
+    take(handed_over.pop())
 
 
 def _finish(jobs: list[Future[Any]]) -> None:

@@ -145,8 +145,8 @@ class BackendConformance:
     def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
         """One test for each case that the backend accepts."""
         if "case" in metafunc.fixturenames and cls is not BackendConformance:
-            found = list(cases(cls.create(), cls.families, online=cls.online, targets=cls.targets))
-            metafunc.parametrize("case", found, ids=[case.id for case in found])
+            tried = list(cases(cls.create(), cls.families, online=cls.online, targets=cls.targets))
+            metafunc.parametrize("case", tried, ids=[case.id for case in tried])
 
     @pytest.fixture
     def backend(self) -> Backend:
@@ -281,10 +281,10 @@ class BackendConformance:
 
     def test_linears_are_read_back_to_the_last_bit(self, written: Written) -> None:
         """Stored values as they are; scales in the dtype that the target has them in."""
-        found = written.backend.read_linears(written.folder, written.case.target)
-        assert list(found) == list(written.model.linears)
+        linears = written.backend.read_linears(written.folder, written.case.target)
+        assert list(linears) == list(written.model.linears)
         for name, expected in written.model.linears.items():
-            linear = found[name]
+            linear = linears[name]
             assert linear.description() == expected.description(), name
             assert torch.equal(_bits(linear.weight), _bits(expected.weight)), f"{name}.weight"
             for key, tensor in expected.tensors().items():
@@ -295,19 +295,19 @@ class BackendConformance:
 
     def test_the_cache_is_read_back(self, written: Written) -> None:
         """Scales by layer, or ``None`` where the cache is in float."""
-        found, expected = (
+        actual, expected = (
             written.backend.read_cache(written.folder, written.case.target),
             written.model.cache,
         )
-        assert (found is None) == (expected is None)
-        if found is not None and expected is not None:
-            assert found.scheme == expected.scheme
-            for scales, wanted in (
-                (found.key_scale, expected.key_scale),
-                (found.value_scale, expected.value_scale),
+        assert (actual is None) == (expected is None)
+        if actual is not None and expected is not None:
+            assert actual.scheme == expected.scheme
+            for scales, scales_written in (
+                (actual.key_scale, expected.key_scale),
+                (actual.value_scale, expected.value_scale),
             ):
-                assert scales.keys() == wanted.keys()
-                for layer, tensor in wanted.items():
+                assert scales.keys() == scales_written.keys()
+                for layer, tensor in scales_written.items():
                     _check_part(f"cache scale of layer {layer}", scales[layer], tensor)
 
     def test_contents_are_everything(self, written: Written) -> None:
@@ -329,11 +329,11 @@ class BackendConformance:
         """Where the runtime tells how it executes them, the count is right and the names are those
         of the model.
         """
-        found = written.backend.fusion(written.folder, written.case.target)
-        assert found is None or isinstance(found, Fusion)
-        if found is not None:
-            assert found.quantized == len(written.model.linears)
-            assert set(found.unfused) <= written.model.linears.keys()
+        fusion = written.backend.fusion(written.folder, written.case.target)
+        assert fusion is None or isinstance(fusion, Fusion)
+        if fusion is not None:
+            assert fusion.quantized == len(written.model.linears)
+            assert set(fusion.unfused) <= written.model.linears.keys()
 
     def test_each_linear_computes_what_the_artifact_says(self, written: Written) -> None:
         """On identical inputs, taken from the runtime itself."""
@@ -342,9 +342,9 @@ class BackendConformance:
         except RuntimeMissing as error:
             pytest.skip(error.message)
         names = list(written.model.linears)
-        found = probed.probe(token_rows(12)[0][None], names)
-        assert list(found) == names
-        for name, (entering, leaving) in found.items():
+        probes = probed.probe(token_rows(12)[0][None], names)
+        assert list(probes) == names
+        for name, (entering, leaving) in probes.items():
             linear = written.reference.get_submodule(name)
             assert isinstance(linear, ReferenceLinear)
             expected = linear.matmul(linear.quantize(entering.float()))
@@ -436,15 +436,15 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
-def _check_part(name: str, found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None, f"{name} is missing"
-    assert found.shape == expected.shape, (
-        f"{name}: {list(found.shape)} instead of {list(expected.shape)}"
+def _check_part(name: str, actual: Tensor | None, expected: Tensor) -> None:
+    assert actual is not None, f"{name} is missing"
+    assert actual.shape == expected.shape, (
+        f"{name}: {list(actual.shape)} instead of {list(expected.shape)}"
     )
-    if not found.dtype.is_floating_point:
-        assert torch.equal(found, expected.to(found.dtype)), name
+    if not actual.dtype.is_floating_point:
+        assert torch.equal(actual, expected.to(actual.dtype)), name
         return
-    assert torch.equal(found.double(), expected.to(found.dtype).double()), name
+    assert torch.equal(actual.double(), expected.to(actual.dtype).double()), name
 
 
 def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
@@ -453,14 +453,14 @@ def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
     return ("weight_second_scale", "input_scale") if own else ("weight_second_scale",)
 
 
-def _check_second_scale(name: str, found: Tensor | None, expected: Tensor) -> None:
+def _check_second_scale(name: str, actual: Tensor | None, expected: Tensor) -> None:
     """A target may hold the inverse, and inverting twice rounds twice: by up to half an eps
     each.
     """
-    assert found is not None, f"{name} is missing"
-    assert found.shape == expected.shape == ()
+    assert actual is not None, f"{name} is missing"
+    assert actual.shape == expected.shape == ()
     eps = torch.finfo(torch.float32).eps
-    assert abs(found.double() - expected.double()) <= eps * (1 + eps) * expected.double(), name
+    assert abs(actual.double() - expected.double()) <= eps * (1 + eps) * expected.double(), name
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -85,7 +85,7 @@ class CompressedTensorsLayout:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names, parts = Names.of(config), _by_module(tensors)
 
-        found = {}
+        by_name = {}
         for name, description in described.items():
             rows = []
             for module in names.modules(name):
@@ -93,9 +93,9 @@ class CompressedTensorsLayout:
                 rows.append(
                     linear_from(name, description, stored, transposed=names.transposed(name))
                 )
-            found[name] = joined(rows)
+            by_name[name] = joined(rows)
 
-        return found
+        return by_name
 
     def floats(
         self,
@@ -138,8 +138,8 @@ def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:
 
 def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Last parts of all keys, by what comes before."""
-    found: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for key in tensors:
         module, _, part = key.rpartition(".")
-        found.setdefault(module, []).append(part)
-    return found
+        parts.setdefault(module, []).append(part)
+    return parts

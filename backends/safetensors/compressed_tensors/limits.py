@@ -48,15 +48,15 @@ def _is_packed(scheme: LinearScheme) -> bool:
     return integers and (weight.format == INT4 or isinstance(weight.granularity, PerBlock))
 
 
-def _go_together(weight: TensorScheme, given: TensorScheme) -> bool:
+def _go_together(weight: TensorScheme, entering: TensorScheme) -> bool:
     """Whether a reader has a kernel, or at least a rule, for weights and inputs of these
     formats.
     """
-    if weight.format == INT4 and given.format == FLOAT8:
-        return given.scale_format == "compute"
+    if weight.format == INT4 and entering.format == FLOAT8:
+        return entering.scale_format == "compute"
     return (weight.format.kind, weight.scale_format[:4]) == (
-        given.format.kind,
-        given.scale_format[:4],
+        entering.format.kind,
+        entering.scale_format[:4],
     )
 
 

@@ -131,14 +131,16 @@ def _unread(described: Mapping[str, Any], names: Names) -> str:
 def _note(described: Mapping[str, Any]) -> str:
     """What transformers computes by another convention; empty if nothing."""
     inputs = [group["input_activations"] for group in described["config_groups"].values()]
-    running = [given for given in inputs if given is not None and given["dynamic"] is True]
-    if any(given["type"] == "int" for given in running):
+    running = [
+        entering for entering in inputs if entering is not None and entering["dynamic"] is True
+    ]
+    if any(entering["type"] == "int" for entering in running):
         return (
             "takes half the number of levels, not the largest integer, for scales computed while"
             " running"
         )
 
-    if any(given["num_bits"] == 4 for given in running):
+    if any(entering["num_bits"] == 4 for entering in running):
         return (
             "takes powers of two for the scales of MXFP4 activations that may clip the largest"
             " value of a block"

@@ -76,26 +76,26 @@ class Form:
     @property
     def compression(self) -> Compression:
         """How weights are stored."""
-        weight, given = self.scheme.weight, self.scheme.input
+        weight, entering = self.scheme.weight, self.scheme.input
         if weight.scale_format != "compute":
             return _BLOCK_FORMATS[weight.format.name, weight.scale_format]
         if weight.format.kind == "float":
-            return "naive-quantized" if given is None else "float-quantized"
+            return "naive-quantized" if entering is None else "float-quantized"
         blocked = isinstance(weight.granularity, PerBlock) and not self.whole_rows
         return (
             "pack-quantized"
-            if given is None or blocked or weight.format == INT4
+            if entering is None or blocked or weight.format == INT4
             else "int-quantized"
         )
 
     def group(self, targets: Sequence[str]) -> Any:
         """The library's ``QuantizationScheme`` for the modules ``targets``."""
         schemes = require("compressed_tensors.quantization")
-        given = self.scheme.input
+        entering = self.scheme.input
         return schemes.QuantizationScheme(
             targets=list(targets),
             weights=_arguments(self.scheme.weight, whole_rows=self.whole_rows),
-            input_activations=None if given is None else _arguments(given),
+            input_activations=None if entering is None else _arguments(entering),
             format=self.compression,
         )
 

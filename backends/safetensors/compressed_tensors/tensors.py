@@ -98,7 +98,7 @@ def linear_from(
         KeyError: a tensor is missing.
     """
     scheme = tensor_scheme_from_dict(dict(described["weight"]))
-    given = (
+    input_scheme = (
         None if described["input"] is None else tensor_scheme_from_dict(dict(described["input"]))
     )
     weight = _unpacked(tensors, scheme)
@@ -113,13 +113,13 @@ def linear_from(
         weight_scale=scale,
         weight_scheme=scheme,
         bias=bias,
-        input_scheme=given,
+        input_scheme=input_scheme,
         online_rotation=described["online_rotation"],
         weight_zero_point=_unpacked_zero_points(
             tensors.get("weight_zero_point"), scheme, scale, weight.shape[0]
         ),
         weight_second_scale=None if second is None else second.reciprocal().reshape(()),
-        **_input_from(tensors, given),
+        **_input_from(tensors, input_scheme),
     )
 
 
@@ -131,8 +131,8 @@ def _stored(
     dtype: torch.dtype | None = None,
 ) -> Part:
     """``source`` in another shape and, where ``dtype`` is given, exactly converted to it."""
-    wanted = source.dtype if dtype is None else dtype
-    return Part(name, kind, wanted, shape, lambda: source.to(wanted).reshape(shape).contiguous())
+    stored = source.dtype if dtype is None else dtype
+    return Part(name, kind, stored, shape, lambda: source.to(stored).reshape(shape).contiguous())
 
 
 def _reciprocal(name: str, source: Tensor) -> Part:

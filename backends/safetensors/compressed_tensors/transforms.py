@@ -75,9 +75,11 @@ def transforms_of(model: QuantizedModel, names: Names) -> list[Transform]:
 
     return [
         Transform(
-            "R4" if index == 0 else f"R4_{index}", found[0][0], tuple(module for _, module in found)
+            "R4" if index == 0 else f"R4_{index}",
+            sharing[0][0],
+            tuple(module for _, module in sharing),
         )
-        for index, found in enumerate(shared.values())
+        for index, sharing in enumerate(shared.values())
     ]
 
 

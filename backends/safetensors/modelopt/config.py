@@ -59,19 +59,19 @@ def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
         return config
 
     quantization = written["quantization"]
-    found: dict[str, Any] = _groups(_formats(model, names))
+    section: dict[str, Any] = _groups(_formats(model, names))
     if "quantized_layers" in quantization:
-        found["quantized_layers"] = quantization["quantized_layers"]
-    found |= {
+        section["quantized_layers"] = quantization["quantized_layers"]
+    section |= {
         "ignore": quantization.get("exclude_modules", []),
         "quant_algo": quantization["quant_algo"],
     }
     if model.cache is not None:
-        found["kv_cache_scheme"] = _CACHE_SCHEME
+        section["kv_cache_scheme"] = _CACHE_SCHEME
 
     return {
         **config,
-        "quantization_config": found | {"producer": _PRODUCER, "quant_method": "modelopt"},
+        "quantization_config": section | {"producer": _PRODUCER, "quant_method": "modelopt"},
     }
 
 
@@ -80,8 +80,8 @@ def _groups(layers: Mapping[str, _Format]) -> dict[str, Any]:
     each.
     """
     members: dict[_Format, list[str]] = defaultdict(list)
-    for name, found in layers.items():
-        members[found].append(name)
+    for name, form in layers.items():
+        members[form].append(name)
     if len(members) == 1:
         algorithm, block = next(iter(members))
         if not algorithm.names_linears:
@@ -101,10 +101,10 @@ def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> Reason |
     """Why the experts of a layer, which have one entry in the settings, have no one format; else
     ``None``.
     """
-    found: dict[str, LinearScheme] = {}
+    by_module: dict[str, LinearScheme] = {}
     for name, scheme in linears.items():
         module = _module(name, names)
-        if found.setdefault(module, scheme) != scheme:
+        if by_module.setdefault(module, scheme) != scheme:
             return Reason(
                 (
                     f"the experts '{module}' are quantized in several ways, and ModelOpt has one"
@@ -136,13 +136,13 @@ def _floats(model: QuantizedModel, names: Names) -> list[str]:
     """Modules whose weight is a matrix and is not quantized: linears, embeddings, routers, and
     experts as one.
     """
-    found = []
+    modules = []
     for key, tensor in model.floats.items():
         if key in names.experts:
-            found.append(_container(key))
+            modules.append(_container(key))
         elif tensor.dim() == 2 and key.endswith(".weight"):
-            found.append(key.removesuffix(".weight"))
-    return [names.published(name) for name in found]
+            modules.append(key.removesuffix(".weight"))
+    return [names.published(name) for name in modules]
 
 
 def _container(parameter: str) -> str:

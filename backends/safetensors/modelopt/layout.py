@@ -109,7 +109,7 @@ class ModelOptLayout:
         names = Names.of(config)
         dtype = _dtype(tensors)
 
-        found = {}
+        by_name = {}
         for name, description in described.items():
             rows = []
             for module in names.modules(name):
@@ -119,9 +119,9 @@ class ModelOptLayout:
                     if f"{module}.{part}" in tensors
                 }
                 rows.append(linear_from(name, description, stored, dtype))
-            found[name] = joined(rows)
+            by_name[name] = joined(rows)
 
-        return found
+        return by_name
 
     def floats(
         self,
@@ -139,11 +139,11 @@ class ModelOptLayout:
         }
         for layer in range(names.architecture.dimensions(names.config).layers):
             skipped.update(_cache_keys(names, layer))
-        found = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+        read = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
 
         return {
             key: tensor.T.contiguous() if _turned(key, names) else tensor
-            for key, tensor in found.items()
+            for key, tensor in read.items()
         }
 
     def cache(

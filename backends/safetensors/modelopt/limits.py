@@ -24,8 +24,8 @@ def _has_format(scheme: LinearScheme) -> bool:
 
 
 def _readers(scheme: LinearScheme) -> tuple[str, ...]:
-    found = algorithm_of(scheme)
-    return () if found is None else found.readers
+    algorithm = algorithm_of(scheme)
+    return () if algorithm is None else algorithm.readers
 
 
 _REFUSED: tuple[Rule, ...] = (

@@ -67,9 +67,9 @@ class _Names:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> _Names:
-        found, architecture = source_model(config)
-        specs = architecture.all_linears(found)
-        layers = architecture.dimensions(found).layers
+        hf_config, architecture = source_model(config)
+        specs = architecture.all_linears(hf_config)
+        layers = architecture.dimensions(hf_config).layers
         return cls(
             frozenset(table.name for table in architecture.embeddings),
             frozenset(spec.weight for spec in specs if spec.layout == "linear"),
@@ -134,11 +134,13 @@ class TensorRTLayout:
     ) -> Mapping[str, Tensor]:
         """See :class:`~backends.safetensors.layout.Layout`."""
         names = _Names.of(config)
-        taken = {f"{name}.{part}" for name in described for part in _PARTS}
-        taken |= {
+        of_linears = {f"{name}.{part}" for name in described for part in _PARTS}
+        of_caches = {
             f"{attention}.{part}_scale" for attention in names.attentions.values() for part in "kv"
         }
-        keys = [key for key in tensors if key not in taken and not is_rotation_key(key)]
+        keys = [
+            key for key in tensors if key not in of_linears | of_caches and not is_rotation_key(key)
+        ]
 
         return {
             key: tensors[key].T.contiguous() if key in names.upright else tensors[key]

@@ -119,10 +119,10 @@ class BundleWeights:
         """
         self.bundle.manifest.linears[linear]
         tensors = self.bundle.tensors
-        second, given = (
+        second, input_scale = (
             tensors.get(f"{linear}.{part}") for part in ("weight_scale_2", "input_scale")
         )
-        return Scales(tensors[f"{linear}.weight_scale"], second, given)
+        return Scales(tensors[f"{linear}.weight_scale"], second, input_scale)
 
 
 def open_weights(folder: Path | str, trt: ModuleType | None = None) -> BundleWeights:
@@ -158,13 +158,13 @@ def fill_network(network: Network, weights: BundleWeights, *, partial: bool = Fa
     """
     layers = _constants(network, weights.trt)
     empty = {name for name, layer in layers.items() if _size(layer) == 0}
-    found = {
+    forms = {
         name: Form(layer.get_output(0).dtype.name, tuple(layer.shape))
         for name, layer in layers.items()
         if name in weights.forms or name in empty
     }
-    _check("network", found, weights, partial=partial)
-    for name in found:
+    _check("network", forms, weights, partial=partial)
+    for name in forms:
         layers[name].weights = weights.weights(name)
 
 
@@ -221,17 +221,17 @@ def _size(layer: ConstantLayer) -> int:
     return int(layer.weights.size)
 
 
-def _check(what: str, found: Mapping[str, Form], weights: BundleWeights, *, partial: bool) -> None:
+def _check(what: str, forms: Mapping[str, Form], weights: BundleWeights, *, partial: bool) -> None:
     problems: dict[str, list[str]] = {}
-    for name, form in found.items():
-        wanted = weights.forms.get(name)
-        if wanted is None:
+    for name, form in forms.items():
+        expected = weights.forms.get(name)
+        if expected is None:
             problems.setdefault("not in the bundle", []).append(name)
-        elif form != wanted:
-            problems.setdefault(f"{form} where the bundle has {wanted}", []).append(name)
+        elif form != expected:
+            problems.setdefault(f"{form} where the bundle has {expected}", []).append(name)
 
-    if not partial and weights.forms.keys() - found.keys():
-        problems["without a constant"] = sorted(weights.forms.keys() - found.keys())
+    if not partial and weights.forms.keys() - forms.keys():
+        problems["without a constant"] = sorted(weights.forms.keys() - forms.keys())
     if problems:
         raise _does_not_fit(
             what,

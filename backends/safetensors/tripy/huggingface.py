@@ -122,25 +122,25 @@ def load_quant_weights_from_hf(
     return fill(model, tensors, described, f"the '{config.model_type}' model '{model_type}'")
 
 
-def _quantized_linears(model: tp.Module, quant_mode: str, wanted: str) -> set[str]:
+def _quantized_linears(model: tp.Module, quant_mode: str, expected: str) -> set[str]:
     """Names of the linears of ``model`` that are quantized.
 
     Raises:
         BackendError: there are none, or some have another format than ``wanted``: the module was
             built for another mode, and calibrating for this one would be in vain.
     """
-    found = quantized_modules(model)
-    others = [name for name, dtype in found.items() if dtype != wanted]
-    if found and not others:
-        return set(found)
+    dtypes = quantized_modules(model)
+    others = [name for name, dtype in dtypes.items() if dtype != expected]
+    if dtypes and not others:
+        return set(dtypes)
 
     reason = (
         f"quantized otherwise are {', '.join(grouped(others))}"
-        if found
+        if dtypes
         else "none of its linears is quantized"
     )
     raise BackendError(
-        f"the {type(model).__name__} module is not one for '{quant_mode}', which has {wanted}"
+        f"the {type(model).__name__} module is not one for '{quant_mode}', which has {expected}"
         f" weights: {reason}",
         hint=(
             "backends.safetensors.tripy.modules.build.module_for_config(config, dtype, quant_mode)"

@@ -64,14 +64,14 @@ class TripyLayout:
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
     ) -> Reason | None:
         """No module for the model, a quantized embedding, or blocks that do not fit."""
-        found, architecture = source_model(config)
+        hf_config, architecture = source_model(config)
         tables = [table.name for table in architecture.embeddings if table.name in linears]
         if tables:
             return Reason(
                 f"tp.Embedding holds float tables, and {', '.join(tables)} shall be quantized",
                 "leave embeddings in float",
             )
-        return refusal_of(found) or block_refusal(config, linears, uneven)
+        return refusal_of(hf_config) or block_refusal(config, linears, uneven)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """Floats, quantized linears, online rotations."""

@@ -29,8 +29,8 @@ _GRANULARITY: dict[NumberFormat, type] = {INT8: PerChannel, INT4: PerBlock, FLOA
 
 
 def _input_of_another_format(scheme: LinearScheme) -> bool:
-    wanted = INT8 if scheme.weight.format == INT4 else scheme.weight.format
-    return scheme.input is not None and scheme.input.format != wanted
+    expected = INT8 if scheme.weight.format == INT4 else scheme.weight.format
+    return scheme.input is not None and scheme.input.format != expected
 
 
 _REFUSED: tuple[Rule, ...] = (

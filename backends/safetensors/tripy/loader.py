@@ -75,9 +75,9 @@ def fill(
     state = model.state_dict()
     owners = _modules(model)
     own = _made_by_the_module(state, owners, tensors)
-    found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    expected = _expected({key: value for key, value in state.items() if key not in own}, found)
-    problems = [differences(found, expected), *_other_quantization(owners, described)]
+    forms = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    expected = _expected({key: value for key, value in state.items() if key not in own}, forms)
+    problems = [differences(forms, expected), *_other_quantization(owners, described)]
 
     if any(problems):
         raise BackendError(
@@ -122,14 +122,14 @@ def _nvtripy_of(model: tp.Module) -> Any:
 
 def _modules(model: tp.Module, prefix: str = "") -> dict[str, Any]:
     """``model`` and every module in it, by dotted name."""
-    found = {prefix: model}
+    by_name = {prefix: model}
     for name, child in model.named_children():
-        found |= _modules(child, f"{prefix}.{name}" if prefix else name)
-    return found
+        by_name |= _modules(child, f"{prefix}.{name}" if prefix else name)
+    return by_name
 
 
 def _made_by_the_module(
-    state: Mapping[str, Any], owners: Mapping[str, Any], given: Mapping[str, Any]
+    state: Mapping[str, Any], owners: Mapping[str, Any], filled: Mapping[str, Any]
 ) -> set[str]:
     """Keys of tensors that a module set itself and that nobody is to load: they belong to no layer
     of Tripy's own.
@@ -146,7 +146,7 @@ def _made_by_the_module(
     return {
         key
         for key, value in state.items()
-        if key not in given
+        if key not in filled
         and isinstance(value, tp.Tensor)
         and not isinstance(_owner(key, owners), layers)
     }
@@ -161,13 +161,13 @@ def _owner(key: str, owners: Mapping[str, Any]) -> Any:
     return owners[key]
 
 
-def _expected(state: Mapping[str, Any], found: Mapping[str, Form]) -> dict[str, Form]:
+def _expected(state: Mapping[str, Any], forms: Mapping[str, Form]) -> dict[str, Form]:
     """Dtype and shape of what the module takes. Optional parameters count where they are given."""
     from nvtripy.frontend.module.parameter import OptionalParameter
 
     expected: dict[str, Form] = {}
     for key, value in state.items():
-        if isinstance(value, OptionalParameter) and key not in found:
+        if isinstance(value, OptionalParameter) and key not in forms:
             continue
         # Tripy leaves scales per tensor without a shape, and refuses any but [] only when it
         # traces.
@@ -185,7 +185,7 @@ def _other_quantization(
     """
     import nvtripy as tp  # here, because the package is optional
 
-    wanted = {name: tripy_name(entry["weight"]["format"]) for name, entry in described.items()}
+    expected = {name: tripy_name(entry["weight"]["format"]) for name, entry in described.items()}
     wrong: dict[str, list[str]] = {}
     for name, module in owners.items():
         if not hasattr(module, "quant_dtype"):
@@ -195,7 +195,7 @@ def _other_quantization(
             wrong.setdefault(
                 "tp.Linear with int4 blocks its output features, use BlockLinear", []
             ).append(name)
-        elif has != wanted.get(name):
-            text = f"quantized as {has or 'float'} instead of {wanted.get(name, 'float')}"
+        elif has != expected.get(name):
+            text = f"quantized as {has or 'float'} instead of {expected.get(name, 'float')}"
             wrong.setdefault(text, []).append(name)
     return [f"{what}: {', '.join(grouped(names))}" for what, names in sorted(wrong.items())]

@@ -78,14 +78,14 @@ def plan_of_config(
     """The module of ``config`` whose decoder's linears are quantized by ``scheme``, without
     rotations.
     """
-    found, architecture = source_model(config)
+    hf_config, architecture = source_model(config)
     flipped = transposed_weights(config)
     shapes = {
         key: tuple(reversed(shape)) if key in flipped else tuple(shape)
-        for key, shape in expected_tensors(found).items()
+        for key, shape in expected_tensors(hf_config).items()
     }
-    schemes = {} if scheme is None else dict.fromkeys(architecture.linear_names(found), scheme)
-    return ModulePlan(found, dtype, _linears(found, architecture, shapes, schemes))
+    schemes = {} if scheme is None else dict.fromkeys(architecture.linear_names(hf_config), scheme)
+    return ModulePlan(hf_config, dtype, _linears(hf_config, architecture, shapes, schemes))
 
 
 def _linears(
@@ -111,7 +111,9 @@ def _linears(
     return plans
 
 
-def _quantization(width: int, weight: TensorScheme, given: TensorScheme | None) -> dict[str, Any]:
+def _quantization(
+    width: int, weight: TensorScheme, entering: TensorScheme | None
+) -> dict[str, Any]:
     granularity = weight.granularity
     return {
         "quant_dtype": tripy_dtype(weight),
@@ -119,7 +121,7 @@ def _quantization(width: int, weight: TensorScheme, given: TensorScheme | None) 
         "block_size": math.gcd(width, granularity.size)
         if isinstance(granularity, PerBlock)
         else None,
-        "input_dtype": None if given is None else tripy_dtype(given),
+        "input_dtype": None if entering is None else tripy_dtype(entering),
     }
 
 
