@@ -55,15 +55,20 @@ def _quantize(graph: ir.Graph, name: str, scale: Tensor, storage: ir.DataType) -
     zero = constant(graph, f"kv_cache.zero_point.{storage.name}", np.array(0), storage)
     nothing = constant(graph, f"kv_cache.barrier.{width}", np.zeros(width), new.dtype)
     readers = list(present.uses())
+
+    # the new tokens are rounded before the Concat, and everything is read behind it
     before, after = tape.Tape(), tape.Tape()
     kept_apart = before.op("Add", [new, nothing], name=f"{label}/Barrier")
     stored = before.op("QuantizeLinear", [kept_apart, step, zero], name=f"{label}/Quantize")
     read = after.op("DequantizeLinear", [present, step, zero], name=f"{label}/Dequantize")
     stored.shape, read.shape, read.type = new.shape, present.shape, present.type
+
+    # input, appended tokens and output hold integers; readers see floats, as before
     for value in (past, stored, present):
         value.type = ir.TensorType(storage)
     for reader, index in readers:
         reader.replace_input_with(index, read)
+
     concat.replace_input_with(1, stored)
     graph.insert_before(concat, list(before.nodes))
     graph.insert_after(concat, list(after.nodes))

@@ -161,6 +161,8 @@ class _Layer:
         x = self._op("Gather", [hidden, token], f"{label}/Input")
         # Without a name for the number of tokens: ONNX Runtime takes equal names for equal sizes.
         x.shape, x.type = ir.Shape([None, *_features(hidden)]), hidden.type
+
+        # no token comes twice, so that what is gathered can be scattered back
         weighted = self._weighted(expert, x, self._op("Gather", [gate, token], f"{label}/Weight"))
         weighted = self._op(
             "Add", [self._op("Gather", [total, token], f"{label}/Before"), weighted], f"{label}/Sum"
@@ -176,6 +178,8 @@ class _Layer:
         halves = {"axis": -1, "num_outputs": 2}
         split = f"{self.path}/{label}/Split"
         opened, up = self.builder.op_multi_out("Split", [both], halves, num_outputs=2, name=split)
+
+        # act(gate x) * up x, whose width only the weights of the next linear know
         inner = self._op(
             "Mul",
             [self.activation(self.builder, opened, f"{self.path}/{label}"), up],

@@ -119,6 +119,8 @@ def _lengths(graph: ir.Graph) -> _Lengths:
         count=op("Squeeze", [op("Cast", [total], "Total32", to=int(ir.DataType.INT32))], "Count"),
         single=op("Squeeze", [op("Equal", [sequence, integers(graph, (1,))], "IsOne")], "Single"),
     )
+
+    # a buffer is as long as its room: what asks it for its length would get that
     first = next(iter(graph))
     for node in list(graph):
         past = node.inputs[0] if node.op_type == "Shape" else None
@@ -209,6 +211,8 @@ def _choose(
 ) -> None:
     """The attention of a layer in both ways, behind an If."""
     builder = tape.Tape()
+
+    # queries, and keys and values of the new tokens alone, as both branches take them
     news = [concat.inputs[1] for concat in concats]
     query, key, value = (
         _flat(graph, builder, each) for each in (placeholder.inputs[0], *news) if each is not None
@@ -216,6 +220,7 @@ def _choose(
     key_past, value_past = (concat.inputs[0] for concat in concats)
     assert key_past is not None
     assert value_past is not None
+
     layer = _Layer(placeholder, (query, key, value), (key_past, value_past), mask, lengths)
     mixed, *presents = builder.op_multi_out(
         "If",
@@ -224,6 +229,8 @@ def _choose(
         num_outputs=3,
         name=f"{placeholder.name}/If",
     )
+
+    # the placeholder gave heads apart; where they are joined right behind it, they never come apart
     shape = integers(graph, (0, 0, placeholder.heads, size(placeholder.inputs[2], 3)))
     readers = [node for node in placeholder.node.outputs[0].consumers() if _joins(node)]
     replace(

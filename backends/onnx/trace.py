@@ -272,9 +272,12 @@ def _divide_by_roots(graph: ir.Graph) -> None:
         for user in list(inverse.consumers()):
             if user.op_type != "Mul":
                 continue
+
             factor = user.inputs[1] if user.inputs[0] is inverse else user.inputs[0]
             quotient = ir.node("Div", [factor, root], name=user.name)
             graph.insert_before(user, quotient)
+
+            # the quotient takes over the place of the product
             output, old = quotient.outputs[0], user.outputs[0]
             output.shape, output.type, output.name = old.shape, old.type, old.name
             ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
@@ -306,10 +309,13 @@ def _example(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers, batch, sequence, past = config.num_hidden_layers, 2, 3, 5
+
+    # the cache holds tokens already, so that every axis is seen to have a size of its own
     ids = torch.zeros(batch, sequence, dtype=torch.long)
     mask = torch.ones(batch, past + sequence, dtype=torch.long)
     positions = torch.arange(past, past + sequence).repeat(batch, 1)
     cache = tuple(torch.zeros(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers))
+
     tokens, cached = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
     dynamic = (tokens, {0: "batch", 1: "total"}, tokens, (cached,) * len(cache))
     names = [

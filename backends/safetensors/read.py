@@ -86,6 +86,7 @@ def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False
             ),
         )
 
+    # files as a whole first, then what their headers say, then tensors when they are used
     _check_files(folder, manifest, verify=verify)
     tensors = _MappedTensors(folder, manifest)
     bundle = Bundle(folder, manifest, tensors)

@@ -94,6 +94,7 @@ def cases(
         if not accepted:
             continue
 
+        # models are asked for with a scheme that the target takes, so that they alone are refused
         linears = {"some.linear": linear_schemes()[accepted[0]]}
         tried = [
             family

@@ -144,6 +144,7 @@ def _weight(
 ) -> Iterator[Part]:
     weight, bits = linear.weight, linear.weight_scheme.format.bits
     rows, columns = weight.shape
+
     if compression in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         yield _packed(weight, columns // 2, torch.uint8, pack_nibbles)
     elif compression == "pack-quantized":
@@ -154,6 +155,7 @@ def _weight(
             "weight_shape", "other", torch.int64, (2,), lambda: torch.tensor([rows, columns])
         )
     elif transposed:
+        # GPT-2's Conv1D is [in, out] in checkpoints
         shape, dtype = (columns, rows), weight.dtype
         read = partial(in_parts, rows, shape, dtype, lambda part: weight[part].T, axis=1)
         yield Part("weight", "quantized weight", dtype, shape, read)

@@ -157,6 +157,7 @@ def fill_network(network: Network, weights: BundleWeights, *, partial: bool = Fa
             or shape. The network is as it was then.
     """
     layers = _constants(network, weights.trt)
+    # a constant without values waits for some, so it counts whether the bundle knows it or not
     empty = {name for name, layer in layers.items() if _size(layer) == 0}
     forms = {
         name: Form(layer.get_output(0).dtype.name, tuple(layer.shape))
@@ -184,6 +185,7 @@ def refit_engine(engine: Engine, weights: BundleWeights, logger: Logger) -> None
     refitter = weights.trt.Refitter(engine, logger)
     names = list(refitter.get_all_weights())
 
+    # all are compared before the first is set
     wrong = []
     for name in names:
         form = weights.forms.get(name)

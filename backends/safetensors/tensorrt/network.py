@@ -169,6 +169,7 @@ class NetworkBuilder:
             quantized = self.network.add_quantize(x, scale, kind).get_output(0)
             return self.network.add_dequantize(quantized, scale, self.dtype).get_output(0)
 
+        # MXFP8: powers of two that TensorRT computes, without a factor of their own
         size: Any = scheme.granularity
         if scheme.scale_format != "e4m3":
             layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP8, types.E8M0)
@@ -176,6 +177,7 @@ class NetworkBuilder:
                 layer.get_output(0), layer.get_output(1), self.dtype
             ).get_output(0)
 
+        # NVFP4: the scales that it computes are E4M3 themselves, and the calibrated one is theirs
         second = self.constant(f"{name}.input_scale")
         layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP4, types.FP8)
         layer.set_input(1, second)

@@ -74,9 +74,12 @@ def fill(
     tp = _nvtripy_of(model)
     state = model.state_dict()
     owners = _modules(model)
+
+    # what the module made itself stays; all the rest must be given, and nothing else may be
     own = _made_by_the_module(state, owners, tensors)
     forms = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     expected = _expected({key: value for key, value in state.items() if key not in own}, forms)
+    # shapes alone need not show how a linear is quantized
     problems = [differences(forms, expected), *_other_quantization(owners, described)]
 
     if any(problems):
