@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from calib.errors import BackendError
 from calib.progress import Progress, silent
@@ -26,7 +26,8 @@ class WriteOptions:
     target: str
     """One of the backend's targets."""
     logits: Literal["all", "last"] = "all"
-    """Logits of every token, or of the last one of each row alone: all that generating text needs.
+    """Logits of every token, or of the last one of each row alone: all that generating text
+    needs.
     """
     kv_buffer: Literal["grown", "shared"] = "grown"
     """``grown``: each run returns keys and values that are longer by the new tokens. ``shared``:
@@ -76,6 +77,20 @@ class RuntimeModel(Protocol):
             Logits float32 ``[B, S, V]``, or ``[B, 1, V]`` where only those of the last token were
             written, and the new cache, ``[B, kv_heads, P + S, head_dim]`` each.
         """
+
+
+@runtime_checkable
+class DescribedModel(Protocol):
+    """A running folder that was asked how its session computes. A :class:`RuntimeModel` need not be
+    one: it then computes in the dtype of the file."""
+
+    precision: str
+    """Dtype that the session really computes in where the file has floats (``bfloat16``): what it
+    was set to, or what it chose for this CPU of its own accord."""
+    session: Mapping[str, str]
+    """Settings in force, by the names that the runtime has for them, as the session itself reports
+    them.
+    """
 
 
 class ProbedModel(Protocol):

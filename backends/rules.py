@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from backends.facts import How, Runtime, stated
 from calib.schemes import LinearScheme, TensorScheme
 
 
@@ -14,11 +15,23 @@ class Rule:
 
     when: Callable[[LinearScheme], bool]
     reason: str
+    of: tuple[Runtime, ...] = ()
+    """The runtimes that the reason speaks of; none where it is the file that has no place for
+    it.
+    """
+    how: How = "tested"
+    """How that is known of them."""
+    shown: str = ""
+    """The test that shows it."""
+
+    def words(self) -> str:
+        """The reason, with the versions that it speaks of where these are not installed here."""
+        return stated(self.reason, self.of)
 
 
 def first_reason(rules: Sequence[Rule], scheme: LinearScheme) -> str | None:
     """The reason of the first of ``rules`` that applies to ``scheme``; ``None`` if none does."""
-    return next((rule.reason for rule in rules if rule.when(scheme)), None)
+    return next((rule.words() for rule in rules if rule.when(scheme)), None)
 
 
 def tensor_schemes(scheme: LinearScheme) -> list[TensorScheme]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backends.base import Backend
+from backends.cpu import cpu_words
 from backends.registry import warnings_of
 from calib.artifact import QuantizedModel, copy_side_files
 from calib.schemes import linear_words
@@ -97,6 +98,7 @@ def describe(
         parity=parity,
         seconds=seconds,
         versions=package_versions(),
+        cpu=cpu_words() if parity else "",
     )
 
 

@@ -51,7 +51,7 @@ class OnnxBackend:
 
     def kv_buffer_refusal(self, target: str) -> str | None:
         """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].shared_buffer
+        return TARGETS[target].shared_buffer_refusal()
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str

@@ -11,8 +11,9 @@ import onnx
 
 from backends.base import Fusion
 from backends.onnx.files import read_proto
+from backends.onnx.ort_options import session_options
 from backends.onnx.packing import members
-from backends.onnx.runner import open_session, session_options
+from backends.onnx.runner import open_session
 
 _SUFFIX = "/DequantizeWeight"
 
@@ -73,12 +74,9 @@ def openvino_fusion(path: Path) -> Fusion:
     }
     found = kernels(path)
     fused = [names for _, integer, names in found if integer]
-    known = {
-        part
-        for names in fused
-        for name in names
-        for part in (name, name.split("/MatMul", maxsplit=1)[0])
-    }
+    # What is fused behind a product renames it, and a constant that was computed anew has lost its
+    # name.
+    known = {part for names in fused for name in names for part in (name, name.partition("/")[0])}
     return Fusion(
         quantized=_count(weights),
         unfused=[

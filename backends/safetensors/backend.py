@@ -35,7 +35,7 @@ class SafetensorsBackend:
 
     def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
         """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].cache_refusal(scheme)
+        return TARGETS[target].cache_reason(scheme)
 
     def rotation_refusal(self, kind: str, target: str) -> str | None:
         """See :class:`~backends.base.Backend`."""

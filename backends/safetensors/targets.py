@@ -10,6 +10,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.facts import (
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    TENSORRT_LLM,
+    TENSORRT_RTX,
+    TRANSFORMERS,
+    TRIPY,
+    VLLM,
+    How,
+    Runtime,
+    stated,
+)
 from backends.rules import Rule, first_reason
 from backends.safetensors.compressed_tensors import rules as compressed_tensors
 from backends.safetensors.modelopt import rules as modelopt
@@ -36,6 +48,12 @@ class Target:
     module: str
     """Subpackage of the layout."""
     layout_class: str
+    of: Runtime
+    """What the rules speak of: the library whose format it is, or the runtime."""
+    readers: tuple[Runtime, ...]
+    """What the warnings speak of, where they name it."""
+    how: How
+    """How the rules are known."""
     has_runner: bool = False
     """Whether the subpackage's ``runner.load`` runs a bundle in a library of the target's own."""
     rotation_refusal: Callable[[str], str | None] = lambda kind: None
@@ -43,11 +61,22 @@ class Target:
 
     def refusal(self, scheme: LinearScheme) -> str | None:
         """Why this target cannot express a linear of ``scheme``; ``None`` if it can."""
-        return first_reason(self.rules, scheme)
+        reason = first_reason(self.rules, scheme)
+        return None if reason is None else stated(reason, [self.of])
 
     def warning(self, scheme: LinearScheme) -> str | None:
         """What a linear of ``scheme`` costs on this target; ``None`` if nothing."""
-        return first_reason(self.warnings, scheme)
+        reason = first_reason(self.warnings, scheme)
+        return None if reason is None else stated(reason, self.named_in(reason))
+
+    def named_in(self, warning: str) -> list[Runtime]:
+        """The readers that a warning names; where it names none, it speaks of what the rules do."""
+        return [reader for reader in self.readers if reader.name in warning] or [self.of]
+
+    def cache_reason(self, scheme: TensorScheme) -> str | None:
+        """Why it cannot express a KV cache of ``scheme``; ``None`` if it can."""
+        reason = self.cache_refusal(scheme)
+        return None if reason is None else stated(reason, [self.of])
 
     def layout(self) -> Layout:
         """The layout; imports torch."""
@@ -68,9 +97,25 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    "tripy": Target(tripy.RULES, tripy.WARNINGS, tripy.cache_refusal, "tripy", "TripyLayout"),
+    "tripy": Target(
+        tripy.RULES,
+        tripy.WARNINGS,
+        tripy.cache_refusal,
+        "tripy",
+        "TripyLayout",
+        TRIPY,
+        readers=(),
+        how="tested",
+    ),
     "tensorrt": Target(
-        tensorrt.RULES, tensorrt.WARNINGS, tensorrt.cache_refusal, "tensorrt", "TensorRTLayout"
+        tensorrt.RULES,
+        tensorrt.WARNINGS,
+        tensorrt.cache_refusal,
+        "tensorrt",
+        "TensorRTLayout",
+        TENSORRT_RTX,
+        readers=(),
+        how="tried",
     ),
     "modelopt": Target(
         modelopt.RULES,
@@ -78,6 +123,9 @@ TARGETS: Mapping[str, Target] = {
         modelopt.cache_refusal,
         "modelopt",
         "ModelOptLayout",
+        MODELOPT,
+        readers=(VLLM, TENSORRT_LLM),
+        how="format",
         rotation_refusal=modelopt.rotation_refusal,
     ),
     "compressed-tensors": Target(
@@ -86,6 +134,9 @@ TARGETS: Mapping[str, Target] = {
         compressed_tensors.cache_refusal,
         "compressed_tensors",
         "CompressedTensorsLayout",
+        COMPRESSED_TENSORS,
+        readers=(VLLM, TRANSFORMERS),
+        how="format",
         has_runner=True,
     ),
 }

@@ -6,7 +6,8 @@
    runtime*. Each linear on identical inputs: at most 1e-5. End to end, where something is rounded
    to integers on the way, flips amplify, so the bound is twice the floor (:mod:`calib.floor`) of
    the same run; where nothing is, it is 1e-5. A graph in float16 or bfloat16 may lose twice what
-   the same fake-quant loses in torch in that dtype.
+   the same fake-quant loses in torch in that dtype, and so may a default session that was asked and
+   computes in such a dtype of its own accord.
 3. The original float model against the export: KL divergence, top-1 agreement, perplexity. This is
    quality; the scheme says how much it may cost.
 

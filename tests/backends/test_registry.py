@@ -204,6 +204,7 @@ def test_what_runs_slowly_is_warned_of_once_a_scheme(stub: Backend) -> None:
 
 
 def test_listing_backends_imports_neither_torch_nor_a_runtime() -> None:
+    available()  # asks the runtimes that are installed; from then on their answers are at hand
     code = (
         "import sys; from backends.registry import available, get_backend, check_target;"
         " available();from calib.schemes import LINEAR_SCHEMES as S;"
