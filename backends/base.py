@@ -175,6 +175,20 @@ class RuntimeModel(Protocol):
         """
 
 
+@runtime_checkable
+class DescribedModel(Protocol):
+    """A running folder that was asked how its session computes. A :class:`RuntimeModel` need not be
+    one: it then computes in the dtype of the file."""
+
+    precision: str
+    """Dtype that the session really computes in where the file has floats (``bfloat16``): what it
+    was set to, or what it chose for this CPU of its own accord."""
+    session: Mapping[str, str]
+    """Settings in force, by the names that the runtime has for them, as the session itself reports
+    them.
+    """
+
+
 class ProbedModel(Protocol):
     """An exported folder that also shows what goes into and comes out of its linears, in the
     runtime itself.

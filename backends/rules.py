@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.base import Reason, Request
+from backends.facts import How, Runtime, stated
 from calib.schemes import LinearScheme, TensorScheme
 
 __all__ = ["Limits", "Rule", "first_reason", "is_dynamic", "tensor_schemes"]
@@ -17,6 +18,18 @@ class Rule:
 
     when: Callable[[LinearScheme], bool]
     reason: str
+    of: tuple[Runtime, ...] = ()
+    """The runtimes that the reason speaks of; none where it is the file that has no place for
+    it.
+    """
+    how: How = "tested"
+    """How that is known of them."""
+    shown: str = ""
+    """The test that shows it."""
+
+    def words(self) -> str:
+        """The reason, with the versions that it speaks of where these are not installed here."""
+        return stated(self.reason, self.of)
 
 
 def _nothing(asked: object) -> str | None:
@@ -80,7 +93,7 @@ class Limits:
 
 def first_reason(rules: Sequence[Rule], scheme: LinearScheme) -> str | None:
     """The reason of the first of ``rules`` that applies to ``scheme``; ``None`` if none does."""
-    return next((rule.reason for rule in rules if rule.when(scheme)), None)
+    return next((rule.words() for rule in rules if rule.when(scheme)), None)
 
 
 def tensor_schemes(scheme: LinearScheme) -> list[TensorScheme]:

@@ -100,7 +100,8 @@ class OnnxBackend:
 
 
 def _limits(target: Target) -> Limits:
-    options = {} if target.shared_buffer is None else {"kv_buffer": target.shared_buffer}
+    refused = target.shared_buffer_refusal()
+    options = {} if refused is None else {"kv_buffer": refused}
     return Limits(
         linear=target.refusal, slow=target.warning, cache=target.cache_refusal, options=options
     )

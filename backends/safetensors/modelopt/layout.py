@@ -20,7 +20,7 @@ from backends.rows import joined
 from backends.safetensors.file_names import QUANT_CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.modelopt.config import mixed_experts, quant_config, with_quantization
-from backends.safetensors.modelopt.limits import LIMITS
+from backends.safetensors.modelopt.limits import rotation_refusal
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
@@ -186,7 +186,7 @@ def _check(model: QuantizedModel) -> None:
             hint="quantize the linears as well, or leave --kv out",
         )
     for kind in model.rotations.kinds():
-        reason = LIMITS.rotation(kind)
+        reason = rotation_refusal(kind)
         if reason is not None:
             raise BackendError(f"{kind.upper()}: {reason}", hint=f"leave {kind} out of --rotate")
 

@@ -15,7 +15,8 @@ import torch
 from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.file_names import GENAI_FILE, MODEL_FILE
-from backends.onnx.runner import open_session, session_options
+from backends.onnx.ort_options import session_options
+from backends.onnx.runner import open_session
 from calib.artifact import QuantizedModel
 from calib.schemes import scheme_named
 from tests.backends.onnx.whole import batch, compare, quantized
