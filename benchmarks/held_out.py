@@ -127,15 +127,15 @@ def measure(model: str, arguments: argparse.Namespace) -> list[Case]:
         },
     )
     run = Run(recipe, RunOptions(Path()), None, None, silent)
-    architecture, config = run.source.architecture, run.source.config
-    capture, layer_norm = run.captured(), architecture.norm_kind == "layer"
+    wiring = run.source.wiring
+    capture, layer_norm = run.captured(), wiring.layer_norm
     train, test = (
         _site_tokens(run, rows)
         for rows in (run.rows.train[: arguments.test_rows], run.rows.evaluation)
     )
     cases = []
     for kind in arguments.kinds:
-        if architecture.refusal(kind, config) is not None:
+        if wiring.refusal(kind) is not None:
             continue
         settings = TrainConfig(seed=arguments.seed, fix_ones=layer_norm and kind == "r1")
         reference = _reference(capture, kind, settings)
@@ -189,7 +189,7 @@ def _site_tokens(run: Run, rows: list[Tensor]) -> dict[Kind, list[Samples]]:
     group, n]`` for R2.
     """
     source = run.source
-    sizes = source.architecture.dimensions(source.config)
+    sizes = source.wiring.sizes
     model: Any = materialize(run.fuse(RotationSet()))
     seen: dict[str, list[Tensor]] = {}
 
@@ -200,7 +200,7 @@ def _site_tokens(run: Run, rows: list[Tensor]) -> dict[Kind, list[Samples]]:
 
         return hook
 
-    sites = source.architecture.capture_sites(source.config)
+    sites = source.wiring.capture_sites
     with ExitStack() as hooks, torch.no_grad():
         for site in sites:
             module = model.get_submodule(site.module)

@@ -138,9 +138,7 @@ def _consecutive(run: Run, arguments: argparse.Namespace) -> Rows:
 
 def _hadamard(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
     source = run.source
-    return list(
-        hadamard_rotations(source.config, source.architecture, ["r1", "r2"], seed=seed).values()
-    )
+    return list(hadamard_rotations(source.wiring, ["r1", "r2"], seed=seed).values())
 
 
 def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
@@ -153,7 +151,7 @@ def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Ro
         start="hadamard",
         seed=seed,
         normalize=False,
-        fix_ones=run.source.architecture.norm_kind == "layer",
+        fix_ones=run.source.wiring.layer_norm,
     )
     samples = capture.r1.samples.values.float()
     some = samples[
@@ -175,8 +173,7 @@ def _auto(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotatio
     settings = TrainConfig(seed=seed)
     found = train_rotations(
         capture,
-        run.source.config,
-        run.source.architecture,
+        run.source.wiring,
         ["r1", "r2"],
         r1=settings,
         r2=settings,
@@ -188,9 +185,9 @@ def _auto(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotatio
 
 def _fused(run: Run, rotations: list[Rotation], r4: bool) -> FusedModel:
     source = run.source
-    online = online_rotations(source.config, source.architecture, ["r4"] if r4 else [])
+    online = online_rotations(source.wiring, ["r4"] if r4 else [])
     made = RotationSet([*rotations, *online])
-    return fuse(source.checkpoint, source.config, source.architecture, made, dtype=torch.float32)
+    return fuse(source.checkpoint, source.wiring, made, dtype=torch.float32)
 
 
 def _quantized(fused: FusedModel, run: Run, scheme: Scheme, algorithm: str) -> nn.Module:
@@ -204,7 +201,7 @@ def _quantized(fused: FusedModel, run: Run, scheme: Scheme, algorithm: str) -> n
         x = args[0]
         return (fake_quantize(x.reshape(-1, x.shape[-1]), quantizer).view_as(x), *args[1:])
 
-    for name in run.source.architecture.linear_names(run.source.config):
+    for name in run.source.wiring.linear_names:
         linear = model.get_submodule(name)
         weight = (
             linear.weight.data

@@ -12,12 +12,12 @@ import weakref
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import Architecture, architecture_for
+from calib.architectures import Wiring, wiring_for
 from calib.artifact.files import side_files
 from calib.data.documents import read_documents
 from calib.data.sources import resolve_source
@@ -27,6 +27,9 @@ from calib.errors import CheckpointError, DataError
 from calib.network.attention import attention_implementation
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from exporter.recipe import EMBEDDED, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +42,7 @@ class Source:
 
     name: str
     """As given: a folder, a hub id, or ``embedded``."""
-    config: Any
-    architecture: Architecture
+    wiring: Wiring
     checkpoint: Checkpoint
     tokenizer: Any
     files: dict[str, Path]
@@ -50,6 +52,11 @@ class Source:
     model: nn.Module | None = None
     """The model object, where one was given instead of a folder."""
     trust_remote_code: bool = False
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Its transformers config."""
+        return self.wiring.config
 
     def original(self, device: torch.device | str) -> nn.Module:
         """The unchanged model in float32 and eval mode, whatever dtype it is stored in: parity's
@@ -72,7 +79,7 @@ class Source:
     @property
     def dtype(self) -> str:
         """What the weights are stored in, by the name of the embedding's dtype."""
-        key = f"{self.architecture.embeddings[0].name}.weight"
+        key = f"{self.wiring.embeddings[0].name}.weight"
         stored = self.checkpoint[key if key in self.checkpoint else next(iter(self.checkpoint))]
         return str(stored.dtype).removeprefix("torch.")
 
@@ -121,7 +128,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
         return _wrap(model, tokenizer)
     path = embedded_folder() if recipe.model == EMBEDDED else recipe.model
     config = load_config(path, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
-    architecture = architecture_for(config)
+    wiring = wiring_for(config)
     checkpoint = open_checkpoint(path, revision=recipe.revision)
     folder = checkpoint.folder
     assert folder is not None  # it was opened from files
@@ -129,8 +136,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
     files.pop(_CONFIG, None)
     return Source(
         name=recipe.model,
-        config=config,
-        architecture=architecture,
+        wiring=wiring,
         checkpoint=checkpoint,
         tokenizer=tokenizer or load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code),
         files=files,
@@ -205,8 +211,7 @@ def _wrap(model: Any, tokenizer: Any) -> Source:
         model.generation_config.save_pretrained(scratch)
     source = Source(
         name=name,
-        config=config,
-        architecture=architecture_for(config),
+        wiring=wiring_for(config),
         checkpoint=Checkpoint.from_module(model),
         tokenizer=tokenizer,
         files=side_files(scratch),

@@ -211,7 +211,7 @@ class Run:
     @cached_property
     def quantization(self) -> Quantization:
         """What is done to every linear."""
-        return quantization_of(self.recipe, self.source.architecture, self.source.config)
+        return quantization_of(self.recipe, self.source.wiring)
 
     @cached_property
     def source(self) -> Source:
@@ -246,8 +246,7 @@ class Run:
             source = self.source
             return fuse(
                 source.checkpoint,
-                source.config,
-                source.architecture,
+                source.wiring,
                 rotations,
                 dtype=dtype or self.dtype,
                 device=self.device,
@@ -264,12 +263,12 @@ class Run:
 
             return Capture.load(given, model=model_fingerprint(folded))
         source, settings = self.source, self.recipe.rotation
-        sizes = source.architecture.dimensions(source.config)
+        sizes = source.wiring.sizes
         batches = length_batches(self.rows.train, self.recipe.calibration.batch_size)
         with self.stage("capture"):
             found = capture(
                 folded,
-                source.architecture.capture_sites(source.config),
+                source.wiring.capture_sites,
                 batches,
                 num_kv_heads=sizes.kv_heads,
                 head_dim=sizes.head_dim,
@@ -321,7 +320,7 @@ class Run:
             self._artifact = open_artifact(self, given, write=write)
             return self._artifact
         wanted = self.quantization  # refused here, before the long job
-        check_blocks(wanted, self.source.architecture, self.source.config)
+        check_blocks(wanted, self.source.wiring)
         if write:
             kinds = sorted({*asked_for(self.recipe.rotate), *self.given.kinds()})
             check_writable(
@@ -380,7 +379,7 @@ class Run:
         """The quantized model, memory-mapped: from the work folder, or from a temporary one beside
         the output.
         """
-        check_offered(kinds_of(self.recipe.rotate), self.source.config, self.source.architecture)
+        check_offered(kinds_of(self.recipe.rotate), self.source.wiring)
         if self.options.work_dir is not None:
             work = self.work.step(WALK)
             self.work.keep(ARTIFACT, partial(quantize_layerwise, self, work))
@@ -405,9 +404,9 @@ class Run:
         method = smoothing_named(self.recipe.smoothing)
         if method is None:
             return fused
-        schemes = with_parameters(self.quantization.linears, fused.architecture, fused.config)
+        schemes = with_parameters(self.quantization.linears, fused.wiring)
         with self.stage("smooth"):
-            groups = groups_of(fused.architecture, fused.config, fused.rotations, schemes)
+            groups = groups_of(fused.wiring, fused.rotations, schemes)
             statistics = observe_channels(
                 materialize(fused, device=self.device),
                 groups,

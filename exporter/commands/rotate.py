@@ -93,8 +93,7 @@ def rotate(
     with run.stage("fuse"):
         fused = fuse(
             source.checkpoint,
-            source.config,
-            source.architecture,
+            source.wiring,
             found.rotations,
             dtype=dtype,
             device=run.device,
@@ -216,11 +215,7 @@ def _refuse_online(recipe: Recipe) -> None:
 
 def _kinds(recipe: Recipe, source: Source, given: RotationSet) -> list[str]:
     if recipe.rotate == "auto":
-        kinds = [
-            kind
-            for kind in ("r1", "r2")
-            if source.architecture.refusal(kind, source.config) is None
-        ]
+        kinds = [kind for kind in ("r1", "r2") if source.wiring.refusal(kind) is None]
     else:
         kinds = kinds_of(recipe.rotate)
     unused = set(given.kinds()) - set(kinds)

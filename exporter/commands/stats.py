@@ -255,12 +255,8 @@ def _clusters(run: Run) -> int | None:
 
 
 def _specs(run: Run) -> list[LinearSpec]:
-    names = set(run.source.architecture.linear_names(run.source.config))
-    return [
-        spec
-        for spec in run.source.architecture.all_linears(run.source.config)
-        if spec.name in names
-    ]
+    names = set(run.source.wiring.linear_names)
+    return [spec for spec in run.source.wiring.linears if spec.name in names]
 
 
 def _measure(run: Run, fused: FusedModel, jointly: bool) -> _Measured:

@@ -102,7 +102,7 @@ def read_back(
     )
     smoothing = load_smoothing(folder)
     fused = fold_all(
-        fuse(source.checkpoint, source.config, source.architecture, rotations, dtype=dtype),
+        fuse(source.checkpoint, source.wiring, rotations, dtype=dtype),
         smoothing,
     )
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}

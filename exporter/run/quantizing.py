@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from calib.architectures import Wiring
 from calib.errors import QuantizationError, RecipeError
 from calib.quantizing.plan import Quantization, customised, resolve
 from calib.schemes import FLOAT, Scheme, scheme_named
@@ -16,7 +17,7 @@ from exporter.recipe import Recipe
 from exporter.run.layerwise import check_layerwise
 
 if TYPE_CHECKING:
-    from calib.architectures import Architecture
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def customised_scheme(recipe: Recipe) -> Scheme:
     )
 
 
-def quantization_of(recipe: Recipe, architecture: Architecture, config: Any) -> Quantization:
+def quantization_of(recipe: Recipe, wiring: Wiring) -> Quantization:
     """What the recipe does to every linear of one model.
 
     Raises:
@@ -44,8 +45,7 @@ def quantization_of(recipe: Recipe, architecture: Architecture, config: Any) -> 
     """
     return resolve(
         customised_scheme(recipe),
-        architecture,
-        config,
+        wiring,
         overrides=recipe.overrides,
         observer=recipe.activations.observer,
         weights=recipe.weights.algorithm,

@@ -63,7 +63,7 @@ def candidate_sets(
             [
                 kind
                 for kind in kinds_of(rotate)
-                if kind not in refused and source.architecture.refusal(kind, source.config) is None
+                if kind not in refused and source.wiring.refusal(kind) is None
             ]
             for rotate in CANDIDATES
         ]
@@ -104,7 +104,7 @@ def gate_sets(
     largest = list(sets)[-1]
     replaced = trainable(kinds_of(largest), given, recipe.scheme)
     if len(sets) > 1 and replaced:
-        plain = hadamard_rotations(source.config, source.architecture, replaced, seed=recipe.seed)  # type: ignore[arg-type]
+        plain = hadamard_rotations(source.wiring, replaced, seed=recipe.seed)  # type: ignore[arg-type]
         rest = [kind for kind in kinds_of(largest) if kind not in replaced]
         sets[f"{largest}, Hadamard"] = plain.merged(trained.of(rest).values())
     return sets
@@ -119,7 +119,7 @@ def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
     """
     if not recipe.rotation.files:
         return RotationSet()
-    return import_rotations(recipe.rotation.files, source.config, source.architecture)
+    return import_rotations(recipe.rotation.files, source.wiring)
 
 
 def trainable(kinds: Collection[str], given: RotationSet, scheme: str) -> list[str]:
@@ -163,15 +163,12 @@ def rotations_of(
     Raises:
         RotationError: a kind is refused, or the samples cannot be trained on.
     """
-    check_offered(kinds, source.config, source.architecture)
+    check_offered(kinds, source.wiring)
     wanted = set(kinds) - set(given.kinds())
-    made = TrainedRotations(
-        RotationSet(online_rotations(source.config, source.architecture, wanted))
-    )
+    made = TrainedRotations(RotationSet(online_rotations(source.wiring, wanted)))
     if recipe.scheme == FLOAT:
         plain = hadamard_rotations(
-            source.config,
-            source.architecture,
+            source.wiring,
             _not_given(kinds, given),  # type: ignore[arg-type]
             seed=recipe.seed,
         )
@@ -182,8 +179,7 @@ def rotations_of(
         quantizer = activation_scheme(scheme) if judge is None else judge.quantizer
         made = train_rotations(
             statistics,
-            source.config,
-            source.architecture,
+            source.wiring,
             wanted,
             r1=_training(settings.r1, quantizer, recipe.seed),
             r2=_training(settings.r2, quantizer, recipe.seed),
@@ -215,8 +211,8 @@ def judge_of(scheme: Scheme, folded: FusedModel | None) -> Judge:
     if folded is None:
         return judge_for(scheme)
     found = {
-        "r1": residual_rows(folded.state, folded.config, folded.architecture),
-        "r2": value_rows(folded.state, folded.config, folded.architecture),
+        "r1": residual_rows(folded.state, folded.wiring),
+        "r2": value_rows(folded.state, folded.wiring),
     }
     return judge_for(scheme, {name: rows for name, rows in found.items() if rows is not None})
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.safetensors.manifest import Manifest
-from backends.safetensors.source import rotated_modules, source_model, transposed_weights
+from backends.safetensors.source import rotated_modules, transposed_weights
 from backends.safetensors.tripy.dtypes import tripy_dtype
-from calib.architectures import Architecture
-from calib.fusing import expected_tensors
+from calib.architectures import Wiring, wiring_of
+from calib.network.skeleton import expected_tensors
 from calib.schemes import LinearScheme, PerBlock, PerChannel, TensorScheme, tensor_scheme_from_dict
 
 Shapes = Mapping[str, Sequence[int]]
@@ -54,7 +54,7 @@ class ModulePlan:
 
 def plan_of_bundle(manifest: Manifest) -> ModulePlan:
     """The module that the bundle with ``manifest`` fills."""
-    config, architecture = source_model(manifest.config)
+    wiring = wiring_of(manifest.config)
     shapes = {key: entry.shape for key, entry in manifest.tensors.items()}
     schemes = {
         name: LinearScheme(
@@ -68,8 +68,7 @@ def plan_of_bundle(manifest: Manifest) -> ModulePlan:
         key: shape[::-1] if key.endswith(".weight") and _blocked(schemes.get(key[:-7])) else shape
         for key, shape in shapes.items()
     }
-
-    return ModulePlan(config, manifest.dtype, _linears(config, architecture, upright, schemes))
+    return ModulePlan(wiring.config, manifest.dtype, _linears(wiring, upright, schemes))
 
 
 def plan_of_config(
@@ -78,23 +77,23 @@ def plan_of_config(
     """The module of ``config`` whose decoder's linears are quantized by ``scheme``, without
     rotations.
     """
-    hf_config, architecture = source_model(config)
+    wiring = wiring_of(config)
     flipped = transposed_weights(config)
     shapes = {
         key: tuple(reversed(shape)) if key in flipped else tuple(shape)
-        for key, shape in expected_tensors(hf_config).items()
+        for key, shape in expected_tensors(wiring.config).items()
     }
-    schemes = {} if scheme is None else dict.fromkeys(architecture.linear_names(hf_config), scheme)
-    return ModulePlan(hf_config, dtype, _linears(hf_config, architecture, shapes, schemes))
+    schemes = {} if scheme is None else dict.fromkeys(wiring.linear_names, scheme)
+    return ModulePlan(wiring.config, dtype, _linears(wiring, shapes, schemes))
 
 
 def _linears(
-    config: Any, architecture: Architecture, shapes: Shapes, schemes: Mapping[str, LinearScheme]
+    wiring: Wiring, shapes: Shapes, schemes: Mapping[str, LinearScheme]
 ) -> dict[str, LinearPlan]:
     rotated = rotated_modules(shapes)
 
     plans = {}
-    for spec in architecture.all_linears(config):
+    for spec in wiring.linears:
         name = spec.name
         out, width = shapes[f"{name}.weight"]
         factors = [shapes[f"{name}.rotation.factors.{k}"][0] for k in range(rotated.get(name, 0))]
