@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.rules import Limits
 from backends.safetensors.compressed_tensors.limits import LIMITS as COMPRESSED_TENSORS_LIMITS
-from backends.safetensors.file_names import QUANT_CONFIG_FILE, STATEMENT_FILE
+from backends.safetensors.file_names import CONFIG_FILE, QUANT_CONFIG_FILE, STATEMENT_FILE
 from backends.safetensors.modelopt.limits import LIMITS as MODELOPT_LIMITS
 from backends.safetensors.tensorrt.limits import LIMITS as TENSORRT_LIMITS
 from backends.safetensors.tripy.limits import LIMITS as TRIPY_LIMITS
@@ -67,6 +67,7 @@ TARGETS: Mapping[str, Target] = {
         COMPRESSED_TENSORS_LIMITS,
         "compressed_tensors",
         "CompressedTensorsLayout",
+        files=(CONFIG_FILE,),
         has_runner=True,
     ),
 }
