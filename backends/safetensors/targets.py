@@ -61,7 +61,11 @@ TARGETS: Mapping[str, Target] = {
     "tripy": Target(TRIPY_LIMITS, "tripy", "TripyLayout", files=(STATEMENT_FILE,)),
     "tensorrt": Target(TENSORRT_LIMITS, "tensorrt", "TensorRTLayout"),
     "modelopt": Target(
-        MODELOPT_LIMITS, "modelopt", "ModelOptLayout", quantized_files=(QUANT_CONFIG_FILE,)
+        MODELOPT_LIMITS,
+        "modelopt",
+        "ModelOptLayout",
+        files=(CONFIG_FILE,),
+        quantized_files=(QUANT_CONFIG_FILE,),
     ),
     "compressed-tensors": Target(
         COMPRESSED_TENSORS_LIMITS,

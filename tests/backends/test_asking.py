@@ -21,6 +21,7 @@ from backends.asking import (
 from backends.base import CONTRACT_VERSION, Backend, Reason, Request
 from backends.onnx.backend import OnnxBackend
 from backends.registry import get_backend
+from backends.rules import Limits
 from backends.safetensors.backend import SafetensorsBackend
 from calib.errors import BackendError
 from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES, SCHEMES
@@ -152,6 +153,17 @@ def test_an_option_newer_than_the_backend_is_refused_for_it_unless_left_out(stub
     ]
     with pytest.raises(BackendError, match="cannot be written with --prefix 7: the backend was"):
         check(stub, NextRequest("one", prefix=7))
+
+
+def test_limits_of_an_option_may_depend_on_its_value() -> None:
+    limits = Limits(options={"kv_buffer": {"shared": "its caches only grow"}, "logits": "all"})
+    assert limits.reasons(Request("one")) == []
+    assert limits.reasons(Request("one", kv_buffer="shared", logits="last")) == [
+        Reason("all", about="option", name="logits"),
+        Reason("its caches only grow", about="option", name="kv_buffer"),
+    ]
+    other = Limits(options={"kv_buffer": {"another": "never heard of it"}})
+    assert other.reasons(Request("one", kv_buffer="shared")) == []
 
 
 def test_a_backend_that_lists_no_files_is_named_instead(stub: Backend) -> None:
