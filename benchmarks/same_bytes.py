@@ -171,9 +171,10 @@ def main() -> int:
     before = json.loads(arguments.against.read_text(encoding="utf-8"))
     if before["environment"] != environment:
         print(f"another environment: {before['environment']} before, {environment} now")
-    if arguments.only:
-        before = {part: _of_runs(before[part], arguments.only) for part in ("files", "refused")}
-    differing = differences(before, kept)
+    labels = [label_of(model) for model in arguments.model]
+    known = {part: _of_runs(before[part], labels, arguments.only) for part in ("files", "refused")}
+    differing = differences(known, kept)
+    print(f"compared with {len(known['files'])} of {len(before['files'])} files kept before")
     print("\n".join(differing) or "all the same")
     return 1 if differing else 0
 
@@ -198,8 +199,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _of_runs(entries: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    return {key: value for key, value in entries.items() if key.split("/")[1] in names}
+def _of_runs(entries: Mapping[str, str], models: list[str], runs: list[str]) -> dict[str, str]:
+    """What was found for these models, and in these runs; in all of them if none is named."""
+    parts = {key: key.split("/") for key in entries}
+    return {
+        key: entries[key]
+        for key, (model, run, *_) in parts.items()
+        if model in models and (not runs or run in runs)
+    }
+
+
+def label_of(model: str) -> str:
+    """What a model is called in the results, wherever its folder lies."""
+    return model if model == EMBEDDED else Path(model).name
 
 
 def processor() -> str:
@@ -226,7 +238,7 @@ def write_model(model: str, text: Path | None, work: Path, only: list[str]) -> W
         only: runs to do; all of them if empty.
     """
     written = Written()
-    label = model if model == EMBEDDED else Path(model).name
+    label = label_of(model)
     folder = work / label
     folder.mkdir(parents=True)
     common = ["--model", model]
@@ -246,7 +258,7 @@ def write_model(model: str, text: Path | None, work: Path, only: list[str]) -> W
             written.refused[name] = _without(refusal, replaced)
         elif run.work and (kept := folder / "work" / "capture").is_dir():
             written.files |= {
-                f"{label}/work/capture/{key}": value for key, value in checksums(kept, replaced)
+                f"{name}/work/capture/{key}": value for key, value in checksums(kept, replaced)
             }
         written.files |= {
             f"{name}/{key}": value for key, value in checksums(folder / run.name, replaced)

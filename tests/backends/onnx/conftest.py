@@ -16,7 +16,8 @@ import transformers
 from torch import Tensor, nn
 
 from backends.base import WriteOptions
-from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import DATA_FILE, MODEL_FILE
 from backends.onnx.names import members
 from backends.onnx.runner import OnnxModel
 from calib.architectures import Kind

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends.safetensors.file_names import STATEMENT_FILE
 from backends.safetensors.read import open_bundle, read_model
 from backends.safetensors.source import even_block, even_scales, original_scales
-from backends.safetensors.tripy.layout import STATEMENT_FILE, TripyLayout
+from backends.safetensors.tripy.layout import TripyLayout
 from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.arithmetic.rounding import decode
 from calib.artifact import QuantizedLinear, QuantizedModel
