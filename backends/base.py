@@ -303,9 +303,14 @@ class ListsFiles(Protocol):
     thing.
     """
 
-    def files(self, request: Request) -> Mapping[str, str]:
-        """Every file that :meth:`Backend.write` would write for ``request``, in order, by name,
-        with a remark for tables: ``sharded above 5 GB``, or nothing. Torch-free.
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        """Every file that :meth:`Backend.write` would write for ``request``. Torch-free.
 
-        One that may be split has the name that it has in one piece.
+        Args:
+            request: what would be written.
+            nbytes: of all weights and scales, about: whether they would be split.
+
+        Returns:
+            Paths below the folder; ``*`` stands for the number of a shard, and for how many there
+            are. Those of ``rotations.*``, which every export has, may be left out.
         """

@@ -52,9 +52,9 @@ class Limits:
     """Why it cannot express a KV cache."""
     rotation: Callable[[str], str | None] = _nothing
     """Why it cannot express rotations of a kind."""
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str | Mapping[object, str]] = field(default_factory=dict)
     """Why it cannot be written with another value of an option than its default, by field of
-    :class:`~backends.base.Request`."""
+    :class:`~backends.base.Request`; by value where some can be."""
 
     def reasons(self, request: Request) -> list[Reason]:
         """What speaks against ``request``, but for what depends on its config."""
@@ -86,9 +86,11 @@ class Limits:
             if refused is not None:
                 yield Reason(refused, about="rotation", name=kind)
 
-        for option in request.options():
-            if option in self.options:
-                yield Reason(self.options[option], about="option", name=option)
+        for option, value in request.options().items():
+            limit = self.options.get(option)
+            refused = limit.get(value) if isinstance(limit, Mapping) else limit
+            if refused is not None:
+                yield Reason(refused, about="option", name=option)
 
 
 def first_reason(rules: Sequence[Rule], scheme: LinearScheme) -> str | None:

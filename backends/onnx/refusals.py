@@ -32,5 +32,6 @@ def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
                 "the safetensors backend writes any"
             ),
         )
+
     tables = [table.name for table in wiring.embeddings if table.name in linears]
     return next(filter(None, (table_refusal(name, linears[name].weight) for name in tables)), None)

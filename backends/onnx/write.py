@@ -65,6 +65,7 @@ def build(
     )
     graph = cached_trace(request, progress)
     tables = [table.name for table in wiring_of(model.config).embeddings]
+
     # placeholders become operators; experts first, for they hold linears that are placeholders too
     lower_experts(graph, model.config, routed=target.routed_experts)
     if target.rotary:

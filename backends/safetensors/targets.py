@@ -24,7 +24,7 @@ from backends.facts import (
 )
 from backends.rules import Limits, Rule, first_reason
 from backends.safetensors.compressed_tensors import limits as compressed_tensors
-from backends.safetensors.file_names import QUANT_CONFIG_FILE, STATEMENT_FILE
+from backends.safetensors.file_names import CONFIG_FILE, QUANT_CONFIG_FILE, STATEMENT_FILE
 from backends.safetensors.modelopt import limits as modelopt
 from backends.safetensors.tensorrt import limits as tensorrt
 from backends.safetensors.tripy import limits as tripy
@@ -140,6 +140,7 @@ TARGETS: Mapping[str, Target] = {
         MODELOPT,
         readers=(VLLM, TENSORRT_LLM),
         how="format",
+        files=(CONFIG_FILE,),
         quantized_files=(QUANT_CONFIG_FILE,),
         rotation_refusal=modelopt.rotation_refusal,
     ),
@@ -152,6 +153,7 @@ TARGETS: Mapping[str, Target] = {
         COMPRESSED_TENSORS,
         readers=(VLLM, TRANSFORMERS),
         how="format",
+        files=(CONFIG_FILE,),
         has_runner=True,
     ),
 }

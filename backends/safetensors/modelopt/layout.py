@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backends.base import Reason
 from backends.rows import joined
-from backends.safetensors.file_names import QUANT_CONFIG_FILE
+from backends.safetensors.file_names import CONFIG_FILE, QUANT_CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.modelopt.config import mixed_experts, quant_config, with_quantization
 from backends.safetensors.modelopt.limits import rotation_refusal
@@ -96,7 +96,7 @@ class ModelOptLayout:
         """
         names = Names.of(model.config)
         written, config = quant_config(model, names), with_quantization(model, names)
-        files = {"config.json": _json(config)}
+        files = {CONFIG_FILE: _json(config)}
         return files | ({QUANT_CONFIG_FILE: _json(written)} if written else {})
 
     def linears(
