@@ -32,6 +32,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from backends.onnx.frequencies import trace_frequencies
 from backends.onnx.placeholders import open_up
 from backends.onnx.row_tensor import RowTensor
 from backends.onnx.untranslated import module_of, running
@@ -175,6 +176,7 @@ def _network(request: TraceRequest) -> Any:
     network = build_on_meta(wiring.config, request.dtype)
     open_up(network, wiring)
     fill_buffers(network)
+    trace_frequencies(network)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # Of all strides zero: one element in memory, whatever the shape.
