@@ -60,6 +60,9 @@ class Target:
     unsigned_inputs: bool = False
     """Whether int8 inputs with calibrated scales are stored in uint8, 128 above: what its kernels
     multiply, and what it fuses where linears share an input (:mod:`backends.onnx.inputs`)."""
+    counts_by_mask: bool = False
+    """Whether the mask says how long the cache is, even where it holds fewer rows
+    (:mod:`backends.onnx.cache_length`)."""
     routed_experts: bool = True
     """Whether it runs an expert on the tokens that chose it; else on all."""
 
@@ -170,6 +173,7 @@ _ORT = Target(
     whole_blocks=False,
     packs=True,
     rotary=True,
+    counts_by_mask=True,
     unsigned_inputs=True,
 )
 
