@@ -59,7 +59,7 @@ class OnnxBackend:
         """See :class:`~backends.base.Backend`."""
         from backends.onnx.refusals import graph_refusal
 
-        return graph_refusal(config, linears)
+        return graph_refusal(config, linears, TARGETS[target])
 
     def compute_dtype(self, target: str) -> str:
         """See :class:`~backends.base.Backend`."""

@@ -20,12 +20,15 @@ Inputs and outputs have the names that onnxruntime-genai and optimum know:
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -225,6 +228,8 @@ def _refusal(error: BaseException, where: str | None) -> BackendError:
     if isinstance(root, BackendError):
         return root
     reason = " ".join(str(root).strip().split("\n\n")[0].split())
+    if "data-dependent" in reason:
+        reason = "what it does next depends on values, which a graph only has when it runs"
     module = f"'{where.removeprefix(f'{_ROOT}.')}'" if where else "the model"
     return BackendError(
         f"torch.onnx cannot export {module}: {reason}",
@@ -326,18 +331,44 @@ def _name_output_axes(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on packages, axis names and initializers without values, unless
-    debugging.
+    """Silence the exporter's notes on packages, axis names and initializers without values, and
+    what torch prints of a program that it cannot trace, unless debugging.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(_OfOtherThreads(sys.stderr)):
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class _OfOtherThreads(io.TextIOBase):
+    """A stream that drops what this thread writes, and hands on what others do, such as a progress
+    bar.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """As for any stream; the number of characters."""
+        if threading.get_ident() != self._thread:
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As for any stream."""
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether what others write comes to a terminal."""
+        return self._stream.isatty()
