@@ -159,6 +159,11 @@ class Backend(Protocol):
         ``None``. Torch-free.
         """
 
+    def dtype_refusal(self, dtype: str, target: str) -> str | None:
+        """Why ``target`` cannot compute in ``dtype`` (``float32``, ``float16``, ``bfloat16``) where
+        it is asked to, else ``None``. Torch-free.
+        """
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

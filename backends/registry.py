@@ -218,6 +218,16 @@ def check_kv_buffer(backend: Backend, target: str, kv_buffer: str) -> None:
         _check_written(backend, target, "--kv-buffer", kv_buffer, backend.kv_buffer_refusal(target))
 
 
+def check_dtype(backend: Backend, target: str, dtype: str) -> None:
+    """Refuse a dtype that ``target`` does not compute in; ``auto`` asks for none.
+
+    Raises:
+        BackendError: with the reason.
+    """
+    if dtype != "auto":
+        _check_written(backend, target, "--dtype", dtype, backend.dtype_refusal(dtype, target))
+
+
 def _check_written(
     backend: Backend, target: str, option: str, value: str, reason: str | None
 ) -> None:

@@ -31,6 +31,9 @@ class Stub:
     def kv_buffer_refusal(self, target):
         return "its caches only grow" if target == "two" else None
 
+    def dtype_refusal(self, dtype, target):
+        return "it knows no bfloat16" if (dtype, target) == ("bfloat16", "two") else None
+
     def model_refusal(self, config, linears, target):
         if config["vocab_size"] % 2:
             return "its vocabulary is odd", "pad the vocabulary"

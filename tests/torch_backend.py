@@ -98,6 +98,9 @@ class TorchBackend:
     def kv_buffer_refusal(self, target: str) -> str | None:
         return "its caches only grow" if target == "half" else None
 
+    def dtype_refusal(self, dtype: str, target: str) -> str | None:
+        return None
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

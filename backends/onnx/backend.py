@@ -53,13 +53,17 @@ class OnnxBackend:
         """See :class:`~backends.base.Backend`."""
         return TARGETS[target].shared_buffer
 
+    def dtype_refusal(self, dtype: str, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return TARGETS[target].dtypes.get(dtype)
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:
         """See :class:`~backends.base.Backend`."""
         from backends.onnx.refusals import graph_refusal
 
-        return graph_refusal(config, linears, TARGETS[target])
+        return graph_refusal(config, linears)
 
     def compute_dtype(self, target: str) -> str:
         """See :class:`~backends.base.Backend`."""

@@ -7,21 +7,19 @@ from typing import Any
 
 from backends.onnx.embeddings import table_refusal
 from backends.onnx.experts import ACTIVATIONS
-from backends.onnx.targets import Target
 from backends.onnx.tryout import untraceable
 from calib.architectures import wiring_of
 from calib.schemes import LinearScheme
 
 
 def graph_refusal(
-    config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: Target
+    config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
 ) -> tuple[str, str] | None:
     """Why the model of ``config`` cannot be written as ONNX, and what to do; ``None`` if it can.
 
     Args:
         config: Hugging Face config as a dictionary.
         linears: how what is quantized is, by module name.
-        target: what it is written for.
     """
     wiring = wiring_of(config)
     activation = getattr(wiring.config, "hidden_act", None)
@@ -38,4 +36,4 @@ def graph_refusal(
         )
     tables = [table.name for table in wiring.embeddings if table.name in linears]
     refused = (table_refusal(name, linears[name].weight) for name in tables)
-    return next(filter(None, refused), None) or untraceable(config, target)
+    return next(filter(None, refused), None) or untraceable(config)

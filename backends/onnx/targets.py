@@ -40,6 +40,8 @@ class Target:
     """What it expresses and does not execute well, naming what it executes."""
     caches: Mapping[NumberFormat, str] = field(default_factory=dict)
     """Why it cannot hold keys and values of these formats."""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Why it cannot compute in these where ``--dtype`` asks for them."""
     shared_buffer: str | None = None
     """Why it cannot keep keys and values in one buffer that the graph writes into; ``None`` if it
     can.
@@ -143,6 +145,11 @@ _MICROSCALED = Rule(
 )
 _NO_INT4_CACHE = "a cache of INT4 cannot be appended to: no runtime concatenates INT4 tensors"
 
+_NO_BFLOAT16 = (
+    "nothing on a CPU runs a graph of bfloat16: ONNX Runtime, in which it would be checked, has no"
+    " MatMul for it"
+)
+
 _ORT = Target(
     compute_dtype="float32",
     opset=21,
@@ -169,6 +176,13 @@ _ORT = Target(
     caches={
         INT4: _NO_INT4_CACHE,
         FLOAT8: "ONNX Runtime concatenates no float8 tensors, so nothing can be appended",
+    },
+    dtypes={
+        "float16": (
+            "ONNX Runtime's CPU provider has few kernels of float16: it casts to float32 and back"
+            " between them, and fuses no linear of int8"
+        ),
+        "bfloat16": _NO_BFLOAT16,
     },
     whole_blocks=False,
     packs=True,
@@ -219,6 +233,10 @@ _OPENVINO = Target(
         INT4: _NO_INT4_CACHE,
         FLOAT8: "OpenVINO rounds to float8 by way of float16, which gives other numbers",
     },
+    dtypes={
+        "float16": "OpenVINO chooses the precision when it compiles a graph of float32",
+        "bfloat16": _NO_BFLOAT16,
+    },
     shared_buffer=(
         "OpenVINO has no TensorScatter, and cuts the cache of a GroupQueryAttention to the tokens"
         " in it"
@@ -247,6 +265,7 @@ _TENSORRT = Target(
         ),
     ),
     caches={INT4: _NO_INT4_CACHE},
+    dtypes={"bfloat16": _NO_BFLOAT16},
     shared_buffer="TensorRT writes only into a buffer whose length is fixed in the graph",
     integer_rows=False,
     routed_experts=False,

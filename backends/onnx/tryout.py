@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from backends.onnx.targets import Target
 from backends.onnx.trace import TraceRequest
 from backends.onnx.trace_cache import cached_trace
 from calib.architectures import Wiring, wiring_of
@@ -21,21 +20,21 @@ from calib.network.skeleton import portable_config
 from calib.progress import silent
 
 _LEAST = 2
+_OPSET = 21
+"""Of the targets."""
 
 
-def untraceable(config: Mapping[str, Any], target: Target) -> tuple[str, str] | None:
-    """Why the model of ``config`` cannot be traced for ``target``, and what to do; ``None`` if it
-    can.
+def untraceable(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why the model of ``config`` cannot be traced, and what to do; ``None`` if it can.
 
-    A success is kept among the cached traces, and found again in no time.
+    It is traced in float32: which operators a model has does not depend on the dtype. A success is
+    kept among the cached traces, and found again in no time.
 
     Args:
         config: Hugging Face config as a dictionary.
-        target: says dtype and opset.
     """
-    dtype: torch.dtype = getattr(torch, target.compute_dtype)
     try:
-        cached_trace(TraceRequest(shallow(config), dtype, target.opset), silent)
+        cached_trace(TraceRequest(shallow(config), torch.float32, _OPSET), silent)
     except BackendError as error:
         return str(error), error.hint or ""
     return None

@@ -49,6 +49,10 @@ class SafetensorsBackend:
         """See :class:`~backends.base.Backend`."""
         return "a bundle holds weights; how a cache is kept is up to whoever loads it"
 
+    def dtype_refusal(self, dtype: str, target: str) -> str | None:
+        """See :class:`~backends.base.Backend`."""
+        return None
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:

@@ -50,6 +50,7 @@ _METHODS = (
     "rotation_refusal",
     "logits_refusal",
     "kv_buffer_refusal",
+    "dtype_refusal",
     "model_refusal",
     "compute_dtype",
     "write",

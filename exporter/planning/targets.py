@@ -9,7 +9,10 @@ from fnmatch import fnmatchcase
 
 from backends.base import Backend
 from backends.registry import (
+    check_dtype,
     check_expressible,
+    check_kv_buffer,
+    check_logits,
     check_model,
     check_rotations,
     get_backend,
@@ -60,6 +63,9 @@ def planned_warnings(recipe: Recipe, artifact: ArtifactHeaders) -> list[str]:
         check_expressible(backend, target, artifact.linears, artifact.cache)
         check_model(backend, target, artifact.checkpoint.config, artifact.linears)
         check_rotations(backend, target, artifact.rotations)
+        check_logits(backend, target, recipe.logits)
+        check_kv_buffer(backend, target, recipe.kv_buffer)
+        check_dtype(backend, target, recipe.dtype)
         found += [
             f"target '{target}': {warning}"
             for warning in warnings_of(backend, target, artifact.linears)

@@ -11,6 +11,7 @@ import torch
 
 from backends.base import WriteOptions
 from backends.registry import (
+    check_dtype,
     check_expressible,
     check_kv_buffer,
     check_logits,
@@ -62,6 +63,7 @@ def check_writable(
         check_rotations(run.backend, target, rotations)
         check_logits(run.backend, target, run.recipe.logits)
         check_kv_buffer(run.backend, target, run.recipe.kv_buffer)
+        check_dtype(run.backend, target, run.recipe.dtype)
         for warning in warnings_of(run.backend, target, linears):
             logger.warning("target '%s': %s", target, warning)
 

@@ -52,6 +52,9 @@ class NpzBackend:
     def kv_buffer_refusal(self, target: str) -> str | None:
         return "a file of arrays keeps no keys and values"
 
+    def dtype_refusal(self, dtype: str, target: str) -> str | None:
+        return None
+
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
     ) -> tuple[str, str] | None:
