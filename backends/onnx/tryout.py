@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from backends.base import Reason
 from backends.onnx.trace import TraceRequest
 from backends.onnx.trace_cache import cached_trace
 from calib.architectures import Wiring, wiring_of
@@ -24,7 +25,7 @@ _OPSET = 21
 """Of the targets."""
 
 
-def untraceable(config: Mapping[str, Any]) -> tuple[str, str] | None:
+def untraceable(config: Mapping[str, Any]) -> Reason | None:
     """Why the model of ``config`` cannot be traced, and what to do; ``None`` if it can.
 
     It is traced in float32: which operators a model has does not depend on the dtype. A success is
@@ -36,7 +37,7 @@ def untraceable(config: Mapping[str, Any]) -> tuple[str, str] | None:
     try:
         cached_trace(TraceRequest(shallow(config), torch.float32, _OPSET), silent)
     except BackendError as error:
-        return str(error), error.hint or ""
+        return Reason(error.message, error.hint or "")
     return None
 
 

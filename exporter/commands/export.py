@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from backends.asking import refused_rotations
 from backends.base import Backend
 from backends.registry import get_backend, target_of
 from calib.architectures.experts import with_parameters
@@ -362,10 +363,8 @@ class Run:
         """
         found: dict[str, str] = {}
         for target in self.targets:
-            for kind in ROTATIONS:
-                reason = self.backend.rotation_refusal(kind, target)
-                if reason is not None:
-                    found.setdefault(kind, f"target '{target}' cannot express it: {reason}")
+            for kind, reason in refused_rotations(self.backend, target, ROTATIONS).items():
+                found.setdefault(kind, f"target '{target}' cannot express it: {reason}")
         compared = (
             kinds_of(CANDIDATES[-1])
             if self.recipe.rotate == "auto" and self.recipe.scheme != FLOAT

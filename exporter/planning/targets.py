@@ -7,18 +7,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-from backends.base import Backend
-from backends.registry import (
-    check_dtype,
-    check_expressible,
-    check_kv_buffer,
-    check_logits,
-    check_model,
-    check_rotations,
-    get_backend,
-    target_of,
-    warnings_of,
-)
+from backends.asking import check, warnings_of
+from backends.base import Backend, Request
+from backends.registry import get_backend, target_of
 from calib.schemes import KV_SCHEMES, LinearScheme, scheme_named
 from exporter.planning.headers import ArtifactHeaders, CheckpointHeaders
 from exporter.recipe import Recipe, asked_for
@@ -60,12 +51,17 @@ def planned_warnings(recipe: Recipe, artifact: ArtifactHeaders) -> list[str]:
     backend, targets = _resolved(recipe)
     found = []
     for target in targets:
-        check_expressible(backend, target, artifact.linears, artifact.cache)
-        check_model(backend, target, artifact.checkpoint.config, artifact.linears)
-        check_rotations(backend, target, artifact.rotations)
-        check_logits(backend, target, recipe.logits)
-        check_kv_buffer(backend, target, recipe.kv_buffer)
-        check_dtype(backend, target, recipe.dtype)
+        request = Request(
+            target,
+            linears=artifact.linears,
+            cache=artifact.cache,
+            rotations=artifact.rotations,
+            config=artifact.checkpoint.config,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
+            dtype=recipe.dtype,
+        )
+        check(backend, request)
         found += [
             f"target '{target}': {warning}"
             for warning in warnings_of(backend, target, artifact.linears)

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backends.base import WriteOptions
-from backends.registry import (
-    check_dtype,
-    check_expressible,
-    check_kv_buffer,
-    check_logits,
-    check_model,
-    check_rotations,
-    warnings_of,
-)
+from backends.asking import check, warnings_of
+from backends.base import Request, WriteOptions
 from calib.artifact import QuantizedModel, cast_model
 from calib.errors import RotqError
 from calib.fusing import FusedModel
@@ -58,12 +50,17 @@ def check_writable(
         BackendError: with the reason.
     """
     for target in run.targets:
-        check_expressible(run.backend, target, linears, cache)
-        check_model(run.backend, target, config, linears)
-        check_rotations(run.backend, target, rotations)
-        check_logits(run.backend, target, run.recipe.logits)
-        check_kv_buffer(run.backend, target, run.recipe.kv_buffer)
-        check_dtype(run.backend, target, run.recipe.dtype)
+        request = Request(
+            target,
+            linears=linears,
+            cache=cache,
+            rotations=tuple(rotations),
+            config=config,
+            logits=run.recipe.logits,
+            kv_buffer=run.recipe.kv_buffer,
+            dtype=run.recipe.dtype,
+        )
+        check(run.backend, request)
         for warning in warnings_of(run.backend, target, linears):
             logger.warning("target '%s': %s", target, warning)
 

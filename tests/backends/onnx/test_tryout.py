@@ -13,6 +13,7 @@ from backends.onnx.backend import OnnxBackend
 from backends.onnx.trace import trace
 from backends.onnx.tryout import shallow, untraceable
 from calib.network.skeleton import portable_config
+from tests.answers import model_refusal
 from tests.tiny import CONFIGS, SIZES
 
 DEEP = 12
@@ -58,11 +59,12 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_a_refusal_is_one_line(odd: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     """torch prints 400 lines of the program so far."""
-    reason, hint = OnnxBackend().model_refusal(odd, {}, "ort") or ("", "")
-    assert reason.startswith("torch.onnx cannot export 'model.rotary_emb': ")
-    assert "\n" not in reason
-    assert "depends on values" in reason
-    assert "safetensors" in hint
+    found = model_refusal(OnnxBackend(), odd, {}, "ort")
+    assert found is not None
+    assert found.reason.startswith("torch.onnx cannot export 'model.rotary_emb': ")
+    assert "\n" not in found.reason
+    assert "depends on values" in found.reason
+    assert "safetensors" in found.hint
     assert "def forward" not in "".join(capfd.readouterr())
 
 

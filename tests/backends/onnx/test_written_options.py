@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends.base import WriteOptions
+from backends.asking import refusal_of
+from backends.base import Request, WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.targets import TARGETS
 from calib.artifact import QuantizedModel, cast_model
@@ -39,11 +40,10 @@ def test_what_is_taken() -> None:
     found = {
         (target, dtype, buffer)
         for target, dtype, buffer in product(TARGETS, DTYPES, ("grown", "shared"))
-        if backend.dtype_refusal(dtype, target) is None
-        and (buffer == "grown" or backend.kv_buffer_refusal(target) is None)
+        if refusal_of(backend, Request(target, dtype=dtype, kv_buffer=buffer)) is None  # type: ignore[arg-type]
     }
     assert found == TAKEN
-    assert all(backend.logits_refusal(target) is None for target in TARGETS)
+    assert all(refusal_of(backend, Request(target, logits="last")) is None for target in TARGETS)
     # what a target computes in where nothing is asked for
     assert all((name, backend.compute_dtype(name), "grown") in TAKEN for name in TARGETS)
 
