@@ -15,7 +15,15 @@ from calib.measure.floor import Difference, settled
 from calib.measure.perplexity import LogitsFunction, model_logits
 from calib.measure.reference import ReferenceLinear, build_reference
 from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound
-from exporter.parity.passes import DECODE_STEPS, PADDED_ROWS, Pass, decode, padded, prefill
+from exporter.parity.passes import (
+    DECODE_STEPS,
+    PADDED_ROWS,
+    Pass,
+    decode,
+    padded,
+    prefill,
+    steady_length,
+)
 from exporter.parity.rows import not_run, row
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.reporting.report import ParityRow
@@ -45,7 +53,11 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         bound, floors = end_to_end_bound(subject, reference)
         rows += floors
         logits = model_logits(reference)
-        rows += [_end_to_end(sessions, logits, subject.rows, bound, *how) for how in _PASSES]
+        steady = steady_length(subject.quantized.config)
+        cut = [ids[:steady] for ids in subject.rows]
+        for name, how, exact in _PASSES:
+            ids = subject.rows if how is prefill else cut
+            rows.append(_end_to_end(sessions, logits, ids, bound, name, how, exact))
     return rows + _fusion_rows(subject)
 
 
