@@ -24,6 +24,7 @@ __all__ = [
     "About",
     "Backend",
     "ContentKind",
+    "Dtype",
     "Fusion",
     "KvBuffer",
     "ListsFiles",
@@ -47,6 +48,7 @@ method of its own, and no release of rotq had it."""
 
 Logits = Literal["all", "last"]
 KvBuffer = Literal["grown", "shared"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 About = Literal["linear", "cache", "rotation", "option", "model"]
 Severity = Literal["refused", "slow"]
 
@@ -84,6 +86,8 @@ class Request:
     """See :class:`WriteOptions`."""
     max_shard_bytes: int | None = field(default=None, metadata={_SINCE: 2})
     """See :class:`WriteOptions`."""
+    dtype: Dtype = field(default="auto", metadata={_SINCE: 2})
+    """What the target shall compute in; ``auto``: :meth:`Backend.compute_dtype`."""
 
     def options(self, *, newer_than: int = 0) -> dict[str, object]:
         """The options that do not have their defaults, by field.

@@ -95,8 +95,11 @@ class OnnxBackend:
 
 
 def _limits(target: Target) -> Limits:
+    options: dict[str, str | Mapping[object, str]] = {"dtype": {**target.dtypes}}
     refused = target.shared_buffer_refusal()
-    options = {} if refused is None else {"kv_buffer": refused}
+    if refused is not None:
+        options["kv_buffer"] = refused
+
     return Limits(
         linear=target.refusal, slow=target.warning, cache=target.cache_refusal, options=options
     )

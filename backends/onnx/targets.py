@@ -54,6 +54,8 @@ class Target:
     """
     caches: Mapping[NumberFormat, str] = field(default_factory=dict)
     """Why it cannot hold keys and values of these formats."""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Why it cannot compute in these where ``--dtype`` asks for them."""
     shared_buffer: str | None = None
     """Why it cannot keep keys and values in one buffer that the graph writes into; ``None`` if it
     can.
@@ -74,6 +76,9 @@ class Target:
     unsigned_inputs: bool = False
     """Whether int8 inputs with calibrated scales are stored in uint8, 128 above: what its kernels
     multiply, and what it fuses where linears share an input (:mod:`backends.onnx.inputs`)."""
+    counts_by_mask: bool = False
+    """Whether the mask says how long the cache is, even where it holds fewer rows
+    (:mod:`backends.onnx.cache_length`)."""
     routed_experts: bool = True
     """Whether it runs an expert on the tokens that chose it; else on all."""
 
@@ -233,6 +238,11 @@ def _ask_openvino(scheme: LinearScheme) -> Answer:
 ASKED_ORT = Asked(ORT, "onnxruntime", _ask_ort)
 """ONNX Runtime, if it is installed."""
 
+_NO_BFLOAT16 = (
+    "nothing on a CPU runs a graph of bfloat16: ONNX Runtime, in which it would be checked, has no"
+    " MatMul for it"
+)
+
 _ORT = Target(
     compute_dtype="float32",
     opset=21,
@@ -261,9 +271,17 @@ _ORT = Target(
         INT4: _NO_INT4_CACHE,
         FLOAT8: "ONNX Runtime concatenates no float8 tensors, so nothing can be appended",
     },
+    dtypes={
+        "float16": (
+            "ONNX Runtime's CPU provider has few kernels of float16: it casts to float32 and back"
+            " between them, and fuses no linear of int8"
+        ),
+        "bfloat16": _NO_BFLOAT16,
+    },
     whole_blocks=False,
     packs=True,
     rotary=True,
+    counts_by_mask=True,
     unsigned_inputs=True,
 )
 
@@ -315,6 +333,10 @@ _OPENVINO = Target(
     caches={
         INT4: _NO_INT4_CACHE,
         FLOAT8: "OpenVINO rounds to float8 by way of float16, which gives other numbers",
+    },
+    dtypes={
+        "float16": "OpenVINO chooses the precision when it compiles a graph of float32",
+        "bfloat16": _NO_BFLOAT16,
     },
     shared_buffer=(
         "OpenVINO has no TensorScatter, and cuts the cache of a GroupQueryAttention to the tokens"
@@ -372,6 +394,7 @@ _TENSORRT = Target(
         ),
     ),
     caches={INT4: _NO_INT4_CACHE},
+    dtypes={"bfloat16": _NO_BFLOAT16},
     shared_buffer="TensorRT writes only into a buffer whose length is fixed in the graph",
     integer_rows=False,
     routed_experts=False,

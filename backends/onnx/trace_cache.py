@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from backends.onnx import placeholders
+from backends.onnx import frequencies, placeholders
 from backends.onnx import trace as tracing
 from backends.onnx.trace import TraceRequest, trace
 from backends.user_cache import cache_folder, read_entry, write_entry
@@ -27,7 +27,7 @@ from calib.rotations import hadamard, rotation_set
 _KEPT = 256
 """Entries that are kept; the oldest go. Each takes some ten kilobytes a layer."""
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-_SOURCES = (tracing, placeholders, attention, online, skeleton, hadamard, rotation_set)
+_SOURCES = (tracing, placeholders, frequencies, attention, online, skeleton, hadamard, rotation_set)
 """Modules that decide what a trace looks like: an entry of an older version of them must not be
 found.
 """

@@ -16,7 +16,7 @@ from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from backends.base import (
     CONTRACT_VERSION,
     OLDEST_CONTRACT,
     Backend,
+    Dtype,
     Fusion,
     ListsFiles,
     Reason,
@@ -215,6 +216,7 @@ class BackendConformance:
                 "        backend.refusals(Request(target, cache=cache))",
                 "    backend.refusals(Request(target, rotations=('r1', 'r2', 'r3', 'r4')))",
                 "    backend.refusals(Request(target, logits='last', kv_buffer='shared'))",
+                "    backend.refusals(Request(target, dtype='bfloat16'))",
                 "    getattr(backend, 'files', lambda request, nbytes: ())(Request(target), 0)",
                 f"sys.exit(', '.join(set({HEAVY}) & set(sys.modules)) or 0)",
             ]
@@ -405,6 +407,8 @@ def _requests(target: str) -> Iterator[Request]:
         yield Request(target, rotations=(kind,))
     yield Request(target, logits="last")
     yield Request(target, kv_buffer="shared")
+    for dtype in get_args(Dtype):
+        yield Request(target, dtype=dtype)
 
 
 def _check_reasons(backend: Backend, again: Backend, request: Request) -> None:

@@ -159,6 +159,7 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
             rotations=tuple(asked_for(recipe.rotate)),
             logits=recipe.logits,
             kv_buffer=recipe.kv_buffer,
+            dtype=recipe.dtype,
         )
         check(backend, request, called=f"scheme '{recipe.scheme}'")
 

@@ -15,7 +15,15 @@ from calib.measure.floor import Difference, settled
 from calib.measure.perplexity import LogitsFunction, model_logits
 from calib.measure.reference import ReferenceLinear, build_reference
 from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound, own_precision_bound
-from exporter.parity.passes import DECODE_STEPS, PADDED_ROWS, Pass, decode, padded, prefill
+from exporter.parity.passes import (
+    DECODE_STEPS,
+    PADDED_ROWS,
+    Pass,
+    decode,
+    padded,
+    prefill,
+    steady_length,
+)
 from exporter.parity.rows import not_run, ran, row
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.reporting.report import ParityRow
@@ -46,12 +54,12 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         default, own_floors = own_precision_bound(subject, reference, sessions.default, bound)
         rows += floors + own_floors
         logits = model_logits(reference)
-        rows += [
-            _end_to_end(
-                sessions, logits, subject.rows, bound if exact else default, name, how, exact
-            )
-            for name, how, exact in _PASSES
-        ]
+        steady = steady_length(subject.quantized.config)
+        cut = [ids[:steady] for ids in subject.rows]
+        for name, how, exact in _PASSES:
+            ids = subject.rows if how is prefill else cut
+            limit = bound if exact else default
+            rows.append(_end_to_end(sessions, logits, ids, limit, name, how, exact))
     return rows + _fusion_rows(subject)
 
 

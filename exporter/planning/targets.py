@@ -57,6 +57,9 @@ def planned_warnings(recipe: Recipe, artifact: ArtifactHeaders) -> list[str]:
             cache=artifact.cache,
             rotations=artifact.rotations,
             config=artifact.checkpoint.config,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
+            dtype=recipe.dtype,
         )
         check(backend, request)
         found += [

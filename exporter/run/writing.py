@@ -58,6 +58,7 @@ def check_writable(
             config=config,
             logits=run.recipe.logits,
             kv_buffer=run.recipe.kv_buffer,
+            dtype=run.recipe.dtype,
         )
         check(run.backend, request)
         for warning in warnings_of(run.backend, target, linears):
