@@ -125,3 +125,28 @@ def test_the_float_graph_computes_what_torch_does(
         found, _ = runtime.forward(tokens, torch.ones_like(tokens), positions, None)
         with torch.no_grad():
             assert relative_l2(found, original(tokens).logits) <= FLOATS
+
+
+def test_calibration_sees_conversations_as_the_model_does(tokenizer: Any, tmp_path: Path) -> None:
+    from calib.data.rows import calibration_rows
+
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    (row,) = calibration_rows(str(file), tokenizer, seqlen=512, nsamples=9, seed=0)
+    assert row.tolist() == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    text = tokenizer.decode(row)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith("<|im_start|>assistant\nHello.<|im_end|>\n")
+
+
+def test_lines_of_running_text_become_windows(tokenizer: Any, tmp_path: Path) -> None:
+    """Written as wikitext is: headings, blank lines, and paragraphs of some 40 tokens."""
+    from calib.data.rows import calibration_rows
+
+    section = " = = Title {} = = \n \n {} \n \n"
+    file = tmp_path / "lines.txt"
+    file.write_text("".join(section.format(i, " ".join(TEXTS)) for i in range(40)))
+    rows = calibration_rows(str(file), tokenizer, seqlen=128, nsamples=99, seed=0)
+    assert {row.numel() for row in rows} == {128}
+    assert len(rows) == len(tokenizer(file.read_text().rstrip("\n"))["input_ids"]) // 128

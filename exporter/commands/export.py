@@ -258,6 +258,8 @@ class Run:
     def captured(self) -> Capture:
         """Statistics of the norm-folded model, from a folder where the run was given one."""
         given = self.options.from_capture or self.work.finished(CAPTURE)
+        if given is None:
+            _ = self.rows  # refused before the model is loaded
         folded = materialize(self.fuse(RotationSet()), device=self.device)
         if given is not None:
             from calib.capture.fingerprint import model_fingerprint
