@@ -24,11 +24,16 @@ about ten times ``n``."""
 
 
 def widest_input(source: Source) -> int:
-    """Input channels of the widest linear that may be quantized."""
-    return max(
-        source.checkpoint[spec.weight].shape[-2 if spec.layout == "conv1d" else -1]
+    """Input channels of the widest linear that may be quantized. Tensors that are missing are
+    passed over: fusing names them.
+    """
+    stored = (
+        (spec, source.checkpoint[spec.weight])
         for spec in source.wiring.linears
-        if spec.quantizable
+        if spec.quantizable and spec.weight in source.checkpoint
+    )
+    return max(
+        (weight.shape[-2 if spec.layout == "conv1d" else -1] for spec, weight in stored), default=0
     )
 
 
