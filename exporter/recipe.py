@@ -48,6 +48,8 @@ class Calibration(_Section):
     """Hub data-set name, local .txt/.jsonl/.parquet file, or ``embedded``: the example text that
     ships with rotq.
     """
+    column: str | None = None
+    """Field or column that holds the text, or conversations; null: ``text``, else ``messages``."""
     nsamples: int = Field(128, ge=1)
     """Rows for capture and amax."""
     seqlen: int = Field(512, ge=2)
@@ -55,7 +57,7 @@ class Calibration(_Section):
     batch_size: int = Field(8, ge=1)
     layout: Literal["auto", "documents", "windows"] = "auto"
     """``documents``: a row is one document; ``windows``: text is joined and cut into rows of
-    exactly ``seqlen``.
+    exactly ``seqlen``; ``auto``: documents where three in four have ``seqlen / 4`` tokens.
     """
 
 
@@ -74,6 +76,8 @@ class Evaluation(_Section):
     """As ``calibration.dataset``; ``None`` keeps rows of the calibration text apart (the embedded
     text has its own).
     """
+    column: str | None = None
+    """As ``calibration.column``, for a text of its own."""
     nsamples: int = Field(32, ge=1)
 
 

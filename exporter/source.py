@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calib.architectures import Wiring, wiring_for
 from calib.artifact.files import side_files
-from calib.data.documents import read_documents
-from calib.data.sources import resolve_source
-from calib.data.splits import split_documents
-from calib.data.tokens import clamp_seqlen, tokenize
+from calib.data.corpus import read_corpus
+from calib.data.rows import RowCounts, RowCutter, RowSplits
+from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError, DataError
 from calib.network.attention import attention_implementation
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
@@ -103,15 +102,6 @@ class Source:
         return sum(tensor.nbytes for tensor in self.checkpoint.values())
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Token rows of the three disjoint splits, int64 ``[tokens]`` each."""
-
-    train: list[Tensor]
-    gate: list[Tensor]
-    evaluation: list[Tensor]
-
-
 def embedded_folder() -> Path:
     """Folder of the example model and its texts, which ship with rotq."""
     return Path(str(resources.files("exporter") / "data" / "llama-5m"))
@@ -144,7 +134,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
     )
 
 
-def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
+def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> RowSplits:
     """Read and tokenize the text of a recipe into three splits that share no document.
 
     Args:
@@ -167,27 +157,13 @@ def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
     if wanted is None and data.dataset == EMBEDDED:
         wanted = EMBEDDED
     own = str(embedded_folder() / "evaluation.txt") if wanted == EMBEDDED else wanted
-    documents = read_documents(text)
-    splits = split_documents(
-        documents, seed=recipe.seed, evaluation=read_documents(own) if own is not None else 0.15
+    cutter = RowCutter(
+        tokenizer, clamp_seqlen(data.seqlen, config), layout=data.layout, seed=recipe.seed
     )
-
-    def rows(texts: list[str], nsamples: int, dataset: str) -> list[Tensor]:
-        resolved = resolve_source(dataset)
-        return tokenize(
-            texts,
-            tokenizer,
-            seqlen=clamp_seqlen(data.seqlen, config),
-            nsamples=nsamples,
-            seed=recipe.seed,
-            layout=resolved.layout if data.layout == "auto" else data.layout,
-            joiner=resolved.joiner,
-        )
-
-    return Rows(
-        train=rows(splits.train, data.nsamples, text),
-        gate=rows(splits.gate, recipe.gate.nsamples, text),
-        evaluation=rows(splits.evaluation, recipe.evaluation.nsamples, own or text),
+    return cutter.split(
+        read_corpus(text, tokenizer, column=data.column),
+        None if own is None else read_corpus(own, tokenizer, column=recipe.evaluation.column),
+        RowCounts(data.nsamples, recipe.gate.nsamples, recipe.evaluation.nsamples),
     )
 
 

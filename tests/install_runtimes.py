@@ -1,5 +1,5 @@
 """Install the runtimes that exported folders are tested in, each for itself: ``python -m
-tests.install_runtimes``.
+tests.install_runtimes``; or another group of optional packages: ``... real``.
 
 One that cannot be had on this machine is named with pip's reason and leaves the others alone; its
 tests are skipped. Nothing that rotq itself depends on is upgraded or downgraded.
@@ -34,8 +34,12 @@ def main() -> None:
         (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     )["project"]
     constraints = [f"{name}=={installed}" for name, installed in _held()]
-    for requirement in project["optional-dependencies"]["runtimes"]:
-        _install(requirement, [requirement, *constraints])
+    groups = sys.argv[1:] or ["runtimes"]
+    for group in groups:
+        for requirement in project["optional-dependencies"][group]:
+            _install(requirement, [requirement, *constraints])
+    if "runtimes" not in groups:
+        return
     _install("Tripy", ["--no-deps", *_TRIPY])
     if not OPTIMUM.is_dir():
         _install("Optimum", ["--no-deps", "--target", str(OPTIMUM), *_OPTIMUM])

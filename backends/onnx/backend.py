@@ -95,7 +95,7 @@ class OnnxBackend:
 
 
 def _limits(target: Target) -> Limits:
-    options: dict[str, str | Mapping[object, str]] = {"dtype": {**target.dtypes}}
+    options: dict[str, str | Mapping[object, str]] = {"dtype": target.dtypes}
     refused = target.shared_buffer_refusal()
     if refused is not None:
         options["kv_buffer"] = refused

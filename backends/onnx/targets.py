@@ -54,7 +54,7 @@ class Target:
     """
     caches: Mapping[NumberFormat, str] = field(default_factory=dict)
     """Why it cannot hold keys and values of these formats."""
-    dtypes: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[object, str] = field(default_factory=dict)
     """Why it cannot compute in these where ``--dtype`` asks for them."""
     shared_buffer: str | None = None
     """Why it cannot keep keys and values in one buffer that the graph writes into; ``None`` if it

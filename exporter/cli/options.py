@@ -43,10 +43,13 @@ RECIPE_KEYS = {
     "asym": "layerwise.asym",
     "max_memory": "layerwise.max_memory",
     "calib_dataset": "calibration.dataset",
+    "calib_column": "calibration.column",
+    "calib_layout": "calibration.layout",
     "nsamples": "calibration.nsamples",
     "seqlen": "calibration.seqlen",
     "batch_size": "calibration.batch_size",
     "eval_dataset": "evaluation.dataset",
+    "eval_column": "evaluation.column",
     "seed": "seed",
     "rotate": "rotate",
     "r1_lr": "rotation.r1.lr",
@@ -249,6 +252,22 @@ class DataFlags:
             "--calib-dataset", help="Hub name or .txt/.jsonl/.parquet file.", rich_help_panel=DATA
         ),
     ] = None
+    calib_column: Annotated[
+        str | None,
+        typer.Option(
+            "--calib-column",
+            help="Field with the text or messages; default: text, else messages.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    calib_layout: Annotated[
+        Literal["auto", "documents", "windows"] | None,
+        typer.Option(
+            "--calib-layout",
+            help="A row is a document, or a window of joined text; auto: by their lengths.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
     nsamples: Annotated[
         int | None, typer.Option("--nsamples", help="Calibration rows.", rich_help_panel=DATA)
     ] = None
@@ -275,6 +294,12 @@ class EvalDataFlag:
             "--eval-dataset",
             help="As --calib-dataset; default: rows held back.",
             rich_help_panel=DATA,
+        ),
+    ] = None
+    eval_column: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-column", help="As --calib-column, for --eval-dataset.", rich_help_panel=DATA
         ),
     ] = None
 

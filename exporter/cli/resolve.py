@@ -33,6 +33,8 @@ FIXED_BY_ARTIFACT = (
     "revision",
     "seed",
     "calibration.dataset",
+    "calibration.column",
+    "calibration.layout",
     "calibration.nsamples",
     "calibration.seqlen",
     "calibration.batch_size",

@@ -33,6 +33,7 @@ from calib.capture.sites import CaptureConfig
 from calib.capture.storage import Capture
 from calib.data.batches import length_batches
 from calib.data.forward_loop import ForwardLoop, forward_loop_over
+from calib.data.rows import RowSplits
 from calib.data.tokens import token_hash
 from calib.fusing import FusedModel, fuse, materialize
 from calib.measure.perplexity import model_logits
@@ -53,6 +54,7 @@ from exporter.recipe import RECIPE_FILE, ROTATIONS, Recipe, asked_for
 from exporter.reporting.describe import package_versions
 from exporter.reporting.report import GateRow
 from exporter.run.artifacts import open_artifact
+from exporter.run.calibration_text import warn_of_few_tokens
 from exporter.run.device import resolve_device
 from exporter.run.dtypes import common_dtype
 from exporter.run.gate import CANDIDATES, Candidate, choose
@@ -70,7 +72,7 @@ from exporter.run.rotations import (
 )
 from exporter.run.workdir import ARTIFACT, CAPTURE, WALK, WorkDir
 from exporter.run.writing import check_writable, write_targets
-from exporter.source import Rows, Source, load_tokenizer, open_source, read_rows
+from exporter.source import Source, load_tokenizer, open_source, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +221,7 @@ class Run:
         return open_source(self.recipe, self.model, self.tokenizer)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> RowSplits:
         """The three splits."""
         with self.stage("data"):
             if self._artifact is not None:
@@ -257,6 +259,8 @@ class Run:
     def captured(self) -> Capture:
         """Statistics of the norm-folded model, from a folder where the run was given one."""
         given = self.options.from_capture or self.work.finished(CAPTURE)
+        if given is None:
+            _ = self.rows  # refused before the model is loaded
         folded = materialize(self.fuse(RotationSet()), device=self.device)
         if given is not None:
             from calib.capture.fingerprint import model_fingerprint
@@ -326,6 +330,8 @@ class Run:
             check_writable(
                 self, portable_config(self.source.config), wanted.linears, wanted.cache, kinds
             )
+        # text that cannot be used is refused before the long job, too
+        warn_of_few_tokens(self.recipe, self.source, self.rows.train)
         if self.recipe.layerwise.enabled:
             return self._layerwise()
         candidates = candidate_sets(

@@ -44,8 +44,7 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     calibration = report.calibration
     show_line(
         console,
-        f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of"
-        f" {calibration.dataset}",
+        f"calibration: {summary.calibration_words(calibration)} of {calibration.dataset}",
     )
     show_rotation_gate(console, report.rotation_gate)
     show_table(console, summary.gate_table(report))

@@ -89,6 +89,9 @@ def describe(
             dataset=origin.recipe["calibration"]["dataset"],
             rows=origin.calibration_rows,
             tokens=origin.calibration_tokens,
+            channels=max(
+                (linear.weight.shape[-1] for linear in quantized.linears.values()), default=None
+            ),
             observer=origin.recipe["activations"]["observer"],
             weights=origin.recipe["weights"]["algorithm"],
             smoothing=origin.recipe["smoothing"],

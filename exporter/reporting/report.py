@@ -121,6 +121,9 @@ class CalibrationSummary(_Frozen):
     dataset: str
     rows: int
     tokens: int
+    channels: int | None = None
+    """Input channels of the widest quantized linear; ``None`` where nothing was quantized, and in
+    reports of versions that did not say."""
     observer: str = "min_max"
     """What turned activations into limits."""
     weights: str = "rtn"

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from exporter.recipe import EMBEDDED
 from exporter.reporting.report import (
+    CalibrationSummary,
     ParityRow,
     Report,
     RotateReport,
@@ -71,6 +72,19 @@ def size_words(before: int, after: int) -> str:
             f" ({after / before:.2f} x larger: 'rotq inspect' says what is stored in which dtype)"
         )
     return f"{human_bytes(before)} -> {human_bytes(after)}{ratio}"
+
+
+def calibration_words(calibration: CalibrationSummary) -> str:
+    """How much text the statistics saw: rows, tokens, and tokens for each channel that they are
+    of.
+    """
+    words = f"{calibration.rows} rows, {calibration.tokens:,} tokens"
+    if calibration.channels:
+        words += (
+            f" ({calibration.tokens / calibration.channels:.1f} for each of the"
+            f" {calibration.channels:,} input channels of the widest linear)"
+        )
+    return words
 
 
 def layer_lines(report: Report) -> list[str]:

@@ -20,7 +20,8 @@ from calib.architectures import Wiring, wiring_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import ForwardLoop, forward_loop_over
-from calib.data.tokens import Tokenizer, calibration_rows, clamp_seqlen
+from calib.data.rows import calibration_rows
+from calib.data.tokens import Tokenizer, clamp_seqlen
 from calib.errors import BackendError, CheckpointError
 from calib.fusing import FusedModel
 from calib.fusing.source import SourceTensors
