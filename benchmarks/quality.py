@@ -47,8 +47,11 @@ from calib.progress import silent
 from calib.quantizing.calibrator import Calibrator
 from calib.quantizing.observation import Observed, Wanted, observe
 from calib.quantizing.plan import Quantization
-from calib.rotations.from_capture import online_rotations, ordered_kinds
-from calib.rotations.rotation_set import RotationSet, hadamard_rotations
+from calib.rotations.rotation_set import (
+    RotationSet,
+    hadamard_rotations,
+    ordered_kinds,
+)
 from calib.schemes import (
     INT4,
     INT8,
@@ -274,9 +277,7 @@ class Bench:
         made = hadamard_rotations(
             source.config, source.architecture, kinds, seed=self.arguments.seed
         )
-        # R4 without random signs, as exported
-        online = online_rotations(source.config, source.architecture, kinds)
-        return ordered_kinds(kinds), self.fused(made.merged(online))
+        return ordered_kinds(kinds), self.fused(made)
 
     def auto(self, run: Run) -> tuple[str, Fused]:
         """What the pipeline trains for a scheme and its gate keeps, rounding weights to nearest."""

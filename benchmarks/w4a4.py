@@ -30,9 +30,15 @@ from torch import Tensor, nn
 from calib.capture.storage import Capture
 from calib.fusing import FusedModel, fuse, materialize
 from calib.progress import silent
-from calib.rotations.from_capture import online_rotations, train_rotations
+from calib.rotations.from_capture import train_rotations
 from calib.rotations.objectives import fake_quantize
-from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotations
+from calib.rotations.rotation_set import (
+    Rotation,
+    RotationSet,
+    fused_rotation,
+    hadamard_rotations,
+    online_rotations,
+)
 from calib.rotations.selection import integer_quantizer
 from calib.rotations.train import TrainConfig, train_rotation
 from calib.schemes import Scheme, scheme_named

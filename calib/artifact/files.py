@@ -27,13 +27,17 @@ from calib.artifact.model import (
 from calib.errors import CheckpointError
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
-    scheme_named,
+    scheme_from_dict,
+    scheme_to_dict,
     tensor_scheme_from_dict,
     tensor_scheme_to_dict,
 )
 
 MANIFEST = "quantized_model.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Raised whenever a reader of the version before would misread a folder. 3: the whole scheme instead
+of its name.
+"""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -64,7 +68,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "config": model.config,
-        "scheme": model.scheme.name,
+        "scheme": scheme_to_dict(model.scheme),
         "dtype": str(model.dtype).removeprefix("torch."),
         "linears": {name: linear.description() for name, linear in model.linears.items()},
         "cache": None
@@ -88,7 +92,7 @@ def load_artifact(folder: Path) -> QuantizedModel:
     """Open a saved model by memory map.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete, corrupt, or written by a newer rotq.
+        CheckpointError: the folder is missing, incomplete, corrupt, or of another format version.
         RotationError: its rotations are.
     """
     manifest = _read_manifest(folder)
@@ -128,7 +132,7 @@ def _from_manifest(
     parts |= {smoothing_key(group) for group in smoothing}
     return QuantizedModel(
         config=manifest["config"],
-        scheme=scheme_named(manifest["scheme"]),
+        scheme=scheme_from_dict(manifest["scheme"]),
         dtype=getattr(torch, manifest["dtype"]),
         linears=linears,
         floats={key: tensors[key] for key in tensors if key not in parts},
@@ -209,9 +213,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
         ) from error
     if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
         raise CheckpointError(
-            f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
-            hint="use the rotq that wrote it, or a newer one",
+            f"'{path}' has format version {version}, written by"
+            f" {'an older' if older else 'a newer'} rotq; this one reads version {FORMAT_VERSION}",
+            hint="run `rotq calibrate` again" if older else "use the rotq that wrote it",
         )
     return manifest
 

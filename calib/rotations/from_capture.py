@@ -9,13 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from calib.architectures import KINDS, Architecture
+from calib.architectures import Architecture
 from calib.capture.result import Samples
 from calib.capture.storage import Capture
-from calib.errors import RotationError
 from calib.progress import Progress, silent
 from calib.rotations.joint import unit_rows, with_weight_rows
-from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotation
+from calib.rotations.rotation_set import (
+    Rotation,
+    RotationSet,
+    check_offered,
+    fused_rotation,
+    online_rotations,
+)
 from calib.rotations.selection import CandidateError, CandidateName, Judge, select
 from calib.rotations.train import TrainConfig, TrainResult, train_rotation
 
@@ -110,49 +115,6 @@ def train_rotations(
     return TrainedRotations(
         RotationSet([*rotations, *online_rotations(config, architecture, kinds)]), table
     )
-
-
-def check_offered(kinds: Collection[str], config: Any, architecture: Architecture) -> None:
-    """Refuse what the architecture refuses.
-
-    Raises:
-        RotationError: with the reason.
-    """
-    for kind in kinds:
-        reason = architecture.refusal(kind, config)
-        if reason is not None:
-            raise RotationError(
-                f"{kind.upper()} is refused for {architecture.name}: {reason}",
-                hint=f"leave {kind} out of --rotate",
-            )
-
-
-def online_rotations(
-    config: Any, architecture: Architecture, kinds: Collection[str]
-) -> list[Rotation]:
-    """The online Hadamards among ``kinds``: R3 of order ``head_dim``, R4 of the width each down
-    projection reads.
-    """
-    sizes = architecture.dimensions(config)
-    rotations: list[Rotation] = []
-    for layer in range(sizes.layers):
-        if "r3" in kinds:
-            rotations.append(hadamard_rotation("r3", sizes.head_dim, layer=layer))
-        if "r4" in kinds:
-            widths = {
-                spec.branch: architecture.ffn_width(spec, config)
-                for spec in architecture.ffn_readers(config, layer)
-            }
-            rotations += [
-                hadamard_rotation("r4", width, layer=layer, branch=name)
-                for name, width in widths.items()
-            ]
-    return rotations
-
-
-def ordered_kinds(kinds: Collection[str]) -> str:
-    """``kinds`` as ``--rotate`` writes them: ``r1,r2,r4``, or ``none``."""
-    return ",".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
 def choose(

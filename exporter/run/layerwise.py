@@ -59,7 +59,7 @@ def quantize_layerwise(run: Run, work: Path, folder: Path) -> QuantizedModel:
     recipe, settings = run.recipe, run.recipe.layerwise
     kinds = kinds_of(recipe.rotate)
     wanted = [kind for kind in kinds if kind not in run.given.kinds()]
-    made = hadamard_rotations(run.source.config, run.source.architecture, wanted, seed=recipe.seed)  # type: ignore[arg-type]
+    made = hadamard_rotations(run.source.config, run.source.architecture, wanted, seed=recipe.seed)
     fused = run.fuse(made.merged(run.given.of(kinds).values()), lazy=True)
     with run.stage("calibrate"):
         return quantize_blockwise(

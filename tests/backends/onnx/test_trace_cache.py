@@ -17,7 +17,7 @@ from backends.onnx.trace import TraceRequest, trace
 from backends.onnx.trace_cache import cache_folder, cached_trace, key_of
 from calib.network.skeleton import portable_config
 from calib.progress import silent
-from calib.rotations.rotation_set import hadamard_rotations
+from calib.rotations.rotation_set import RotationSet, hadamard_rotation
 from tests.tiny import CONFIGS, make_tiny, quantize_tiny
 
 Count = Callable[[], int]
@@ -109,8 +109,13 @@ def test_a_damaged_entry_is_made_again(
 
 def test_the_key_holds_all_that_a_trace_depends_on_and_nothing_else() -> None:
     tiny = make_tiny(CONFIGS["llama"]())
+    sizes = tiny.architecture.dimensions(tiny.config)
     rotations = [
-        hadamard_rotations(tiny.config, tiny.architecture, ["r3"], seed=seed) for seed in (1, 2)
+        RotationSet(
+            hadamard_rotation("r3", sizes.head_dim, layer=layer, seed=seed)
+            for layer in range(sizes.layers)
+        )
+        for seed in (1, 2)
     ]
     requests = [
         request("llama"),
