@@ -35,8 +35,8 @@ from calib.schemes import (
 
 MANIFEST = "quantized_model.json"
 FORMAT_VERSION = 3
-"""Raised whenever a reader of the version before would misread a folder. 3: the whole scheme instead
-of its name.
+"""Raised whenever a reader of the version before would misread a folder. 3: the whole scheme, not
+its name.
 """
 SIDE_FILES = (
     "config.json",

@@ -231,9 +231,7 @@ def test_calibrate_uses_files_and_trains_what_they_lack(source: Path, tmp_path: 
     config, architecture = _table_entry(source)
     made = hadamard_rotations(config, architecture, ["r2", "r4"], seed=7)
     # older files have online rotations with signs
-    wanted = made.merged(
-        replace(rotation, seed=7) for rotation in made.values() if rotation.online
-    )
+    wanted = made.merged(replace(rotation, seed=7) for rotation in made.values() if rotation.online)
     save_rotations(wanted, tmp_path / "rotations")
     chosen = recipe(source, rotation__files=[str(tmp_path / "rotations")], rotate="r1,r2,r4")
     quantized = calibrate(chosen, RunOptions(tmp_path / "out")).quantized
