@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from calib.arithmetic.scales import compute_scale, convert_to_scale
     from calib.data.forward_loop import create_forward_loop
     from calib.modelopt.quantize import modelopt_quantize
-    from calib.network.modules import get_submodule
+    from calib.modules.paths import get_submodule
 
 __all__ = [
     "compute_scale",
@@ -28,7 +28,7 @@ _HOMES = {
     "compute_scale": "calib.arithmetic.scales",
     "convert_to_scale": "calib.arithmetic.scales",
     "create_forward_loop": "calib.data.forward_loop",
-    "get_submodule": "calib.network.modules",
+    "get_submodule": "calib.modules.paths",
     "modelopt_quantize": "calib.modelopt.quantize",
 }
 

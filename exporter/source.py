@@ -24,7 +24,7 @@ from calib.data.sources import resolve_source
 from calib.data.splits import split_documents
 from calib.data.tokens import clamp_seqlen, tokenize
 from calib.errors import CheckpointError, DataError
-from calib.network.attention import attention_implementation
+from calib.modules.attention import attention_implementation
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from exporter.recipe import EMBEDDED, Recipe
 

@@ -58,7 +58,9 @@ def save_artifact(model: QuantizedModel, folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(
-        dict(_tensors(model)), folder, filename_pattern="quantized_model{suffix}.safetensors"
+        dict(artifact_tensors(model)),
+        folder,
+        filename_pattern="quantized_model{suffix}.safetensors",
     )
     save_description(model, folder)
 
@@ -80,7 +82,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
         "smoothing": list(model.smoothing),
         "kept": dict(model.kept),
         "provenance": vars(model.provenance),
-        "tensors": sorted(key for key, _ in _tensors(model)),
+        "tensors": sorted(key for key, _ in artifact_tensors(model)),
     }
     save_rotations(model.rotations, folder)
     copy_side_files(model.files, folder)
@@ -106,7 +108,8 @@ def load_artifact(folder: Path) -> QuantizedModel:
         ) from error
 
 
-def _tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
+def artifact_tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a saved model, by the key under which it is stored."""
     yield from model.floats.items()
     for linear in model.linears.values():
         yield from linear.tensors().items()

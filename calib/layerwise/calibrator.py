@@ -30,10 +30,10 @@ from calib.data.batches import Batch
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel
 from calib.layerwise import Block, CalibrationRunner
-from calib.layerwise.protocol import Run
+from calib.layerwise.protocol import RunBlock
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import Calibrator
-from calib.quantizing.observation import Observed, Wanted, observe
+from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
 from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import Smoothing
@@ -43,7 +43,7 @@ from calib.smoothing.smooth import smooth_groups
 
 class BlockCalibrator:
     """Quantizes the linears of one block after the other; see
-    :class:`calib.layerwise.protocol.Calibrator`.
+    :class:`calib.layerwise.protocol.BlockQuantizer`.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class BlockCalibrator:
     def needs_data(self) -> bool:
         """Whether any block has to be run."""
         return self._smoothing is not None or bool(
-            self._calibrator.wanted(list(self._calibrator.quantization.linears))
+            self._calibrator.watchlist(list(self._calibrator.quantization.linears))
         )
 
     def calibrate(
-        self, block: Block, names: Sequence[str], run: Run
+        self, block: Block, names: Sequence[str], run: RunBlock
     ) -> Mapping[str, QuantizedLinear]:
         """Quantize those of ``names`` that are to be quantized."""
         if block.index not in self._extra:
@@ -90,17 +90,7 @@ class BlockCalibrator:
                 self._smooth(block, run, self._smoothing)
             self._observe_cache(block, run)
         chosen = [name for name in names if name in self._calibrator.quantization.linears]
-        wanted = self._calibrator.wanted(chosen, caches=False)
-        local = Wanted(
-            inputs={block.local(name): scheme for name, scheme in wanted.inputs.items()},
-            observer=wanted.observer,
-            moments=[block.local(name) for name in wanted.moments],
-        )
-        seen = observe(block.module, local, run)
-        observed = Observed(
-            limits={f"{block.name}.{name}": limits for name, limits in seen.limits.items()},
-            moments={f"{block.name}.{name}": moment for name, moment in seen.moments.items()},
-        )
+        observed = self._observe(block, chosen, run)
         state = _state(block)
         return {name: self._calibrator.quantized(name, state, observed) for name in chosen}
 
@@ -146,11 +136,26 @@ class BlockCalibrator:
 
         return compute
 
+    def _observe(self, block: Block, names: Sequence[str], run: RunBlock) -> Observed:
+        """What has to be seen of the linears ``names``, by their names in the model."""
+        watchlist = self._calibrator.watchlist(names, caches=False)
+        local = Watchlist(
+            inputs={block.local(name): scheme for name, scheme in watchlist.inputs.items()},
+            observer=watchlist.observer,
+            moments=[block.local(name) for name in watchlist.moments],
+        )
+        observed = observe(block.module, local, run)
+        return Observed(
+            amax={f"{block.name}.{name}": amax for name, amax in observed.amax.items()},
+            limits={f"{block.name}.{name}": limits for name, limits in observed.limits.items()},
+            moments={f"{block.name}.{name}": moment for name, moment in observed.moments.items()},
+        )
+
     def _layer(self, name: str) -> int | None:
         spec = self._calibrator.specs.get(name)
         return None if spec is None else spec.layer
 
-    def _smooth(self, block: Block, run: Run, method: Smoothing) -> None:
+    def _smooth(self, block: Block, run: RunBlock, method: Smoothing) -> None:
         fused = self._calibrator.fused
         schemes = with_parameters(
             self._calibrator.quantization.linears, fused.architecture, fused.config
@@ -168,13 +173,13 @@ class BlockCalibrator:
             smoothing_key(row.name): row.scales for row in rows if row.scales is not None
         }
 
-    def _observe_cache(self, block: Block, run: Run) -> None:
+    def _observe_cache(self, block: Block, run: RunBlock) -> None:
         scheme = self._calibrator.quantization.cache
         if scheme is None:
             return
         attention = block.local(self._calibrator.attentions()[block.index])
-        wanted = Wanted({}, "min_max", caches={block.index: attention})
-        keys, values = observe(block.module, wanted, run).caches[block.index]
+        watchlist = Watchlist({}, "min_max", caches={block.index: attention})
+        keys, values = observe(block.module, watchlist, run).caches[block.index]
         for part, amax in (("key", keys), ("value", values)):
             scale = convert_to_scale(
                 amax, scheme.format.maxbound, dtype=self._calibrator.fused.dtype

@@ -28,7 +28,7 @@ from calib.layerwise.activations import Activations
 from calib.layerwise.blocks import Block, block_name, linear_groups, outside_blocks
 from calib.layerwise.calls import BlockCall, enter
 from calib.layerwise.modules import loaded
-from calib.layerwise.protocol import Calibrator, Q
+from calib.layerwise.protocol import BlockQuantizer, Q
 from calib.layerwise.shards import ShardStore
 from calib.layerwise.walk import Replay, calibrate_at_once, calibrate_in_turn
 from calib.progress import Progress, silent, track
@@ -50,7 +50,7 @@ class CalibrationRunner(Generic[Q]):
         self,
         fused: FusedModel,
         batches: Sequence[Batch],
-        calibrator: Calibrator[Q],
+        calibrator: BlockQuantizer[Q],
         work: Path,
         *,
         max_memory: int = DEFAULT_MAX_MEMORY,

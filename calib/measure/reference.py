@@ -28,11 +28,11 @@ from torch.nn import functional
 from calib.architectures import architecture_for
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.artifact import QuantizedLinear, QuantizedModel
-from calib.network.attention import attend, registered
+from calib.modules.attention import attend, registered
+from calib.modules.paths import set_submodule
 from calib.network.experts import Experts
 from calib.network.gather_experts import gather_experts
 from calib.network.kv_cache import attach_cache
-from calib.network.modules import set_submodule
 from calib.network.online import attach_online
 from calib.network.skeleton import build_skeleton
 from calib.rotations.rotation_set import Rotation, RotationSet

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import CheckpointError
-from calib.network.attention import attention_implementation
-from calib.network.modules import set_submodule
+from calib.modules.attention import attention_implementation
+from calib.modules.paths import set_submodule
 
 _MIXED = "the folder mixes files of two models, or was edited after it was written"
 

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from calib.architectures import Architecture, LinearSpec, Space
 from calib.architectures.experts import expert_index, quantizable_linears
 from calib.arithmetic.grids import Grid
-from calib.arithmetic.inputs import input_grid
+from calib.arithmetic.inputs import input_grid, symmetric_input_grid
 from calib.arithmetic.scales import convert_to_scale
 from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import DataError, QuantizationError
 from calib.fusing import FusedModel, expected_tensors, materialize
+from calib.modules.watch import Run
 from calib.network.skeleton import portable_config
 from calib.progress import Progress, silent, track
 from calib.quantizing.kept import kept_reasons
-from calib.quantizing.observation import Observed, Run, Wanted, observe
+from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
-from calib.schemes import PerBlock, TensorScheme
+from calib.schemes import PerBlock
 from calib.weights.algorithms import algorithm_named
 
 
@@ -60,12 +61,12 @@ def quantize_model(
     calibrator = Calibrator(fused, quantization)
     calibrator.check_blocks()
     observed = Observed()
-    wanted = calibrator.wanted(list(quantization.linears))
-    if wanted:
+    watchlist = calibrator.watchlist(list(quantization.linears))
+    if watchlist:
         if forward_loop is None:
             raise DataError("this quantization needs calibration data", hint="pass a forward loop")
         network: nn.Module = materialize(fused, device=device)
-        observed = observe(network, wanted, forward_loop)
+        observed = observe(network, watchlist, forward_loop)
         del network
     names = track(quantization.linears, "round weights", len(quantization.linears), progress)
     linears = {name: calibrator.quantized(name, fused.state, observed) for name in names}
@@ -102,7 +103,7 @@ class Calibrator:
         """See :func:`check_blocks`."""
         check_blocks(self.quantization, self.fused.architecture, self.fused.config)
 
-    def wanted(self, names: Sequence[str], *, caches: bool = True) -> Wanted:
+    def watchlist(self, names: Sequence[str], *, caches: bool = True) -> Watchlist:
         """What has to be observed to quantize the linears ``names``, and the cache of every layer
         with ``caches``.
         """
@@ -113,7 +114,7 @@ class Calibrator:
             for name in names
             if (scheme := linears[name].input) is not None and scheme.needs_calibration
         }
-        return Wanted(
+        return Watchlist(
             inputs=inputs,
             observer=self.quantization.observer,
             moments=[name for name in names if algorithm.needs_moment and name in self.specs],
@@ -139,7 +140,7 @@ class Calibrator:
                 algorithm = algorithm_named("rtn")
             amax = self._shared_amax(name, state) if scheme.weight.scale_format == "e4m3" else None
             rounded = algorithm.round(weight, moment, scheme.weight, self.fused.dtype, amax=amax)
-            seen = self._input_grid(scheme.input, observed.limits.get(name))
+            grid = self._input_grid(name, observed)
         except QuantizationError as error:
             raise QuantizationError(
                 f"no valid scale for '{name}': {error.message}", hint=error.hint
@@ -151,12 +152,12 @@ class Calibrator:
             weight_scheme=scheme.weight,
             bias=state.get(f"{name}.bias"),
             input_scheme=scheme.input,
-            input_scale=None if seen is None else seen.scale,
+            input_scale=None if grid is None else grid.scale,
             online_rotation=self.online(name),
             weight_zero_point=rounded.grid.zero_point,
             weight_second_scale=rounded.grid.second_level,
             weight_order=rounded.order,
-            input_zero_point=None if seen is None else seen.zero_point,
+            input_zero_point=None if grid is None else grid.zero_point,
         )
 
     def replaced(self, linears: Collection[str]) -> set[str]:
@@ -241,12 +242,16 @@ class Calibrator:
         )
         return beside and linears[name].weight == linears[other].weight
 
-    def _input_grid(
-        self, scheme: TensorScheme | None, limits: tuple[Tensor, Tensor] | None
-    ) -> Grid | None:
-        if scheme is None or limits is None:
+    def _input_grid(self, name: str, observed: Observed) -> Grid | None:
+        """The calibrated part of what the input of ``name`` is rounded to, if there is one."""
+        scheme = self.quantization.linears[name].input
+        if scheme is None:
             return None
-        return input_grid(*limits, scheme, self.fused.dtype)
+        if name in observed.amax:
+            return symmetric_input_grid(observed.amax[name], scheme, self.fused.dtype)
+        if name in observed.limits:
+            return input_grid(*observed.limits[name], scheme, self.fused.dtype)
+        return None
 
     def online(self, name: str) -> str | None:
         """Name of the online rotation that acts on the input of a linear, if one does."""

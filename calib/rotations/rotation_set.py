@@ -135,7 +135,7 @@ def hadamard_rotation(
 
 
 def hadamard_rotations(
-    config: Any, architecture: Architecture, kinds: Collection[str], *, seed: int | None = 0
+    config: Any, architecture: Architecture, kinds: Iterable[str], *, seed: int | None = 0
 ) -> RotationSet:
     """Hadamard rotations of the given kinds for every layer: a start for R1 and R2, and all there
     is to R3 and R4.
@@ -153,7 +153,7 @@ def hadamard_rotations(
     Raises:
         RotationError: a kind is refused for this architecture.
     """
-    sizes = architecture.dimensions(config)
+    kinds, sizes = set(kinds), architecture.dimensions(config)
     rotations: list[Rotation] = []
 
     if "r1" in kinds and architecture.norm_kind == "layer":

@@ -16,7 +16,7 @@ from calib.architectures import LinearSpec
 from calib.capture.workspace import Workspace, accumulator_device
 from calib.data.batches import Batch
 from calib.errors import QuantizationError
-from calib.network.modules import get_submodule
+from calib.modules.paths import get_submodule
 from calib.progress import Progress, silent
 from calib.stats.moments import MomentAccumulator, MomentStatistics, float64_chunks
 from calib.stats.observe import observe

@@ -13,6 +13,7 @@ import torch
 
 from calib.architectures.experts import with_parameters
 from calib.artifact import QuantizedModel
+from calib.artifact.files import artifact_tensors
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
 from calib.errors import QuantizationError
@@ -88,7 +89,7 @@ def assert_same(found: QuantizedModel, expected: QuantizedModel) -> None:
     assert list(found.linears) == list(expected.linears)
     assert found.schemes() == expected.schemes()
     assert found.kept == expected.kept
-    tensors, wanted = dict(found._tensors()), dict(expected._tensors())
+    tensors, wanted = dict(artifact_tensors(found)), dict(artifact_tensors(expected))
     assert tensors.keys() == wanted.keys()
     for key, tensor in tensors.items():
         assert tensor.dtype == wanted[key].dtype, key
