@@ -24,7 +24,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from backends.onnx import placeholders
 from backends.onnx import trace as tracing
 from backends.onnx.trace import TraceRequest, trace
-from calib.network import attention, online, skeleton
+from calib.modules import attention
+from calib.network import online, skeleton
 from calib.progress import Progress
 from calib.rotations import hadamard, rotation_set
 

@@ -28,7 +28,7 @@ from calib.architectures import Architecture, architecture_for
 from calib.architectures.experts import quantizable_linears
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.fusing import expected_tensors
+from calib.fusing import oriented_shapes
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 from calib.schemes import LinearScheme, PerBlock, TensorScheme
@@ -44,14 +44,6 @@ def source_model(config: Mapping[str, Any]) -> tuple[Any, Architecture]:
 
     found = AutoConfig.for_model(**config)
     return found, architecture_for(found)
-
-
-def transposed_weights(config: Mapping[str, Any]) -> frozenset[str]:
-    """Keys of the weights that transformers stores ``[in, out]`` (Conv1D)."""
-    found, architecture = source_model(config)
-    return frozenset(
-        spec.weight for spec in architecture.all_linears(found) if spec.layout == "conv1d"
-    )
 
 
 def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
@@ -130,14 +122,11 @@ def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
     embeddings.
     """
     found, architecture = source_model(config)
-    shapes = expected_tensors(found)
+    shapes = oriented_shapes(architecture, found)
     specs = {spec.name: spec for spec in architecture.all_linears(found)} | quantizable_linears(
         architecture, found
     )
-    widths = {
-        name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1]
-        for name, spec in specs.items()
-    }
+    widths = {name: shapes[spec.weight][-1] for name, spec in specs.items()}
     return widths | {table.name: shapes[table.weight][-1] for table in architecture.embeddings}
 
 

@@ -116,6 +116,15 @@ class Architecture:
         """Names of the 3-D expert parameters ``[experts, out, in]``; empty for dense models."""
         return [spec.name for spec in self.all_linears(config) if spec.layout == "experts"]
 
+    def turned_weights(self, config: Any) -> frozenset[str]:
+        """Keys of the weights that the module tree stores ``[in, out]`` (GPT-2's Conv1D).
+
+        Everywhere else a weight is ``[out, in]``; see :mod:`calib.network.layout`.
+        """
+        return frozenset(
+            spec.weight for spec in self.all_linears(config) if spec.layout == "conv1d"
+        )
+
     def norm_names(self, config: Any) -> list[str]:
         """Module names of the norms whose gain :func:`calib.fusing.fuse` folds away, the final norm
         last.

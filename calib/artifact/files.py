@@ -36,7 +36,7 @@ from calib.schemes import (
 MANIFEST = "quantized_model.json"
 FORMAT_VERSION = 3
 """Raised whenever a reader of the version before would misread a folder. 3: the whole scheme, not
-its name.
+its name; float weights of linears [out, in].
 """
 SIDE_FILES = (
     "config.json",
@@ -110,7 +110,8 @@ def load_artifact(folder: Path) -> QuantizedModel:
 
 def artifact_tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a saved model, by the key under which it is stored."""
-    yield from model.floats.items()
+    for key, tensor in model.floats.items():
+        yield key, tensor.contiguous()
     for linear in model.linears.values():
         yield from linear.tensors().items()
     if model.cache is not None:

@@ -164,7 +164,7 @@ class QuantizedModel:
         linears: by module name, in topological order; an embedding that was asked for is one of
             them.
         floats: every other tensor of the model by its checkpoint key: embeddings, norms, float
-            linears.
+            linears, whose weights are ``[out, in]`` as well.
         kept: linears left in float, with the reason.
         rotations: all rotations, folded and online.
         provenance: where it came from.

@@ -31,6 +31,8 @@ from calib.errors import QuantizationError
 from calib.fusing import FusedModel
 from calib.layerwise import Block, CalibrationRunner
 from calib.layerwise.protocol import RunBlock
+from calib.modules.paths import weight_of
+from calib.network.layout import StockTensors, oriented
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import Calibrator
 from calib.quantizing.observation import Observed, Watchlist, observe
@@ -91,7 +93,7 @@ class BlockCalibrator:
             self._observe_cache(block, run)
         chosen = [name for name in names if name in self._calibrator.quantization.linears]
         observed = self._observe(block, chosen, run)
-        state = _state(block)
+        state = self._state(block)
         return {name: self._calibrator.quantized(name, state, observed) for name in chosen}
 
     def tensors(self, quantized: QuantizedLinear) -> Mapping[str, Tensor]:
@@ -111,12 +113,7 @@ class BlockCalibrator:
         self, quantized: QuantizedLinear, linear: nn.Module, w_quant: bool, a_quant: bool
     ) -> Callable[[Tensor], Tensor]:
         """The linear as the quantized model computes it, in the dtype of the block."""
-        weight = (
-            linear.weight
-            if self._calibrator.specs[quantized.name].layout != "conv1d"
-            else linear.weight.T
-        )
-        assert isinstance(weight, Tensor)
+        weight = weight_of(linear)
         used = quantized.values().to(weight) if w_quant else weight
         scale = (
             None
@@ -164,14 +161,21 @@ class BlockCalibrator:
         statistics = observe_channels(
             block.module, groups, run, moments=method.needs_moment, prefix=f"{block.name}."
         )
-        state = _state(block)
+        state = self._state(block)
         rows = smooth_groups(state, groups, method, statistics, schemes, fused.architecture)
+        stock = StockTensors(state, fused.architecture, fused.config)
         block.module.load_state_dict(
-            {block.local(key): tensor for key, tensor in state.items()}, assign=True
+            {block.local(key): tensor for key, tensor in stock.items()}, assign=True
         )
         self._extra[block.index] |= {
             smoothing_key(row.name): row.scales for row in rows if row.scales is not None
         }
+
+    def _state(self, block: Block) -> dict[str, Tensor]:
+        """The tensors of a block by their names in the model."""
+        fused = self._calibrator.fused
+        state = block.module.state_dict(prefix=f"{block.name}.")
+        return oriented(state, fused.architecture, fused.config)
 
     def _observe_cache(self, block: Block, run: RunBlock) -> None:
         scheme = self._calibrator.quantization.cache
@@ -294,8 +298,3 @@ def _assembled(
     )
     floats = {key: tensors[key] for key in tensors if key not in parts}
     return calibrator.model(linears, floats, cache, provenance, files, smoothing=scales)
-
-
-def _state(block: Block) -> dict[str, Tensor]:
-    """The tensors of a block by their names in the model."""
-    return block.module.state_dict(prefix=f"{block.name}.")

@@ -31,6 +31,7 @@ from calib.layerwise.modules import loaded
 from calib.layerwise.protocol import BlockQuantizer, Q
 from calib.layerwise.shards import ShardStore
 from calib.layerwise.walk import Replay, calibrate_at_once, calibrate_in_turn
+from calib.network.layout import StockTensors, oriented
 from calib.progress import Progress, silent, track
 
 DEFAULT_MAX_MEMORY = 2 << 30
@@ -99,6 +100,7 @@ class CalibrationRunner(Generic[Q]):
         self._progress = progress
         self._layers = fused.architecture.dimensions(fused.config).layers
         self._model: Any = unloaded(fused)
+        self._stock = StockTensors(fused.state, fused.architecture, fused.config)
         self._calls: dict[torch.Size, list[BlockCall]] = {}
         self._inputs: Activations | None = None
         self.shards = ShardStore(work, resume=resume)
@@ -161,7 +163,7 @@ class CalibrationRunner(Generic[Q]):
         blocks = [self._model.get_submodule(self._name(index)) for index in range(self._layers)]
         head = f"{self._fused.architecture.head.name}."
         names = [name for name in self._outside() if not name.startswith(head)]
-        with loaded(self._model, self._fused.state, names):
+        with loaded(self._model, self._stock, names):
             for batch in self._batches:
                 if have and batch.input_ids.shape in self._calls:
                     continue
@@ -177,7 +179,7 @@ class CalibrationRunner(Generic[Q]):
         own = [key for key in self._fused.state if key.startswith(f"{name}.")]
         groups = linear_groups(self._fused.architecture, self._fused.config, index)
         outputs = self._activations(index + 1) if index + 1 < self._layers else None
-        with loaded(self._model, self._fused.state, own):
+        with loaded(self._model, self._stock, own):
             block = Block(index, name, self._model.get_submodule(name).to(device))
             calls = [self._calls[batch.input_ids.shape][index] for batch in self._batches]
             replay = Replay(block, self._inputs, calls, device)
@@ -199,7 +201,11 @@ class CalibrationRunner(Generic[Q]):
         """What is stored of a block: its float tensors as the calibrator has left them, and the
         quantized linears.
         """
-        state = block.module.state_dict(prefix=f"{block.name}.")
+        state = oriented(
+            block.module.state_dict(prefix=f"{block.name}."),
+            self._fused.architecture,
+            self._fused.config,
+        )
         replaced = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
         # the 3-D parameter that an expert belongs to
         replaced |= {name.rpartition(".")[0] for name in quantized}

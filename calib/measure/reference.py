@@ -33,6 +33,7 @@ from calib.modules.paths import set_submodule
 from calib.network.experts import Experts
 from calib.network.gather_experts import gather_experts
 from calib.network.kv_cache import attach_cache
+from calib.network.layout import StockTensors
 from calib.network.online import attach_online
 from calib.network.skeleton import build_skeleton
 from calib.rotations.rotation_set import Rotation, RotationSet
@@ -116,7 +117,8 @@ def build_reference(
             rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
             modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum, dtype=dtype)
     gather_experts(modules, floats, architecture, config, model.rotations)
-    network = build_skeleton(model.config, floats, skip=set(modules))
+    stock = StockTensors(floats, architecture, config)
+    network = build_skeleton(model.config, stock, skip=set(modules))
     for name, module in modules.items():
         set_submodule(network, name, module)
     within = (

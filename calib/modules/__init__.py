@@ -10,6 +10,7 @@ from calib.modules.paths import (
     is_linear,
     linears_but_head,
     set_submodule,
+    weight_of,
 )
 from calib.modules.watch import Run, Watch, watching
 
@@ -22,4 +23,5 @@ __all__ = [
     "linears_but_head",
     "set_submodule",
     "watching",
+    "weight_of",
 ]

@@ -20,7 +20,7 @@ from calib.arithmetic.inputs import input_grid, symmetric_input_grid
 from calib.arithmetic.scales import convert_to_scale
 from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import DataError, QuantizationError
-from calib.fusing import FusedModel, expected_tensors, materialize
+from calib.fusing import FusedModel, materialize, oriented_shapes
 from calib.modules.watch import Run
 from calib.network.skeleton import portable_config
 from calib.progress import Progress, silent, track
@@ -205,14 +205,11 @@ class Calibrator:
         )
 
     def _weight(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        """The weight ``[out, in]``; transformers' Conv1D stores the transpose, and an expert may be
-        a slice.
-        """
+        """The weight ``[out, in]``; an expert may be a slice."""
         spec = self.specs.get(name)
         if spec is not None and spec.weight in state and spec.layout == "experts":
             return state[spec.weight][expert_index(name)]
-        stored = state[f"{name}.weight"]
-        return stored.T if spec is not None and spec.layout == "conv1d" else stored
+        return state[f"{name}.weight"]
 
     def _shared_amax(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         """Largest magnitude in the weights of ``name`` and of those that runtimes merge with it,
@@ -274,15 +271,14 @@ def check_blocks(quantization: Quantization, architecture: Architecture, config:
     Raises:
         QuantizationError: naming every linear whose width is not.
     """
-    shapes, specs = expected_tensors(config), _specs(architecture, config)
+    shapes, specs = oriented_shapes(architecture, config), _specs(architecture, config)
     bad: dict[str, tuple[int, int]] = {}
     for name, scheme in quantization.linears.items():
         granularity = scheme.weight.granularity
         if scheme.weight.scale_format == "compute" or not isinstance(granularity, PerBlock):
             continue
         spec = specs.get(name)  # an embedding has none
-        conv1d = spec is not None and spec.layout == "conv1d"
-        width = shapes[f"{name}.weight" if spec is None else spec.weight][0 if conv1d else -1]
+        width = shapes[f"{name}.weight" if spec is None else spec.weight][-1]
         if width % granularity.size:
             bad[name if spec is None else spec.name] = (width, granularity.size)
     if bad:

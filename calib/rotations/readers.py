@@ -28,7 +28,7 @@ def residual_rows(
     if there is none.
 
     Args:
-        state: tensors of the norm-folded model by their names in the module tree.
+        state: tensors of the norm-folded model.
         config: its Hugging Face config.
         architecture: its table entry.
     """
@@ -50,7 +50,7 @@ def value_rows(
     entries of one token do in captured samples.
 
     Args:
-        state: tensors of the norm-folded model by their names in the module tree.
+        state: tensors of the norm-folded model.
         config: its Hugging Face config.
         architecture: its table entry.
     """
@@ -74,7 +74,7 @@ def _weights(
     topological order.
     """
     return [
-        state[spec.weight].T if spec.layout == "conv1d" else state[spec.weight]
+        state[spec.weight]
         for spec in architecture.all_linears(config)
         if spec.reads is space and spec.quantizable and spec.layout != "experts"
     ]

@@ -70,7 +70,7 @@ class ModelOptLayout:
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
             for stored, part in names.stored(key, tensor):
-                yield _float(stored, part, turned=_turned(key, names))
+                yield _float(stored, part)
         merged = _merged(model, names)
         for linear in model.linears.values():
             for module, rows in names.rows(linear):
@@ -130,11 +130,7 @@ class ModelOptLayout:
         }
         for layer in range(names.architecture.dimensions(names.config).layers):
             skipped.update(_cache_keys(names, layer))
-        found = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
-        return {
-            key: tensor.T.contiguous() if _turned(key, names) else tensor
-            for key, tensor in found.items()
-        }
+        return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -199,21 +195,8 @@ def _group(name: str, names: Names) -> str:
     return name.rpartition(".")[0] if beside else name
 
 
-def _float(key: str, tensor: Tensor, *, turned: bool) -> Entry:
-    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
-    return Entry(
-        key,
-        "float weight",
-        tensor.dtype,
-        shape,
-        lambda: (tensor.T if turned else tensor).contiguous(),
-    )
-
-
-def _turned(key: str, names: Names) -> bool:
-    """Whether the float tensor ``key`` of the source model is stored transposed."""
-    module, _, part = key.rpartition(".")
-    return part == "weight" and names.transposed(module)
+def _float(key: str, tensor: Tensor) -> Entry:
+    return Entry(key, "float weight", tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
 
 def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class _Names:
     tables: frozenset[str]
     """Embeddings, which are not transposed."""
     upright: frozenset[str]
-    """Weights that Hugging Face has ``[out, in]`` and the bundle transposed."""
+    """Weights that the artifact has ``[out, in]`` and the bundle transposed."""
     attentions: Mapping[int, str]
 
     @classmethod
@@ -72,7 +72,7 @@ class _Names:
         layers = architecture.dimensions(found).layers
         return cls(
             frozenset(table.name for table in architecture.embeddings),
-            frozenset(spec.weight for spec in specs if spec.layout == "linear"),
+            frozenset(spec.weight for spec in specs if spec.layout != "experts"),
             {layer: architecture.attention.replace("{i}", str(layer)) for layer in range(layers)},
         )
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backends.safetensors.source import rotated_modules, source_model, transposed_weights
+from backends.safetensors.source import rotated_modules, source_model
 from backends.safetensors.tripy.layout import tripy_dtype
 from calib.architectures import Architecture
-from calib.fusing import expected_tensors
+from calib.fusing import oriented_shapes
 from calib.schemes import LinearScheme, PerBlock, PerChannel, TensorScheme, tensor_scheme_from_dict
 
 Shapes = Mapping[str, Sequence[int]]
@@ -77,11 +77,7 @@ def plan_of_config(
     rotations.
     """
     found, architecture = source_model(config)
-    flipped = transposed_weights(config)
-    shapes = {
-        key: tuple(reversed(shape)) if key in flipped else tuple(shape)
-        for key, shape in expected_tensors(found).items()
-    }
+    shapes = oriented_shapes(architecture, found)
     schemes = {} if scheme is None else dict.fromkeys(architecture.linear_names(found), scheme)
     return ModulePlan(found, dtype, _linears(found, architecture, shapes, schemes))
 
