@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from calib.architectures.architecture import Architecture, Refusal
+from calib.architectures.experts import quantizable_linears
+from calib.architectures.groups import merged_linears, reading_groups
 from calib.architectures.lookup import architecture_for, supported_model_types
 from calib.architectures.spec import (
     KINDS,
@@ -31,5 +33,8 @@ __all__ = [
     "Site",
     "Space",
     "architecture_for",
+    "merged_linears",
+    "quantizable_linears",
+    "reading_groups",
     "supported_model_types",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from calib.architectures import Architecture, LinearSpec
+from calib.architectures.architecture import Architecture
+from calib.architectures.spec import LinearSpec
 from calib.schemes import LinearScheme
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from calib.artifact.model import (
     LINEAR_PARTS,
+    OPTIONAL_PARTS,
     Provenance,
     QuantizedCache,
     QuantizedLinear,
@@ -152,7 +153,7 @@ def _from_manifest(
 def _read_linear(
     name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> QuantizedLinear:
-    optional = {part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]}
+    optional = {part: tensors.get(f"{name}.{part}") for part in OPTIONAL_PARTS}
     return QuantizedLinear(
         name=name,
         weight=tensors[f"{name}.weight"],

@@ -18,7 +18,13 @@ from torch.nn import functional
 from calib.architectures.experts import with_parameters
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.arithmetic.scales import convert_to_scale
-from calib.artifact import LINEAR_PARTS, Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.artifact import (
+    OPTIONAL_PARTS,
+    Provenance,
+    QuantizedCache,
+    QuantizedLinear,
+    QuantizedModel,
+)
 from calib.artifact.files import (
     ShardedTensors,
     cache_key,
@@ -275,7 +281,7 @@ def _assembled(
             online_rotation=calibrator.online(name),
             weight=tensors[f"{name}.weight"],
             weight_scale=tensors[f"{name}.weight_scale"],
-            **{part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]},
+            **{part: tensors.get(f"{name}.{part}") for part in OPTIONAL_PARTS},
         )
         for name, scheme in quantization.linears.items()
     }

@@ -21,11 +21,12 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from calib.architectures.groups import reading_groups
 from calib.data.batches import Batch
 from calib.errors import CheckpointError, DataError
 from calib.fusing import FusedModel, unloaded
 from calib.layerwise.activations import Activations
-from calib.layerwise.blocks import Block, block_name, linear_groups, outside_blocks
+from calib.layerwise.blocks import Block, block_name, outside_blocks
 from calib.layerwise.calls import BlockCall, enter
 from calib.layerwise.modules import loaded
 from calib.layerwise.protocol import BlockQuantizer, Q
@@ -177,7 +178,7 @@ class CalibrationRunner(Generic[Q]):
         assert self._inputs is not None  # layerwise_calibration prepares
         name = self._name(index)
         own = [key for key in self._fused.state if key.startswith(f"{name}.")]
-        groups = linear_groups(self._fused.architecture, self._fused.config, index)
+        groups = reading_groups(self._fused.architecture, self._fused.config, index)
         outputs = self._activations(index + 1) if index + 1 < self._layers else None
         with loaded(self._model, self._stock, own):
             block = Block(index, name, self._model.get_submodule(name).to(device))

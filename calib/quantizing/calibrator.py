@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from calib.architectures import Architecture, LinearSpec, Space
 from calib.architectures.experts import expert_index, quantizable_linears
+from calib.architectures.groups import merged_linears
 from calib.arithmetic.grids import Grid
 from calib.arithmetic.inputs import input_grid, symmetric_input_grid
 from calib.arithmetic.scales import convert_to_scale
@@ -24,11 +25,13 @@ from calib.fusing import FusedModel, materialize, oriented_shapes
 from calib.modules.watch import Run
 from calib.network.skeleton import portable_config
 from calib.progress import Progress, silent, track
-from calib.quantizing.kept import kept_reasons
 from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
 from calib.schemes import PerBlock
 from calib.weights.algorithms import algorithm_named
+
+KEPT_HEAD = "output head: float unless asked for"
+KEPT_ROUTER = "router or gate: decides which experts run, and is tiny"
 
 
 def quantize_model(
@@ -219,25 +222,19 @@ class Calibrator:
         one second level of scales. ModelOpt's export gives them one as well
         (``preprocess_linear_fusion``).
         """
-        merged = [other for other in self.quantization.linears if self._are_merged(name, other)]
+        linears = self.quantization.linears
+        beside = [
+            other
+            for other in self._merged.get(name, (name,))
+            if other in linears and linears[other].weight == linears[name].weight
+        ]
         return torch.stack(
-            [self._weight(other, state).detach().abs().amax().float() for other in merged]
+            [self._weight(other, state).detach().abs().amax().float() for other in beside]
         ).amax()
 
-    def _are_merged(self, name: str, other: str) -> bool:
-        """Whether runtimes make one matrix of two linears: both read the residual stream within one
-        module.
-        """
-        if name == other:
-            return True
-        if name.rpartition(".")[0] != other.rpartition(".")[0]:
-            return False
-        specs, linears = [self.specs.get(each) for each in (name, other)], self.quantization.linears
-        beside = all(
-            spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL
-            for spec in specs
-        )
-        return beside and linears[name].weight == linears[other].weight
+    @cached_property
+    def _merged(self) -> dict[str, tuple[str, ...]]:
+        return merged_linears(self.fused.architecture, self.fused.config)
 
     def _input_grid(self, name: str, observed: Observed) -> Grid | None:
         """The calibrated part of what the input of ``name`` is rounded to, if there is one."""
@@ -290,6 +287,19 @@ def check_blocks(quantization: Quantization, architecture: Architecture, config:
                 " fixed blocks"
             ),
         )
+
+
+def kept_reasons(fused: FusedModel, quantized: Collection[str]) -> dict[str, str]:
+    """Why each linear that is not in ``quantized`` stays in float, by module name.
+
+    A 3-D expert parameter is quantized where its experts are, which have names of their own.
+    """
+    head = fused.architecture.head.name
+    return {
+        spec.name: KEPT_HEAD if spec.name == head else KEPT_ROUTER
+        for spec in fused.architecture.all_linears(fused.config)
+        if spec.name not in quantized and f"{spec.name}.0" not in quantized
+    }
 
 
 def _specs(architecture: Architecture, config: Any) -> dict[str, LinearSpec]:

@@ -22,7 +22,7 @@ from backends.safetensors.modelopt.rules import rotation_refusal
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
-from calib.architectures import Space
+from calib.architectures.groups import merged_linears
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
@@ -178,21 +178,14 @@ def _check(model: QuantizedModel) -> None:
 
 
 def _merged(model: QuantizedModel, names: Names) -> dict[str, list[QuantizedLinear]]:
-    """By linear, those that readers make one matrix of: all that read the residual stream within
-    one module.
-
-    An expert's gate and up are one linear here as well.
-    """
-    groups: dict[str, list[QuantizedLinear]] = {}
-    for name, linear in model.linears.items():
-        groups.setdefault(_group(name, names), []).append(linear)
-    return {name: groups[_group(name, names)] for name in model.linears}
-
-
-def _group(name: str, names: Names) -> str:
-    spec = names.specs.get(name)
-    beside = spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL
-    return name.rpartition(".")[0] if beside else name
+    """By linear, those that readers make one matrix of."""
+    beside = merged_linears(names.architecture, names.config)
+    return {
+        name: [
+            model.linears[other] for other in beside.get(name, (name,)) if other in model.linears
+        ]
+        for name in model.linears
+    }
 
 
 def _float(key: str, tensor: Tensor) -> Entry:
