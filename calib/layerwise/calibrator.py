@@ -9,6 +9,7 @@ here, and nothing compared: both would need the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from calib.errors import QuantizationError
 from calib.fusing import FusedModel
 from calib.layerwise import Block, CalibrationRunner
 from calib.layerwise.protocol import RunBlock
+from calib.layerwise.runner import DEFAULT_MAX_MEMORY
 from calib.modules.paths import weight_of
 from calib.network.layout import StockTensors, oriented
 from calib.progress import Progress, silent
@@ -197,6 +199,28 @@ class BlockCalibrator:
             self._extra[block.index][cache_key(block.index, part)] = scale
 
 
+@dataclass(frozen=True)
+class WalkSettings:
+    """How :func:`quantize_blockwise` walks the blocks."""
+
+    device: torch.device | str = "cpu"
+    """Where blocks run."""
+    asym: bool = False
+    """Calibrate each linear on what the quantized ones before it give."""
+    w_quant: bool = True
+    """With ``asym``, round the weights of those."""
+    a_quant: bool = True
+    """With ``asym``, round the inputs of those."""
+    max_memory: int = DEFAULT_MAX_MEMORY
+    """Bytes of hidden states held in memory."""
+    resume: bool = False
+    """Go on with what the work folder holds."""
+    resumable: bool = True
+    """Write all hidden states to disk, so that a later run can go on."""
+    depends_on: Mapping[str, str] = field(default_factory=dict)
+    """What the result depends on beside the model, the batches and all this, by name."""
+
+
 def quantize_blockwise(
     fused: FusedModel,
     quantization: Quantization,
@@ -207,14 +231,7 @@ def quantize_blockwise(
     *,
     smoothing: Smoothing | None = None,
     files: Mapping[str, Path] | None = None,
-    device: torch.device | str = "cpu",
-    asym: bool = False,
-    w_quant: bool = True,
-    a_quant: bool = True,
-    max_memory: int,
-    resume: bool = False,
-    resumable: bool = True,
-    settings: Mapping[str, str] | None = None,
+    walk: WalkSettings | None = None,
     progress: Progress = silent,
 ) -> QuantizedModel:
     """Quantize a model block by block into ``folder``, with no more than a block of it in memory.
@@ -228,14 +245,7 @@ def quantize_blockwise(
         folder: empty folder that becomes the saved model, on the same disk as ``work``.
         smoothing: what moves outliers from inputs into weights, if anything.
         files: side files of the checkpoint, copied into the result.
-        device: where blocks run.
-        asym: calibrate each linear on what the quantized ones before it give.
-        w_quant: with ``asym``, round the weights of those.
-        a_quant: with ``asym``, round the inputs of those.
-        max_memory: bytes of hidden states held in memory.
-        resume: go on with what ``work`` holds.
-        resumable: write all hidden states to disk, so that a later run can go on.
-        settings: what the result depends on beside all this.
+        walk: how the blocks are walked; :class:`WalkSettings` by default.
         progress: called after every block.
 
     Returns:
@@ -244,19 +254,21 @@ def quantize_blockwise(
     Raises:
         QuantizationError, OutputError, CheckpointError: as the parts do.
     """
+    walk = walk or WalkSettings()
     calibrator = BlockCalibrator(fused, quantization, smoothing)
     runner = CalibrationRunner(
         fused,
-        batches if asym or calibrator.needs_data else [],
+        batches if walk.asym or calibrator.needs_data else [],
         calibrator,
         work,
-        max_memory=max_memory,
-        resume=resume,
-        resumable=resumable,
-        settings=settings,
+        max_memory=walk.max_memory,
+        resume=walk.resume,
+        resumable=walk.resumable,
+        settings=walk.depends_on,
         progress=progress,
     )
-    runner.layerwise_calibration(device, asym, w_quant, a_quant)
+    runner.layerwise_calibration(walk.device, walk.asym, walk.w_quant, walk.a_quant)
+
     for path in runner.shards.paths():
         (folder / path.name).hardlink_to(path)
     model = _assembled(fused, quantization, ShardedTensors(folder), provenance, files or {})

@@ -18,13 +18,13 @@ from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel, fuse, materialize
-from calib.layerwise.calibrator import quantize_blockwise
+from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
 from calib.measure.reference import build_reference
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import Quantization, resolve
 from calib.schemes import scheme_named
 from calib.smoothing.groups import groups_of
-from calib.smoothing.methods import smoothing_named
+from calib.smoothing.methods import Smoothing, smoothing_named
 from calib.smoothing.observe import observe_channels
 from calib.smoothing.smooth import smooth
 from tests.tiny import CONFIGS, PROVENANCE, Tiny, make_tiny, token_rows
@@ -70,7 +70,13 @@ def prepared(
     return held, lazy, resolve(scheme_named(scheme), tiny.architecture, held.config, **settings)
 
 
-def blockwise(lazy: FusedModel, how: Quantization, folder: Path, **settings: Any) -> QuantizedModel:
+def blockwise(
+    lazy: FusedModel,
+    how: Quantization,
+    folder: Path,
+    smoothing: Smoothing | None = None,
+    **settings: Any,
+) -> QuantizedModel:
     (folder / "out").mkdir(parents=True)
     batches = length_batches(token_rows(), 4)
     return quantize_blockwise(
@@ -80,8 +86,8 @@ def blockwise(lazy: FusedModel, how: Quantization, folder: Path, **settings: Any
         PROVENANCE,
         folder / "work",
         folder / "out",
-        max_memory=2**20,
-        **settings,
+        smoothing=smoothing,
+        walk=WalkSettings(max_memory=2**20, **settings),
     )
 
 
@@ -180,9 +186,7 @@ def test_asym_sees_the_quantized_model(name: str, tmp_path: Path) -> None:
 def test_weights_alone_need_no_batch(tmp_path: Path) -> None:
     held, lazy, how = prepared("llama", "int4-weight-only", {})
     (tmp_path / "out").mkdir()
-    found = quantize_blockwise(
-        lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out", max_memory=2**20
-    )
+    found = quantize_blockwise(lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out")
     assert_same(found, quantize_model(held, how, None, PROVENANCE))
 
 
