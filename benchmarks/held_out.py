@@ -35,7 +35,8 @@ from calib.progress import silent
 from calib.rotations.from_capture import choose
 from calib.rotations.rotation_set import RotationSet
 from calib.rotations.selection import Judge, candidates, relative_error
-from calib.rotations.train import TrainConfig, train_rotation
+from calib.rotations.train import train_rotation
+from calib.rotations.train_config import TrainConfig
 from calib.schemes import INT4, INT8, PerBlock, PerTensor, PerToken, TensorScheme
 from exporter.commands.export import Run
 from exporter.recipe import load_recipe

@@ -45,10 +45,13 @@ from calib.measure.perplexity import Comparison, LogitsFunction, compare_logits,
 from calib.measure.reference import build_reference
 from calib.progress import silent
 from calib.quantizing.calibrator import Calibrator
-from calib.quantizing.observation import Observed, Wanted, observe
+from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
-from calib.rotations.from_capture import online_rotations, ordered_kinds
-from calib.rotations.rotation_set import RotationSet, hadamard_rotations
+from calib.rotations.rotation_set import (
+    RotationSet,
+    hadamard_rotations,
+    ordered_kinds,
+)
 from calib.schemes import (
     INT4,
     INT8,
@@ -147,11 +150,10 @@ class Fused:
             channels.update(observe_channels(module, self.groups, self.loop))
 
         network: nn.Module = materialize(self.model)
-        found = observe(
-            network, Wanted(dict.fromkeys(names, PER_TENSOR), "min_max", moments=names), run
-        )
-        moments = {group.name: found.moments[group.observed_at] for group in self.groups}
-        return found, {
+        watchlist = Watchlist(dict.fromkeys(names, PER_TENSOR), "min_max", moments=names)
+        observed = observe(network, watchlist, run)
+        moments = {group.name: observed.moments[group.observed_at] for group in self.groups}
+        return observed, {
             name: replace(inputs, moment=moments[name]) for name, inputs in channels.items()
         }
 
@@ -162,14 +164,14 @@ class Fused:
         found, (inputs, channels) = smoothing_named(method), self.seen
         assert found is not None
         model, _ = smooth(self.model, found, channels, quantization.linears)
-        limits, moments = dict(inputs.limits), dict(inputs.moments)
+        magnitudes, moments = dict(inputs.amax), dict(inputs.moments)
         for group in self.groups:
             s, before = group.expanded(model.smoothing[group.name]), channels[group.name]
             assert before.moment is not None
             amax = (before.amax / s).amax().float()
-            limits |= dict.fromkeys(group.reader_names, (-amax, amax))
+            magnitudes |= dict.fromkeys(group.reader_names, amax)
             moments |= dict.fromkeys(group.reader_names, before.moment / s / s[:, None])
-        return Fused(model, self.loop, (Observed(limits, moments), {}))
+        return Fused(model, self.loop, (Observed(magnitudes, moments=moments), {}))
 
     def quantize(self, quantization: Quantization) -> QuantizedModel:
         """What :func:`calib.quantizing.calibrator.quantize_model` makes, of statistics that all
@@ -177,7 +179,7 @@ class Fused:
         """
         calibrator, state = Calibrator(self.model, quantization), self.model.state
         names = list(quantization.linears)
-        observed = self.seen[0] if calibrator.wanted(names) else Observed()
+        observed = self.seen[0] if calibrator.watchlist(names) else Observed()
         linears = {name: calibrator.quantized(name, state, observed) for name in names}
         parts = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
         floats = {key: tensor for key, tensor in state.items() if key not in parts}
@@ -272,9 +274,7 @@ class Bench:
         source = self.first.source
         kinds = [kind for kind in KINDS if source.wiring.refusal(kind) is None]
         made = hadamard_rotations(source.wiring, kinds, seed=self.arguments.seed)
-        # R4 without random signs, as exported
-        online = online_rotations(source.wiring, kinds)
-        return ordered_kinds(kinds), self.fused(made.merged(online))
+        return ordered_kinds(kinds), self.fused(made)
 
     def auto(self, run: Run) -> tuple[str, Fused]:
         """What the pipeline trains for a scheme and its gate keeps, rounding weights to nearest."""

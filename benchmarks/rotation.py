@@ -41,7 +41,8 @@ from calib.rotations.hadamard import hadamard_matrix
 from calib.rotations.objectives import ActivationScheme, make_objective, scheme_error
 from calib.rotations.optimizers import Problem, QrStepper, Stepper
 from calib.rotations.polar import project_orthogonal
-from calib.rotations.train import TrainConfig, make_stepper
+from calib.rotations.train import make_stepper
+from calib.rotations.train_config import TrainConfig
 
 SCHEMES = {
     "int8 static": ActivationScheme(8, granularity="tensor"),

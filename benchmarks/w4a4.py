@@ -31,11 +31,18 @@ from calib.capture.storage import Capture
 from calib.data.rows import RowSplits
 from calib.fusing import FusedModel, fuse, materialize
 from calib.progress import silent
-from calib.rotations.from_capture import online_rotations, train_rotations
+from calib.rotations.from_capture import train_rotations
 from calib.rotations.objectives import fake_quantize
-from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotations
+from calib.rotations.rotation_set import (
+    Rotation,
+    RotationSet,
+    fused_rotation,
+    hadamard_rotations,
+    online_rotations,
+)
 from calib.rotations.selection import integer_quantizer
-from calib.rotations.train import TrainConfig, train_rotation
+from calib.rotations.train import train_rotation
+from calib.rotations.train_config import TrainConfig
 from calib.schemes import Scheme, scheme_named
 from calib.weights.algorithms import algorithm_named
 from exporter.commands.export import Run

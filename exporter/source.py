@@ -23,7 +23,7 @@ from calib.data.corpus import read_corpus
 from calib.data.rows import RowCounts, RowCutter, RowSplits
 from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError, DataError
-from calib.network.attention import attention_implementation
+from calib.modules.attention import attention_implementation
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from exporter.recipe import EMBEDDED, Recipe
 

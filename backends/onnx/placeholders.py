@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from calib.architectures import Wiring
 from calib.errors import BackendError
-from calib.network.attention import registered
-from calib.network.modules import set_submodule
+from calib.modules.attention import registered
+from calib.modules.paths import set_submodule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ def _open_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it; tensors as in :func:`calib.network.attention.attend`.
+    """Attention as transformers calls it; tensors as in :func:`calib.modules.attention.attend`.
 
     A sliding window is in the mask.
     """

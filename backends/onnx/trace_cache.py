@@ -20,7 +20,8 @@ from backends.onnx import frequencies, placeholders
 from backends.onnx import trace as tracing
 from backends.onnx.trace import TraceRequest, trace
 from backends.user_cache import cache_folder, read_entry, write_entry
-from calib.network import attention, online, skeleton
+from calib.modules import attention
+from calib.network import online, skeleton
 from calib.progress import Progress
 from calib.rotations import hadamard, rotation_set
 

@@ -26,9 +26,11 @@ from torch import Tensor
 from backends.base import Reason
 from backends.safetensors.layout import Entry
 from calib.architectures import wiring_of
+from calib.architectures.architecture import Architecture
+from calib.architectures.lookup import architecture_for
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.network.skeleton import expected_tensors
+from calib.network.skeleton import oriented_shapes
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 from calib.schemes import LinearScheme, PerBlock, TensorScheme
@@ -41,9 +43,12 @@ _SMALLEST_BLOCK = 8
 """TensorRT-RTX 1.7.1 was seen to build blocks of 8 to 256."""
 
 
-def transposed_weights(config: Mapping[str, Any]) -> frozenset[str]:
-    """Keys of the weights that transformers stores ``[in, out]`` (Conv1D)."""
-    return frozenset(spec.weight for spec in wiring_of(config).linears if spec.layout == "conv1d")
+def source_model(config: Mapping[str, Any]) -> tuple[Any, Architecture]:
+    """The transformers config that ``config`` was made from, and its table entry."""
+    from transformers import AutoConfig  # here, because it takes seconds to import
+
+    found = AutoConfig.for_model(**config)
+    return found, architecture_for(found)
 
 
 def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
@@ -123,11 +128,8 @@ def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
     embeddings.
     """
     wiring = wiring_of(config)
-    shapes = expected_tensors(wiring.config)
-    widths = {
-        name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1]
-        for name, spec in wiring.by_name.items()
-    }
+    shapes = oriented_shapes(wiring)
+    widths = {name: shapes[spec.weight][-1] for name, spec in wiring.by_name.items()}
     return widths | {table.name: shapes[table.weight][-1] for table in wiring.embeddings}
 
 

@@ -6,6 +6,9 @@ from calib.artifact.casting import cast_model
 from calib.artifact.files import load_artifact, save_artifact
 from calib.artifact.model import (
     LINEAR_PARTS,
+    OPTIONAL_PARTS,
+    PARTS,
+    LinearPart,
     Provenance,
     QuantizedCache,
     QuantizedLinear,
@@ -14,6 +17,9 @@ from calib.artifact.model import (
 
 __all__ = [
     "LINEAR_PARTS",
+    "OPTIONAL_PARTS",
+    "PARTS",
+    "LinearPart",
     "Provenance",
     "QuantizedCache",
     "QuantizedLinear",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from calib.artifact.model import (
     LINEAR_PARTS,
+    OPTIONAL_PARTS,
     Provenance,
     QuantizedCache,
     QuantizedLinear,
@@ -27,13 +28,17 @@ from calib.artifact.model import (
 from calib.errors import CheckpointError
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
-    scheme_named,
+    scheme_from_dict,
+    scheme_to_dict,
     tensor_scheme_from_dict,
     tensor_scheme_to_dict,
 )
 
 MANIFEST = "quantized_model.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Raised whenever a reader of the version before would misread a folder. 3: the whole scheme, not
+its name; float weights of linears [out, in].
+"""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -54,7 +59,9 @@ def save_artifact(model: QuantizedModel, folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(
-        dict(_tensors(model)), folder, filename_pattern="quantized_model{suffix}.safetensors"
+        dict(artifact_tensors(model)),
+        folder,
+        filename_pattern="quantized_model{suffix}.safetensors",
     )
     save_description(model, folder)
 
@@ -64,7 +71,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "config": model.config,
-        "scheme": model.scheme.name,
+        "scheme": scheme_to_dict(model.scheme),
         "dtype": str(model.dtype).removeprefix("torch."),
         "linears": {name: linear.description() for name, linear in model.linears.items()},
         "cache": None
@@ -76,7 +83,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
         "smoothing": list(model.smoothing),
         "kept": dict(model.kept),
         "provenance": vars(model.provenance),
-        "tensors": sorted(key for key, _ in _tensors(model)),
+        "tensors": sorted(key for key, _ in artifact_tensors(model)),
     }
     save_rotations(model.rotations, folder)
     copy_side_files(model.files, folder)
@@ -88,7 +95,7 @@ def load_artifact(folder: Path) -> QuantizedModel:
     """Open a saved model by memory map.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete, corrupt, or written by a newer rotq.
+        CheckpointError: the folder is missing, incomplete, corrupt, or of another format version.
         RotationError: its rotations are.
     """
     manifest = _read_manifest(folder)
@@ -102,8 +109,10 @@ def load_artifact(folder: Path) -> QuantizedModel:
         ) from error
 
 
-def _tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
-    yield from model.floats.items()
+def artifact_tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a saved model, by the key under which it is stored."""
+    for key, tensor in model.floats.items():
+        yield key, tensor.contiguous()
     for linear in model.linears.values():
         yield from linear.tensors().items()
     if model.cache is not None:
@@ -128,7 +137,7 @@ def _from_manifest(
     parts |= {smoothing_key(group) for group in smoothing}
     return QuantizedModel(
         config=manifest["config"],
-        scheme=scheme_named(manifest["scheme"]),
+        scheme=scheme_from_dict(manifest["scheme"]),
         dtype=getattr(torch, manifest["dtype"]),
         linears=linears,
         floats={key: tensors[key] for key in tensors if key not in parts},
@@ -144,7 +153,7 @@ def _from_manifest(
 def _read_linear(
     name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> QuantizedLinear:
-    optional = {part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]}
+    optional = {part: tensors.get(f"{name}.{part}") for part in OPTIONAL_PARTS}
     return QuantizedLinear(
         name=name,
         weight=tensors[f"{name}.weight"],
@@ -209,9 +218,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
         ) from error
     if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
         raise CheckpointError(
-            f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
-            hint="use the rotq that wrote it, or a newer one",
+            f"'{path}' has format version {version}, written by"
+            f" {'an older' if older else 'a newer'} rotq; this one reads version {FORMAT_VERSION}",
+            hint="run `rotq calibrate` again" if older else "use the rotq that wrote it",
         )
     return manifest
 

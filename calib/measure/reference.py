@@ -28,11 +28,12 @@ from torch.nn import functional
 from calib.architectures import wiring_of
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.artifact import QuantizedLinear, QuantizedModel
-from calib.network.attention import attend, registered
+from calib.modules.attention import attend, registered
+from calib.modules.paths import set_submodule
 from calib.network.experts import Experts
 from calib.network.gather_experts import gather_experts
 from calib.network.kv_cache import attach_cache
-from calib.network.modules import set_submodule
+from calib.network.layout import StockTensors
 from calib.network.online import attach_online
 from calib.network.skeleton import build_skeleton
 from calib.rotations.rotation_set import Rotation, RotationSet
@@ -115,7 +116,8 @@ def build_reference(
             rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
             modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum, dtype=dtype)
     gather_experts(modules, floats, wiring, model.rotations)
-    network = build_skeleton(model.config, floats, skip=set(modules))
+    stock = StockTensors(floats, wiring)
+    network = build_skeleton(model.config, stock, skip=set(modules))
     for name, module in modules.items():
         set_submodule(network, name, module)
     within = (

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import wiring_of
+from calib.architectures import Wiring, wiring_of
 from calib.errors import CheckpointError
-from calib.network.attention import attention_implementation
-from calib.network.modules import set_submodule
+from calib.modules.attention import attention_implementation
+from calib.modules.paths import set_submodule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,6 +48,16 @@ def expected_tensors(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """
     template = _template(config, torch.float32)
     return {name: tensor.shape for name, tensor in template.state_dict().items()}
+
+
+def oriented_shapes(wiring: Wiring) -> dict[str, tuple[int, ...]]:
+    """:func:`expected_tensors` with the weights of linears ``[out, in]``, as
+    :class:`~calib.fusing.FusedModel` has them.
+    """
+    return {
+        name: tuple(reversed(shape)) if name in wiring.turned_weights else tuple(shape)
+        for name, shape in expected_tensors(wiring.config).items()
+    }
 
 
 def _template(config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:

@@ -147,7 +147,7 @@ def smooth_groups(
     rows: list[SmoothingRow] = []
     for group in track(wanted, "smooth", len(wanted), progress):
         quantized = [spec for spec in group.readers if spec.name in schemes]
-        weights = [reader_weight(spec, state[spec.weight]).to(device) for spec in quantized]
+        weights = [reader_weight(state[spec.weight]).to(device) for spec in quantized]
         linear_schemes = [schemes[spec.name] for spec in quantized]
         chosen = _choose(group, method, statistics[group.name], weights, linear_schemes)
         folded = fold_scales(state, group, group.largest(chosen.scales), wiring)

@@ -41,8 +41,8 @@ from calib.network.skeleton import portable_config
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import check_blocks, quantize_model
 from calib.quantizing.plan import Quantization
-from calib.rotations.from_capture import TrainedRotations, check_offered
-from calib.rotations.rotation_set import RotationSet
+from calib.rotations.from_capture import TrainedRotations
+from calib.rotations.rotation_set import RotationSet, check_offered
 from calib.schemes import FLOAT, Scheme
 from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import smoothing_named

@@ -15,22 +15,12 @@ from pathlib import Path
 
 from backends.base import Backend, Fusion, RuntimeMissing, StoredTensor
 from backends.registry import get_backend
-from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel, load_artifact
+from calib.artifact import PARTS, QuantizedCache, QuantizedLinear, QuantizedModel, load_artifact
 from calib.errors import RotqError
 from calib.schemes import LinearScheme, linear_words
 from exporter.commands.verify import edited_files, read_export
 from exporter.reporting.report import REPORT_FILE, Report, RotationSummary
 from exporter.run.rotations import rotation_summaries
-
-_PARTS = {
-    "weight": "quantized weight",
-    "weight_scale": "scale",
-    "weight_second_scale": "scale",
-    "input_scale": "scale",
-    "weight_zero_point": "zero point",
-    "input_zero_point": "zero point",
-    "bias": "float weight",
-}
 
 
 @dataclass(frozen=True)
@@ -220,8 +210,8 @@ def _tensors(model: QuantizedModel) -> Iterable[StoredTensor]:
         yield StoredTensor(key, "float weight", _dtype(tensor), tuple(tensor.shape), tensor.nbytes)
     for linear in model.linears.values():
         for key, tensor in linear.tensors().items():
-            kind = _PARTS.get(key.rpartition(".")[2], "other")
-            yield StoredTensor(key, kind, _dtype(tensor), tuple(tensor.shape), tensor.nbytes)  # type: ignore[arg-type]
+            kind = PARTS[key.rpartition(".")[2]].kind
+            yield StoredTensor(key, kind, _dtype(tensor), tuple(tensor.shape), tensor.nbytes)
 
 
 def _dtype(tensor: object) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calib.artifact.files import copy_side_files
 from calib.errors import CheckpointError, RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, fuse, materialize
-from calib.network.attention import attention_implementation
+from calib.modules.attention import attention_implementation
 from calib.progress import Progress, silent, track
 from calib.rotations.files import save_rotations
 from calib.rotations.foreign import export_dartquant

@@ -21,7 +21,7 @@ from calib.artifact import Provenance, QuantizedModel
 from calib.errors import CheckpointError
 from calib.fusing import FusedModel, fuse
 from calib.progress import Progress, silent
-from calib.quantizing.kept import kept_reasons
+from calib.quantizing.calibrator import kept_reasons
 from calib.rotations.files import load_rotations
 from calib.schemes import scheme_named
 from calib.smoothing.smooth import fold_all

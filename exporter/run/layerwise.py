@@ -51,7 +51,7 @@ def quantize_layerwise(run: Run, work: Path, folder: Path) -> QuantizedModel:
         folder: empty folder for the saved model.
     """
     from calib.data.batches import length_batches
-    from calib.layerwise.calibrator import quantize_blockwise
+    from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
     from calib.rotations.rotation_set import hadamard_rotations
     from calib.smoothing.methods import smoothing_named
     from exporter.run.rotations import kinds_of
@@ -59,7 +59,7 @@ def quantize_layerwise(run: Run, work: Path, folder: Path) -> QuantizedModel:
     recipe, settings = run.recipe, run.recipe.layerwise
     kinds = kinds_of(recipe.rotate)
     wanted = [kind for kind in kinds if kind not in run.given.kinds()]
-    made = hadamard_rotations(run.source.wiring, wanted, seed=recipe.seed)  # type: ignore[arg-type]
+    made = hadamard_rotations(run.source.wiring, wanted, seed=recipe.seed)
     fused = run.fuse(made.merged(run.given.of(kinds).values()), lazy=True)
     with run.stage("calibrate"):
         return quantize_blockwise(
@@ -71,13 +71,15 @@ def quantize_layerwise(run: Run, work: Path, folder: Path) -> QuantizedModel:
             folder,
             smoothing=smoothing_named(recipe.smoothing),
             files=run.source.files,
-            device=run.device,
-            asym=settings.asym,
-            w_quant=settings.quantize_weights,
-            a_quant=settings.quantize_activations,
-            max_memory=parse_size(settings.max_memory),
-            resume=run.options.resume,
-            resumable=run.options.work_dir is not None,
-            settings={"model": run.fingerprint},
+            walk=WalkSettings(
+                device=run.device,
+                asym=settings.asym,
+                w_quant=settings.quantize_weights,
+                a_quant=settings.quantize_activations,
+                max_memory=parse_size(settings.max_memory),
+                resume=run.options.resume,
+                resumable=run.options.work_dir is not None,
+                depends_on={"model": run.fingerprint},
+            ),
             progress=run.progress,
         )

@@ -13,18 +13,18 @@ from calib.errors import RotationError
 from calib.fusing import FusedModel
 from calib.progress import Progress
 from calib.rotations.foreign import import_rotations
-from calib.rotations.from_capture import (
-    TrainedRotations,
-    check_offered,
-    online_rotations,
-    ordered_kinds,
-    train_rotations,
-)
+from calib.rotations.from_capture import TrainedRotations, train_rotations
 from calib.rotations.objectives import ActivationScheme
 from calib.rotations.readers import residual_rows, value_rows
-from calib.rotations.rotation_set import RotationSet, hadamard_rotations
+from calib.rotations.rotation_set import (
+    RotationSet,
+    check_offered,
+    hadamard_rotations,
+    online_rotations,
+    ordered_kinds,
+)
 from calib.rotations.selection import Judge, integer_quantizer, judge_for
-from calib.rotations.train import TrainConfig
+from calib.rotations.train_config import TrainConfig
 from calib.schemes import FLOAT, Scheme
 from exporter.recipe import Recipe, Training
 from exporter.reporting.report import RotationSummary
@@ -104,7 +104,7 @@ def gate_sets(
     largest = list(sets)[-1]
     replaced = trainable(kinds_of(largest), given, recipe.scheme)
     if len(sets) > 1 and replaced:
-        plain = hadamard_rotations(source.wiring, replaced, seed=recipe.seed)  # type: ignore[arg-type]
+        plain = hadamard_rotations(source.wiring, replaced, seed=recipe.seed)
         rest = [kind for kind in kinds_of(largest) if kind not in replaced]
         sets[f"{largest}, Hadamard"] = plain.merged(trained.of(rest).values())
     return sets
@@ -169,7 +169,7 @@ def rotations_of(
     if recipe.scheme == FLOAT:
         plain = hadamard_rotations(
             source.wiring,
-            _not_given(kinds, given),  # type: ignore[arg-type]
+            _not_given(kinds, given),
             seed=recipe.seed,
         )
         made = TrainedRotations(made.rotations.merged(plain.values()))

@@ -6,7 +6,7 @@ name: mixing steps of two recipes would give a model that neither describes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class WorkDir:
         path.mkdir(exist_ok=True)
         return path
 
-    def keep(self, step: str, save: Any) -> None:
+    def keep(self, step: str, save: Callable[[Path], object]) -> None:
         """Keep a step: ``save(folder)`` writes it, and it appears whole or not at all."""
         if self.folder is not None:
             with atomic_folder(self.folder / step) as partial:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from calib.errors import RecipeError
-from calib.rotations.train import TrainConfig
+from calib.rotations.train_config import TrainConfig
 from exporter.recipe import Recipe, load_recipe, presets
 
 

@@ -19,6 +19,7 @@ from backends.safetensors.layout import Entry
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.network.layout import StockTensors, oriented
 from calib.schemes import LinearScheme, tensor_scheme_from_dict
 
 _CACHE_PARTS = ("k_scale", "v_scale")
@@ -52,7 +53,8 @@ class CompressedTensorsLayout:
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """See :meth:`backends.safetensors.layout.Layout.entries`."""
         names = Names.of(model.config)
-        for key, tensor in model.floats.items():
+        # linears in float are those of the stock model, which loads them
+        for key, tensor in StockTensors(model.floats, names.wiring).items():
             yield from (
                 _entry(stored, "float weight", part) for stored, part in names.stored(key, tensor)
             )
@@ -112,8 +114,8 @@ class CompressedTensorsLayout:
         )
         for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
-
-        return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+        floats = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+        return oriented(floats, names.wiring)
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]

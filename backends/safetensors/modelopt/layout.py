@@ -24,7 +24,7 @@ from backends.safetensors.modelopt.limits import rotation_refusal
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
-from calib.architectures import Space
+from calib.architectures.groups import merged_linears
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
@@ -75,8 +75,7 @@ class ModelOptLayout:
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
             for stored, part in names.stored(key, tensor):
-                yield _float(stored, part, turned=_turned(key, names))
-
+                yield _float(stored, part)
         merged = _merged(model, names)
         for linear in model.linears.values():
             for module, rows in names.rows(linear):
@@ -139,12 +138,7 @@ class ModelOptLayout:
         }
         for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
-        read = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
-
-        return {
-            key: tensor.T.contiguous() if _turned(key, names) else tensor
-            for key, tensor in read.items()
-        }
+        return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -192,38 +186,18 @@ def _check(model: QuantizedModel) -> None:
 
 
 def _merged(model: QuantizedModel, names: Names) -> dict[str, list[QuantizedLinear]]:
-    """By linear, those that readers make one matrix of: all that read the residual stream within
-    one module.
-
-    An expert's gate and up are one linear here as well.
-    """
-    groups: dict[str, list[QuantizedLinear]] = {}
-    for name, linear in model.linears.items():
-        groups.setdefault(_group(name, names), []).append(linear)
-    return {name: groups[_group(name, names)] for name in model.linears}
-
-
-def _group(name: str, names: Names) -> str:
-    spec = names.specs.get(name)
-    beside = spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL
-    return name.rpartition(".")[0] if beside else name
+    """By linear, those that readers make one matrix of."""
+    beside = merged_linears(names.wiring)
+    return {
+        name: [
+            model.linears[other] for other in beside.get(name, (name,)) if other in model.linears
+        ]
+        for name in model.linears
+    }
 
 
-def _float(key: str, tensor: Tensor, *, turned: bool) -> Entry:
-    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
-    return Entry(
-        key,
-        "float weight",
-        tensor.dtype,
-        shape,
-        lambda: (tensor.T if turned else tensor).contiguous(),
-    )
-
-
-def _turned(key: str, names: Names) -> bool:
-    """Whether the float tensor ``key`` of the source model is stored transposed."""
-    module, _, part = key.rpartition(".")
-    return part == "weight" and names.transposed(module)
+def _float(key: str, tensor: Tensor) -> Entry:
+    return Entry(key, "float weight", tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
 
 def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class _Names:
     tables: frozenset[str]
     """Embeddings, which are not transposed."""
     upright: frozenset[str]
-    """Weights that Hugging Face has ``[out, in]`` and the bundle transposed."""
+    """Weights that the artifact has ``[out, in]`` and the bundle transposed."""
     attentions: Mapping[int, str]
 
     @classmethod
@@ -70,7 +70,7 @@ class _Names:
         wiring = wiring_of(config)
         return cls(
             frozenset(table.name for table in wiring.embeddings),
-            frozenset(spec.weight for spec in wiring.linears if spec.layout == "linear"),
+            frozenset(spec.weight for spec in wiring.linears if spec.layout != "experts"),
             {layer: wiring.attention(layer) for layer in wiring.layers},
         )
 

@@ -41,7 +41,6 @@ from backends.safetensors.source import (
     norm_keys,
     original_scales,
     rotation_entries,
-    transposed_weights,
     uneven,
 )
 from backends.safetensors.tripy.dtypes import tripy_dtype
@@ -75,14 +74,11 @@ class TripyLayout:
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """Floats, quantized linears, online rotations."""
-        transposed, norms = transposed_weights(model.config), norm_keys(model.config)
+        norms = norm_keys(model.config)
         for key, tensor in model.floats.items():
-            flip = key in transposed
             dtype = torch.float32 if key in norms else tensor.dtype
-            shape = tuple(reversed(tensor.shape)) if flip else tuple(tensor.shape)
-            yield Entry(
-                key, "float weight", dtype, shape, _float_reader(model.floats, key, dtype, flip)
-            )
+            read = _float_reader(model.floats, key, dtype)
+            yield Entry(key, "float weight", dtype, tuple(tensor.shape), read)
         for linear in model.linears.values():
             yield from linear_entries(linear, model.dtype)
         yield from rotation_entries(model)
@@ -111,18 +107,15 @@ class TripyLayout:
         """See :class:`~backends.safetensors.layout.Layout`. Norms become the dtype of the embedding
         again, exactly.
         """
-        transposed, norms = transposed_weights(config), norm_keys(config)
-        dtype = tensors[wiring_of(config).embeddings[0].weight].dtype
+        wiring = wiring_of(config)
+        norms = norm_keys(config)
+        dtype = tensors[wiring.embeddings[0].weight].dtype
         taken = {f"{name}.{part}" for name in described for part in _PARTS}
-
-        result = {}
-        for key in tensors:
-            if key in taken or is_rotation_key(key):
-                continue
-            tensor = tensors[key].T.contiguous() if key in transposed else tensors[key]
-            result[key] = tensor.to(dtype) if key in norms else tensor
-
-        return result
+        return {
+            key: tensors[key].to(dtype) if key in norms else tensors[key]
+            for key in tensors
+            if key not in taken and not is_rotation_key(key)
+        }
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -132,13 +125,9 @@ class TripyLayout:
 
 
 def _float_reader(
-    floats: Mapping[str, Tensor], key: str, dtype: torch.dtype, flip: bool
+    floats: Mapping[str, Tensor], key: str, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = floats[key]
-        return (tensor.T if flip else tensor).to(dtype).contiguous()
-
-    return read
+    return lambda: floats[key].to(dtype).contiguous()
 
 
 def linear_entries(linear: QuantizedLinear, dtype: torch.dtype) -> Iterator[Entry]:

@@ -18,8 +18,7 @@ from calib.data.forward_loop import forward_loop_over
 from calib.errors import DataError, QuantizationError
 from calib.fusing import FusedModel, materialize
 from calib.measure.reference import build_reference
-from calib.quantizing.calibrator import quantize_model
-from calib.quantizing.kept import KEPT_HEAD, KEPT_ROUTER
+from calib.quantizing.calibrator import KEPT_HEAD, KEPT_ROUTER, quantize_model
 from calib.quantizing.plan import customised, resolve
 from calib.schemes import SCHEMES, scheme_named
 from tests.tiny import (
@@ -64,9 +63,7 @@ def test_weights_are_within_half_a_step_of_the_fused_ones(
         if spec.name not in quantized.linears:
             continue
         linear = quantized.linears[spec.name]
-        stored = fused.state[spec.weight]
-        weight = stored.T if spec.layout == "conv1d" else stored
-        # [out, in], also where the model stores [in, out]
+        weight = fused.state[spec.weight]
         assert linear.weight.shape == weight.shape
         steps, _ = expand_grid(linear.grid, weight.shape, linear.weight_scheme.granularity)
         error = (linear.values() - weight).abs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from calib.architectures import wiring_for
 from calib.artifact import load_artifact
 from calib.errors import RotationError, UnsupportedModelError
 from calib.rotations.files import save_rotations
-from calib.rotations.rotation_set import RotationSet, hadamard_rotations
+from calib.rotations.rotation_set import hadamard_rotations
 from exporter.commands import rotate as rotating
 from exporter.commands.export import calibrate
 from exporter.commands.rotate import FLOAT32_BOUND, RotateResult, rotate
@@ -229,7 +230,9 @@ def test_files_with_a_rotation_that_is_left_out_are_refused(source: Path, tmp_pa
 
 def test_calibrate_uses_files_and_trains_what_they_lack(source: Path, tmp_path: Path) -> None:
     wiring = _table_entry(source)
-    wanted: RotationSet = hadamard_rotations(wiring, ["r2", "r4"], seed=7)
+    made = hadamard_rotations(wiring, ["r2", "r4"], seed=7)
+    # older files have online rotations with signs
+    wanted = made.merged(replace(rotation, seed=7) for rotation in made.values() if rotation.online)
     save_rotations(wanted, tmp_path / "rotations")
     chosen = recipe(source, rotation__files=[str(tmp_path / "rotations")], rotate="r1,r2,r4")
     quantized = calibrate(chosen, RunOptions(tmp_path / "out")).quantized

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.safetensors.manifest import Manifest
-from backends.safetensors.source import rotated_modules, transposed_weights
+from backends.safetensors.source import rotated_modules
 from backends.safetensors.tripy.dtypes import tripy_dtype
 from calib.architectures import Wiring, wiring_of
-from calib.network.skeleton import expected_tensors
+from calib.network.skeleton import oriented_shapes
 from calib.schemes import LinearScheme, PerBlock, PerChannel, TensorScheme, tensor_scheme_from_dict
 
 Shapes = Mapping[str, Sequence[int]]
@@ -78,11 +78,7 @@ def plan_of_config(
     rotations.
     """
     wiring = wiring_of(config)
-    flipped = transposed_weights(config)
-    shapes = {
-        key: tuple(reversed(shape)) if key in flipped else tuple(shape)
-        for key, shape in expected_tensors(wiring.config).items()
-    }
+    shapes = oriented_shapes(wiring)
     schemes = {} if scheme is None else dict.fromkeys(wiring.linear_names, scheme)
     return ModulePlan(wiring.config, dtype, _linears(wiring, shapes, schemes))
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from calib.errors import CheckpointError
-from calib.network.modules import get_submodule, set_submodule
+from calib.modules.paths import get_submodule, set_submodule
 
 
 @pytest.fixture

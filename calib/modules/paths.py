@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from calib.errors import CheckpointError
 
@@ -59,6 +59,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(
         base.__name__ == "Conv1D" and base.__module__ == _CONV1D for base in type(module).__mro__
     )
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a linear as ``[out, in]``, a view."""
+    weight = linear.get_parameter("weight")
+    return weight.T if is_conv1d(linear) else weight
 
 
 def linears_but_head(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from calib.network.attention import attention_implementation
+from calib.modules.attention import attention_implementation
 from calib.network.skeleton import build_skeleton, portable_config
 from tests.tiny import CONFIGS, SIZES, make_tiny, relative_l2, token_rows
 from tests.tolerances import SAME_SUMS
