@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from backends.base import WriteOptions
-from backends.onnx.backend import OnnxBackend
+from backends.onnx import tensorrt_rtx
+from backends.onnx.backend import MODEL_FILE, OnnxBackend
 from backends.onnx.rotary import fuse_rotary
+from backends.onnx.targets import TARGETS
 from backends.onnx.trace import TraceRequest, trace
 from calib.architectures import Kind
+from calib.artifact import cast_model
 from calib.network.skeleton import portable_config
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import resolve
@@ -84,14 +87,15 @@ class Case:
     transformers remembers lengths.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, target: str = "ort") -> None:
         config, kinds = MODELS[name]
         self.tiny: Tiny = make_tiny(config())
         fused = fuse_tiny(self.tiny, kinds)
         plan = resolve(scheme_named("float"), fused.wiring)
         artifact = quantize_model(fused, plan, None, PROVENANCE)
-        OnnxBackend().write(artifact, folder, WriteOptions("ort"))
-        self.runtime = OnnxBackend().load(folder, "ort", exact=True)
+        artifact = cast_model(artifact, getattr(torch, TARGETS[target].compute_dtype))
+        OnnxBackend().write(artifact, folder, WriteOptions(target))
+        self.runtime = OnnxBackend().load(folder, target, exact=True)
 
     def stock(self) -> Any:
         model = self.tiny.model(torch.float64)
@@ -115,6 +119,26 @@ def test_a_prompt(case: Case, length: int) -> None:
     ids, mask, positions = row(length)
     wanted = case.stock()(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     assert relative_l2(case.runtime.forward(ids, mask, positions)[0], wanted) <= WEIGHT_ONLY
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize("name", ["phi-4-mini", "dynamic"])
+@torch.no_grad()
+def test_a_prompt_in_openvino(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    case = Case(name, tmp_path, "openvino")
+    for length in (SWITCH, SWITCH + 1):
+        ids, mask, positions = row(length)
+        wanted = case.stock()(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        assert relative_l2(case.runtime.forward(ids, mask, positions)[0], wanted) <= WEIGHT_ONLY
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize("name", ["phi-4-mini", "dynamic"])
+def test_tensorrt_builds_it(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    Case(name, tmp_path, "tensorrt")
+    assert tensorrt_rtx.build(tmp_path / MODEL_FILE, "8.9")
 
 
 @pytest.mark.parametrize(("prompt", "length"), [(7, SWITCH), (SWITCH + 3, SWITCH + 9)])
@@ -145,7 +169,7 @@ def test_the_longest_row_of_a_batch_decides(case: Case) -> None:
     real = mask.bool()
     assert relative_l2(found[real], wanted[real]) <= WEIGHT_ONLY
     alone, _ = case.runtime.forward(*row(9))
-    assert relative_l2(alone[0], wanted[1][real[1]]) > 1e-3  # so the switch is seen at all
+    assert relative_l2(alone[0], wanted[1][real[1]]) > 10 * WEIGHT_ONLY  # the switch is seen
 
 
 @pytest.mark.parametrize("switch", [4, SWITCH])
