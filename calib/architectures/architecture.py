@@ -12,6 +12,7 @@ from calib.architectures.spec import (
     KINDS,
     Dimensions,
     EmbeddingSpec,
+    Kind,
     LinearSpec,
     NormSpec,
     Site,
@@ -156,6 +157,11 @@ class Architecture:
                 f"there is no rotation {rotation!r}", hint=f"choose from {', '.join(KINDS)}"
             )
         return self.rotations_refused.get(rotation)
+
+    @property
+    def offered(self) -> tuple[Kind, ...]:
+        """The kinds of rotations that are not refused for this family."""
+        return tuple(kind for kind in KINDS if kind not in self.rotations_refused)
 
     def ffn_width(self, spec: LinearSpec, config: Any) -> int:
         """Width of the ``ffn`` space that ``spec`` reads."""

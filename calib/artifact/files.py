@@ -8,7 +8,6 @@ generation config, tokenizer). Loading is by memory map: a tensor is read when i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,22 +30,10 @@ from calib.schemes import (
     tensor_scheme_from_dict,
     tensor_scheme_to_dict,
 )
+from calib.side_files import copy_side_files, side_files
 
 MANIFEST = "quantized_model.json"
 FORMAT_VERSION = 2
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files of a checkpoint folder that every output carries, where they exist."""
 
 
 def save_artifact(model: QuantizedModel, folder: Path) -> None:
@@ -181,17 +168,6 @@ def smoothing_key(group: str) -> str:
 def _provenance(values: Mapping[str, Any]) -> Provenance:
     tables = {name: tuple(values[name]) for name in ("gate", "rotation_gate")}
     return Provenance(**{**values, **tables})
-
-
-def side_files(folder: Path) -> dict[str, Path]:
-    """The :data:`SIDE_FILES` that exist in ``folder``."""
-    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
-
-
-def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy ``files`` into ``folder`` under their own names."""
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
