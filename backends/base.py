@@ -176,6 +176,21 @@ class Backend(Protocol):
         the checkpoint.
         """
 
+    def files(
+        self, options: WriteOptions, linears: Mapping[str, LinearScheme], nbytes: int
+    ) -> Sequence[str]:
+        """Names of the files that :meth:`write` will give, for a plan. Torch-free.
+
+        Args:
+            options: as for :meth:`write`.
+            linears: how what is quantized is, by module name.
+            nbytes: of all weights and scales, about.
+
+        Returns:
+            Paths below the folder; ``*`` stands for the number of a shard, and for how many there
+            are.
+        """
+
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
         """Write the runtime's files into the empty, existing ``folder``. The model is not modified.
 

@@ -36,6 +36,9 @@ class Stub:
             return "its vocabulary is odd", "pad the vocabulary"
         return None
 
+    def files(self, options, linears, nbytes):
+        return ["model.stub"]
+
     def compute_dtype(self, target):
         return {"one": "float32", "two": "float16", "own": None}[target]
 """

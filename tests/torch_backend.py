@@ -108,6 +108,11 @@ class TorchBackend:
     def compute_dtype(self, target: str) -> str | None:
         return DTYPES[target]
 
+    def files(
+        self, options: WriteOptions, linears: Mapping[str, LinearScheme], nbytes: int
+    ) -> Sequence[str]:
+        return (f"{WEIGHTS}/*", OPTIONS)
+
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
         if options.target == "own" and (options.max_shard_bytes or 1000) < 1000:
             raise BackendError("its shards are larger")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base import Fusion, StoredTensor, WriteOptions
-from backends.onnx.targets import TARGETS
+from backends.onnx.targets import GENAI_FILE, TARGETS
 
 if TYPE_CHECKING:
     from backends.onnx.openvino_runner import OpenVinoModel
@@ -64,6 +64,15 @@ class OnnxBackend:
     def compute_dtype(self, target: str) -> str:
         """See :class:`~backends.base.Backend`."""
         return TARGETS[target].compute_dtype
+
+    def files(
+        self, options: WriteOptions, linears: Mapping[str, LinearScheme], nbytes: int
+    ) -> Sequence[str]:
+        """See :class:`~backends.base.Backend`."""
+        limit = options.max_shard_bytes
+        data = DATA_FILE if limit is None or nbytes <= limit else "model-*-of-*.onnx.data"
+        generating = TARGETS[options.target].compute_dtype == "float32"
+        return (MODEL_FILE, data, *((GENAI_FILE,) if generating else ()))
 
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
         """See :class:`~backends.base.Backend`."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from backends.onnx.targets import GENAI_FILE
 from calib.artifact import QuantizedModel
 
-GENAI_FILE = "genai_config.json"
 _KNOWN_TYPES = frozenset(
     {
         "gemma",

@@ -25,6 +25,9 @@ from calib.schemes import (
     TensorScheme,
 )
 
+GENAI_FILE = "genai_config.json"
+"""What onnxruntime-genai reads beside a float32 graph."""
+
 
 @dataclass(frozen=True)
 class Target:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base import RuntimeMissing, RuntimeModel, StoredTensor, WriteOptions
+from backends.safetensors.file_names import INDEX_FILE, MANIFEST_FILE, MAX_SHARD_BYTES
 from backends.safetensors.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ class SafetensorsBackend:
 
     def compute_dtype(self, target: str) -> None:
         """The checkpoint's own: a bundle holds weights, and whoever loads it computes."""
+
+    def files(
+        self, options: WriteOptions, linears: Mapping[str, LinearScheme], nbytes: int
+    ) -> Sequence[str]:
+        """See :class:`~backends.base.Backend`."""
+        target = TARGETS[options.target]
+        limit = options.max_shard_bytes or MAX_SHARD_BYTES
+        weights = "model.safetensors" if nbytes <= limit else "model-*-of-*.safetensors"
+        quantized = target.quantized_files if linears else ()
+        return (weights, INDEX_FILE, *target.files, *quantized, MANIFEST_FILE)
 
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
         """See :class:`~backends.base.Backend`."""

@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from backends.base import ContentKind
+from backends.safetensors.file_names import MANIFEST_FILE
 from calib.errors import BackendError
 
-MANIFEST_FILE = "rotq_bundle.json"
 FORMAT_VERSION = 1
 _CHECKSUM = "sha256"
 _HINT = "export the model again, or copy the folder again"

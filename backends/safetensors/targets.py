@@ -38,6 +38,10 @@ class Target:
     layout_class: str
     has_runner: bool = False
     """Whether the subpackage's ``runner.load`` runs a bundle in a library of the target's own."""
+    files: tuple[str, ...] = ()
+    """What the layout writes besides tensors."""
+    quantized_files: tuple[str, ...] = ()
+    """What it also writes where something is quantized."""
     rotation_refusal: Callable[[str], str | None] = lambda kind: None
     """Why it cannot express rotations of a kind; by default it can express all."""
 
@@ -68,7 +72,14 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    "tripy": Target(tripy.RULES, tripy.WARNINGS, tripy.cache_refusal, "tripy", "TripyLayout"),
+    "tripy": Target(
+        tripy.RULES,
+        tripy.WARNINGS,
+        tripy.cache_refusal,
+        "tripy",
+        "TripyLayout",
+        files=("tripy.json",),
+    ),
     "tensorrt": Target(
         tensorrt.RULES, tensorrt.WARNINGS, tensorrt.cache_refusal, "tensorrt", "TensorRTLayout"
     ),
@@ -78,6 +89,8 @@ TARGETS: Mapping[str, Target] = {
         modelopt.cache_refusal,
         "modelopt",
         "ModelOptLayout",
+        files=("config.json",),
+        quantized_files=("hf_quant_config.json",),
         rotation_refusal=modelopt.rotation_refusal,
     ),
     "compressed-tensors": Target(
@@ -86,6 +99,7 @@ TARGETS: Mapping[str, Target] = {
         compressed_tensors.cache_refusal,
         "compressed_tensors",
         "CompressedTensorsLayout",
+        files=("config.json",),
         has_runner=True,
     ),
 }

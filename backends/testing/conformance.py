@@ -52,6 +52,7 @@ _METHODS = (
     "kv_buffer_refusal",
     "model_refusal",
     "compute_dtype",
+    "files",
     "write",
     "load",
     "load_probed",

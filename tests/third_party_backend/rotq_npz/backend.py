@@ -60,6 +60,11 @@ class NpzBackend:
     def compute_dtype(self, target: str) -> str:
         return "float32"
 
+    def files(
+        self, options: WriteOptions, linears: Mapping[str, LinearScheme], nbytes: int
+    ) -> Sequence[str]:
+        return ("model.npz", "model.json")
+
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
         from rotq_npz.files import write
 
