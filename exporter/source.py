@@ -9,7 +9,9 @@ import logging
 import shutil
 import tempfile
 import weakref
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from calib.architectures import Architecture, architecture_for
-from calib.artifact.files import side_files
 from calib.data.documents import read_documents
 from calib.data.sources import resolve_source
 from calib.data.splits import split_documents
 from calib.data.tokens import clamp_seqlen, tokenize
 from calib.errors import CheckpointError, DataError
-from calib.network.attention import attention_implementation
+from calib.fusing import FusedModel, fuse
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
+from calib.network.original import load_network
+from calib.progress import Progress, silent
+from calib.rotations.rotation_set import RotationSet
+from calib.side_files import side_files
 from exporter.recipe import EMBEDDED, Recipe
 
 logger = logging.getLogger(__name__)
@@ -55,19 +60,33 @@ class Source:
         """The unchanged model in float32 and eval mode, whatever dtype it is stored in: parity's
         yardstick.
         """
-        from copy import deepcopy
-
-        from transformers import AutoModelForCausalLM
-
         if self.model is not None:
             return deepcopy(self.model).to(device, torch.float32).eval().requires_grad_(False)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            self.checkpoint.folder,
-            config=self.config,
-            dtype=torch.float32,
-            attn_implementation=attention_implementation(self.config),
+        assert self.checkpoint.folder is not None  # it was opened from files
+        return load_network(self.checkpoint.folder, self.config, device=device)
+
+    def fuse(
+        self,
+        rotations: RotationSet,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        lazy: bool = False,
+        progress: Progress = silent,
+    ) -> FusedModel:
+        """The model with its norms and ``rotations`` folded in; arguments as for
+        :func:`calib.fusing.fuse`.
+        """
+        return fuse(
+            self.checkpoint,
+            self.config,
+            self.architecture,
+            rotations,
+            dtype=dtype,
+            device=device,
+            lazy=lazy,
+            progress=progress,
         )
-        return model.to(device).eval().requires_grad_(False)
 
     @property
     def dtype(self) -> str:
@@ -76,6 +95,7 @@ class Source:
         stored = self.checkpoint[key if key in self.checkpoint else next(iter(self.checkpoint))]
         return str(stored.dtype).removeprefix("torch.")
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, dtypes and bytes of all tensors, in the order of their
         names.

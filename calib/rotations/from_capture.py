@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from calib.architectures import KINDS, Architecture
+from calib.architectures import Architecture
 from calib.capture.result import Samples
 from calib.capture.storage import Capture
 from calib.errors import RotationError
@@ -148,11 +148,6 @@ def online_rotations(
                 for name, width in widths.items()
             ]
     return rotations
-
-
-def ordered_kinds(kinds: Collection[str]) -> str:
-    """``kinds`` as ``--rotate`` writes them: ``r1,r2,r4``, or ``none``."""
-    return ",".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
 def choose(

@@ -120,13 +120,11 @@ def evaluate(
 
 def _check_exported(folder: Path) -> None:
     # Before torch is imported: a mistyped path should not take ten seconds to be refused.
+    from exporter.reporting.exported import is_export, what_to_give
     from exporter.reporting.report import REPORT_FILE
 
-    if not (folder / REPORT_FILE).is_file():
-        inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
+    if not is_export(folder):
         raise CheckpointError(
             f"'{folder}' is not an exported folder: it has no {REPORT_FILE}",
-            hint=f"give one of {', '.join(inside)}"
-            if inside
-            else "give what 'rotq export -o' wrote",
+            hint=what_to_give(folder, "'rotq export -o'"),
         )

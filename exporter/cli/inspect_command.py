@@ -63,16 +63,12 @@ def inspect(
 
 def _check_folder(folder: Path) -> None:
     # Before torch is imported: a mistyped path should not take ten seconds to be refused.
+    from exporter.reporting.exported import is_export, what_to_give
     from exporter.reporting.report import REPORT_FILE
 
-    if not any((folder / name).is_file() for name in (REPORT_FILE, "quantized_model.json")):
-        inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
+    if not is_export(folder) and not (folder / "quantized_model.json").is_file():
         raise CheckpointError(
             f"'{folder}' holds nothing that rotq wrote: neither {REPORT_FILE} nor"
             " quantized_model.json",
-            hint=(
-                f"give one of {', '.join(inside)}"
-                if inside
-                else "give what 'rotq export' or 'rotq calibrate' wrote"
-            ),
+            hint=what_to_give(folder, "'rotq export' or 'rotq calibrate'"),
         )

@@ -17,35 +17,6 @@ if TYPE_CHECKING:
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
-FIXED_BY_ARTIFACT = (
-    "scheme",
-    "overrides",
-    "kv",
-    "weights.block_size",
-    "weights.algorithm",
-    "activations.observer",
-    "smoothing",
-    "layerwise.enabled",
-    "layerwise.asym",
-    "layerwise.max_memory",
-    "rotate",
-    "rotation.files",
-    "revision",
-    "seed",
-    "calibration.dataset",
-    "calibration.nsamples",
-    "calibration.seqlen",
-    "calibration.batch_size",
-    "rotation.r1.optimizer",
-    "rotation.r1.lr",
-    "rotation.r1.epochs",
-    "rotation.r2.lr",
-    "rotation.r2.epochs",
-)
-"""Decided once a model is quantized: an option that says otherwise while re-exporting is refused,
-not ignored.
-"""
-
 
 def resolve(
     source: str | None, given: Mapping[str, Any], from_artifact: Path | None = None
@@ -62,10 +33,10 @@ def resolve(
         UsageError: an option is at fault.
         RotqError: the recipe is at fault.
     """
-    from exporter.recipe import RECIPE_FILE, load_recipe
+    from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 
     if from_artifact is not None:
-        fixed = [option_of(key) for key in FIXED_BY_ARTIFACT if key in given]
+        fixed = [option_of(key) for key in given if Recipe.scope(key).fixed_by_artifact]
         if fixed:
             raise UsageError(
                 f"{fixed[0]} has no effect with --from-artifact: the artifact is quantized already",
@@ -138,7 +109,6 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
         check_target,
         get_backend,
     )
-    from exporter.recipe import asked_for
     from exporter.run.quantizing import customised_scheme
 
     backends = {info.name: info for info in available()}
@@ -162,7 +132,7 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
             backend, {} if linear is None else {f"scheme '{recipe.scheme}'": linear}, name
         )
         check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
-        check_rotations(backend, target, asked_for(recipe.rotate))
+        check_rotations(backend, target, recipe.rotate.certain)
         check_logits(backend, target, recipe.logits)
         check_kv_buffer(backend, target, recipe.kv_buffer)
 

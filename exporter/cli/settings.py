@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from calib.architectures import KINDS
 from exporter.recipe import EMBEDDED, Recipe
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
             shown |= _finer_controls(recipe)
     if options.from_artifact is None:
         if goal != "capture":
-            shown["rotate"] = (
-                "r1,r2" if goal == "rotate" and recipe.rotate == "auto" else recipe.rotate
+            shown["rotate"] = str(
+                recipe.rotate.folded(KINDS) if goal == "rotate" else recipe.rotate
             )
             if recipe.rotation.files:
                 shown["rotations"] = ", ".join(recipe.rotation.files)

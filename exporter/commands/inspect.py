@@ -18,9 +18,9 @@ from backends.registry import get_backend
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel, load_artifact
 from calib.errors import RotqError
 from calib.schemes import LinearScheme, linear_words
-from exporter.commands.verify import edited_files, read_export
-from exporter.reporting.report import REPORT_FILE, Report, RotationSummary
-from exporter.run.rotations import rotation_summaries
+from exporter.reporting.describe import rotation_summaries
+from exporter.reporting.exported import edited_files, is_export, read_export
+from exporter.reporting.report import Report, RotationSummary
 
 _PARTS = {
     "weight": "quantized weight",
@@ -114,9 +114,7 @@ def inspect_folder(folder: Path) -> Inspection:
         CheckpointError, BackendError: the folder is incomplete or damaged; where its files are not
             those that were exported, that is a finding instead.
     """
-    if (folder / REPORT_FILE).is_file():
-        return _exported(folder)
-    return _calibrated(folder)
+    return _exported(folder) if is_export(folder) else _calibrated(folder)
 
 
 def _exported(folder: Path) -> Inspection:

@@ -12,7 +12,7 @@ from exporter.reporting import summary
 from exporter.reporting.summary import Table
 
 if TYPE_CHECKING:
-    from exporter.commands.stats import LinearRow, PhaseFigures, StatsReport
+    from exporter.reporting.stats import LinearRow, PhaseFigures, StatsReport
 
 _FIGURES = ("damage", "input error", "weight error", "kurtosis", "outliers")
 """Kurtosis and outliers are those of the input; ``stats.csv`` has all figures."""
