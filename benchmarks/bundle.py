@@ -38,7 +38,7 @@ from torch import Tensor
 
 from backends.base import WriteOptions
 from backends.safetensors.backend import SafetensorsBackend
-from calib.architectures import architecture_for
+from calib.architectures import wiring_for
 from calib.arithmetic.grids import quantize, weight_grid
 from calib.artifact import Provenance, QuantizedLinear, QuantizedModel, load_artifact, save_artifact
 from calib.network.skeleton import build_on_meta, portable_config
@@ -122,7 +122,7 @@ def make_artifact(folder: Path, scheme: str, layers: int) -> None:
     linear = SCHEMES[scheme].linear
     assert linear is not None  # float is not among the schemes tried
     generator = torch.Generator().manual_seed(0)
-    quantized = {spec.name for spec in architecture_for(config).all_linears(config)} - {"lm_head"}
+    quantized = {spec.name for spec in wiring_for(config).linears} - {"lm_head"}
     linears: dict[str, QuantizedLinear] = {}
     floats: dict[str, Tensor] = {}
     for key, parameter in build_on_meta(config).named_parameters():

@@ -134,15 +134,15 @@ def measure(model: str, arguments: argparse.Namespace) -> list[Case]:
         RunOptions(Path()),
         Stopwatch(),
     )
-    architecture, config = inputs.source.architecture, inputs.source.config
-    rows, layer_norm = inputs.rows(clock), architecture.norm_kind == "layer"
+    wiring = inputs.source.wiring
+    rows, layer_norm = inputs.rows(clock), wiring.layer_norm
     capture = captured(inputs, rows.train, options, WorkDir.of(options, inputs), clock)
     train, test = (
         _site_tokens(inputs, some) for some in (rows.train[: arguments.test_rows], rows.evaluation)
     )
     cases = []
     for kind in arguments.kinds:
-        if architecture.refusal(kind, config) is not None:
+        if wiring.refusal(kind) is not None:
             continue
         settings = TrainConfig(seed=arguments.seed, fix_ones=layer_norm and kind == "r1")
         reference = _reference(capture, kind, settings)
@@ -196,7 +196,7 @@ def _site_tokens(inputs: Inputs, rows: list[Tensor]) -> dict[Kind, list[Samples]
     group, n]`` for R2.
     """
     source = inputs.source
-    sizes = source.architecture.dimensions(source.config)
+    sizes = source.wiring.sizes
     model: Any = materialize(inputs.fuse(RotationSet(), Stopwatch()))
     seen: dict[str, list[Tensor]] = {}
 
@@ -207,7 +207,7 @@ def _site_tokens(inputs: Inputs, rows: list[Tensor]) -> dict[Kind, list[Samples]
 
         return hook
 
-    sites = source.architecture.capture_sites(source.config)
+    sites = source.wiring.capture_sites
     with ExitStack() as hooks, torch.no_grad():
         for site in sites:
             module = model.get_submodule(site.module)

@@ -31,12 +31,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calib.architectures import architecture_for
+from calib.architectures import wiring_for
 from calib.artifact import Provenance
 from calib.data.batches import Batch, length_batches
-from calib.fusing import expected_tensors, fuse
+from calib.fusing import fuse
 from calib.layerwise.calibrator import quantize_blockwise
 from calib.network.checkpoint import load_config, open_checkpoint
+from calib.network.skeleton import expected_tensors
 from calib.progress import Progress
 from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import hadamard_rotations
@@ -164,14 +165,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with peak_of_anonymous_memory() as memory:
         config = load_config(folder)
-        architecture = architecture_for(config)
-        rotations = hadamard_rotations(config, architecture, arguments.rotate)
-        fused = fuse(
-            open_checkpoint(folder), config, architecture, rotations, dtype=torch.float32, lazy=True
-        )
-        quantization = resolve(
-            scheme_named("int4-weight-only"), architecture, config, weights=arguments.weights
-        )
+        wiring = wiring_for(config)
+        rotations = hadamard_rotations(wiring, arguments.rotate)
+        fused = fuse(open_checkpoint(folder), wiring, rotations, dtype=torch.float32, lazy=True)
+        quantization = resolve(scheme_named("int4-weight-only"), wiring, weights=arguments.weights)
         folder_out.mkdir(parents=True)
         quantize_blockwise(
             fused,

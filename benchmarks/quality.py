@@ -144,14 +144,14 @@ class Fused:
     @cached_property
     def groups(self) -> list[SmoothingGroup]:
         """What smoothing scales."""
-        return smoothing_groups(self.model.architecture, self.model.config, self.model.rotations)[0]
+        return smoothing_groups(self.model.wiring, self.model.rotations)[0]
 
     @cached_property
     def seen(self) -> Seen:
         """Everything that any scheme and any algorithm asks for."""
         if self.known is not None:
             return self.known
-        names = self.model.architecture.linear_names(self.model.config)
+        names = self.model.wiring.linear_names
         channels: dict[str, GroupInputs] = {}
 
         def run(module: nn.Module) -> None:
@@ -285,12 +285,10 @@ class Bench:
     def hadamard(self) -> tuple[str, Fused]:
         """Random R1 and R2, and R4, as far as the architecture has them; and which these are."""
         source = self.first.source
-        kinds = [kind for kind in KINDS if source.architecture.refusal(kind, source.config) is None]
-        made = hadamard_rotations(
-            source.config, source.architecture, kinds, seed=self.arguments.seed
-        )
+        kinds = [kind for kind in KINDS if source.wiring.refusal(kind) is None]
+        made = hadamard_rotations(source.wiring, kinds, seed=self.arguments.seed)
         # R4 without random signs, as exported
-        online = online_rotations(source.config, source.architecture, kinds)
+        online = online_rotations(source.wiring, kinds)
         return str(Rotate.of(kinds)), self.fused(made.merged(online))
 
     def auto(self, inputs: Inputs) -> tuple[str, Fused]:

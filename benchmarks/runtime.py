@@ -61,7 +61,7 @@ from benchmarks.runtime_candidates import (
     make_checkpoint,
 )
 from benchmarks.runtime_session import Load, Memory, Session
-from calib.architectures import architecture_for
+from calib.architectures import wiring_for
 from calib.network.checkpoint import load_config
 from exporter.source import embedded_folder
 
@@ -173,7 +173,7 @@ def checkpoint_of(model: str, arguments: argparse.Namespace) -> Path:
 def load_of(checkpoint: Path, arguments: argparse.Namespace) -> Load:
     """What all sessions of one model run: random tokens, after which every step has one more."""
     config = load_config(checkpoint)
-    sizes = architecture_for(config).dimensions(config)
+    sizes = wiring_for(config).sizes
     ids = random.Random(arguments.seed).choices(range(config.vocab_size), k=arguments.prompt)
     return Load(ids, arguments.steps, arguments.threads, sizes.kv_heads, sizes.head_dim)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from backends.base import Fusion, WriteOptions
 from backends.registry import get_backend
-from calib.architectures import Architecture
+from calib.architectures import Wiring, wiring_for
 from calib.artifact import Provenance
 from calib.quantizing.plan import Quantization, customised, resolve
 from calib.schemes import Scheme, scheme_named
@@ -131,7 +131,6 @@ def _write_all(
     """rotq's graphs: nothing rotated, weights rounded to nearest."""
     import torch
 
-    from calib.architectures import architecture_for
     from calib.data.batches import length_batches
     from calib.data.forward_loop import forward_loop_over
     from calib.fusing import fuse
@@ -140,17 +139,15 @@ def _write_all(
     from calib.rotations.rotation_set import RotationSet
 
     config = load_config(checkpoint)
-    architecture = architecture_for(config)
-    fused = fuse(
-        open_checkpoint(checkpoint), config, architecture, RotationSet(), dtype=torch.float32
-    )
+    wiring = wiring_for(config)
+    fused = fuse(open_checkpoint(checkpoint), wiring, RotationSet(), dtype=torch.float32)
     generator = torch.Generator().manual_seed(settings.seed)
     rows = torch.randint(config.vocab_size, (settings.rows, settings.tokens), generator=generator)
     loop = forward_loop_over(length_batches(list(rows), 1))
     backend = get_backend("onnx")
     fusions: dict[Candidate, Fusion] = {}
     for candidate in candidates:
-        quantization = _quantization(candidate, architecture, config, settings)
+        quantization = _quantization(candidate, wiring, settings)
         with contextlib.redirect_stdout(sys.stderr):  # ModelOpt prints
             quantized = quantize_model(fused, quantization, loop, UNKNOWN)
         target = folder / candidate.folder
@@ -163,19 +160,17 @@ def _write_all(
     return fusions
 
 
-def _quantization(
-    candidate: Candidate, architecture: Architecture, config: Any, settings: Settings
-) -> Quantization:
+def _quantization(candidate: Candidate, wiring: Wiring, settings: Settings) -> Quantization:
     def scheme(name: str) -> Scheme:
         return customised(
             scheme_named(name), block_size=settings.block_size if "int4" in name else None
         )
 
-    quantization = resolve(scheme(candidate.scheme), architecture, config)
+    quantization = resolve(scheme(candidate.scheme), wiring)
     head = None if candidate.head is None else scheme(candidate.head).linear
     if head is None:
         return quantization
-    return replace(quantization, linears={**quantization.linears, architecture.head.name: head})
+    return replace(quantization, linears={**quantization.linears, wiring.head.name: head})
 
 
 def _quantize(maker: Maker, source: Path, folder: Path, settings: Settings) -> None:
@@ -303,7 +298,7 @@ def make_checkpoint(folder: Path, layers: int, tokenizer: Path, seed: int) -> No
     from transformers import LlamaConfig
 
     from benchmarks.layerwise import random_tensor
-    from calib.fusing import expected_tensors
+    from calib.network.skeleton import expected_tensors
 
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

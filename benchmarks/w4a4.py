@@ -144,9 +144,7 @@ def _consecutive(inputs: Inputs, arguments: argparse.Namespace) -> Rows:
 
 def _hadamard(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
     source = inputs.source
-    return list(
-        hadamard_rotations(source.config, source.architecture, ["r1", "r2"], seed=seed).values()
-    )
+    return list(hadamard_rotations(source.wiring, ["r1", "r2"], seed=seed).values())
 
 
 def _reference(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
@@ -159,7 +157,7 @@ def _reference(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> l
         start="hadamard",
         seed=seed,
         normalize=False,
-        fix_ones=inputs.source.architecture.norm_kind == "layer",
+        fix_ones=inputs.source.wiring.layer_norm,
     )
     samples = capture.r1.samples.values.float()
     some = samples[
@@ -181,8 +179,7 @@ def _auto(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> list[R
     settings = TrainConfig(seed=seed)
     found = train_rotations(
         capture,
-        inputs.source.config,
-        inputs.source.architecture,
+        inputs.source.wiring,
         ["r1", "r2"],
         r1=settings,
         r2=settings,
@@ -194,9 +191,9 @@ def _auto(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> list[R
 
 def _fused(inputs: Inputs, rotations: list[Rotation], r4: bool) -> FusedModel:
     source = inputs.source
-    online = online_rotations(source.config, source.architecture, ["r4"] if r4 else [])
+    online = online_rotations(source.wiring, ["r4"] if r4 else [])
     made = RotationSet([*rotations, *online])
-    return fuse(source.checkpoint, source.config, source.architecture, made, dtype=torch.float32)
+    return fuse(source.checkpoint, source.wiring, made, dtype=torch.float32)
 
 
 def _quantized(fused: FusedModel, inputs: Inputs, scheme: Scheme, algorithm: str) -> nn.Module:
@@ -210,7 +207,7 @@ def _quantized(fused: FusedModel, inputs: Inputs, scheme: Scheme, algorithm: str
         x = args[0]
         return (fake_quantize(x.reshape(-1, x.shape[-1]), quantizer).view_as(x), *args[1:])
 
-    for name in inputs.source.architecture.linear_names(inputs.source.config):
+    for name in inputs.source.wiring.linear_names:
         linear = model.get_submodule(name)
         weight = (
             linear.weight.data

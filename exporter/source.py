@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import Architecture, architecture_for
+from calib.architectures import Wiring, wiring_for
 from calib.data.documents import read_documents
 from calib.data.sources import resolve_source
 from calib.data.splits import split_documents
@@ -33,6 +33,9 @@ from calib.rotations.rotation_set import RotationSet
 from calib.side_files import side_files
 from exporter.recipe import EMBEDDED, Recipe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 logger = logging.getLogger(__name__)
 
 _CONFIG = "config.json"
@@ -44,8 +47,7 @@ class Source:
 
     name: str
     """As given: a folder, a hub id, or ``embedded``."""
-    config: Any
-    architecture: Architecture
+    wiring: Wiring
     checkpoint: Checkpoint
     tokenizer: Any
     files: dict[str, Path]
@@ -79,8 +81,7 @@ class Source:
         """
         return fuse(
             self.checkpoint,
-            self.config,
-            self.architecture,
+            self.wiring,
             rotations,
             dtype=dtype,
             device=device,
@@ -89,9 +90,14 @@ class Source:
         )
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """Its transformers config."""
+        return self.wiring.config
+
+    @property
     def dtype(self) -> str:
         """What the weights are stored in, by the name of the embedding's dtype."""
-        key = f"{self.architecture.embeddings[0].name}.weight"
+        key = f"{self.wiring.embeddings[0].name}.weight"
         stored = self.checkpoint[key if key in self.checkpoint else next(iter(self.checkpoint))]
         return str(stored.dtype).removeprefix("torch.")
 
@@ -141,7 +147,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
         return _wrap(model, tokenizer)
     path = embedded_folder() if recipe.model == EMBEDDED else recipe.model
     config = load_config(path, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
-    architecture = architecture_for(config)
+    wiring = wiring_for(config)
     checkpoint = open_checkpoint(path, revision=recipe.revision)
     folder = checkpoint.folder
     assert folder is not None  # it was opened from files
@@ -149,8 +155,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
     files.pop(_CONFIG, None)
     return Source(
         name=recipe.model,
-        config=config,
-        architecture=architecture,
+        wiring=wiring,
         checkpoint=checkpoint,
         tokenizer=tokenizer or load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code),
         files=files,
@@ -225,8 +230,7 @@ def _wrap(model: Any, tokenizer: Any) -> Source:
         model.generation_config.save_pretrained(scratch)
     source = Source(
         name=name,
-        config=config,
-        architecture=architecture_for(config),
+        wiring=wiring_for(config),
         checkpoint=Checkpoint.from_module(model),
         tokenizer=tokenizer,
         files=side_files(scratch),

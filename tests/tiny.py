@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from calib.architectures import Architecture, Kind, architecture_for
+from calib.architectures import Kind, Wiring, wiring_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
@@ -134,11 +134,14 @@ def wide_llama() -> Any:
 
 @dataclass
 class Tiny:
-    """A random model: its config, table entry, and state dict in float64."""
+    """A random model: its wiring, and its state dict in float64."""
 
-    config: Any
-    architecture: Architecture
+    wiring: Wiring
     state: dict[str, Tensor]
+
+    @property
+    def config(self) -> Any:
+        return self.wiring.config
 
     def model(self, dtype: torch.dtype = torch.float64) -> Any:
         """The reference, built by transformers alone."""
@@ -149,23 +152,23 @@ class Tiny:
             self.config, dtype=dtype, attn_implementation=attention
         ).eval()
         model.load_state_dict(self.state)
-        if self.architecture.experts is not None:
+        if self.wiring.architecture.experts is not None:
             model.set_experts_implementation("eager")  # the default kernel has no float64
         return model
 
     def offered(self) -> list[Kind]:
         """The rotations that are not refused."""
         kinds: tuple[Kind, ...] = ("r1", "r2", "r3", "r4")
-        return [kind for kind in kinds if self.architecture.refusal(kind, self.config) is None]
+        return [kind for kind in kinds if self.wiring.refusal(kind) is None]
 
     def rotations(self, kinds: list[Kind]) -> RotationSet:
         """Dense random R1 and R2, another one for every layer and KV head, and Hadamard R3 and
         R4.
         """
-        sizes = self.architecture.dimensions(self.config)
+        sizes = self.wiring.sizes
         result: list[Rotation] = []
         if "r1" in kinds:
-            layer_norm = self.architecture.norm_kind == "layer"
+            layer_norm = self.wiring.layer_norm
             result.append(fused_rotation("r1", haar_start(sizes.hidden, 1, fix_ones=layer_norm)))
         if "r2" in kinds:
             for layer in range(sizes.layers):
@@ -174,9 +177,7 @@ class Tiny:
                 ]
                 result.append(fused_rotation("r2", torch.stack(heads), layer=layer))
         online = [kind for kind in kinds if kind in ("r3", "r4")]
-        return RotationSet(result).merged(
-            hadamard_rotations(self.config, self.architecture, online, seed=5).values()
-        )
+        return RotationSet(result).merged(hadamard_rotations(self.wiring, online, seed=5).values())
 
 
 def make_tiny(config: Any) -> Tiny:
@@ -196,7 +197,7 @@ def make_tiny(config: Any) -> Tiny:
             if "embed" in name or "wte" in name:  # a mean that a wrong centring would remove
                 parameter.add_(0.1)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return Tiny(config, architecture_for(config), state)
+    return Tiny(wiring_for(config), state)
 
 
 PROVENANCE = Provenance(
@@ -226,15 +227,13 @@ def fuse_tiny(
 ) -> FusedModel:
     """The model with its norms and, where they are offered, the rotations ``kinds`` folded in."""
     rotations = tiny.rotations([kind for kind in kinds if kind in tiny.offered()])
-    return fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=dtype)
+    return fuse(tiny.state, tiny.wiring, rotations, dtype=dtype)
 
 
 def quantize_fused(fused: FusedModel, scheme: str = "int8", batch_size: int = 4) -> QuantizedModel:
     """Calibrated on :func:`token_rows`."""
     loop = forward_loop_over(length_batches(token_rows(), batch_size))
-    return quantize_model(
-        fused, resolve(scheme_named(scheme), fused.architecture, fused.config), loop, PROVENANCE
-    )
+    return quantize_model(fused, resolve(scheme_named(scheme), fused.wiring), loop, PROVENANCE)
 
 
 def quantize_tiny(config: Any, scheme: str = "int8", kinds: Sequence[Kind] = ()) -> QuantizedModel:

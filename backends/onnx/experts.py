@@ -25,11 +25,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 from torch import Tensor
-from transformers import AutoConfig
 
 from backends.onnx.nodes import constant, integers, replace
 from backends.onnx.placeholders import COUNT_ATTRIBUTE, DOMAIN, EXPERTS, LINEAR, MODULE_ATTRIBUTE
-from calib.architectures import LinearSpec, architecture_for
+from calib.architectures import LinearSpec, wiring_of
 from calib.artifact import QuantizedModel
 
 Activation = Callable[[tape.Tape, ir.Value, str], ir.Value]
@@ -67,27 +66,25 @@ def lower_experts(model: ir.Model, config: Mapping[str, Any], *, routed: bool) -
         config: Hugging Face config as a dictionary; its activation is one of :data:`ACTIVATIONS`.
         routed: run an expert on the tokens that chose it, else on all.
     """
-    hf_config: Any = AutoConfig.for_model(**config)
+    wiring = wiring_of(config)
     paths: dict[str, list[LinearSpec]] = {}
-    for spec in architecture_for(hf_config).all_linears(hf_config):
+    for spec in wiring.linears:
         if spec.layout == "experts":
             paths.setdefault(spec.name.rpartition(".")[0], []).append(spec)
     for node in list(model.graph):
         if (node.domain, node.op_type) == (DOMAIN, EXPERTS):
             path = node.attributes[MODULE_ATTRIBUTE].as_string()
             gate_up, down = paths[path]
-            _Layer(model.graph, node, gate_up, down, ACTIVATIONS[hf_config.hidden_act]).run(
-                routed=routed
-            )
+            activation = ACTIVATIONS[wiring.config.hidden_act]
+            _Layer(model.graph, node, gate_up, down, activation).run(routed=routed)
 
 
 def with_experts_apart(quantized: QuantizedModel) -> QuantizedModel:
     """``quantized`` with each float expert as a weight of its own, called
     ``{parameter}.{e}.weight``.
     """
-    config: Any = AutoConfig.for_model(**quantized.config)
     floats: dict[str, Tensor] = dict(quantized.floats)
-    for parameter in architecture_for(config).expert_parameters(config):
+    for parameter in wiring_of(quantized.config).expert_parameters:
         if parameter in floats:
             stacked = floats.pop(parameter)
             floats |= {

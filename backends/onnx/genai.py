@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from backends.onnx.targets import GENAI_FILE
+from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 
 _KNOWN_TYPES = frozenset(
@@ -83,7 +82,7 @@ def genai_config(
         shared_buffer: the graph writes into its past (:mod:`backends.onnx.shared_buffer`). One that
             returns a longer cache cannot do so into the same memory.
     """
-    network: Any = AutoConfig.for_model(**config)
+    network = wiring_of(config).config
     heads = network.num_attention_heads
     context = network.max_position_embeddings
     search = {name: generation[name] for name in _SEARCH if generation.get(name) is not None}

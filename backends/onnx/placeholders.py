@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import Architecture
+from calib.architectures import Wiring
 from calib.errors import BackendError
 from calib.network.attention import registered
 from calib.network.modules import set_submodule
@@ -65,7 +65,7 @@ class _OpenExperts(nn.Module):
         return _symbolic(EXPERTS, inputs, attributes, hidden_states, tuple(hidden_states.shape))
 
 
-def open_up(network: Any, architecture: Architecture, config: Any) -> None:
+def open_up(network: Any, wiring: Wiring) -> None:
     """Put placeholders in the place of every linear, of the experts and of the attention of
     ``network``.
 
@@ -78,10 +78,8 @@ def open_up(network: Any, architecture: Architecture, config: Any) -> None:
             set_submodule(network, name, _OpenLinear(name, module.out_features))
         elif isinstance(module, Conv1D):
             set_submodule(network, name, _OpenLinear(name, module.nf))
-    for name in {
-        parameter.rpartition(".")[0] for parameter in architecture.expert_parameters(config)
-    }:
-        set_submodule(network, name, _OpenExperts(name, int(config.num_experts)))
+    for name in {parameter.rpartition(".")[0] for parameter in wiring.expert_parameters}:
+        set_submodule(network, name, _OpenExperts(name, wiring.experts))
     network.set_attn_implementation(registered(_ATTENTION_FUNCTION, _open_attention, _open_mask))
 
 

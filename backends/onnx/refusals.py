@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
-
 from backends.onnx.embeddings import table_refusal
 from backends.onnx.experts import ACTIVATIONS
-from calib.architectures import architecture_for
+from calib.architectures import wiring_of
 from calib.schemes import LinearScheme
 
 
@@ -22,12 +20,12 @@ def graph_refusal(
         config: Hugging Face config as a dictionary.
         linears: how what is quantized is, by module name.
     """
-    hf_config: Any = AutoConfig.for_model(**config)
-    architecture = architecture_for(hf_config)
-    if architecture.expert_parameters(hf_config) and hf_config.hidden_act not in ACTIVATIONS:
+    wiring = wiring_of(config)
+    activation = getattr(wiring.config, "hidden_act", None)
+    if wiring.expert_parameters and activation not in ACTIVATIONS:
         return (
             (
-                f"its experts use the activation '{hf_config.hidden_act}', for which the graph has"
+                f"its experts use the activation '{activation}', for which the graph has"
                 " no operators"
             ),
             (
@@ -35,5 +33,5 @@ def graph_refusal(
                 "the safetensors backend writes any"
             ),
         )
-    tables = [table.name for table in architecture.embeddings if table.name in linears]
+    tables = [table.name for table in wiring.embeddings if table.name in linears]
     return next(filter(None, (table_refusal(name, linears[name].weight) for name in tables)), None)

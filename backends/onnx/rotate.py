@@ -5,15 +5,12 @@ factor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor
-from transformers import AutoConfig
 
 from backends.onnx.linear_nodes import LinearNodes
-from calib.architectures import Space, architecture_for
-from calib.architectures.experts import quantizable_linears
+from calib.architectures import Space, wiring_of
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
@@ -91,9 +88,8 @@ def rotate(nodes: LinearNodes, x: ir.Value, rotation: Rotation) -> ir.Value:
 
 def rotations_before_float(quantized: QuantizedModel) -> dict[str, Rotation]:
     """The R4 whose inverse is folded into a linear that stays in float, by the linear's name."""
-    config: Any = AutoConfig.for_model(**quantized.config)
     found = {}
-    for name, spec in quantizable_linears(architecture_for(config), config).items():
+    for name, spec in wiring_of(quantized.config).quantizable.items():
         if spec.reads is Space.FFN and spec.layer is not None and name not in quantized.linears:
             rotation = quantized.rotations.r4(spec.layer, spec.branch)
             if rotation is not None:

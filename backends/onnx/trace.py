@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from backends.onnx.placeholders import open_up
 from backends.onnx.row_tensor import RowTensor
 from backends.onnx.untranslated import module_of, running
-from calib.architectures import architecture_for
+from calib.architectures import wiring_of
 from calib.errors import BackendError, CheckpointError
 from calib.network.online import attach_online
 from calib.network.skeleton import build_on_meta, fill_buffers
@@ -171,12 +171,9 @@ def _lazy(tensor: Tensor, promised: ir.ExternalTensor) -> ir.LazyTensor:
 
 def _network(request: TraceRequest) -> Any:
     """The model with placeholders, its remaining parameters one element each."""
-    from transformers import AutoConfig  # here, because it takes seconds to import
-
-    config = AutoConfig.for_model(**request.config)
-    architecture = architecture_for(config)
-    network = build_on_meta(config, request.dtype)
-    open_up(network, architecture, config)
+    wiring = wiring_of(request.config)
+    network = build_on_meta(wiring.config, request.dtype)
+    open_up(network, wiring)
     fill_buffers(network)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -184,7 +181,7 @@ def _network(request: TraceRequest) -> Any:
             stand_in = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
     if request.r3:
-        attach_online(network, architecture, network.config, request.r3)
+        attach_online(network, wiring, request.r3)
     return network.eval()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
-from transformers import AutoConfig
 
 from backends.base import WriteOptions
 from backends.onnx.attention import lower_attention
@@ -23,7 +22,7 @@ from backends.onnx.shared_buffer import share_buffer
 from backends.onnx.targets import TARGETS, Target
 from backends.onnx.trace import TraceRequest, fill
 from backends.onnx.trace_cache import cached_trace
-from calib.architectures import architecture_for
+from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 from calib.progress import Progress, silent
 from calib.schemes import tensor_scheme_to_dict
@@ -66,9 +65,7 @@ def build(
         r3=model.rotations.of({"r3"}),
     )
     graph = cached_trace(request, progress)
-    tables = [
-        table.name for table in architecture_for(AutoConfig.for_model(**model.config)).embeddings
-    ]
+    tables = [table.name for table in wiring_of(model.config).embeddings]
     lower_experts(graph, model.config, routed=target.routed_experts)
     if target.rotary:
         fuse_rotary(graph)

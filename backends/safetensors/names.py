@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from backends.rows import rows_of
-from calib.architectures import Architecture, LinearSpec, architecture_for
-from calib.architectures.experts import expert_index, quantizable_linears
+from calib.architectures import LinearSpec, Wiring, wiring_of
+from calib.architectures.experts import expert_index
 from calib.artifact import QuantizedLinear
 
 _PUBLISHED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
@@ -32,30 +32,23 @@ _WEIGHT = ".weight"
 class Names:
     """The names of one model."""
 
-    config: Any
-    architecture: Architecture
+    wiring: Wiring
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Names:
         """Of the model that a Hugging Face config, as a dictionary, describes."""
-        from transformers import AutoConfig  # here, because it takes seconds to import
+        return cls(wiring_of(config))
 
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        found = AutoConfig.for_model(config["model_type"], **values)
-        return cls(found, architecture_for(found))
-
-    @cached_property
-    def specs(self) -> dict[str, LinearSpec]:
+    @property
+    def specs(self) -> Mapping[str, LinearSpec]:
         """Table entries of everything in the decoder that may be quantized, by name; of experts one
         by one.
         """
-        return quantizable_linears(self.architecture, self.config)
+        return self.wiring.quantizable
 
     def quantized_table(self, linears: Collection[str]) -> str | None:
         """The first embedding that is among the quantized ``linears``."""
-        return next(
-            (table.name for table in self.architecture.embeddings if table.name in linears), None
-        )
+        return next((table.name for table in self.wiring.embeddings if table.name in linears), None)
 
     def experts_apart(self, linears: Collection[str]) -> str | None:
         """A 3-D expert parameter that is left in float while another one is among the quantized
@@ -76,7 +69,7 @@ class Names:
 
     @property
     def _published(self) -> tuple[str, str]:
-        return _PUBLISHED.get(self.config.model_type, ("", ""))
+        return _PUBLISHED.get(self.wiring.config.model_type, ("", ""))
 
     def modules(self, name: str) -> tuple[str, ...]:
         """The modules that hold the linear ``name``: itself, or those whose rows follow each other
@@ -102,11 +95,7 @@ class Names:
     @cached_property
     def experts(self) -> dict[str, LinearSpec]:
         """Table entries of the 3-D expert parameters, by name."""
-        return {
-            spec.name: spec
-            for spec in self.architecture.all_linears(self.config)
-            if spec.layout == "experts"
-        }
+        return {spec.name: spec for spec in self.wiring.linears if spec.layout == "experts"}
 
     def parameter(self, name: str) -> str | None:
         """The 3-D parameter that holds the expert's linear ``name``; ``None`` for any other
@@ -138,9 +127,7 @@ class Names:
         found: dict[str, Tensor] = {}
         taken: set[str] = set()
         for parameter, spec in self.experts.items():
-            experts = [
-                self.expert_modules(spec, expert) for expert in range(self.config.num_experts)
-            ]
+            experts = [self.expert_modules(spec, expert) for expert in range(self.wiring.experts)]
             keys = {f"{module}.weight" for modules in experts for module in modules}
             if keys & tensors.keys():
                 found[parameter] = torch.stack(

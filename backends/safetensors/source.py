@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from backends.safetensors.layout import Entry
-from calib.architectures import Architecture, architecture_for
-from calib.architectures.experts import quantizable_linears
+from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.fusing import expected_tensors
+from calib.network.skeleton import expected_tensors
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 from calib.schemes import LinearScheme, PerBlock, TensorScheme
@@ -38,27 +37,15 @@ _SMALLEST_BLOCK = 8
 """TensorRT-RTX 1.7.1 was seen to build blocks of 8 to 256."""
 
 
-def source_model(config: Mapping[str, Any]) -> tuple[Any, Architecture]:
-    """The transformers config that ``config`` was made from, and its table entry."""
-    from transformers import AutoConfig  # here, because it takes seconds to import
-
-    found = AutoConfig.for_model(**config)
-    return found, architecture_for(found)
-
-
 def transposed_weights(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of the weights that transformers stores ``[in, out]`` (Conv1D)."""
-    found, architecture = source_model(config)
-    return frozenset(
-        spec.weight for spec in architecture.all_linears(found) if spec.layout == "conv1d"
-    )
+    return frozenset(spec.weight for spec in wiring_of(config).linears if spec.layout == "conv1d")
 
 
 def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
     """Keys of the gains and biases of the norms."""
-    found, architecture = source_model(config)
     return frozenset(
-        f"{name}.{part}" for name in architecture.norm_names(found) for part in ("weight", "bias")
+        f"{name}.{part}" for name in wiring_of(config).norm_names for part in ("weight", "bias")
     )
 
 
@@ -81,13 +68,13 @@ def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
     parameter. R3 acts on the queries and keys of an attention, after RoPE. It is there with a
     quantized cache alone, whose scales are those of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
     """
-    found, architecture = source_model(model.config)
+    wiring = wiring_of(model.config)
     rotations = {}
-    for layer in range(architecture.dimensions(found).layers):
+    for layer in wiring.layers:
         cached = model.rotations.r3(layer) if model.cache is not None else None
         if cached is not None:
-            rotations[architecture.attention.replace("{i}", str(layer))] = cached
-        for spec in architecture.ffn_readers(found, layer):
+            rotations[wiring.attention(layer)] = cached
+        for spec in wiring.ffn_readers(layer):
             rotation = model.rotations.r4(layer, spec.branch)
             if rotation is not None:
                 rotations[spec.name] = rotation
@@ -129,16 +116,13 @@ def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
     """Input features of whatever may be quantized, by name: linears, experts one by one, the head,
     embeddings.
     """
-    found, architecture = source_model(config)
-    shapes = expected_tensors(found)
-    specs = {spec.name: spec for spec in architecture.all_linears(found)} | quantizable_linears(
-        architecture, found
-    )
+    wiring = wiring_of(config)
+    shapes = expected_tensors(wiring.config)
     widths = {
         name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1]
-        for name, spec in specs.items()
+        for name, spec in wiring.by_name.items()
     }
-    return widths | {table.name: shapes[table.weight][-1] for table in architecture.embeddings}
+    return widths | {table.name: shapes[table.weight][-1] for table in wiring.embeddings}
 
 
 def block_refusal(

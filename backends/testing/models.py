@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.architectures import Kind, architecture_for
+from calib.architectures import Kind, wiring_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
@@ -98,11 +98,11 @@ def tiny_model(
         overrides: scheme names by pattern of linear names.
     """
     config = FAMILIES[family]()
-    architecture = architecture_for(config)
-    kinds: Iterable[Kind] = (kind for kind in rotate if architecture.refusal(kind, config) is None)
-    rotations = hadamard_rotations(config, architecture, kinds, seed=1)
-    fused = fuse(_state(config), config, architecture, rotations, dtype=dtype)
-    quantization = resolve(scheme, architecture, config, overrides=dict(overrides), kv=kv)
+    wiring = wiring_for(config)
+    kinds: Iterable[Kind] = (kind for kind in rotate if wiring.refusal(kind) is None)
+    rotations = hadamard_rotations(wiring, kinds, seed=1)
+    fused = fuse(_state(config), wiring, rotations, dtype=dtype)
+    quantization = resolve(scheme, wiring, overrides=dict(overrides), kv=kv)
     loop = forward_loop_over(length_batches(token_rows(9, 12, 7, 9), 4))
     return quantize_model(fused, quantization, loop, _PROVENANCE)
 

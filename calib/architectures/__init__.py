@@ -16,6 +16,7 @@ from calib.architectures.spec import (
     Site,
     Space,
 )
+from calib.architectures.wiring import Wiring, wiring_for, wiring_of
 
 __all__ = [
     "KINDS",
@@ -30,6 +31,9 @@ __all__ = [
     "Refusal",
     "Site",
     "Space",
+    "Wiring",
     "architecture_for",
     "supported_model_types",
+    "wiring_for",
+    "wiring_of",
 ]

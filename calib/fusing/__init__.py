@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from calib.fusing.expected import expected_tensors
 from calib.fusing.fuser import FusedModel, fuse
 from calib.fusing.materialize import materialize, unloaded
 
-__all__ = ["FusedModel", "expected_tensors", "fuse", "materialize", "unloaded"]
+__all__ = ["FusedModel", "fuse", "materialize", "unloaded"]

@@ -10,20 +10,23 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from calib.architectures import Architecture, LinearSpec
+from calib.architectures import LinearSpec, Wiring
 from calib.errors import CheckpointError, UnsupportedModelError
-from calib.fusing.expected import expected_tensors
 from calib.fusing.norms import FoldedNorm, fold_norm
 from calib.fusing.source import SourceTensors
 from calib.fusing.state import LazyTensors
 from calib.fusing.weights import rotate_bias, rotate_weight
+from calib.network.skeleton import expected_tensors
 from calib.progress import Progress, silent, track
 from calib.rotations.rotation_set import RotationSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Rows of an embedding or output head that are rotated at once: bounds the float64 copies of a large
 # vocabulary.
@@ -40,9 +43,9 @@ class FusedModel:
     """Every tensor of the model, in ``dtype``, on the CPU: held, or computed on every access
     (``fuse(lazy=True)``).
     """
-    config: Any
-    """A copy of the config with ``tie_word_embeddings=False`` and ``dtype`` set."""
-    architecture: Architecture
+    wiring: Wiring
+    """That of the model, with a copy of its config: ``tie_word_embeddings=False``, ``dtype`` set.
+    """
     rotations: RotationSet
     dtype: torch.dtype
     unused: tuple[str, ...]
@@ -52,11 +55,15 @@ class FusedModel:
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     """Scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their group."""
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """That of the model: ``wiring.config``."""
+        return self.wiring.config
+
 
 def fuse(
     checkpoint: Mapping[str, Tensor],
-    config: Any,
-    architecture: Architecture,
+    wiring: Wiring,
     rotations: RotationSet,
     *,
     dtype: torch.dtype,
@@ -71,8 +78,7 @@ def fuse(
 
     Args:
         checkpoint: tensors by the names of a published checkpoint or of the module tree.
-        config: the config that belongs to them.
-        architecture: its table entry.
+        wiring: that of the model that they belong to.
         rotations: what to fold; R3 and R4 also have to run online
             (:func:`calib.network.online.attach_online`).
         dtype: floating dtype that the target computes in.
@@ -88,7 +94,7 @@ def fuse(
             float16.
         UnsupportedModelError: the model has a parameter that the table does not know.
     """
-    fuser = _Fuser(checkpoint, config, architecture, rotations, dtype, torch.device(device))
+    fuser = _Fuser(checkpoint, wiring, rotations, dtype, torch.device(device))
     return fuser.run(lazy, progress)
 
 
@@ -98,29 +104,24 @@ class _Fuser:
     def __init__(
         self,
         checkpoint: Mapping[str, Tensor],
-        config: Any,
-        architecture: Architecture,
+        wiring: Wiring,
         rotations: RotationSet,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.config = config
-        self.architecture = architecture
+        self.wiring = wiring
         self.rotations = rotations
         self.on_device = rotations.to(device)
-        self.on_device.validate(config, architecture)
-        self.sizes = architecture.dimensions(config)
+        self.on_device.validate(wiring)
         self.dtype = dtype
         self.device = device
-        self.expected = expected_tensors(config)
-        self.source = SourceTensors(checkpoint, config, architecture, self.expected)
+        self.expected = expected_tensors(wiring.config)
+        self.source = SourceTensors(checkpoint, wiring, self.expected)
 
     def run(self, lazy: bool, progress: Progress) -> FusedModel:
         self._check_coverage()
-        linears = list(self.architecture.all_linears(self.config))
-        readers: dict[str, list[LinearSpec]] = {
-            norm: [] for norm in self.architecture.norm_names(self.config)
-        }
+        linears = list(self.wiring.linears)
+        readers: dict[str, list[LinearSpec]] = {norm: [] for norm in self.wiring.norm_names}
         for spec in linears:
             if spec.norm is not None:
                 readers[spec.norm].append(spec)
@@ -128,13 +129,12 @@ class _Fuser:
         state: Mapping[str, Tensor] = self._lazy_state(linears, folds)
         if not lazy:
             state = self._computed(state, linears, progress)
-        config = deepcopy(self.config)
+        config = deepcopy(self.wiring.config)
         config.tie_word_embeddings = False
         config.dtype = self.dtype
         return FusedModel(
             state=state,
-            config=config,
-            architecture=self.architecture,
+            wiring=Wiring(self.wiring.architecture, config),
             rotations=self.rotations,
             dtype=self.dtype,
             unused=tuple(self.source.unused()),
@@ -147,19 +147,17 @@ class _Fuser:
         """Every parameter must be known to the table: one that is overlooked would stay
         unrotated.
         """
-        architecture = self.architecture
-        known = {table.weight for table in architecture.embeddings}
-        for spec in architecture.all_linears(self.config):
+        wiring = self.wiring
+        known = {table.weight for table in wiring.embeddings}
+        for spec in wiring.linears:
             known |= {spec.weight, spec.bias or spec.weight}
-        for norm in architecture.all_norms(self.config):
+        for norm in wiring.norms:
             known |= {norm.weight, norm.bias}
-        for layer in range(self.sizes.layers):
-            known |= {name.replace("{i}", str(layer)) for name in architecture.untouched}
+        known |= wiring.untouched
         unknown = sorted(self.expected.keys() - known)
         if unknown:
             raise UnsupportedModelError(
-                f"{architecture.name} models have no parameter {unknown[0]} in the architecture"
-                " table",
+                f"{wiring.family} models have no parameter {unknown[0]} in the architecture table",
                 hint=(
                     "this version of transformers or this config has a feature that rotq does not"
                     " know"
@@ -180,7 +178,7 @@ class _Fuser:
                 compute[f"{norm}.weight"] = partial(self._gain, norm, fold)
             if fold is not None and fold.kept_bias is not None:
                 compute[f"{norm}.bias"] = partial(self._rounded, f"{norm}.bias", fold.kept_bias)
-        for embedding in self.architecture.embeddings:
+        for embedding in self.wiring.embeddings:
             compute[embedding.weight] = partial(self._embedding, embedding.weight)
         for spec in linears:
             fold = folds.get(spec.norm) if spec.norm else None
@@ -228,7 +226,7 @@ class _Fuser:
             return None
         return fold_norm(
             name,
-            self._read(weight) + self.architecture.gain_offset,
+            self._read(weight) + self.wiring.architecture.gain_offset,
             self._read(bias) if bias in self.expected else None,
             readers_have_bias=all(spec.bias in self.expected for spec in readers),
             r1=self.on_device.r1(),
@@ -238,7 +236,7 @@ class _Fuser:
     def _gain(self, norm: str, fold: FoldedNorm) -> Tensor:
         """What the norm stores so that it multiplies by one."""
         return self._rounded(
-            f"{norm}.weight", torch.ones_like(fold.gain) - self.architecture.gain_offset
+            f"{norm}.weight", torch.ones_like(fold.gain) - self.wiring.architecture.gain_offset
         )
 
     def _embedding(self, name: str) -> Tensor:
@@ -261,7 +259,7 @@ class _Fuser:
         stored = self.source.read(spec.weight)
         if spec.layout == "experts":
             return torch.stack([self._rotated(expert, spec, fold) for expert in stored])
-        if spec is self.architecture.head:
+        if spec is self.wiring.head:
             return torch.cat(
                 [self._rotated(rows, spec, fold) for rows in torch.split(stored, _ROWS)]
             )
@@ -271,7 +269,7 @@ class _Fuser:
         weight = stored.to(self.device, torch.float64)
         weight = weight.mT if spec.layout == "conv1d" else weight
         weight = weight if fold is None else weight * fold.gain
-        weight = rotate_weight(weight, spec, self.on_device, self.sizes)
+        weight = rotate_weight(weight, spec, self.on_device, self.wiring.sizes)
         weight = weight.mT if spec.layout == "conv1d" else weight
         return self._rounded(spec.weight, weight)
 
@@ -289,4 +287,4 @@ class _Fuser:
             ]
             bias = torch.cat(parts) if bias is None else bias + torch.cat(parts)
         assert bias is not None  # _lazy_state names no other
-        return self._rounded(name, rotate_bias(bias, spec, self.on_device, self.sizes))
+        return self._rounded(name, rotate_bias(bias, spec, self.on_device, self.wiring.sizes))

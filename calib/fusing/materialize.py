@@ -29,13 +29,13 @@ def unloaded(fused: FusedModel) -> Any:
 
     Buffers that no checkpoint holds are real, on the CPU.
     """
-    model = build_on_meta(fused.config, fused.dtype)
+    model = build_on_meta(fused.wiring.config, fused.dtype)
     accept_biases(model, fused.state)
     fill_buffers(model)
-    if fused.architecture.experts is not None:
+    if fused.wiring.architecture.experts is not None:
         # The grouped kernels have no float64.
         model.set_experts_implementation("eager")
     model.requires_grad_(False)
     model.eval()
-    attach_online(model, fused.architecture, fused.config, fused.rotations)
+    attach_online(model, fused.wiring, fused.rotations)
     return model

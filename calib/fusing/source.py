@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from calib.architectures import Architecture, LinearSpec
+from calib.architectures import Architecture, LinearSpec, Wiring
 from calib.errors import CheckpointError
 from calib.network.checkpoint import Checkpoint
 
@@ -28,27 +27,23 @@ class SourceTensors:
     def __init__(
         self,
         checkpoint: Mapping[str, Tensor],
-        config: Any,
-        architecture: Architecture,
+        wiring: Wiring,
         expected: dict[str, torch.Size],
     ) -> None:
         """
         Args:
             checkpoint: tensors by published names or names in the module tree.
-            config: the config that belongs to them.
-            architecture: its table entry.
+            wiring: that of the model that they belong to.
             expected: shape of every tensor in the module tree.
 
         Raises:
             CheckpointError: a tensor is missing, or has another shape than the config calls for.
         """
         self._checkpoint = checkpoint
-        stored = _stored_names(checkpoint, architecture, expected)
-        if getattr(config, "tie_word_embeddings", False):
-            _tie(stored, architecture.embeddings[0].weight, architecture.head.weight)
-        stacked = {
-            spec.weight: spec for spec in architecture.all_linears(config) if spec.stacked_from
-        }
+        stored = _stored_names(checkpoint, wiring.architecture, expected)
+        if getattr(wiring.config, "tie_word_embeddings", False):
+            _tie(stored, wiring.embeddings[0].weight, wiring.head.weight)
+        stacked = {spec.weight: spec for spec in wiring.linears if spec.stacked_from}
         self._single: dict[str, str] = {}
         """Stored name of a tensor that is stored in one piece."""
         self._experts: dict[str, list[list[str]]] = {}

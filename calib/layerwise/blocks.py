@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from torch import nn
 
-from calib.architectures import Architecture
-from calib.architectures.experts import quantizable_linears
+from calib.architectures import Wiring
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,7 @@ class Block:
         return self.module.get_submodule(self.local(name))
 
 
-def block_name(architecture: Architecture, layer: int) -> str:
-    """Dotted path of decoder layer ``layer``."""
-    return architecture.attention.partition("{i}")[0] + str(layer)
-
-
-def linear_groups(architecture: Architecture, config: Any, layer: int) -> list[tuple[str, ...]]:
+def linear_groups(wiring: Wiring, layer: int) -> list[tuple[str, ...]]:
     """The linears of decoder layer ``layer`` that may be quantized, in topological order, grouped
     by what they read.
 
@@ -44,21 +37,15 @@ def linear_groups(architecture: Architecture, config: Any, layer: int) -> list[t
     gate and up; down. Experts of a 3-D parameter are a group too, though each reads some tokens
     only. Routers and gates, which stay in float, are left out.
     """
-    specs = [
-        (name, spec)
-        for name, spec in quantizable_linears(architecture, config).items()
-        if spec.layer == layer
-    ]
+    specs = [(name, spec) for name, spec in wiring.quantizable.items() if spec.layer == layer]
     # Neighbours only: without norms in between (OLMo-2), attention and MLP read the residual stream
     # at two points.
     groups = groupby(specs, lambda entry: (entry[1].reads, entry[1].norm))
     return [tuple(name for name, _ in group) for _, group in groups]
 
 
-def outside_blocks(names: Sequence[str], architecture: Architecture) -> list[str]:
+def outside_blocks(names: Sequence[str], wiring: Wiring) -> list[str]:
     """Those of the tensors ``names`` that belong to no decoder block: embeddings, final norm,
     output head.
     """
-    return [
-        name for name in names if not name.startswith(architecture.attention.partition("{i}")[0])
-    ]
+    return [name for name in names if not name.startswith(wiring.block_prefix)]

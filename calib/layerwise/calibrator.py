@@ -123,7 +123,7 @@ class BlockCalibrator:
         """The linear as the quantized model computes it, in the dtype of the block."""
         weight = (
             linear.weight
-            if self._calibrator.specs[quantized.name].layout != "conv1d"
+            if self._calibrator.fused.wiring.by_name[quantized.name].layout != "conv1d"
             else linear.weight.T
         )
         assert isinstance(weight, Tensor)
@@ -147,20 +147,18 @@ class BlockCalibrator:
         return compute
 
     def _layer(self, name: str) -> int | None:
-        spec = self._calibrator.specs.get(name)
+        spec = self._calibrator.fused.wiring.by_name.get(name)
         return None if spec is None else spec.layer
 
     def _smooth(self, block: Block, run: Run, method: Smoothing) -> None:
         fused = self._calibrator.fused
-        schemes = with_parameters(
-            self._calibrator.quantization.linears, fused.architecture, fused.config
-        )
-        groups = groups_of(fused.architecture, fused.config, fused.rotations, schemes, block.index)
+        schemes = with_parameters(self._calibrator.quantization.linears, fused.wiring)
+        groups = groups_of(fused.wiring, fused.rotations, schemes, block.index)
         statistics = observe_channels(
             block.module, groups, run, moments=method.needs_moment, prefix=f"{block.name}."
         )
         state = _state(block)
-        rows = smooth_groups(state, groups, method, statistics, schemes, fused.architecture)
+        rows = smooth_groups(state, groups, method, statistics, schemes, fused.wiring)
         block.module.load_state_dict(
             {block.local(key): tensor for key, tensor in state.items()}, assign=True
         )

@@ -25,7 +25,7 @@ from calib.data.batches import Batch
 from calib.errors import CheckpointError, DataError
 from calib.fusing import FusedModel, unloaded
 from calib.layerwise.activations import Activations
-from calib.layerwise.blocks import Block, block_name, linear_groups, outside_blocks
+from calib.layerwise.blocks import Block, linear_groups, outside_blocks
 from calib.layerwise.calls import BlockCall, enter
 from calib.layerwise.modules import loaded
 from calib.layerwise.protocol import Calibrator, Q
@@ -97,7 +97,7 @@ class CalibrationRunner(Generic[Q]):
             **(settings or {}),
         }
         self._progress = progress
-        self._layers = fused.architecture.dimensions(fused.config).layers
+        self._layers = fused.wiring.sizes.layers
         self._model: Any = unloaded(fused)
         self._calls: dict[torch.Size, list[BlockCall]] = {}
         self._inputs: Activations | None = None
@@ -159,7 +159,7 @@ class CalibrationRunner(Generic[Q]):
         ``inputs``.
         """
         blocks = [self._model.get_submodule(self._name(index)) for index in range(self._layers)]
-        head = f"{self._fused.architecture.head.name}."
+        head = f"{self._fused.wiring.head.name}."
         names = [name for name in self._outside() if not name.startswith(head)]
         with loaded(self._model, self._fused.state, names):
             for batch in self._batches:
@@ -175,7 +175,7 @@ class CalibrationRunner(Generic[Q]):
         assert self._inputs is not None  # layerwise_calibration prepares
         name = self._name(index)
         own = [key for key in self._fused.state if key.startswith(f"{name}.")]
-        groups = linear_groups(self._fused.architecture, self._fused.config, index)
+        groups = linear_groups(self._fused.wiring, index)
         outputs = self._activations(index + 1) if index + 1 < self._layers else None
         with loaded(self._model, self._fused.state, own):
             block = Block(index, name, self._model.get_submodule(name).to(device))
@@ -226,10 +226,10 @@ class CalibrationRunner(Generic[Q]):
                 )
 
     def _outside(self) -> list[str]:
-        return outside_blocks(list(self._fused.state), self._fused.architecture)
+        return outside_blocks(list(self._fused.state), self._fused.wiring)
 
     def _name(self, index: int) -> str:
-        return block_name(self._fused.architecture, index)
+        return self._fused.wiring.block(index)
 
     def _first_unfinished(self) -> int:
         finished = self.shards.finished()

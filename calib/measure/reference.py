@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calib.architectures import architecture_for
+from calib.architectures import wiring_of
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.network.attention import attend, registered
@@ -102,9 +102,8 @@ def build_reference(
         split_sum: sum every matmul in two halves (see the module's docstring).
         dtype: what it computes in; anything but float32 is the naive path of such a graph.
     """
-    config = _config(model)
-    architecture = architecture_for(config)
-    tables = {table.name for table in architecture.embeddings}
+    wiring = wiring_of(model.config)
+    tables = {table.name for table in wiring.embeddings}
     floats = {name: tensor.to(dtype) for name, tensor in model.floats.items()}
     floats |= {
         f"{name}.weight": model.linears[name].values().to(dtype)
@@ -115,7 +114,7 @@ def build_reference(
         if name not in tables:
             rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
             modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum, dtype=dtype)
-    gather_experts(modules, floats, architecture, config, model.rotations)
+    gather_experts(modules, floats, wiring, model.rotations)
     network = build_skeleton(model.config, floats, skip=set(modules))
     for name, module in modules.items():
         set_submodule(network, name, module)
@@ -127,21 +126,15 @@ def build_reference(
     outside = RotationSet(
         rotation for name, rotation in model.rotations.items() if name not in inside
     )
-    attach_online(network, architecture, network.config, outside)
+    attach_online(network, wiring, outside)
     if split_sum:
         for module in network.modules():
             if type(module) is nn.Linear:
                 module.__class__ = _SplitLinear
         network.set_attn_implementation(registered(_SPLIT_ATTENTION, _split_attention))  # type: ignore[operator]
     if model.cache is not None:
-        attach_cache(network, architecture, model.cache)
+        attach_cache(network, wiring, model.cache)
     return network.eval()
-
-
-def _config(model: QuantizedModel) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**model.config)
 
 
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

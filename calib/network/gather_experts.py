@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any
 
 from torch import Tensor, nn
 
-from calib.architectures import Architecture, LinearSpec
+from calib.architectures import LinearSpec, Wiring
 from calib.network.experts import Experts
 from calib.rotations.rotation_set import RotationSet
 
@@ -15,8 +14,7 @@ from calib.rotations.rotation_set import RotationSet
 def gather_experts(
     modules: MutableMapping[str, nn.Module],
     floats: MutableMapping[str, Tensor],
-    architecture: Architecture,
-    config: Any,
+    wiring: Wiring,
     rotations: RotationSet,
 ) -> None:
     """Move the experts among ``modules`` into :class:`Experts`, one for each layer, which take
@@ -26,8 +24,7 @@ def gather_experts(
         modules: linears by name, those of experts named as :mod:`calib.architectures.experts` says.
         floats: parameters by name. Where only one of a layer's two 3-D parameters is in
             ``modules``, the other one is taken out of here.
-        architecture: the model's table entry.
-        config: its Hugging Face config.
+        wiring: that of the model.
         rotations: an R4 before down projections that are float; others are expected to apply it
             themselves.
     """
@@ -36,19 +33,17 @@ def gather_experts(
     def matrices(spec: LinearSpec) -> list[nn.Module]:
         if spec.name in floats:
             return [_linear(weight) for weight in floats.pop(spec.name)]
-        return [modules.pop(f"{spec.name}.{expert}") for expert in range(config.num_experts)]
+        return [modules.pop(f"{spec.name}.{expert}") for expert in range(wiring.experts)]
 
-    for layer in range(architecture.dimensions(config).layers):
-        specs = [
-            spec for spec in architecture.layer_linears(config, layer) if spec.layout == "experts"
-        ]
+    for layer in range(wiring.sizes.layers):
+        specs = [spec for spec in wiring.layer_linears(layer) if spec.layout == "experts"]
         if all(spec.name in floats for spec in specs):  # no experts, or none quantized
             continue
         gate_up, down = specs
         rotation = rotations.r4(layer, down.branch) if down.name in floats else None
         path = down.name.rpartition(".")[0]
         modules[path] = Experts(
-            matrices(gate_up), matrices(down), ACT2FN[config.hidden_act], rotation
+            matrices(gate_up), matrices(down), ACT2FN[wiring.config.hidden_act], rotation
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import Architecture
+from calib.architectures import Wiring
 from calib.arithmetic.grids import round_to_grid
 from calib.artifact import QuantizedCache
 from calib.errors import QuantizationError
@@ -78,11 +78,11 @@ def observe_caches(
     return seen
 
 
-def attach_cache(model: nn.Module, architecture: Architecture, cache: QuantizedCache) -> None:
+def attach_cache(model: nn.Module, wiring: Wiring, cache: QuantizedCache) -> None:
     """Let every attention module of ``model`` round keys and values as ``cache`` says, for good."""
     transforms = {}
     for layer, key_scale in cache.key_scale.items():
-        name = architecture.attention.replace("{i}", str(layer))
+        name = wiring.attention(layer)
         rounding = CacheRounding(cache.scheme, key_scale.float(), cache.value_scale[layer].float())
         transforms[get_submodule(model, name)] = rounding
     _attach(transforms)

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from calib.architectures import Architecture, Dimensions, LinearSpec, Space
+from calib.architectures import Dimensions, LinearSpec, Space, Wiring
 from calib.errors import RotationError, UnsupportedModelError
 from calib.network.experts import mix_experts
 from calib.rotations.rotation_set import Rotation, RotationSet
@@ -38,9 +38,7 @@ _EXPERTS_FUNCTION = "rotq"
 _active = threading.local()
 
 
-def attach_online(
-    model: nn.Module, architecture: Architecture, config: Any, rotations: RotationSet
-) -> None:
+def attach_online(model: nn.Module, wiring: Wiring, rotations: RotationSet) -> None:
     """Attach the R3 and R4 of ``rotations`` to ``model``, whose weights must come from
     :func:`calib.fusing.fuse`.
 
@@ -51,29 +49,27 @@ def attach_online(
     online = RotationSet(rotation for rotation in rotations.values() if rotation.online)
     if not online:
         return
-    online.validate(config, architecture)
+    online.validate(wiring)
     if getattr(model, "_rotq_online", False):
         raise RotationError(
             "online rotations are attached to this model already",
             hint="materialize the fused model again",
         )
     model._rotq_online = True  # type: ignore[assignment]
-    sizes = architecture.dimensions(config)
+    sizes = wiring.sizes
     for layer in range(sizes.layers):
-        for spec in architecture.ffn_readers(config, layer):
+        for spec in wiring.ffn_readers(layer):
             rotation = online.r4(layer, spec.branch)
             if rotation is not None:
                 _attach_r4(model, spec, rotation)
         rotation = online.r3(layer)
         if rotation is None:
             continue
-        if architecture.rope(config, layer):
-            attention = model.get_submodule(architecture.attention.replace("{i}", str(layer)))
+        if wiring.uses_rope(layer):
+            attention = model.get_submodule(wiring.attention(layer))
             _attach_r3_after_rope(attention, rotation)
         else:
-            _attach_r3_to_projections(
-                model, architecture.layer_linears(config, layer), rotation, sizes
-            )
+            _attach_r3_to_projections(model, wiring.layer_linears(layer), rotation, sizes)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from calib.architectures import wiring_of
 from calib.errors import CheckpointError
 from calib.network.attention import attention_implementation
 from calib.network.modules import set_submodule
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_KEPT_TEMPLATES = 4
+"""Module trees without weights that are kept: a run has its model in one or two dtypes."""
+_TEMPLATES: dict[tuple[type, str, torch.dtype | None, str | None], Any] = {}
 _MIXED = "the folder mixes files of two models, or was edited after it was written"
 
 
@@ -25,21 +32,43 @@ def portable_config(config: Any) -> dict[str, Any]:
     return values
 
 
-def build_on_meta(config: Any, dtype: torch.dtype | None = torch.float32) -> Any:
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype | None = torch.float32) -> Any:
     """The causal-LM module tree of ``config`` with every parameter and buffer on the meta device.
 
     Args:
         config: a Hugging Face config; it is left as it is.
         dtype: of the floating-point tensors; ``None`` for that of the config.
     """
-    from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
+    return deepcopy(_template(config, dtype))
 
-    with torch.device("meta"):
-        # A copy, because from_config writes dtype and attention implementation into the config it
-        # is given.
-        return AutoModelForCausalLM.from_config(
-            deepcopy(config), dtype=dtype, attn_implementation=attention_implementation(config)
-        )
+
+def expected_tensors(config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor in the state dict of the model of ``config``, tied ones
+    included.
+    """
+    template = _template(config, torch.float32)
+    return {name: tensor.shape for name, tensor in template.state_dict().items()}
+
+
+def _template(config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:
+    """The module tree of ``config``, built once: a copy of it takes an eighth of the time.
+
+    Nobody may change it.
+    """
+    attention = attention_implementation(config)
+    key = (type(config), config.to_json_string(use_diff=False), dtype, attention)
+    if key not in _TEMPLATES:
+        from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
+
+        while len(_TEMPLATES) >= _KEPT_TEMPLATES:
+            del _TEMPLATES[next(iter(_TEMPLATES))]
+        with torch.device("meta"):
+            # A copy, because from_config writes dtype and attention implementation into the config
+            # it is given.
+            _TEMPLATES[key] = AutoModelForCausalLM.from_config(
+                deepcopy(config), dtype=dtype, attn_implementation=attention
+            )
+    return _TEMPLATES[key]
 
 
 @torch.no_grad()
@@ -92,10 +121,7 @@ def build_skeleton(
         CheckpointError: a parameter outside ``skip`` is missing or has another shape, or
             ``tensors`` holds one that the model has not.
     """
-    from transformers import AutoConfig  # here, because it takes seconds to import
-
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    model: nn.Module = build_on_meta(AutoConfig.for_model(config["model_type"], **values), None)
+    model: nn.Module = build_on_meta(wiring_of(config).config, None)
     for name in skip:
         set_submodule(model, name, nn.Identity())
     accept_biases(model, [name for name in _head_bias(model) if name in tensors])

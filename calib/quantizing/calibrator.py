@@ -6,22 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import Architecture, LinearSpec, Space
-from calib.architectures.experts import expert_index, quantizable_linears
+from calib.architectures import Space, Wiring
+from calib.architectures.experts import expert_index
 from calib.arithmetic.grids import Grid
 from calib.arithmetic.inputs import input_grid
 from calib.arithmetic.scales import convert_to_scale
 from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import DataError, QuantizationError
-from calib.fusing import FusedModel, expected_tensors, materialize
-from calib.network.skeleton import portable_config
+from calib.fusing import FusedModel, materialize
+from calib.network.skeleton import expected_tensors, portable_config
 from calib.progress import Progress, silent, track
 from calib.quantizing.kept import kept_reasons
 from calib.quantizing.observation import Observed, Run, Wanted, observe
@@ -91,16 +89,9 @@ class Calibrator:
     fused: FusedModel
     quantization: Quantization
 
-    @cached_property
-    def specs(self) -> dict[str, LinearSpec]:
-        """Table entries by module name; of a 3-D expert parameter, by the name of every expert as
-        well.
-        """
-        return _specs(self.fused.architecture, self.fused.config)
-
     def check_blocks(self) -> None:
         """See :func:`check_blocks`."""
-        check_blocks(self.quantization, self.fused.architecture, self.fused.config)
+        check_blocks(self.quantization, self.fused.wiring)
 
     def wanted(self, names: Sequence[str], *, caches: bool = True) -> Wanted:
         """What has to be observed to quantize the linears ``names``, and the cache of every layer
@@ -116,7 +107,11 @@ class Calibrator:
         return Wanted(
             inputs=inputs,
             observer=self.quantization.observer,
-            moments=[name for name in names if algorithm.needs_moment and name in self.specs],
+            moments=[
+                name
+                for name in names
+                if algorithm.needs_moment and name in self.fused.wiring.by_name
+            ],
             caches=self.attentions() if caches and self.quantization.cache is not None else {},
         )
 
@@ -162,7 +157,11 @@ class Calibrator:
     def replaced(self, linears: Collection[str]) -> set[str]:
         """Keys of the fused tensors that the quantized ``linears`` stand in place of."""
         keys = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
-        return keys | {self.specs[name].weight for name in linears if name in self.specs}
+        return keys | {
+            self.fused.wiring.by_name[name].weight
+            for name in linears
+            if name in self.fused.wiring.by_name
+        }
 
     def cache(self, observed: Observed) -> QuantizedCache | None:
         """The quantized KV cache, if there is to be one."""
@@ -207,7 +206,7 @@ class Calibrator:
         """The weight ``[out, in]``; transformers' Conv1D stores the transpose, and an expert may be
         a slice.
         """
-        spec = self.specs.get(name)
+        spec = self.fused.wiring.by_name.get(name)
         if spec is not None and spec.weight in state and spec.layout == "experts":
             return state[spec.weight][expert_index(name)]
         stored = state[f"{name}.weight"]
@@ -234,7 +233,10 @@ class Calibrator:
             return True
         if name.rpartition(".")[0] != other.rpartition(".")[0]:
             return False
-        specs, linears = [self.specs.get(each) for each in (name, other)], self.quantization.linears
+        specs, linears = (
+            [self.fused.wiring.by_name.get(each) for each in (name, other)],
+            self.quantization.linears,
+        )
         beside = all(
             spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL
             for spec in specs
@@ -250,7 +252,7 @@ class Calibrator:
 
     def online(self, name: str) -> str | None:
         """Name of the online rotation that acts on the input of a linear, if one does."""
-        spec = self.specs.get(name)
+        spec = self.fused.wiring.by_name.get(name)
         if spec is None or spec.reads is not Space.FFN or spec.layer is None:
             return None
         rotation = self.fused.rotations.r4(spec.layer, spec.branch)
@@ -258,18 +260,17 @@ class Calibrator:
 
     def attentions(self) -> dict[int, str]:
         """Attention modules by layer."""
-        architecture: Any = self.fused.architecture
-        layers = architecture.dimensions(self.fused.config).layers
-        return {layer: architecture.attention.replace("{i}", str(layer)) for layer in range(layers)}
+        wiring = self.fused.wiring
+        return {layer: wiring.attention(layer) for layer in wiring.layers}
 
 
-def check_blocks(quantization: Quantization, architecture: Architecture, config: Any) -> None:
+def check_blocks(quantization: Quantization, wiring: Wiring) -> None:
     """Formats with blocks of a fixed size exist for widths that are a multiple of it only.
 
     Raises:
         QuantizationError: naming every linear whose width is not.
     """
-    shapes, specs = expected_tensors(config), _specs(architecture, config)
+    shapes, specs = expected_tensors(wiring.config), wiring.by_name
     bad: dict[str, tuple[int, int]] = {}
     for name, scheme in quantization.linears.items():
         granularity = scheme.weight.granularity
@@ -289,12 +290,6 @@ def check_blocks(quantization: Quantization, architecture: Architecture, config:
                 " fixed blocks"
             ),
         )
-
-
-def _specs(architecture: Architecture, config: Any) -> dict[str, LinearSpec]:
-    return {spec.name: spec for spec in architecture.all_linears(config)} | quantizable_linears(
-        architecture, config
-    )
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

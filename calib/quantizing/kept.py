@@ -15,8 +15,8 @@ def kept_reasons(fused: FusedModel, quantized: Collection[str]) -> dict[str, str
 
     A 3-D expert parameter is quantized where its experts are, which have names of their own.
     """
-    head = fused.architecture.head.name
-    specs = fused.architecture.all_linears(fused.config)
+    head = fused.wiring.head.name
+    specs = fused.wiring.linears
     kept = (
         spec.name
         for spec in specs

@@ -7,10 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
-from calib.architectures import Architecture, LinearSpec
-from calib.architectures.experts import quantizable_linears
+from calib.architectures import LinearSpec, Wiring
 from calib.errors import QuantizationError
 from calib.schemes import (
     KV_SCHEMES,
@@ -121,8 +119,7 @@ def customised(
 
 def resolve(
     scheme: Scheme,
-    architecture: Architecture,
-    config: Any,
+    wiring: Wiring,
     *,
     overrides: Mapping[str, str] | None = None,
     observer: str = "min_max",
@@ -138,8 +135,7 @@ def resolve(
 
     Args:
         scheme: the rule.
-        architecture: the model's table entry.
-        config: its Hugging Face config.
+        wiring: that of the model.
         overrides: scheme names by pattern.
         observer: what turns activations into limits.
         weights: what rounds weights.
@@ -150,10 +146,10 @@ def resolve(
             scheme that quantizes its input, or some experts of a 3-D parameter left in float and
             others not.
     """
-    specs = quantizable_linears(architecture, config)
+    specs = wiring.quantizable
     decoder = list(specs)
-    embeddings = [table.name for table in architecture.embeddings]
-    outside = [*embeddings, architecture.head.name]
+    embeddings = [table.name for table in wiring.embeddings]
+    outside = [*embeddings, wiring.head.name]
     chosen: dict[str, LinearScheme | None] = dict.fromkeys(decoder, scheme.linear)
     overridden: set[str] = set()
     for pattern, name in (overrides or {}).items():
@@ -178,7 +174,7 @@ def resolve(
         raise QuantizationError(
             f"unknown KV cache format '{kv}'", hint=f"use one of: {', '.join(KV_SCHEMES)}"
         )
-    order = [*embeddings, *decoder, architecture.head.name]
+    order = [*embeddings, *decoder, wiring.head.name]
     linears = {name: what for name in order if (what := chosen.get(name)) is not None}
     return Quantization(
         scheme=scheme,

@@ -11,12 +11,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from calib.architectures import Architecture
+from calib.architectures import Wiring
 from calib.errors import RotationError
 from calib.rotations.files import MANIFEST, TENSORS, load_rotations
 from calib.rotations.rotation_set import (
@@ -35,17 +34,14 @@ _HINT = (
 _R2_KEY = "model.layers.{i}.self_attn.R2"
 
 
-def import_rotations(
-    paths: Iterable[str | os.PathLike[str]], config: Any, architecture: Architecture
-) -> RotationSet:
+def import_rotations(paths: Iterable[str | os.PathLike[str]], wiring: Wiring) -> RotationSet:
     """Read rotations and check that they fit a model.
 
     Args:
         paths: folders, or files named ``*.safetensors`` (rotq's, its manifest beside it), ``*.pt``
             (DartQuant) or ``*.bin`` (SpinQuant). A folder is rotq's own, or holds foreign files
             under their usual names.
-        config: the model's Hugging Face config.
-        architecture: its table entry.
+        wiring: that of the model.
 
     Returns:
         One set; the origin of every rotation names the file that it comes from.
@@ -55,7 +51,7 @@ def import_rotations(
             is there for some layers only, or something has the wrong shape or is not orthogonal
             (with the figure).
     """
-    sizes = architecture.dimensions(config)
+    sizes = wiring.sizes
     rotations: list[Rotation] = []
     for path in paths:
         for file in _files(Path(path)):
@@ -66,7 +62,7 @@ def import_rotations(
     result = RotationSet(rotations)
     if not result:
         raise RotationError("the given files hold no rotation", hint=_HINT)
-    result.validate(config, architecture)
+    result.validate(wiring)
     for kind in result.kinds():
         layers = {rotation.layer for rotation in result.values() if rotation.kind == kind}
         missing = sorted(set(range(sizes.layers)) - layers) if kind != "r1" else []

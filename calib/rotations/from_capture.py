@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from calib.architectures import Architecture
+from calib.architectures import Wiring
 from calib.capture.result import Samples
 from calib.capture.storage import Capture
 from calib.errors import RotationError
@@ -52,8 +52,7 @@ class Choice:
 
 def train_rotations(
     capture: Capture,
-    config: Any,
-    architecture: Architecture,
+    wiring: Wiring,
     kinds: Collection[str],
     *,
     r1: TrainConfig,
@@ -75,8 +74,7 @@ def train_rotations(
 
     Args:
         capture: samples of the model's norm-folded activations.
-        config: the model's Hugging Face config.
-        architecture: its table entry.
+        wiring: that of the model.
         kinds: which of r1, r2, r3, r4.
         r1: how to train R1; ``fix_ones`` is set for LayerNorm models, ``scheme`` by ``judge``.
         r2: how to train R2; likewise.
@@ -90,11 +88,11 @@ def train_rotations(
         RotationError: the architecture refuses one of ``kinds``, or the samples cannot be trained
             on.
     """
-    check_offered(kinds, config, architecture)
+    check_offered(kinds, wiring)
     rotations: list[Rotation] = []
     table: tuple[CandidateError, ...] = ()
     if "r1" in kinds:
-        settings = replace(r1, fix_ones=architecture.norm_kind == "layer")
+        settings = replace(r1, fix_ones=wiring.layer_norm)
         chosen = choose(capture, "r1", settings, held_out, judge, device=device, progress=progress)
         if chosen.matrix is not None:
             rotations.append(fused_rotation("r1", chosen.matrix, origin=chosen.origin))
@@ -107,42 +105,35 @@ def train_rotations(
                 for layer, heads in zip(capture.r2, chosen.matrix, strict=True)
             ]
         table += chosen.table
-    return TrainedRotations(
-        RotationSet([*rotations, *online_rotations(config, architecture, kinds)]), table
-    )
+    return TrainedRotations(RotationSet([*rotations, *online_rotations(wiring, kinds)]), table)
 
 
-def check_offered(kinds: Collection[str], config: Any, architecture: Architecture) -> None:
+def check_offered(kinds: Collection[str], wiring: Wiring) -> None:
     """Refuse what the architecture refuses.
 
     Raises:
         RotationError: with the reason.
     """
     for kind in kinds:
-        reason = architecture.refusal(kind, config)
+        reason = wiring.refusal(kind)
         if reason is not None:
             raise RotationError(
-                f"{kind.upper()} is refused for {architecture.name}: {reason}",
+                f"{kind.upper()} is refused for {wiring.family}: {reason}",
                 hint=f"leave {kind} out of --rotate",
             )
 
 
-def online_rotations(
-    config: Any, architecture: Architecture, kinds: Collection[str]
-) -> list[Rotation]:
+def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
     """The online Hadamards among ``kinds``: R3 of order ``head_dim``, R4 of the width each down
     projection reads.
     """
-    sizes = architecture.dimensions(config)
+    sizes = wiring.sizes
     rotations: list[Rotation] = []
     for layer in range(sizes.layers):
         if "r3" in kinds:
             rotations.append(hadamard_rotation("r3", sizes.head_dim, layer=layer))
         if "r4" in kinds:
-            widths = {
-                spec.branch: architecture.ffn_width(spec, config)
-                for spec in architecture.ffn_readers(config, layer)
-            }
+            widths = {spec.branch: wiring.ffn_width(spec) for spec in wiring.ffn_readers(layer)}
             rotations += [
                 hadamard_rotation("r4", width, layer=layer, branch=name)
                 for name, width in widths.items()

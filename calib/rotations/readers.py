@@ -8,12 +8,11 @@ row weighs as much as its matrix is small, so that every matrix counts by its re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from calib.architectures import Architecture, Space
+from calib.architectures import Space, Wiring
 from calib.capture.result import Samples
 
 # Rows taken of each weight, evenly spaced: enough for a mean over rows, and few whatever the
@@ -21,18 +20,15 @@ from calib.capture.result import Samples
 _ROWS = 1024
 
 
-def residual_rows(
-    state: Mapping[str, Tensor], config: Any, architecture: Architecture
-) -> Samples | None:
+def residual_rows(state: Mapping[str, Tensor], wiring: Wiring) -> Samples | None:
     """Rows ``[rows, hidden]`` of every quantizable linear that reads the residual stream; ``None``
     if there is none.
 
     Args:
         state: tensors of the norm-folded model by their names in the module tree.
-        config: its Hugging Face config.
-        architecture: its table entry.
+        wiring: that of the model.
     """
-    parts = [_rows(weight) for weight in _weights(state, config, architecture, Space.RESIDUAL)]
+    parts = [_rows(weight) for weight in _weights(state, wiring, Space.RESIDUAL)]
     if not parts:
         return None
     powers = [part.square().mean().clamp_min(torch.finfo(torch.float32).tiny) for part in parts]
@@ -40,9 +36,7 @@ def residual_rows(
     return Samples(torch.cat(parts), torch.cat(weights), massive=0)
 
 
-def value_rows(
-    state: Mapping[str, Tensor], config: Any, architecture: Architecture
-) -> Samples | None:
+def value_rows(state: Mapping[str, Tensor], wiring: Wiring) -> Samples | None:
     """Rows of the attention output projections, ``[layers, kv_heads, rows * group, head_dim]``;
     ``None`` if none.
 
@@ -51,12 +45,11 @@ def value_rows(
 
     Args:
         state: tensors of the norm-folded model by their names in the module tree.
-        config: its Hugging Face config.
-        architecture: its table entry.
+        wiring: that of the model.
     """
-    sizes = architecture.dimensions(config)
+    sizes = wiring.sizes
     layers = []
-    for weight in _weights(state, config, architecture, Space.VALUE):
+    for weight in _weights(state, wiring, Space.VALUE):
         heads = _rows(weight).reshape(-1, sizes.kv_heads, sizes.group, sizes.head_dim)
         layers.append(heads.transpose(0, 1).flatten(1, 2))
     if not layers:
@@ -67,15 +60,13 @@ def value_rows(
     )
 
 
-def _weights(
-    state: Mapping[str, Tensor], config: Any, architecture: Architecture, space: Space
-) -> list[Tensor]:
+def _weights(state: Mapping[str, Tensor], wiring: Wiring, space: Space) -> list[Tensor]:
     """The weights ``[out, in]`` of the linears that read ``space`` and are quantized, in
     topological order.
     """
     return [
         state[spec.weight].T if spec.layout == "conv1d" else state[spec.weight]
-        for spec in architecture.all_linears(config)
+        for spec in wiring.linears
         if spec.reads is space and spec.quantizable and spec.layout != "experts"
     ]
 

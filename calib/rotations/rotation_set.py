@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from calib.architectures import SPACE_OF, Architecture, Dimensions, Kind, Space
+from calib.architectures import SPACE_OF, Dimensions, Kind, Space, Wiring
 from calib.errors import RotationError
 from calib.rotations.hadamard import apply_hadamard, hadamard_matrix
 from calib.rotations.starts import hadamard_start
@@ -135,7 +134,7 @@ def hadamard_rotation(
 
 
 def hadamard_rotations(
-    config: Any, architecture: Architecture, kinds: Iterable[Kind], *, seed: int | None = 0
+    wiring: Wiring, kinds: Iterable[Kind], *, seed: int | None = 0
 ) -> RotationSet:
     """Hadamard rotations of the given kinds for every layer: a start for R1 and R2, and all there
     is to R3 and R4.
@@ -147,9 +146,9 @@ def hadamard_rotations(
         RotationError: a kind is refused for this architecture.
     """
     wanted = set(kinds)
-    sizes = architecture.dimensions(config)
+    sizes = wiring.sizes
     rotations: list[Rotation] = []
-    if "r1" in wanted and architecture.norm_kind == "layer":
+    if "r1" in wanted and wiring.layer_norm:
         matrix = hadamard_start(sizes.hidden, seed, fix_ones=True)
         rotations.append(
             fused_rotation("r1", matrix, origin=f"Hadamard that fixes ones, seed {seed}")
@@ -164,13 +163,13 @@ def hadamard_rotations(
             if kind in wanted
         ]
         if "r4" in wanted:
-            for spec in architecture.ffn_readers(config, layer):
-                width = architecture.ffn_width(spec, config)
+            for spec in wiring.ffn_readers(layer):
+                width = wiring.ffn_width(spec)
                 rotations.append(
                     hadamard_rotation("r4", width, layer=layer, seed=seed, branch=spec.branch)
                 )
     result = RotationSet(rotations)
-    result.validate(config, architecture)
+    result.validate(wiring)
     return result
 
 
@@ -240,7 +239,7 @@ class RotationSet(Mapping[str, Rotation]):
         """The same set with every matrix on ``device``."""
         return RotationSet(rotation.to(device) for rotation in self.values())
 
-    def validate(self, config: Any, architecture: Architecture) -> None:
+    def validate(self, wiring: Wiring) -> None:
         """Check that this set can be fused into the model of ``config``.
 
         Raises:
@@ -248,17 +247,17 @@ class RotationSet(Mapping[str, Rotation]):
                 exist, has the wrong shape, is not orthogonal (``max |Q^T Q - I|`` above 1e-6), or
                 is an R1 that does not fix the all-ones vector on a model with LayerNorm.
         """
-        sizes = architecture.dimensions(config)
+        sizes = wiring.sizes
         for kind in self.kinds():
-            reason = architecture.refusal(kind, config)
+            reason = wiring.refusal(kind)
             if reason is not None:
-                raise RotationError(f"{kind.upper()} is refused for {architecture.name}: {reason}")
+                raise RotationError(f"{kind.upper()} is refused for {wiring.family}: {reason}")
         for rotation in self.values():
             if rotation.layer is not None and rotation.layer >= sizes.layers:
                 raise RotationError(
                     f"{rotation.name} names a layer that this model of {sizes.layers} does not have"
                 )
-            _check_shape(rotation, config, architecture, sizes)
+            _check_shape(rotation, wiring, sizes)
             defect = orthogonality_defect(rotation)
             if not defect <= ORTHOGONALITY_TOLERANCE:
                 raise RotationError(
@@ -267,7 +266,7 @@ class RotationSet(Mapping[str, Rotation]):
                     hint="project it onto the nearest orthogonal matrix (polar factor) in float64",
                 )
         r1 = self.r1()
-        if r1 is not None and architecture.norm_kind == "layer":
+        if r1 is not None and wiring.layer_norm:
             _check_fixes_ones(r1, sizes.hidden)
 
 
@@ -281,17 +280,15 @@ def orthogonality_defect(rotation: Rotation) -> float:
     return float((q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).abs().max())
 
 
-def _check_shape(
-    rotation: Rotation, config: Any, architecture: Architecture, sizes: Dimensions
-) -> None:
+def _check_shape(rotation: Rotation, wiring: Wiring, sizes: Dimensions) -> None:
     n = sizes.hidden if rotation.kind == "r1" else sizes.head_dim
     if rotation.kind == "r4":
         assert rotation.layer is not None  # by the name
-        readers = architecture.ffn_readers(config, rotation.layer)
-        widths = {spec.branch: architecture.ffn_width(spec, config) for spec in readers}
+        readers = wiring.ffn_readers(rotation.layer)
+        widths = {spec.branch: wiring.ffn_width(spec) for spec in readers}
         if rotation.branch not in widths:
             raise RotationError(
-                f"{rotation.name} names a branch that {architecture.name} does not have"
+                f"{rotation.name} names a branch that {wiring.family} does not have"
             )
         n = widths[rotation.branch]
     wanted = (sizes.kv_heads, n, n) if rotation.kind == "r2" else (n, n)

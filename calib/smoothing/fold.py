@@ -17,13 +17,13 @@ from collections.abc import MutableMapping, Sequence
 import torch
 from torch import Tensor
 
-from calib.architectures import Architecture, LinearSpec, NormSpec
+from calib.architectures import LinearSpec, NormSpec, Wiring
 from calib.errors import QuantizationError
 from calib.smoothing.groups import SmoothingGroup
 
 
 def fold_scales(
-    state: MutableMapping[str, Tensor], group: SmoothingGroup, s: Tensor, architecture: Architecture
+    state: MutableMapping[str, Tensor], group: SmoothingGroup, s: Tensor, wiring: Wiring
 ) -> Tensor:
     """Divide the writer of ``group`` by ``s`` and multiply its readers by it.
 
@@ -33,7 +33,7 @@ def fold_scales(
         group: one of :func:`~calib.smoothing.groups.smoothing_groups` of a model whose norms are
             folded.
         s: ``[group.width]``, positive. A scale of 1 leaves every bit of its channel.
-        architecture: the model's table entry.
+        wiring: that of the model.
 
     Returns:
         The scale that was folded, float64 ``[width]``: ``s`` but for the rounding of a norm's gain.
@@ -53,7 +53,7 @@ def fold_scales(
         )
     s = s.double()
     if isinstance(group.writer, NormSpec):
-        s = _divide_norm(state, group.writer, s, architecture.gain_offset)
+        s = _divide_norm(state, group.writer, s, wiring.architecture.gain_offset)
     else:
         _divide_rows(state, group.writer, group.rows, s)
     columns = group.expanded(s)

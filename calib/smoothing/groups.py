@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from calib.architectures import Architecture, Dimensions, LinearSpec, NormSpec, Space
+from calib.architectures import Dimensions, LinearSpec, NormSpec, Space, Wiring
 from calib.rotations.rotation_set import RotationSet
 
 _HEAD = "output head: the final norm is left as it is"
@@ -95,7 +95,7 @@ class SmoothingGroup:
 
 
 def smoothing_groups(
-    architecture: Architecture, config: Any, rotations: RotationSet, layer: int | None = None
+    wiring: Wiring, rotations: RotationSet, layer: int | None = None
 ) -> tuple[list[SmoothingGroup], dict[str, str]]:
     """The groups of a fused model, or of one decoder layer of it, and why the other linears are in
     none.
@@ -107,26 +107,22 @@ def smoothing_groups(
         The groups, and the reason for every other linear that may be quantized, by name. A linear
         is a reader of exactly one group, or has a reason.
     """
-    sizes = architecture.dimensions(config)
+    sizes = wiring.sizes
     groups: list[SmoothingGroup] = []
     reasons: dict[str, str] = {}
     for index in range(sizes.layers) if layer is None else [layer]:
-        specs = architecture.layer_linears(config, index)
+        specs = wiring.layer_linears(index)
         for spec in specs:
-            found = (
-                _behind_linear(spec, specs, architecture, config, rotations)
-                if spec.norm is None
-                else None
-            )
+            found = _behind_linear(spec, specs, wiring, rotations) if spec.norm is None else None
             if isinstance(found, SmoothingGroup):
                 groups.append(found)
             elif found is not None:
                 reasons[spec.name] = found
-        for norm in architecture.norms:
+        for norm in wiring.architecture.norms:
             readers = tuple(spec for spec in specs if spec.norm == norm.at(index).name)
             if not any(spec.quantizable for spec in readers):
                 continue
-            if _has_gain(config):
+            if _has_gain(wiring.config):
                 groups.append(
                     SmoothingGroup(norm.at(index).name, norm.at(index), readers, sizes.hidden)
                 )
@@ -136,13 +132,12 @@ def smoothing_groups(
                     for spec in readers
                 }
     if layer is None:
-        reasons[architecture.head.name] = _HEAD
+        reasons[wiring.head.name] = _HEAD
     return groups, reasons
 
 
 def groups_of(
-    architecture: Architecture,
-    config: Any,
+    wiring: Wiring,
     rotations: RotationSet,
     quantized: Collection[str],
     layer: int | None = None,
@@ -150,7 +145,7 @@ def groups_of(
     """The :func:`smoothing_groups` with a reader among ``quantized``, the names of linears: those
     worth smoothing.
     """
-    groups, _ = smoothing_groups(architecture, config, rotations, layer)
+    groups, _ = smoothing_groups(wiring, rotations, layer)
     return [group for group in groups if any(name in quantized for name in group.reader_names)]
 
 
@@ -162,17 +157,16 @@ def _has_gain(config: Any) -> bool:
 def _behind_linear(
     spec: LinearSpec,
     specs: Sequence[LinearSpec],
-    architecture: Architecture,
-    config: Any,
+    wiring: Wiring,
     rotations: RotationSet,
 ) -> SmoothingGroup | str:
     """The group of a linear that reads no norm, or why there is none."""
     if spec.layout == "experts":
         return _EXPERTS
     if spec.reads is Space.VALUE:
-        return _value_group(spec, specs, architecture.dimensions(config))
+        return _value_group(spec, specs, wiring.sizes)
     if spec.reads is Space.FFN:
-        return _ffn_group(spec, specs, architecture.ffn_width(spec, config), config, rotations)
+        return _ffn_group(spec, specs, wiring.ffn_width(spec), wiring.config, rotations)
     return _NO_NORM
 
 

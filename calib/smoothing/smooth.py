@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from calib.architectures import Architecture
+from calib.architectures import Wiring
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel
 from calib.progress import Progress, silent, track
@@ -88,7 +88,7 @@ def smooth(
     Raises:
         QuantizationError: a group was not observed, or a folded weight overflows.
     """
-    groups, reasons = smoothing_groups(fused.architecture, fused.config, fused.rotations)
+    groups, reasons = smoothing_groups(fused.wiring, fused.rotations)
     state = dict(fused.state)
     rows = smooth_groups(
         state,
@@ -96,7 +96,7 @@ def smooth(
         method,
         statistics,
         schemes,
-        fused.architecture,
+        fused.wiring,
         device=device,
         progress=progress,
     )
@@ -117,11 +117,11 @@ def fold_all(fused: FusedModel, scales: Mapping[str, Tensor]) -> FusedModel:
     """
     if not scales:
         return fused
-    groups, _ = smoothing_groups(fused.architecture, fused.config, fused.rotations)
+    groups, _ = smoothing_groups(fused.wiring, fused.rotations)
     state = dict(fused.state)
     for group in groups:
         if group.name in scales:
-            fold_scales(state, group, scales[group.name], fused.architecture)
+            fold_scales(state, group, scales[group.name], fused.wiring)
     return replace(fused, state=state, smoothing=dict(scales))
 
 
@@ -131,7 +131,7 @@ def smooth_groups(
     method: Smoothing,
     statistics: Mapping[str, GroupInputs],
     schemes: Mapping[str, LinearScheme],
-    architecture: Architecture,
+    wiring: Wiring,
     *,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
@@ -150,7 +150,7 @@ def smooth_groups(
         weights = [reader_weight(spec, state[spec.weight]).to(device) for spec in quantized]
         linear_schemes = [schemes[spec.name] for spec in quantized]
         chosen = _choose(group, method, statistics[group.name], weights, linear_schemes)
-        folded = fold_scales(state, group, group.largest(chosen.scales), architecture)
+        folded = fold_scales(state, group, group.largest(chosen.scales), wiring)
         rows.append(
             SmoothingRow(
                 name=group.name,

@@ -180,7 +180,7 @@ def _calibrated(
 
     # Everything that can be refused is, before the long job.
     quantization = inputs.quantization()
-    check_blocks(quantization, inputs.source.architecture, inputs.source.config)
+    check_blocks(quantization, inputs.source.wiring)
     given = given_rotations(recipe, inputs.source)
     if targets is not None:
         kinds = Rotate.of({*recipe.rotate.certain, *given.kinds()}).certain

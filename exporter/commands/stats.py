@@ -151,10 +151,8 @@ class _Passes:
     def specs(self) -> list[LinearSpec]:
         """The decoder's linears."""
         source = self.inputs.source
-        names = set(source.architecture.linear_names(source.config))
-        return [
-            spec for spec in source.architecture.all_linears(source.config) if spec.name in names
-        ]
+        names = set(source.wiring.linear_names)
+        return [spec for spec in source.wiring.linears if spec.name in names]
 
     def measure(self, fused: FusedModel, clock: Stopwatch) -> _Measured:
         """Two passes over the calibration rows: the limits and moments first, then what depends on

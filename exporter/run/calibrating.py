@@ -67,9 +67,9 @@ class Calibrating:
             return fused
 
         device = self.inputs.device
-        schemes = with_parameters(self.quantization.linears, fused.architecture, fused.config)
+        schemes = with_parameters(self.quantization.linears, fused.wiring)
         with clock.stage("smooth"):
-            groups = groups_of(fused.architecture, fused.config, fused.rotations, schemes)
+            groups = groups_of(fused.wiring, fused.rotations, schemes)
             statistics = observe_channels(
                 materialize(fused, device=device),
                 groups,

@@ -40,11 +40,11 @@ def captured(
         return Capture.load(ready, model=model_fingerprint(folded))
 
     source = inputs.source
-    sizes = source.architecture.dimensions(source.config)
+    sizes = source.wiring.sizes
     with clock.stage("capture"):
         statistics = capture(
             folded,
-            source.architecture.capture_sites(source.config),
+            source.wiring.capture_sites,
             length_batches(rows, inputs.recipe.calibration.batch_size),
             num_kv_heads=sizes.kv_heads,
             head_dim=sizes.head_dim,

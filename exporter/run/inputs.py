@@ -43,7 +43,7 @@ class Inputs:
     @property
     def offered(self) -> tuple[Kind, ...]:
         """Kinds of rotations that the architecture takes."""
-        return self.source.architecture.offered
+        return self.source.wiring.architecture.offered
 
     def quantization(self) -> Quantization:
         """What is done to every linear.
@@ -51,9 +51,7 @@ class Inputs:
         Raises:
             QuantizationError: as :func:`calib.quantizing.plan.resolve`.
         """
-        return quantization_of(
-            self.recipe, self.scheme, self.source.architecture, self.source.config
-        )
+        return quantization_of(self.recipe, self.scheme, self.source.wiring)
 
     def rows(self, clock: Stopwatch) -> Rows:
         """Read the three splits of the text."""

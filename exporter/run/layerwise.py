@@ -29,9 +29,9 @@ def layerwise_rotations(inputs: Inputs, given: RotationSet) -> RotationSet:
         RotationError: the architecture refuses one.
     """
     source, kinds = inputs.source, inputs.recipe.rotate.certain
-    check_offered(kinds, source.config, source.architecture)
+    check_offered(kinds, source.wiring)
     missing = Rotate.of(set(kinds) - set(given.kinds())).certain
-    own = hadamard_rotations(source.config, source.architecture, missing, seed=inputs.recipe.seed)
+    own = hadamard_rotations(source.wiring, missing, seed=inputs.recipe.seed)
     return own.merged(given.of(kinds).values())
 
 

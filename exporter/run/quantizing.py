@@ -19,7 +19,7 @@ from calib.weights.algorithms import algorithm_named
 from exporter.recipe import Recipe
 
 if TYPE_CHECKING:
-    from calib.architectures import Architecture
+    from calib.architectures import Wiring
 
 logger = logging.getLogger(__name__)
 
@@ -57,24 +57,20 @@ def _customised(
     )
 
 
-def quantization_of(
-    recipe: Recipe, scheme: Scheme, architecture: Architecture, config: Any
-) -> Quantization:
+def quantization_of(recipe: Recipe, scheme: Scheme, wiring: Wiring) -> Quantization:
     """What the recipe does to every linear of one model.
 
     Args:
         recipe: overrides, observer, weight algorithm and cache.
         scheme: the recipe's, of :func:`customised_scheme`.
-        architecture: the model's table entry.
-        config: its Hugging Face config.
+        wiring: that of the model.
 
     Raises:
         QuantizationError: as :func:`calib.quantizing.plan.resolve`.
     """
     return resolve(
         scheme,
-        architecture,
-        config,
+        wiring,
         overrides=recipe.overrides,
         observer=recipe.activations.observer,
         weights=recipe.weights.algorithm,

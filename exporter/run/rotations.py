@@ -42,7 +42,7 @@ def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
     """
     if not recipe.rotation.files:
         return RotationSet()
-    return import_rotations(recipe.rotation.files, source.config, source.architecture)
+    return import_rotations(recipe.rotation.files, source.wiring)
 
 
 def candidate_sets(
@@ -125,12 +125,12 @@ def trained_rotations(
         folded = inputs.fuse(RotationSet(), clock, lazy=True)
 
     with clock.stage("train"):
-        check_offered(kinds, source.config, source.architecture)
+        check_offered(kinds, source.wiring)
         missing = Rotate.of(set(kinds) - set(given.kinds())).certain
         if statistics is not None:
             own = _trained(missing, inputs, statistics, folded, clock)
         else:
-            online = online_rotations(source.config, source.architecture, missing)
+            online = online_rotations(source.wiring, missing)
             plain = () if inputs.quantizes else trainable(missing)
             own = TrainedRotations(RotationSet(online).merged(_hadamards(plain, inputs).values()))
         return TrainedRotations(own.rotations.merged(given.of(kinds).values()), own.table)
@@ -156,8 +156,8 @@ def judge_of(scheme: Scheme, folded: FusedModel | None) -> Judge:
     if folded is None:
         return judge_for(scheme)
     rows = {
-        "r1": residual_rows(folded.state, folded.config, folded.architecture),
-        "r2": value_rows(folded.state, folded.config, folded.architecture),
+        "r1": residual_rows(folded.state, folded.wiring),
+        "r2": value_rows(folded.state, folded.wiring),
     }
     return judge_for(scheme, {name: found for name, found in rows.items() if found is not None})
 
@@ -174,8 +174,7 @@ def _trained(
     quantizer = activation_scheme(inputs.scheme) if judge is None else judge.quantizer
     return train_rotations(
         statistics,
-        inputs.source.config,
-        inputs.source.architecture,
+        inputs.source.wiring,
         kinds,
         r1=_training(settings.r1, quantizer, seed),
         r2=_training(settings.r2, quantizer, seed),
@@ -188,7 +187,7 @@ def _trained(
 
 def _hadamards(kinds: Sequence[Kind], inputs: Inputs) -> RotationSet:
     source = inputs.source
-    return hadamard_rotations(source.config, source.architecture, kinds, seed=inputs.recipe.seed)
+    return hadamard_rotations(source.wiring, kinds, seed=inputs.recipe.seed)
 
 
 def _training(settings: Training, quantizer: ActivationScheme | None, seed: int) -> TrainConfig:

@@ -83,12 +83,12 @@ def _ignored(model: QuantizedModel, names: Names) -> list[str]:
 
 
 def _floats(model: QuantizedModel, names: Names) -> Iterator[str]:
-    for spec in names.architecture.all_linears(names.config):
+    for spec in names.wiring.linears:
         if spec.layout != "experts":
             if spec.name not in model.linears:
                 yield names.published(spec.name)
         elif f"{spec.name}.0" not in model.linears:
-            for expert in range(names.config.num_experts):
+            for expert in range(names.wiring.experts):
                 yield from names.expert_modules(spec, expert)
 
 

@@ -102,7 +102,7 @@ class CompressedTensorsLayout:
         skipped = {key for key in tensors if key.rpartition(".")[0] in quantized} | transform_keys(
             tensors
         )
-        for layer in range(names.architecture.dimensions(names.config).layers):
+        for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
         return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
 
@@ -124,7 +124,7 @@ def _entry(key: str, kind: Any, tensor: Tensor) -> Entry:
 
 
 def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:
-    attention = names.architecture.attention.replace("{i}", str(layer))
+    attention = names.wiring.attention(layer)
     return tuple(f"{names.published(attention)}.{part}" for part in _CACHE_PARTS)
 
 

@@ -97,8 +97,8 @@ def transform_config(transforms: list[Transform]) -> dict[str, Any]:
 
 def _down_projections(model: QuantizedModel, names: Names) -> Iterator[tuple[Rotation, str]]:
     """Every R4 with the module whose input it multiplies."""
-    for layer in range(names.architecture.dimensions(names.config).layers):
-        for spec in names.architecture.ffn_readers(names.config, layer):
+    for layer in range(names.wiring.sizes.layers):
+        for spec in names.wiring.ffn_readers(layer):
             rotation = model.rotations.r4(layer, spec.branch)
             if rotation is None:
                 continue

@@ -128,7 +128,7 @@ class ModelOptLayout:
             for module in names.modules(name)
             for part in PARTS
         }
-        for layer in range(names.architecture.dimensions(names.config).layers):
+        for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
         found = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
         return {
@@ -217,7 +217,7 @@ def _turned(key: str, names: Names) -> bool:
 
 
 def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:
-    attention = names.architecture.attention.replace("{i}", str(layer))
+    attention = names.wiring.attention(layer)
     return tuple(f"{names.published(attention)}.{part}" for part in _CACHE_PARTS)
 
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from backends.base import RuntimeMissing
-from backends.safetensors.source import sliding_window, source_model
+from backends.safetensors.source import sliding_window
 from backends.safetensors.tensorrt.loader import BundleWeights, open_weights, tensorrt_module
 from backends.safetensors.tensorrt.network import NetworkBuilder
+from calib.architectures import wiring_of
 from calib.errors import BackendError
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -93,7 +94,7 @@ def add_block(network: Any, weights: BundleWeights, *, layer: int, tokens: int) 
     Returns:
         What holds the memory of constants; keep it until the engine is built.
     """
-    config, _ = source_model(weights.bundle.manifest.config)
+    config = wiring_of(weights.bundle.manifest.config).config
     refusal = _refusal(config, layer)
     if refusal is not None:
         raise BackendError(
@@ -164,8 +165,8 @@ class _Block:
         self.layer = layer
         self.prefix = f"model.layers.{layer}"
         self.tokens = tokens
-        self.config, architecture = source_model(net.weights.bundle.manifest.config)
-        self.sizes = architecture.dimensions(self.config)
+        wiring = wiring_of(net.weights.bundle.manifest.config)
+        self.config, self.sizes = wiring.config, wiring.sizes
 
     def norm(self, x: Any, name: str) -> Any:
         """``x / rms(x) g`` in float32."""

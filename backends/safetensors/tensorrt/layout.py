@@ -39,10 +39,10 @@ from backends.safetensors.source import (
     is_rotation_key,
     original_scales,
     rotation_entries,
-    source_model,
     uneven,
 )
 from backends.safetensors.tensorrt.packing import pack, packed_size, unpack
+from calib.architectures import wiring_of
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.schemes import FLOAT4, INT4, LinearScheme, PerBlock, tensor_scheme_from_dict
 
@@ -67,13 +67,11 @@ class _Names:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> _Names:
-        found, architecture = source_model(config)
-        specs = architecture.all_linears(found)
-        layers = architecture.dimensions(found).layers
+        wiring = wiring_of(config)
         return cls(
-            frozenset(table.name for table in architecture.embeddings),
-            frozenset(spec.weight for spec in specs if spec.layout == "linear"),
-            {layer: architecture.attention.replace("{i}", str(layer)) for layer in range(layers)},
+            frozenset(table.name for table in wiring.embeddings),
+            frozenset(spec.weight for spec in wiring.linears if spec.layout == "linear"),
+            {layer: wiring.attention(layer) for layer in wiring.layers},
         )
 
 

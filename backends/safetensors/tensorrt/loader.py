@@ -20,8 +20,8 @@ from torch import Tensor
 from backends.base import RuntimeMissing
 from backends.safetensors.differences import grouped
 from backends.safetensors.read import Bundle, open_bundle
-from backends.safetensors.source import source_model
 from backends.safetensors.tensorrt.layout import unpacked_shape
+from calib.architectures import wiring_of
 from calib.errors import BackendError
 from calib.schemes import tensor_scheme_from_dict
 
@@ -247,8 +247,7 @@ def _does_not_fit(what: str, problems: str, weights: BundleWeights) -> BackendEr
 def _forms(bundle: Bundle) -> dict[str, Form]:
     forms = {}
     manifest = bundle.manifest
-    _, architecture = source_model(manifest.config)
-    tables = {table.name for table in architecture.embeddings}
+    tables = {table.name for table in wiring_of(manifest.config).embeddings}
     for key, entry in manifest.tensors.items():
         if entry.torch_dtype is torch.uint8:
             name = key.removesuffix(".weight")

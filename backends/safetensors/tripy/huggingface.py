@@ -13,15 +13,16 @@ from backends.registry import check_target, get_backend
 from backends.safetensors.differences import grouped
 from backends.safetensors.tripy.layout import TripyLayout, tripy_dtype
 from backends.safetensors.tripy.loader import fill, float_dtype, quantized_modules
-from calib.architectures import architecture_for
+from calib.architectures import Wiring, wiring_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import ForwardLoop, forward_loop_over
 from calib.data.tokens import Tokenizer, calibration_rows, clamp_seqlen
 from calib.errors import BackendError, CheckpointError
-from calib.fusing import FusedModel, expected_tensors
+from calib.fusing import FusedModel
 from calib.fusing.source import SourceTensors
 from calib.network.checkpoint import load_config, open_checkpoint
+from calib.network.skeleton import expected_tensors
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import resolve
@@ -89,8 +90,8 @@ def load_quant_weights_from_hf(
     if refusal is not None:
         raise BackendError(refusal[0], hint=refusal[1])
     source = _as_it_is(model_type, config, compute_dtype)
-    outside = {source.architecture.head.name} & quantized
-    left = set(source.architecture.linear_names(config)) - quantized
+    outside = {source.wiring.head.name} & quantized
+    left = set(source.wiring.linear_names) - quantized
     overrides = {**dict.fromkeys(sorted(outside), quant_mode), **dict.fromkeys(sorted(left), FLOAT)}
     loop = None
     if not scheme.weight_only:
@@ -138,15 +139,20 @@ def _as_it_is(model_type: str, config: Any, dtype: torch.dtype) -> FusedModel:
     """The float model in ``dtype`` with nothing folded into it, under the names of the module
     tree.
     """
-    architecture = architecture_for(config)
+    wiring = wiring_for(config)
     expected = expected_tensors(config)
-    tensors = SourceTensors(open_checkpoint(model_type), config, architecture, expected)
+    tensors = SourceTensors(open_checkpoint(model_type), wiring, expected)
     untied = deepcopy(config)
     untied.tie_word_embeddings = False
     untied.dtype = dtype
     state = {name: tensors.read(name).to(dtype) for name in expected}
     return FusedModel(
-        state, untied, architecture, RotationSet(), dtype, tuple(tensors.unused()), ()
+        state,
+        Wiring(wiring.architecture, untied),
+        RotationSet(),
+        dtype,
+        tuple(tensors.unused()),
+        (),
     )
 
 
@@ -158,9 +164,7 @@ def _quantized(
     device: torch.device | str,
     progress: Progress,
 ) -> QuantizedModel:
-    quantization = resolve(
-        scheme_named(quant_mode), source.architecture, source.config, overrides=overrides
-    )
+    quantization = resolve(scheme_named(quant_mode), source.wiring, overrides=overrides)
     # The artifact only lives until the module is filled, so nobody asks where it came from.
     provenance = Provenance("", "", {}, 0, 0, 0, 0, "", {})
     return quantize_model(source, quantization, loop, provenance, device=device, progress=progress)

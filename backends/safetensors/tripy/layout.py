@@ -40,11 +40,11 @@ from backends.safetensors.source import (
     norm_keys,
     original_scales,
     rotation_entries,
-    source_model,
     transposed_weights,
     uneven,
 )
 from backends.safetensors.tripy.models import refusal_of
+from calib.architectures import wiring_of
 from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
@@ -63,14 +63,14 @@ class TripyLayout:
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
     ) -> tuple[str, str] | None:
         """No module for the model, a quantized embedding, or blocks that do not fit."""
-        found, architecture = source_model(config)
-        tables = [table.name for table in architecture.embeddings if table.name in linears]
+        wiring = wiring_of(config)
+        tables = [table.name for table in wiring.embeddings if table.name in linears]
         if tables:
             return (
                 f"tp.Embedding holds float tables, and {', '.join(tables)} shall be quantized",
                 "leave embeddings in float",
             )
-        return refusal_of(found) or block_refusal(config, linears, uneven)
+        return refusal_of(wiring.config) or block_refusal(config, linears, uneven)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """Floats, quantized linears, online rotations."""
@@ -110,9 +110,8 @@ class TripyLayout:
         """See :class:`~backends.safetensors.layout.Layout`. Norms become the dtype of the embedding
         again, exactly.
         """
-        _, architecture = source_model(config)
         transposed, norms = transposed_weights(config), norm_keys(config)
-        dtype = tensors[architecture.embeddings[0].weight].dtype
+        dtype = tensors[wiring_of(config).embeddings[0].weight].dtype
         taken = {f"{name}.{part}" for name in described for part in _PARTS}
         result = {}
         for key in tensors:

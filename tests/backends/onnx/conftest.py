@@ -82,7 +82,7 @@ def _quantize(name: str) -> QuantizedModel:
     if name == "no-signs":
         width = tiny.config.intermediate_size
         rotations = RotationSet(hadamard_rotation("r4", width, layer=layer) for layer in range(2))
-        fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float32)
+        fused = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float32)
         return quantize_fused(fused, scheme)
     if name == "head-bias":
         tiny.state["transformer.ln_f.weight"][7] = 1e-9

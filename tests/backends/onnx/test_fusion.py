@@ -27,9 +27,7 @@ def export(
 ) -> int:
     """Write a tiny model; the number of its quantized linears, embeddings aside."""
     fused = fuse_tiny(make_tiny(CONFIGS[name]()))
-    plan = resolve(
-        scheme_named(scheme), fused.architecture, fused.config, overrides=dict(overrides)
-    )
+    plan = resolve(scheme_named(scheme), fused.wiring, overrides=dict(overrides))
     quantized = quantize_model(
         fused, plan, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
     )

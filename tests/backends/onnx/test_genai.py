@@ -156,7 +156,7 @@ def test_it_generates_from_other_ways_to_write(
 @pytest.mark.runtimes
 def test_it_generates_from_a_quantized_cache(tmp_path: Path) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
-    plan = resolve(scheme_named("int8"), fused.architecture, fused.config, kv="int8")
+    plan = resolve(scheme_named("int8"), fused.wiring, kv="int8")
     quantized = quantize_model(
         fused, plan, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
     )

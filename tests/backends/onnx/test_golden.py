@@ -70,7 +70,7 @@ def quantized(name: str, dtype: torch.dtype) -> QuantizedModel:
     config = wide_llama()
     config.num_hidden_layers = 1
     fused = fuse_tiny(make_tiny(config), ["r4"], dtype=dtype)
-    how = resolve(SCHEMES[name], fused.architecture, fused.config)
+    how = resolve(SCHEMES[name], fused.wiring)
     return quantize_model(
         fused, how, forward_loop_over(length_batches(token_rows((9,)), 1)), PROVENANCE
     )

@@ -124,7 +124,7 @@ def test_a_whole_model_is_built(name: str, tmp_path: Path) -> None:
     config = wide_llama()
     config.num_hidden_layers = 1
     fused = fuse_tiny(make_tiny(config), ["r1", "r2", "r3", "r4"], dtype=torch.float16)
-    how = resolve(scheme_named(base), fused.architecture, fused.config, overrides=overrides, kv=kv)
+    how = resolve(scheme_named(base), fused.wiring, overrides=overrides, kv=kv)
     quantized = quantize_model(
         fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
     )

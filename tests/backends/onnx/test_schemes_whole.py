@@ -99,9 +99,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Wr
         if (name, target) not in made:
             case = CASES[name]
             scheme = scheme_named(case.scheme)
-            how = resolve(
-                scheme, fused.architecture, fused.config, overrides=case.overrides, kv=case.kv
-            )
+            how = resolve(scheme, fused.wiring, overrides=case.overrides, kv=case.kv)
             loop = forward_loop_over(length_batches(token_rows(), 4))
             quantized = quantize_model(fused, how, loop, PROVENANCE)
             folder = tmp_path_factory.mktemp("written")
@@ -195,7 +193,7 @@ def test_online_rotations_act_on_their_input_in_float16(tmp_path: Path) -> None:
     down, found = "model.layers.0.mlp.down_proj", []
     for kinds in (("r3", "r4"), ()):
         fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), kinds, dtype=torch.float16)
-        how = resolve(scheme_named("int8-weight-only"), fused.architecture, fused.config)
+        how = resolve(scheme_named("int8-weight-only"), fused.wiring)
         quantized = quantize_model(
             fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
         )

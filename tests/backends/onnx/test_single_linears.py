@@ -29,7 +29,7 @@ def _quantized(
 ) -> QuantizedModel:
     fused = fuse_tiny(make_tiny(CONFIGS[name]()), kinds)
     scheme = customised(scheme_named("int8-weight-only"), block_size=block_size)
-    how = resolve(scheme, fused.architecture, fused.config, **settings)
+    how = resolve(scheme, fused.wiring, **settings)
     return quantize_model(
         fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
     )

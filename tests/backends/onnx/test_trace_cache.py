@@ -109,9 +109,7 @@ def test_a_damaged_entry_is_made_again(
 
 def test_the_key_holds_all_that_a_trace_depends_on_and_nothing_else() -> None:
     tiny = make_tiny(CONFIGS["llama"]())
-    rotations = [
-        hadamard_rotations(tiny.config, tiny.architecture, ["r3"], seed=seed) for seed in (1, 2)
-    ]
+    rotations = [hadamard_rotations(tiny.wiring, ["r3"], seed=seed) for seed in (1, 2)]
     requests = [
         request("llama"),
         request("llama", dtype=torch.float16),

@@ -66,7 +66,7 @@ def quantized(
     Tests that leave ``kinds`` as they are share one trace a config.
     """
     fused = fuse_tiny(make_tiny(config), kinds)
-    how = resolve(scheme_named(scheme), fused.architecture, fused.config, **settings)
+    how = resolve(scheme_named(scheme), fused.wiring, **settings)
     return quantize_model(
         fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from calib.architectures import architecture_for, supported_model_types
+from calib.architectures import architecture_for, supported_model_types, wiring_for
 from calib.errors import UnsupportedModelError
 
 
@@ -76,8 +76,8 @@ def test_head_dim_is_read_from_the_config() -> None:
     config = transformers.Qwen3Config(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24
     )
-    sizes = architecture_for(config).dimensions(config)
+    sizes = wiring_for(config).sizes
     assert (sizes.head_dim, sizes.group) == (24, 2)
     config = transformers.GPT2Config(n_embd=60, n_head=4)
-    sizes = architecture_for(config).dimensions(config)
+    sizes = wiring_for(config).sizes
     assert (sizes.head_dim, sizes.kv_heads, sizes.group) == (15, 4, 1)

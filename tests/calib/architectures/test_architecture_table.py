@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from calib.architectures import Architecture, Space, architecture_for
+from calib.architectures import Space, Wiring, wiring_for
 from calib.errors import RotationError
-from calib.fusing import expected_tensors
+from calib.network.skeleton import expected_tensors
 
 SMALL = {
     "vocab_size": 32,
@@ -47,44 +47,42 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(params=CONFIGS, ids=list(CONFIGS))
-def case(request: pytest.FixtureRequest) -> tuple[Architecture, Any, nn.Module]:
+def case(request: pytest.FixtureRequest) -> tuple[Wiring, nn.Module]:
     config = CONFIGS[request.param]()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    return architecture_for(config), config, model
+    return wiring_for(config), model
 
 
 def test_every_linear_of_the_model_is_in_the_table(
-    case: tuple[Architecture, Any, nn.Module],
+    case: tuple[Wiring, nn.Module],
 ) -> None:
-    architecture, config, model = case
+    wiring, model = case
     linears = {
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
-    table = [spec for spec in architecture.all_linears(config) if spec.layout != "experts"]
+    table = [spec for spec in wiring.linears if spec.layout != "experts"]
     # a module class of its own
     routers = {spec.name for spec in table if spec.name.endswith(".mlp.gate")}
     assert {spec.name for spec in table} - routers == linears
-    assert set(architecture.linear_names(config)) == {
+    assert set(wiring.linear_names) == {
         name for name in linears if name != "lm_head" and not name.endswith("shared_expert_gate")
     }
 
 
-def test_layout_and_parts_fit_the_weights(case: tuple[Architecture, Any, nn.Module]) -> None:
-    architecture, config, _ = case
-    shapes = expected_tensors(config)
-    sizes = architecture.dimensions(config)
+def test_layout_and_parts_fit_the_weights(case: tuple[Wiring, nn.Module]) -> None:
+    wiring, _ = case
+    shapes = expected_tensors(wiring.config)
+    sizes = wiring.sizes
     widths = {
         Space.RESIDUAL: sizes.hidden,
         Space.VALUE: sizes.heads * sizes.head_dim,
     }
-    for spec in architecture.all_linears(config):
+    for spec in wiring.linears:
         out, into = (
             shapes[spec.weight][-2:] if spec.layout != "conv1d" else reversed(shapes[spec.weight])
         )
-        width = (
-            architecture.ffn_width(spec, config) if spec.reads is Space.FFN else widths[spec.reads]
-        )
+        width = wiring.ffn_width(spec) if spec.reads is Space.FFN else widths[spec.reads]
         assert into == width
         if spec.writes is Space.RESIDUAL:
             assert out == sizes.hidden
@@ -100,42 +98,38 @@ def test_layout_and_parts_fit_the_weights(case: tuple[Architecture, Any, nn.Modu
 
 
 def test_every_norm_of_the_residual_stream_is_in_the_table(
-    case: tuple[Architecture, Any, nn.Module],
+    case: tuple[Wiring, nn.Module],
 ) -> None:
-    architecture, config, model = case
+    wiring, model = case
     norms = {
         name
         for name, module in model.named_modules()
         if type(module).__name__.endswith(("Norm", "LayerNorm"))
     }
-    untouched = {
-        name.replace("{i}", str(layer)).removesuffix(".weight")
-        for name in architecture.untouched
-        for layer in range(config.num_hidden_layers)
-    }
-    assert set(architecture.norm_names(config)) | untouched == norms
-    for norm in architecture.norm_names(config):
-        assert architecture.readers(norm, config)
+    untouched = {name.removesuffix(".weight") for name in wiring.untouched}
+    assert set(wiring.norm_names) | untouched == norms
+    for norm in wiring.norm_names:
+        assert wiring.readers(norm)
 
 
-def test_sites_are_modules_in_the_order_they_run(case: tuple[Architecture, Any, nn.Module]) -> None:
-    architecture, config, model = case
-    sites = architecture.capture_sites(config)
+def test_sites_are_modules_in_the_order_they_run(case: tuple[Wiring, nn.Module]) -> None:
+    wiring, model = case
+    sites = wiring.capture_sites
     modules = dict(model.named_modules())
     assert all(site.module in modules for site in sites)
-    layers = range(config.num_hidden_layers)
+    layers = wiring.layers
     assert [(site.layer, site.space) for site in sites if site.rotation == "r2"] == [
         (i, "value") for i in layers
     ]
     residual = [site.layer for site in sites if site.rotation == "r1"]
-    refused = architecture.refusal("r1", config) is not None
+    refused = wiring.refusal("r1") is not None
     assert residual == ([] if refused else [i for i in layers for _ in ("attention", "mlp")])
     assert [site.layer for site in sites] == sorted(site.layer for site in sites)
 
 
 def test_sites_of_a_llama() -> None:
     config = CONFIGS["llama"]()
-    sites = architecture_for(config).capture_sites(config)[:3]
+    sites = wiring_for(config).capture_sites[:3]
     assert [(site.module, site.rotation) for site in sites] == [
         ("model.layers.0.self_attn.q_proj", "r1"),
         ("model.layers.0.self_attn.o_proj", "r2"),
@@ -145,32 +139,27 @@ def test_sites_of_a_llama() -> None:
 
 def test_sparse_layers_are_told_from_dense_ones() -> None:
     config = CONFIGS["qwen2_moe"]()  # every second layer has experts
-    architecture = architecture_for(config)
-    assert architecture.expert_parameters(config) == [
+    wiring = wiring_for(config)
+    assert wiring.expert_parameters == (
         "model.layers.1.mlp.experts.gate_up_proj",
         "model.layers.1.mlp.experts.down_proj",
-    ]
-    widths = [
-        (spec.branch, architecture.ffn_width(spec, config))
-        for spec in architecture.ffn_readers(config, 1)
-    ]
+    )
+    widths = [(spec.branch, wiring.ffn_width(spec)) for spec in wiring.ffn_readers(1)]
     assert widths == [("", 20), ("shared", config.shared_expert_intermediate_size)]
-    assert [spec.name for spec in architecture.ffn_readers(config, 0)] == [
-        "model.layers.0.mlp.down_proj"
-    ]
+    assert [spec.name for spec in wiring.ffn_readers(0)] == ["model.layers.0.mlp.down_proj"]
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2"])
 def test_post_norms_refuse_r1_and_nothing_else(model_type: str) -> None:
     config = CONFIGS[model_type]()
-    architecture = architecture_for(config)
-    reason = architecture.refusal("r1", config)
+    wiring = wiring_for(config)
+    reason = wiring.refusal("r1")
     assert reason is not None
     assert "does not commute" in reason
-    assert [architecture.refusal(kind, config) for kind in ("r2", "r3", "r4")] == [None, None, None]
+    assert [wiring.refusal(kind) for kind in ("r2", "r3", "r4")] == [None, None, None]
 
 
 def test_unknown_rotation_is_an_error() -> None:
     config = CONFIGS["llama"]()
     with pytest.raises(RotationError, match="no rotation 'r5'"):
-        architecture_for(config).refusal("r5", config)
+        wiring_for(config).refusal("r5")

@@ -32,7 +32,7 @@ def test_float64_logits_agree(
 ) -> None:
     offered = [kind for kind in kinds.split() if kind in tiny.offered()]
     rotations = tiny.rotations(offered)
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64)
+    fused = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float64)
     reference = logits(exact(tiny.model()), tokens)
     assert relative(logits(exact(materialize(fused)), tokens), reference) <= 1e-10
     assert list(fused.state) == list(tiny.state)
@@ -53,9 +53,7 @@ def test_each_rotation_alone(
     relative: Distance,
 ) -> None:
     tiny = tiny_of(name)
-    fused = fuse(
-        tiny.state, tiny.config, tiny.architecture, tiny.rotations([kind]), dtype=torch.float64
-    )
+    fused = fuse(tiny.state, tiny.wiring, tiny.rotations([kind]), dtype=torch.float64)
     reference = logits(exact(tiny.model()), tokens)
     assert relative(logits(exact(materialize(fused)), tokens), reference) <= 1e-10
 
@@ -65,7 +63,7 @@ def test_stock_norms_agree_in_float64_and_float32(
 ) -> None:
     rotations = tiny.rotations(tiny.offered())
     for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
-        fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=dtype)
+        fused = fuse(tiny.state, tiny.wiring, rotations, dtype=dtype)
         assert {tensor.dtype for tensor in fused.state.values()} == {dtype}
         assert (
             relative(logits(materialize(fused), tokens), logits(tiny.model(dtype), tokens)) <= bound
@@ -73,22 +71,16 @@ def test_stock_norms_agree_in_float64_and_float32(
 
 
 def test_every_weight_that_a_rotation_reaches_changes(tiny: Any) -> None:
-    plain = fuse(
-        tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float64
-    ).state
+    plain = fuse(tiny.state, tiny.wiring, RotationSet(), dtype=torch.float64).state
     rotations = tiny.rotations(tiny.offered())
-    rotated = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64).state
-    reached = {spec.weight for spec in tiny.architecture.all_linears(tiny.config)}
-    reached |= {table.weight for table in tiny.architecture.embeddings}
+    rotated = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float64).state
+    reached = {spec.weight for spec in tiny.wiring.linears}
+    reached |= {table.weight for table in tiny.wiring.embeddings}
     unchanged = {name for name in reached if torch.allclose(plain[name], rotated[name], atol=1e-3)}
     if "r1" in tiny.offered():
         assert unchanged == set()
     else:  # R2 and R4 alone: values, attention outputs and down projections
-        changed = [
-            spec
-            for spec in tiny.architecture.all_linears(tiny.config)
-            if spec.weight not in unchanged
-        ]
+        changed = [spec for spec in tiny.wiring.linears if spec.weight not in unchanged]
         assert {spec.name.rpartition(".")[2] for spec in changed} == {
             "v_proj",
             "o_proj",
@@ -100,7 +92,7 @@ def test_input_is_left_unchanged_and_unshared(tiny_of: Callable[[str], Any]) -> 
     tiny = tiny_of("llama-bias-tied-headdim")
     before = {name: tensor.clone() for name, tensor in tiny.state.items()}
     config_before = tiny.config.to_dict()
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float64)
+    fused = fuse(tiny.state, tiny.wiring, RotationSet(), dtype=torch.float64)
     for tensor in fused.state.values():
         tensor.fill_(7.0)
     assert all(torch.equal(tiny.state[name], before[name]) for name in before)
@@ -109,9 +101,9 @@ def test_input_is_left_unchanged_and_unshared(tiny_of: Callable[[str], Any]) -> 
 
 
 def test_norms_are_left_with_gain_one_and_their_own_eps(tiny: Any) -> None:
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float32)
-    stored = 1.0 - tiny.architecture.gain_offset
-    for norm in tiny.architecture.norm_names(tiny.config):
+    fused = fuse(tiny.state, tiny.wiring, RotationSet(), dtype=torch.float32)
+    stored = 1.0 - tiny.wiring.architecture.gain_offset
+    for norm in tiny.wiring.norm_names:
         gain = fused.state.get(f"{norm}.weight", torch.full((1,), stored))
         assert torch.equal(gain, torch.full_like(gain, stored))
     for attribute in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
@@ -123,7 +115,7 @@ def test_bfloat16_costs_no_more_than_the_models_own_rounding(tiny: Any, tokens: 
     # expert now and then.
     rotations = tiny.rotations(tiny.offered())
     reference = logits(tiny.model(), tokens)
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.bfloat16)
+    fused = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.bfloat16)
     own, rotated = (
         (
             (logits(model, tokens).double() - reference).norm(dim=-1) / reference.norm(dim=-1)
@@ -141,9 +133,9 @@ def test_blocks_of_the_vocabulary_change_nothing(
     if name == "gpt2":
         tiny.state["transformer.ln_f.weight"][3] = 0.0  # so that the head gets a bias
     rotations = tiny.rotations(["r1"])
-    whole = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64).state
+    whole = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float64).state
     monkeypatch.setattr("calib.fusing.fuser._ROWS", 10)
-    blocks = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64).state
+    blocks = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float64).state
     assert whole.keys() == blocks.keys()
     for key, tensor in whole.items():
         torch.testing.assert_close(blocks[key], tensor, rtol=1e-12, atol=1e-13)
@@ -174,9 +166,7 @@ def test_any_sizes(
     )
     tiny = tiny_from(config)
     tokens = torch.arange(4)[None]
-    fused = fuse(
-        tiny.state, config, tiny.architecture, tiny.rotations(tiny.offered()), dtype=torch.float64
-    )
+    fused = fuse(tiny.state, tiny.wiring, tiny.rotations(tiny.offered()), dtype=torch.float64)
     assert (
         relative(logits(exact(materialize(fused)), tokens), logits(exact(tiny.model()), tokens))
         <= 1e-10

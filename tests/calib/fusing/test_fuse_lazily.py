@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calib.architectures import Wiring
 from calib.errors import CheckpointError, RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, fuse, materialize
 from calib.rotations.rotation_set import RotationSet, fused_rotation
@@ -40,8 +41,7 @@ def fold(
 ) -> FusedModel:
     return fuse(
         state,
-        tiny.config,
-        tiny.architecture,
+        tiny.wiring,
         tiny.rotations(tiny.offered()),
         dtype=dtype,
         lazy=lazy,
@@ -73,7 +73,7 @@ def test_a_bias_that_a_reader_takes_from_its_norm_is_computed_too(tiny_of: OfNam
 
 def test_only_norms_are_read_at_once_and_only_what_is_asked_for_later(tiny_of: OfName) -> None:
     tiny = tiny_of("llama")
-    plain = fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float32)
+    plain = fuse(tiny.state, tiny.wiring, RotationSet(), dtype=torch.float32)
     shapes = Counting(tiny.state)
     lazy = fold(tiny, shapes, lazy=True)
     shapes.elements = 0
@@ -89,9 +89,7 @@ def test_only_norms_are_read_at_once_and_only_what_is_asked_for_later(tiny_of: O
 
 def test_nothing_shares_memory_with_the_checkpoint(tiny: Any) -> None:
     state = {name: tensor.float() for name, tensor in tiny.state.items()}
-    lazy = fuse(
-        state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float32, lazy=True
-    )
+    lazy = fuse(state, tiny.wiring, RotationSet(), dtype=torch.float32, lazy=True)
     held = {tensor.data_ptr() for tensor in state.values()}
     assert not any(tensor.data_ptr() in held for tensor in lazy.state.values())
 
@@ -116,8 +114,9 @@ def test_what_is_wrong_with_the_tensors_as_a_whole_is_raised_at_once(tiny_of: Of
         )
     rotations = RotationSet([fused_rotation("r1", torch.eye(44))])
     with pytest.raises(RotationError, match="R1"):
-        fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float32, lazy=True)
-    tiny.architecture = replace(tiny.architecture, norms=())
+        fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float32, lazy=True)
+    entry = replace(tiny.wiring.architecture, norms=())
+    tiny.wiring = Wiring(entry, tiny.config)
     with pytest.raises(UnsupportedModelError, match="input_layernorm"):
         fold(tiny, tiny.state, lazy=True)
 

@@ -23,9 +23,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 def test_bias_goes_to_readers_that_have_one(tiny_of: Callable[[str], Any]) -> None:
     tiny = tiny_of("gpt2")
-    fused = fuse(
-        tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r1"]), dtype=torch.float64
-    )
+    fused = fuse(tiny.state, tiny.wiring, tiny.rotations(["r1"]), dtype=torch.float64)
     assert torch.count_nonzero(fused.state["transformer.h.0.ln_1.bias"]) == 0
     assert torch.count_nonzero(fused.state["transformer.ln_f.bias"]) == 48  # the head has none
 
@@ -33,7 +31,7 @@ def test_bias_goes_to_readers_that_have_one(tiny_of: Callable[[str], Any]) -> No
 def test_kept_bias_is_divided_by_the_gain_and_rotated(tiny_of: Callable[[str], Any]) -> None:
     tiny = tiny_of("gpt2")
     rotations = tiny.rotations(["r1"])
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64)
+    fused = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float64)
     quotient = tiny.state["transformer.ln_f.bias"] / tiny.state["transformer.ln_f.weight"]
     torch.testing.assert_close(
         fused.state["transformer.ln_f.bias"], quotient @ rotations["R1"].dense()
@@ -52,9 +50,7 @@ def test_tiny_gain_gives_the_head_a_bias_and_a_refusal(
     tiny = tiny_of("gpt2")
     tiny.state["transformer.ln_f.weight"][7] = gain
     tiny.state["transformer.ln_f.bias"][7] = 0.5
-    fused = fuse(
-        tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r1", "r2"]), dtype=dtype
-    )
+    fused = fuse(tiny.state, tiny.wiring, tiny.rotations(["r1", "r2"]), dtype=dtype)
     assert len(fused.refusals) == 1
     assert "transformer.ln_f" in fused.refusals[0]
     assert "lm_head.bias" in fused.state
@@ -88,12 +84,12 @@ def test_layer_norm_models_refuse_an_r1_that_moves_the_ones(tiny_of: Callable[[s
     tiny = tiny_of("gpt2")
     general = RotationSet([fused_rotation("r1", haar_start(48, 1))])
     with pytest.raises(RotationError, match=r"moves the all-ones vector by \d"):
-        fuse(tiny.state, tiny.config, tiny.architecture, general, dtype=torch.float32)
+        fuse(tiny.state, tiny.wiring, general, dtype=torch.float32)
 
 
 def test_folding_norms_alone_leaves_embeddings_as_they_are(tiny_of: Callable[[str], Any]) -> None:
     tiny = tiny_of("llama-bias-tied-headdim")
-    fused = fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float64)
+    fused = fuse(tiny.state, tiny.wiring, RotationSet(), dtype=torch.float64)
     assert torch.equal(
         fused.state["model.embed_tokens.weight"], tiny.state["model.embed_tokens.weight"]
     )
@@ -104,8 +100,6 @@ def test_folding_norms_alone_leaves_embeddings_as_they_are(tiny_of: Callable[[st
 def test_one_rounding_only(tiny_of: Callable[[str], Any]) -> None:
     tiny = tiny_of("qwen2")
     rotations = tiny.rotations(["r1", "r2"])
-    exact = fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float64).state
-    rounded = fuse(
-        tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.bfloat16
-    ).state
+    exact = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float64).state
+    rounded = fuse(tiny.state, tiny.wiring, rotations, dtype=torch.bfloat16).state
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calib.architectures import Wiring, wiring_for
 from calib.errors import CheckpointError, RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, fuse
 from calib.network.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ OfName = Callable[[str], Any]
 
 
 def fold(tiny: Any, state: dict[str, Tensor]) -> FusedModel:
-    return fuse(state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float32)
+    return fuse(state, tiny.wiring, RotationSet(), dtype=torch.float32)
 
 
 def assert_same(left: FusedModel, right: FusedModel) -> None:
@@ -34,8 +35,7 @@ def test_saved_checkpoint_gives_the_same_as_the_state_dict(tiny: Any, tmp_path: 
     tiny.model(torch.float32).save_pretrained(tmp_path, max_shard_size="30KB")
     opened = fuse(
         open_checkpoint(tmp_path),
-        load_config(tmp_path),
-        tiny.architecture,
+        wiring_for(load_config(tmp_path)),
         RotationSet(),
         dtype=torch.float32,
     )
@@ -126,7 +126,8 @@ def test_integer_weights_are_refused(tiny_of: OfName) -> None:
 
 def test_parameter_that_the_table_does_not_know_is_refused(tiny_of: OfName) -> None:
     tiny = tiny_of("qwen3")
-    tiny.architecture = replace(tiny.architecture, untouched=())
+    entry = replace(tiny.wiring.architecture, untouched=())
+    tiny.wiring = Wiring(entry, tiny.config)
     with pytest.raises(UnsupportedModelError, match=r"k_norm\.weight"):
         fold(tiny, tiny.state)
 
@@ -135,7 +136,7 @@ def test_refused_rotation_is_refused_with_its_reason(tiny_of: OfName) -> None:
     tiny = tiny_of("gemma2")
     rotations = RotationSet([fused_rotation("r1", torch.eye(48))])
     with pytest.raises(RotationError, match="R1 is refused for Gemma-2: it normalises the outputs"):
-        fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=torch.float32)
+        fuse(tiny.state, tiny.wiring, rotations, dtype=torch.float32)
 
 
 def test_overflow_of_float16_is_named(tiny_of: OfName) -> None:
@@ -144,7 +145,7 @@ def test_overflow_of_float16_is_named(tiny_of: OfName) -> None:
     with pytest.raises(
         CheckpointError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight does not fit float16"
     ):
-        fuse(tiny.state, tiny.config, tiny.architecture, RotationSet(), dtype=torch.float16)
+        fuse(tiny.state, tiny.wiring, RotationSet(), dtype=torch.float16)
 
 
 def test_progress_is_reported_for_every_weight(tiny_of: OfName) -> None:
@@ -152,8 +153,7 @@ def test_progress_is_reported_for_every_weight(tiny_of: OfName) -> None:
     calls: list[tuple[str, int, int | None]] = []
     fuse(
         tiny.state,
-        tiny.config,
-        tiny.architecture,
+        tiny.wiring,
         RotationSet(),
         dtype=torch.float32,
         progress=lambda *call: calls.append(call),

@@ -25,15 +25,11 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def build(tiny: Any, kinds: list[str], dtype: torch.dtype = torch.float64) -> Any:
-    return materialize(
-        fuse(tiny.state, tiny.config, tiny.architecture, tiny.rotations(kinds), dtype=dtype)
-    )
+    return materialize(fuse(tiny.state, tiny.wiring, tiny.rotations(kinds), dtype=dtype))
 
 
 def test_without_its_online_half_r4_is_wrong(tiny: Any, tokens: Tensor, relative: Distance) -> None:
-    fused = fuse(
-        tiny.state, tiny.config, tiny.architecture, tiny.rotations(["r4"]), dtype=torch.float64
-    )
+    fused = fuse(tiny.state, tiny.wiring, tiny.rotations(["r4"]), dtype=torch.float64)
     bare = copy.copy(fused)
     object.__setattr__(bare, "rotations", RotationSet())
     reference = logits(tiny.model(), tokens)
@@ -155,7 +151,7 @@ def test_attaching_twice_is_refused(tiny_of: OfName) -> None:
     tiny = tiny_of("llama")
     model = build(tiny, ["r4"])
     with pytest.raises(RotationError, match="attached to this model already"):
-        attach_online(model, tiny.architecture, tiny.config, tiny.rotations(["r4"]))
+        attach_online(model, tiny.wiring, tiny.rotations(["r4"]))
 
 
 class _Logits(nn.Module):

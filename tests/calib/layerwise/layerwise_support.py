@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from calib.architectures.experts import quantizable_linears
 from calib.data.batches import Batch, length_batches
 from calib.fusing import FusedModel, fuse
 from calib.layerwise import Block, CalibrationRunner
@@ -96,14 +95,14 @@ def rounded(linear: Any, inputs: list[Tensor]) -> Rounded:
 
 def linear_names(fused: FusedModel) -> list[str]:
     """Every linear that is calibrated, each expert among them."""
-    return list(quantizable_linears(fused.architecture, fused.config))
+    return list(fused.wiring.quantizable)
 
 
 def lazily(
     tiny: Tiny, kinds: Sequence[Any] = ALL_KINDS, dtype: torch.dtype = torch.float32
 ) -> FusedModel:
     rotations = tiny.rotations([kind for kind in kinds if kind in tiny.offered()])
-    return fuse(tiny.state, tiny.config, tiny.architecture, rotations, dtype=dtype, lazy=True)
+    return fuse(tiny.state, tiny.wiring, rotations, dtype=dtype, lazy=True)
 
 
 def batches() -> list[Batch]:

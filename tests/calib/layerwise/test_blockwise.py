@@ -58,15 +58,14 @@ def prepared(
     held, lazy = (
         fuse(
             tiny.state,
-            tiny.config,
-            tiny.architecture,
+            tiny.wiring,
             tiny.rotations(kinds),
             dtype=torch.float32,
             lazy=flag,
         )
         for flag in (False, True)
     )
-    return held, lazy, resolve(scheme_named(scheme), tiny.architecture, held.config, **settings)
+    return held, lazy, resolve(scheme_named(scheme), tiny.wiring, **settings)
 
 
 def blockwise(lazy: FusedModel, how: Quantization, folder: Path, **settings: Any) -> QuantizedModel:
@@ -127,9 +126,9 @@ def test_smoothing_block_by_block_is_that_of_the_whole_model(
     held, lazy, how = prepared(name, "w4a8", {})
     chosen = smoothing_named(method)
     assert chosen is not None
-    schemes = with_parameters(how.linears, held.architecture, held.config)
-    groups = groups_of(held.architecture, held.config, held.rotations, schemes)
-    norms = held.architecture.norm_names(held.config)[:-1]
+    schemes = with_parameters(how.linears, held.wiring)
+    groups = groups_of(held.wiring, held.rotations, schemes)
+    norms = held.wiring.norm_names[:-1]
     # Mixtral's second one feeds experts, and a router, only
     assert {group.name for group in groups} >= set(norms)
     loop = forward_loop_over(length_batches(token_rows(), 4))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from calib.fusing import FusedModel, materialize
 from calib.layerwise import Block, CalibrationRunner, linear_groups
-from calib.layerwise.blocks import block_name
 from calib.network.observe_experts import experts_as_modules
 from tests.calib.layerwise.layerwise_support import (
     Rounded,
@@ -84,9 +83,7 @@ def test_every_block_and_linear_reads_what_it_reads_in_the_whole_model(
     calibrator = Watching()
     CalibrationRunner(fused, batches(), calibrator, tmp_path).layerwise_calibration()
     names = linear_names(fused)
-    names += [
-        block_name(fused.architecture, layer) for layer in range(fused.config.num_hidden_layers)
-    ]
+    names += [fused.wiring.block(layer) for layer in range(fused.config.num_hidden_layers)]
     assert_same(calibrator.inputs, inputs_in_the_whole_model(fused, names))
 
 
@@ -96,7 +93,7 @@ def test_shards_hold_the_whole_quantized_model(tiny: Tiny, tmp_path: Path) -> No
     walk(fused, tmp_path)
     linears = linear_names(fused)
     seen = inputs_in_the_whole_model(fused, linears)
-    experts = fused.architecture.expert_parameters(fused.config)
+    experts = fused.wiring.expert_parameters
     expected: dict[str, Tensor] = {
         key: tensor for key, tensor in fused.state.items() if key not in experts
     }
@@ -115,7 +112,7 @@ def test_groups_are_in_topological_order_and_read_the_same_tensor(tiny: Tiny) ->
     groups = [
         group
         for layer in range(fused.config.num_hidden_layers)
-        for group in linear_groups(fused.architecture, fused.config, layer)
+        for group in linear_groups(fused.wiring, layer)
     ]
     assert [name for group in groups for name in group] == linear_names(fused)
     # Experts read some tokens each, and one of them is run after the other.

@@ -75,7 +75,7 @@ def test_whatever_is_rounded_has_a_nearest_boundary(scheme: str) -> None:
 @pytest.mark.parametrize("kv", ["int8", "float8"])
 def test_a_cache_alone_has_a_nearest_boundary_too(kv: str) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
-    how = resolve(scheme_named("int8-weight-only"), fused.architecture, fused.config, kv=kv)
+    how = resolve(scheme_named("int8-weight-only"), fused.wiring, kv=kv)
     loop = forward_loop_over(length_batches(token_rows(), 4))
     reference = build_reference(quantize_model(fused, how, loop, PROVENANCE))
     row = token_rows([24])[0]

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from calib.architectures import architecture_for
+from calib.architectures import wiring_for
 from calib.arithmetic.grids import expand_grid
 from calib.artifact import QuantizedModel, load_artifact, save_artifact
 from calib.data.batches import length_batches
@@ -58,12 +58,12 @@ def quantized_with(
     forward_loop: ForwardLoop | None = None,
     **settings: Any,
 ) -> QuantizedModel:
-    how = resolve(scheme_named(scheme), fused.architecture, fused.config, **settings)
+    how = resolve(scheme_named(scheme), fused.wiring, **settings)
     return quantize_model(fused, how, forward_loop or loop(), PROVENANCE)
 
 
 def observed(fused: FusedModel, scheme: str = "int8", **settings: Any) -> Observed:
-    how = resolve(scheme_named(scheme), fused.architecture, fused.config, **settings)
+    how = resolve(scheme_named(scheme), fused.wiring, **settings)
     return observe(materialize(fused), Calibrator(fused, how).wanted(list(how.linears)), loop())
 
 
@@ -78,7 +78,7 @@ def quantized(fused: FusedModel) -> QuantizedModel:
 
 
 def expert_names(fused: FusedModel) -> list[str]:
-    parameters = fused.architecture.expert_parameters(fused.config)
+    parameters = fused.wiring.expert_parameters
     return [f"{parameter}.{expert}" for parameter in parameters for expert in range(EXPERTS)]
 
 
@@ -102,7 +102,7 @@ def test_experts_are_in_topological_order_and_their_parameters_gone(
 ) -> None:
     names = [name for name in quantized.linears if ".experts." in name]
     assert names == expert_names(fused)
-    parameters = set(fused.architecture.expert_parameters(fused.config))
+    parameters = set(fused.wiring.expert_parameters)
     assert not parameters & (quantized.floats.keys() | quantized.kept.keys())
     linear = {f"{name}.weight" for name in quantized.linears} | {
         f"{name}.bias" for name in quantized.linears
@@ -247,10 +247,8 @@ def test_a_parameter_is_float_by_its_own_name() -> None:
 
 def test_experts_may_differ_in_scheme_but_not_be_float_alone() -> None:
     config = CONFIGS["mixtral"]()
-    architecture, scheme = architecture_for(config), scheme_named("int8")
-    found = resolve(
-        scheme, architecture, config, overrides={"*.experts.down_proj.3": "int4-weight-only"}
-    )
+    wiring, scheme = wiring_for(config), scheme_named("int8")
+    found = resolve(scheme, wiring, overrides={"*.experts.down_proj.3": "int4-weight-only"})
     assert (
         found.linears["model.layers.0.mlp.experts.down_proj.3"]
         == scheme_named("int4-weight-only").linear
@@ -259,7 +257,7 @@ def test_experts_may_differ_in_scheme_but_not_be_float_alone() -> None:
     with pytest.raises(
         QuantizationError, match=r"some experts of 'model\.layers\.0\.mlp\.experts\.down_proj'"
     ) as error:
-        resolve(scheme, architecture, config, overrides={"*.experts.down_proj.3": "float"})
+        resolve(scheme, wiring, overrides={"*.experts.down_proj.3": "float"})
     assert "model.layers.0.mlp.experts.down_proj=float" in str(error.value.hint)
 
 
@@ -323,7 +321,7 @@ def test_what_needs_no_token_is_quantized_without_one(starved: FusedModel) -> No
     hinted = quantized_with(starved, overrides={"*.experts.*": "int8-weight-only"})
     assert hinted.linears[name].input_scheme is None
     scheme = customised(scheme_named("int8"), activation_granularity="token")
-    how = resolve(scheme, starved.architecture, starved.config)
+    how = resolve(scheme, starved.wiring)
     dynamic = quantize_model(starved, how, None, PROVENANCE).linears[name]
     assert dynamic.input_scheme is not None
     assert dynamic.input_scale is None
@@ -350,7 +348,7 @@ def test_other_observers_and_zero_points_see_the_tokens_of_the_expert() -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["mixtral"]()), ["r4"])
     inputs = routed_inputs(fused)
     scheme = customised(scheme_named("int8"), activation_symmetric=False)
-    how = resolve(scheme, fused.architecture, fused.config)
+    how = resolve(scheme, fused.wiring)
     quantized = quantize_model(fused, how, loop(), PROVENANCE)
     for name, tokens in inputs.items():
         linear, x = quantized.linears[name], torch.stack(tokens)

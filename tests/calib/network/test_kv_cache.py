@@ -48,7 +48,7 @@ def test_scales_are_the_amax_of_what_is_cached(name: str) -> None:
     kinds = [kind for kind in tiny.offered() if kind in ("r1", "r2", "r3")]
     fused = fuse_tiny(tiny, kinds)
     model = materialize(fused)
-    names = {layer: fused.architecture.attention.replace("{i}", str(layer)) for layer in range(2)}
+    names = {layer: fused.wiring.attention(layer) for layer in range(2)}
     implementation = model.config._attn_implementation
     found = observe_caches(model, names, loop())
     assert model.config._attn_implementation == implementation  # nothing is left behind
@@ -61,10 +61,8 @@ def test_scales_are_the_amax_of_what_is_cached(name: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
 def test_the_reference_rounds_keys_and_values(kind: str) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r3"])
-    plain = resolve(scheme_named("int8-weight-only"), fused.architecture, fused.config)
-    with_cache = resolve(
-        scheme_named("int8-weight-only"), fused.architecture, fused.config, kv=kind
-    )
+    plain = resolve(scheme_named("int8-weight-only"), fused.wiring)
+    with_cache = resolve(scheme_named("int8-weight-only"), fused.wiring, kv=kind)
     ids = torch.stack(token_rows([11, 11]))
     logits = {}
     for how in (plain, with_cache):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from calib.architectures import architecture_for
+from calib.architectures import wiring_for
 from calib.errors import QuantizationError
 from calib.quantizing.plan import (
     KEPT_BY_OVERRIDE,
@@ -23,7 +23,7 @@ from tests.tiny import CONFIGS
 
 def resolved(name: str = "llama", scheme: str = "int8", **settings: Any) -> Quantization:
     config = CONFIGS[name]()
-    return resolve(scheme_named(scheme), architecture_for(config), config, **settings)
+    return resolve(scheme_named(scheme), wiring_for(config), **settings)
 
 
 def test_without_overrides_every_decoder_linear_gets_the_scheme() -> None:

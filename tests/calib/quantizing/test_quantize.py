@@ -60,7 +60,7 @@ def test_weights_are_within_half_a_step_of_the_fused_ones(
     pair: tuple[FusedModel, QuantizedModel],
 ) -> None:
     fused, quantized = pair
-    for spec in fused.architecture.all_linears(fused.config):
+    for spec in fused.wiring.linears:
         if spec.name not in quantized.linears:
             continue
         linear = quantized.linears[spec.name]
@@ -114,7 +114,7 @@ def test_only_down_projections_name_an_online_rotation(
     pair: tuple[FusedModel, QuantizedModel],
 ) -> None:
     fused, quantized = pair
-    for spec in fused.architecture.all_linears(fused.config):
+    for spec in fused.wiring.linears:
         if spec.name in quantized.linears:
             expected = f"R4.{spec.layer}" if spec.reads is Space.FFN else None
             assert quantized.linears[spec.name].online_rotation == expected
@@ -130,7 +130,7 @@ def test_every_tensor_is_either_quantized_or_float(pair: tuple[FusedModel, Quant
     assert set(quantized.floats) | linear == set(fused.state)
     assert not set(quantized.floats) & linear
     assert quantized.config["tie_word_embeddings"] is False
-    assert quantized.kept == {fused.architecture.head.name: KEPT_HEAD}
+    assert quantized.kept == {fused.wiring.head.name: KEPT_HEAD}
 
 
 def test_without_r4_no_linear_names_a_rotation() -> None:
@@ -229,7 +229,7 @@ def quantized_with(
     config: Any, scheme: str = "int8", **settings: Any
 ) -> tuple[FusedModel, QuantizedModel]:
     fused = fuse_tiny(make_tiny(config), ["r1", "r2"])
-    how = resolve(scheme_named(scheme), fused.architecture, fused.config, **settings)
+    how = resolve(scheme_named(scheme), fused.wiring, **settings)
     loop = forward_loop_over(length_batches(token_rows(), 4))
     return fused, quantize_model(fused, how, loop, PROVENANCE)
 
@@ -262,7 +262,7 @@ def test_overrides_reach_the_artifact_and_survive_saving(tmp_path: Path) -> None
 def test_zero_points_survive_saving(tmp_path: Path) -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()), ["r1", "r2"])
     scheme = customised(scheme_named("int8"), weight_symmetric=False, activation_symmetric=False)
-    how = resolve(scheme, fused.architecture, fused.config)
+    how = resolve(scheme, fused.wiring)
     quantized = quantize_model(
         fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
     )
@@ -292,8 +292,8 @@ def test_weight_algorithms_stay_on_their_grids(algorithm: str) -> None:
 
 def test_nothing_is_run_where_nothing_has_to_be_seen() -> None:
     fused = fuse_tiny(make_tiny(CONFIGS["llama"]()))
-    how = resolve(scheme_named("w4a4"), fused.architecture, fused.config)
+    how = resolve(scheme_named("w4a4"), fused.wiring)
     assert quantize_model(fused, how, None, PROVENANCE).linears
-    static = resolve(scheme_named("int8"), fused.architecture, fused.config)
+    static = resolve(scheme_named("int8"), fused.wiring)
     with pytest.raises(DataError, match="needs calibration data"):
         quantize_model(fused, static, None, PROVENANCE)

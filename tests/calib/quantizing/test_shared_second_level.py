@@ -41,8 +41,7 @@ def _wanted(
 ) -> Quantization:
     return resolve(
         scheme_named("nvfp4"),
-        fused.architecture,
-        fused.config,
+        fused.wiring,
         weights=weights,
         overrides=overrides,
     )

@@ -31,7 +31,7 @@ def rotations(tiny: Tiny) -> RotationSet:
 
 
 def read(tiny: Tiny, *paths: Path) -> RotationSet:
-    return import_rotations(paths, tiny.config, tiny.architecture)
+    return import_rotations(paths, tiny.wiring)
 
 
 def assert_same(found: RotationSet, wanted: RotationSet) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from calib.architectures import Space, architecture_for
+from calib.architectures import Space, wiring_for
 from calib.errors import RotationError
 from calib.rotations.files import load_rotations, save_rotations
 from calib.rotations.foreign import export_dartquant, import_dartquant, import_spinquant
@@ -187,8 +187,8 @@ def test_manifest_that_does_not_fit(
 
 
 def test_validation_accepts_what_fits(rotations: RotationSet, config: Any) -> None:
-    rotations.validate(config, architecture_for(config))
-    RotationSet().validate(config, architecture_for(config))
+    rotations.validate(wiring_for(config))
+    RotationSet().validate(wiring_for(config))
 
 
 @pytest.mark.parametrize(
@@ -207,17 +207,15 @@ def test_validation_accepts_what_fits(rotations: RotationSet, config: Any) -> No
 )
 def test_validation_refuses_with_the_figure(rotation: Rotation, message: str, config: Any) -> None:
     with pytest.raises(RotationError, match=message):
-        RotationSet([rotation]).validate(config, architecture_for(config))
+        RotationSet([rotation]).validate(wiring_for(config))
 
 
 def test_layer_norm_models_need_an_r1_that_fixes_ones() -> None:
     config = transformers.GPT2Config(n_embd=48, n_head=4, n_layer=1)
-    architecture = architecture_for(config)
-    hadamard_rotations(config, architecture, ["r1", "r2", "r3", "r4"]).validate(
-        config, architecture
-    )
+    wiring = wiring_for(config)
+    hadamard_rotations(wiring, ["r1", "r2", "r3", "r4"]).validate(wiring)
     with pytest.raises(RotationError, match="moves the all-ones vector"):
-        RotationSet([hadamard_rotation("r1", 48)]).validate(config, architecture)
+        RotationSet([hadamard_rotation("r1", 48)]).validate(wiring)
 
 
 def test_hadamard_rotations_cover_every_layer_and_branch() -> None:
@@ -228,14 +226,14 @@ def test_hadamard_rotations_cover_every_layer_and_branch() -> None:
         decoder_sparse_step=2,
         intermediate_size=24,
     )
-    names = list(hadamard_rotations(config, architecture_for(config), ["r1", "r2", "r4"], seed=1))
+    names = list(hadamard_rotations(wiring_for(config), ["r1", "r2", "r4"], seed=1))
     assert names == ["R1", "R2.0", "R4.0", "R2.1", "R4.1", "R4.1.shared"]
 
 
 def test_refused_kind_is_refused_early() -> None:
     config = transformers.Olmo2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(RotationError, match="R1 is refused for OLMo-2"):
-        hadamard_rotations(config, architecture_for(config), ["r1"])
+        hadamard_rotations(wiring_for(config), ["r1"])
 
 
 def test_dartquant_files_round_trip(rotations: RotationSet, tmp_path: Path) -> None:

@@ -294,8 +294,7 @@ def test_train_stop_and_gate_tokens_are_disjoint(
     for kind in ("r1", "r2"):
         train_rotations(
             tiny_capture,
-            tiny.config,
-            tiny.architecture,
+            tiny.wiring,
             [kind],
             r1=config,
             r2=config,
@@ -364,28 +363,22 @@ def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
     config = TrainConfig(epochs=1)
     given: Any = {"r1": config, "r2": config, "held_out": 0.2}
     kinds = ["r1", "r2", "r4"]
-    found = train_rotations(
-        tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given
-    )
+    found = train_rotations(tiny_capture, tiny.wiring, kinds, judge=Judge("int8", STATIC), **given)
     assert [row.rotation for row in found.table] == ["R1"] * 4 + ["R2"] * 4
-    found.rotations.validate(tiny.config, tiny.architecture)
+    found.rotations.validate(tiny.wiring)
 
     monkeypatch.setattr(
         selection, "_error", lambda matrix, *rest: torch.full((2,), 0.0 if matrix is None else 1.0)
     )
-    found = train_rotations(
-        tiny_capture, tiny.config, tiny.architecture, kinds, judge=Judge("int8", STATIC), **given
-    )
+    found = train_rotations(tiny_capture, tiny.wiring, kinds, judge=Judge("int8", STATIC), **given)
     assert found.rotations.kinds() == ("r4",)
 
     rows = {"r1": samples(20, 48, seed=3), "r2": samples(2, 2, 24, 8, seed=4, group=3)}
     judge = Judge("both", TOKEN, TensorScheme(INT4, PerChannel()), rows)
-    found = train_rotations(
-        tiny_capture, tiny.config, tiny.architecture, kinds, judge=judge, **given
-    )
+    found = train_rotations(tiny_capture, tiny.wiring, kinds, judge=judge, **given)
     assert {row.measure for row in found.table} == {"both"}
 
-    ungated = train_rotations(tiny_capture, tiny.config, tiny.architecture, kinds, **given)
+    ungated = train_rotations(tiny_capture, tiny.wiring, kinds, **given)
     assert ungated.rotations.kinds() == ("r1", "r2", "r4")
     assert ungated.table == ()
 
@@ -400,16 +393,16 @@ def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
 )
 def test_rows_of_the_readers_meet_the_activations_column_by_column(config: Any) -> None:
     fused = fuse_tiny(make_tiny(config))
-    specs = list(fused.architecture.all_linears(fused.config))
+    specs = list(fused.wiring.linears)
     outputs = [
         fused.state[spec.weight] for spec in specs if spec.name.endswith(("o_proj", "attn.c_proj"))
     ]
-    rows = value_rows(fused.state, fused.config, fused.architecture)
+    rows = value_rows(fused.state, fused.wiring)
     assert rows is not None
     seen, _ = selection._seen(None, rows)
     for found, weight in zip(seen, outputs, strict=True):
         assert torch.equal(found, weight.T if "gpt2" in config.model_type else weight)
-    residual = residual_rows(fused.state, fused.config, fused.architecture)
+    residual = residual_rows(fused.state, fused.wiring)
     assert residual is not None
     first = fused.state[specs[0].weight]
     wanted = first.T if "gpt2" in config.model_type else first

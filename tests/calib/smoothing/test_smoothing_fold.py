@@ -31,7 +31,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def groups_of(fused: FusedModel) -> list[SmoothingGroup]:
-    return smoothing_groups(fused.architecture, fused.config, fused.rotations)[0]
+    return smoothing_groups(fused.wiring, fused.rotations)[0]
 
 
 def random_scales(group: SmoothingGroup, seed: int = 0) -> Tensor:
@@ -43,7 +43,7 @@ def random_scales(group: SmoothingGroup, seed: int = 0) -> Tensor:
 def folded(fused: FusedModel, scale: Callable[[SmoothingGroup, int], Tensor]) -> FusedModel:
     state = dict(fused.state)
     for seed, group in enumerate(groups_of(fused)):
-        fold_scales(state, group, scale(group, seed), fused.architecture)
+        fold_scales(state, group, scale(group, seed), fused.wiring)
     return replace(fused, state=state)
 
 
@@ -114,12 +114,12 @@ def test_norm_and_readers_cancel_exactly_whatever_the_dtype(
     # What is stored as g - 1 in bfloat16 has errors of several per cent: the readers have to follow
     # it.
     fused = fuse_tiny(tiny_of(name), [], dtype)
-    offset = fused.architecture.gain_offset
+    offset = fused.wiring.architecture.gain_offset
     for group in groups_of(fused):
         if not isinstance(group.writer, NormSpec):
             continue
         state = dict(fused.state)
-        s = fold_scales(state, group, random_scales(group), fused.architecture)
+        s = fold_scales(state, group, random_scales(group), fused.wiring)
         gain = state[group.writer.weight].double() + offset
         torch.testing.assert_close(gain * s, torch.ones_like(gain), rtol=1e-14, atol=0)
         for spec in group.readers:
@@ -136,24 +136,24 @@ def test_gain_that_would_round_to_zero_keeps_its_channel(tiny_of: OfName) -> Non
     scales[3] = 1e4  # 1e-4 - 1 is -1 in bfloat16
     state = dict(fused.state)
     assert torch.equal(
-        fold_scales(state, group, scales, fused.architecture), torch.ones(group.width).double()
+        fold_scales(state, group, scales, fused.wiring), torch.ones(group.width).double()
     )
     assert all(torch.equal(state[name], fused.state[name]) for name in state)
 
 
 def test_one_layer_alone_needs_its_own_tensors_only(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("phi3"), ["r1", "r2"])
-    groups, _ = smoothing_groups(fused.architecture, fused.config, fused.rotations, layer=1)
+    groups, _ = smoothing_groups(fused.wiring, fused.rotations, layer=1)
     block = {
         name: tensor for name, tensor in fused.state.items() if name.startswith("model.layers.1.")
     }
     for group in groups:
-        fold_scales(block, group, random_scales(group), fused.architecture)
+        fold_scales(block, group, random_scales(group), fused.wiring)
     every = [group for group in groups_of(fused) if ".1." in group.name]
     assert [group.name for group in groups] == [group.name for group in every]
     whole = dict(fused.state)
     for group in every:
-        fold_scales(whole, group, random_scales(group), fused.architecture)
+        fold_scales(whole, group, random_scales(group), fused.wiring)
     assert all(torch.equal(block[name], whole[name]) for name in block)
 
 
@@ -164,14 +164,14 @@ def test_scales_that_cannot_be_divided_by_are_refused(tiny_of: OfName, value: fl
     with pytest.raises(
         QuantizationError, match=rf"scale for {group.name} is not positive and finite"
     ):
-        fold_scales(dict(fused.state), group, torch.full((group.width,), value), fused.architecture)
+        fold_scales(dict(fused.state), group, torch.full((group.width,), value), fused.wiring)
 
 
 def test_scales_of_another_length_are_refused(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("llama"))
     group = groups_of(fused)[0]
     with pytest.raises(QuantizationError, match=r"has shape \[5\], it needs \[16\]"):
-        fold_scales(dict(fused.state), group, torch.ones(5), fused.architecture)
+        fold_scales(dict(fused.state), group, torch.ones(5), fused.wiring)
 
 
 def test_overflow_of_float16_is_named(tiny_of: OfName) -> None:
@@ -179,8 +179,8 @@ def test_overflow_of_float16_is_named(tiny_of: OfName) -> None:
     group = next(group for group in groups_of(fused) if isinstance(group.writer, NormSpec))
     scales = torch.full((group.width,), 1e6)
     with pytest.raises(QuantizationError, match=r"q_proj\.weight does not fit torch\.float16"):
-        fold_scales(dict(fused.state), group, scales, fused.architecture)
+        fold_scales(dict(fused.state), group, scales, fused.wiring)
     with pytest.raises(
         QuantizationError, match=rf"{group.name}\.weight does not fit torch\.float16"
     ):
-        fold_scales(dict(fused.state), group, 1 / scales, fused.architecture)
+        fold_scales(dict(fused.state), group, 1 / scales, fused.wiring)

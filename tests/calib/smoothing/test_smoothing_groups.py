@@ -18,7 +18,7 @@ OfName = Callable[[str], Any]
 
 def split(tiny: Any, kinds: list[str]) -> tuple[dict[str, SmoothingGroup], dict[str, str]]:
     offered: Any = [kind for kind in kinds if kind in tiny.offered()]
-    groups, reasons = smoothing_groups(tiny.architecture, tiny.config, tiny.rotations(offered))
+    groups, reasons = smoothing_groups(tiny.wiring, tiny.rotations(offered))
     assert len({group.name for group in groups}) == len(groups)
     return {group.name: group for group in groups}, reasons
 
@@ -28,9 +28,7 @@ def test_every_linear_is_in_one_group_or_has_a_reason(tiny: Any, kinds: list[str
     groups, reasons = split(tiny, kinds)
     found = [name for group in groups.values() for name in group.reader_names] + list(reasons)
     assert len(found) == len(set(found))
-    quantizable = {
-        spec.name for spec in tiny.architecture.all_linears(tiny.config) if spec.quantizable
-    }
+    quantizable = {spec.name for spec in tiny.wiring.linears if spec.quantizable}
     assert quantizable <= set(found)
 
 
@@ -38,7 +36,7 @@ def test_a_norm_takes_everything_that_reads_it_along(tiny: Any) -> None:
     groups, _ = split(tiny, [])
     for group in groups.values():
         if isinstance(group.writer, NormSpec):
-            readers = [spec.name for spec in tiny.architecture.readers(group.name, tiny.config)]
+            readers = [spec.name for spec in tiny.wiring.readers(group.name)]
             assert list(group.reader_names) == readers
 
 
@@ -109,6 +107,6 @@ def test_routers_are_multiplied_and_experts_left_out(tiny_of: OfName) -> None:
 
 
 def test_linear_writers_come_before_the_norms_that_feed_them(tiny: Any) -> None:
-    groups, _ = smoothing_groups(tiny.architecture, tiny.config, RotationSet(), layer=0)
+    groups, _ = smoothing_groups(tiny.wiring, RotationSet(), layer=0)
     kinds = [isinstance(group.writer, NormSpec) for group in groups]
     assert kinds == sorted(kinds)

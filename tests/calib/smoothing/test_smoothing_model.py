@@ -34,11 +34,11 @@ Distance = Callable[[Tensor, Tensor], float]
 
 
 def groups_of(fused: FusedModel) -> list[SmoothingGroup]:
-    return smoothing_groups(fused.architecture, fused.config, fused.rotations)[0]
+    return smoothing_groups(fused.wiring, fused.rotations)[0]
 
 
 def schemes_of(fused: FusedModel, scheme: str = "int8") -> dict[str, LinearScheme]:
-    return dict.fromkeys(fused.architecture.linear_names(fused.config), scheme_named(scheme).linear)
+    return dict.fromkeys(fused.wiring.linear_names, scheme_named(scheme).linear)
 
 
 def loop(batch_size: int = 4) -> ForwardLoop:
@@ -88,7 +88,7 @@ def test_moments_only_where_they_are_wanted(tiny_of: OfName) -> None:
 def test_a_block_is_observed_by_its_own_names(tiny_of: OfName) -> None:
     fused = fuse_tiny(tiny_of("llama"))
     model, name = materialize(fused), "model.layers.1."
-    groups, _ = smoothing_groups(fused.architecture, fused.config, fused.rotations, layer=1)
+    groups, _ = smoothing_groups(fused.wiring, fused.rotations, layer=1)
     block = model.get_submodule(name[:-1])
     found = observe_channels(block, groups, lambda module: loop()(model), moments=True, prefix=name)
     whole = observed(fused)
@@ -186,8 +186,8 @@ def test_layer_by_layer_is_the_same_as_all_at_once(tiny_of: OfName) -> None:
     whole, rows = smooth(fused, Awq(5), statistics, schemes)
     state, found = dict(fused.state), []
     for layer in (0, 1):
-        groups, _ = smoothing_groups(fused.architecture, fused.config, fused.rotations, layer)
-        found += smooth_groups(state, groups, Awq(5), statistics, schemes, fused.architecture)
+        groups, _ = smoothing_groups(fused.wiring, fused.rotations, layer)
+        found += smooth_groups(state, groups, Awq(5), statistics, schemes, fused.wiring)
     assert found == [row for row in rows if row.reason is None]
     assert all(torch.equal(state[name], whole.state[name]) for name in state)
 
@@ -201,9 +201,7 @@ def embedded() -> Embedded:
     recipe = load_recipe(None, {"calibration.nsamples": 8, "evaluation.nsamples": 4})
     source = open_source(recipe)
     rows = read_rows(recipe, source.tokenizer, source.config)
-    fused = fuse(
-        source.checkpoint, source.config, source.architecture, RotationSet(), dtype=torch.float32
-    )
+    fused = fuse(source.checkpoint, source.wiring, RotationSet(), dtype=torch.float32)
     run = forward_loop_over(length_batches(rows.train, 4))
     statistics = observe_channels(materialize(fused), groups_of(fused), run, moments=True)
     return Embedded(
@@ -226,7 +224,7 @@ class Embedded:
         model = self.fused
         if method is not None:
             model, _ = smooth(model, method, self.statistics, schemes_of(model, scheme))
-        quantization = resolve(scheme_named(scheme), model.architecture, model.config)
+        quantization = resolve(scheme_named(scheme), model.wiring)
         quantized = quantize_model(model, quantization, self.run, PROVENANCE)
         return nll(build_reference(quantized), self.rows) - self.nll
 

@@ -27,8 +27,8 @@ def fused(
 
 
 def specs_of(model: FusedModel) -> list[LinearSpec]:
-    names = model.architecture.linear_names(model.config)
-    return [spec for spec in model.architecture.all_linears(model.config) if spec.name in names]
+    names = model.wiring.linear_names
+    return [spec for spec in model.wiring.linears if spec.name in names]
 
 
 def seen(network: Any, names: list[str], batches: list[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -152,7 +152,7 @@ def test_nothing_to_run_is_refused() -> None:
 def test_a_linear_that_is_never_reached_is_named_and_hooks_are_removed() -> None:
     model = fused()
     network = materialize(model)
-    head = model.architecture.head  # only the body is run
+    head = model.wiring.head  # only the body is run
     with pytest.raises(QuantizationError, match="lm_head"):
         linear_moments(network, [*specs_of(model), head], length_batches(token_rows(), 4))
     assert not any(module._forward_hooks for module in network.modules())

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
+from calib.architectures import wiring_for
 from calib.artifact import load_artifact
 from calib.errors import RotationError, UnsupportedModelError
 from calib.rotations.files import save_rotations
@@ -216,8 +217,8 @@ def test_a_wrong_fold_is_noticed_and_nothing_is_written(
 
 
 def test_files_with_a_rotation_that_is_left_out_are_refused(source: Path, tmp_path: Path) -> None:
-    config, architecture = _table_entry(source)
-    save_rotations(hadamard_rotations(config, architecture, ["r2", "r3"]), tmp_path / "rotations")
+    wiring = _table_entry(source)
+    save_rotations(hadamard_rotations(wiring, ["r2", "r3"]), tmp_path / "rotations")
     files = [str(tmp_path / "rotations")]
     with pytest.raises(RotationError, match="hold R3, which"):
         rotate(recipe(source, rotation__files=files), RunOptions(tmp_path / "out"))
@@ -228,8 +229,8 @@ def test_files_with_a_rotation_that_is_left_out_are_refused(source: Path, tmp_pa
 
 
 def test_calibrate_uses_files_and_trains_what_they_lack(source: Path, tmp_path: Path) -> None:
-    config, architecture = _table_entry(source)
-    wanted: RotationSet = hadamard_rotations(config, architecture, ["r2", "r4"], seed=7)
+    wiring = _table_entry(source)
+    wanted: RotationSet = hadamard_rotations(wiring, ["r2", "r4"], seed=7)
     save_rotations(wanted, tmp_path / "rotations")
     chosen = recipe(source, rotation__files=[str(tmp_path / "rotations")], rotate="r1,r2,r4")
     quantized = calibrate(chosen, RunOptions(tmp_path / "out")).quantized
@@ -243,8 +244,7 @@ def test_calibrate_uses_files_and_trains_what_they_lack(source: Path, tmp_path: 
 
 
 def _table_entry(source: Path) -> tuple[Any, Any]:
-    from calib.architectures import architecture_for
     from calib.network.checkpoint import load_config
 
     config = load_config(source)
-    return config, architecture_for(config)
+    return wiring_for(config)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backends.safetensors.source import rotated_modules, source_model, transposed_weights
+from backends.safetensors.source import rotated_modules, transposed_weights
 from backends.safetensors.tripy.layout import tripy_dtype
-from calib.architectures import Architecture
-from calib.fusing import expected_tensors
+from calib.architectures import Wiring, wiring_of
+from calib.network.skeleton import expected_tensors
 from calib.schemes import LinearScheme, PerBlock, PerChannel, TensorScheme, tensor_scheme_from_dict
 
 Shapes = Mapping[str, Sequence[int]]
@@ -53,7 +53,7 @@ class ModulePlan:
 
 def plan_of_bundle(manifest: Any) -> ModulePlan:
     """The module that the bundle with ``manifest`` fills."""
-    config, architecture = source_model(manifest.config)
+    wiring = wiring_of(manifest.config)
     shapes = {key: entry.shape for key, entry in manifest.tensors.items()}
     schemes = {
         name: LinearScheme(
@@ -67,7 +67,7 @@ def plan_of_bundle(manifest: Any) -> ModulePlan:
         key: shape[::-1] if key.endswith(".weight") and _blocked(schemes.get(key[:-7])) else shape
         for key, shape in shapes.items()
     }
-    return ModulePlan(config, manifest.dtype, _linears(config, architecture, upright, schemes))
+    return ModulePlan(wiring.config, manifest.dtype, _linears(wiring, upright, schemes))
 
 
 def plan_of_config(
@@ -76,22 +76,22 @@ def plan_of_config(
     """The module of ``config`` whose decoder's linears are quantized by ``scheme``, without
     rotations.
     """
-    found, architecture = source_model(config)
+    wiring = wiring_of(config)
     flipped = transposed_weights(config)
     shapes = {
         key: tuple(reversed(shape)) if key in flipped else tuple(shape)
-        for key, shape in expected_tensors(found).items()
+        for key, shape in expected_tensors(wiring.config).items()
     }
-    schemes = {} if scheme is None else dict.fromkeys(architecture.linear_names(found), scheme)
-    return ModulePlan(found, dtype, _linears(found, architecture, shapes, schemes))
+    schemes = {} if scheme is None else dict.fromkeys(wiring.linear_names, scheme)
+    return ModulePlan(wiring.config, dtype, _linears(wiring, shapes, schemes))
 
 
 def _linears(
-    config: Any, architecture: Architecture, shapes: Shapes, schemes: Mapping[str, LinearScheme]
+    wiring: Wiring, shapes: Shapes, schemes: Mapping[str, LinearScheme]
 ) -> dict[str, LinearPlan]:
     rotated = rotated_modules(shapes)
     plans = {}
-    for spec in architecture.all_linears(config):
+    for spec in wiring.linears:
         name = spec.name
         out, width = shapes[f"{name}.weight"]
         factors = [shapes[f"{name}.rotation.factors.{k}"][0] for k in range(rotated.get(name, 0))]

@@ -46,8 +46,7 @@ def artifact(
     fused = fuse_tiny(tiny, kinds, dtype)
     wanted = resolve(
         customised(scheme_named(scheme), **controls),
-        fused.architecture,
-        fused.config,
+        fused.wiring,
         overrides=overrides,
         kv=kv,
         weights=weights,

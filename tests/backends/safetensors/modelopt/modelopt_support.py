@@ -84,8 +84,7 @@ def calibrated(
         controls["block_size"] = BLOCK
     wanted = resolve(
         customised(found, **controls),
-        fused.architecture,
-        fused.config,
+        fused.wiring,
         overrides=overrides,
         kv=kv,
         weights=weights,

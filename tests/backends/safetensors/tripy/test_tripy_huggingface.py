@@ -13,7 +13,7 @@ from torch import Tensor
 
 import backends
 import calib
-from calib.architectures import architecture_for
+from calib.architectures import wiring_for
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
 from calib.data.tokens import calibration_rows
@@ -64,7 +64,7 @@ def fake_quantized(folder: Path, mode: str, text: Path) -> Any:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     rows = calibration_rows(str(text), tokenizer, seqlen=24, nsamples=4, seed=0)
     loop = forward_loop_over(length_batches(rows, 8))
-    linears = architecture_for(model.config).linear_names(model.config)
+    linears = wiring_for(model.config).linear_names
     return calib.modelopt_quantize(model, mode, forward_loop=loop, modules=linears)
 
 
