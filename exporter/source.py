@@ -34,7 +34,7 @@ from calib.side_files import side_files
 from exporter.recipe import EMBEDDED, Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Source:
     """As given: a folder, a hub id, or ``embedded``."""
     wiring: Wiring
     checkpoint: Checkpoint
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     files: dict[str, Path]
     """Files that every output carries along (tokenizer, generation config); not ``config.json``,
     which changes.
@@ -136,7 +136,11 @@ def embedded_folder() -> Path:
     return Path(str(resources.files("exporter") / "data" / "llama-5m"))
 
 
-def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Source:
+def open_source(
+    recipe: Recipe,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Source:
     """Open the float model of a recipe, or wrap a model object.
 
     Raises:
@@ -149,6 +153,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
     config = load_config(path, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
     wiring = wiring_for(config)
     checkpoint = open_checkpoint(path, revision=recipe.revision)
+
     folder = checkpoint.folder
     assert folder is not None  # it was opened from files
     files = side_files(folder)
@@ -163,7 +168,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
     )
 
 
-def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
+def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Rows:
     """Read and tokenize the text of a recipe into three splits that share no document.
 
     Args:
@@ -182,10 +187,12 @@ def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
             recipe.model,
         )
     text = str(embedded_folder() / "calibration.txt") if data.dataset == EMBEDDED else data.dataset
-    wanted = recipe.evaluation.dataset
-    if wanted is None and data.dataset == EMBEDDED:
-        wanted = EMBEDDED
-    own = str(embedded_folder() / "evaluation.txt") if wanted == EMBEDDED else wanted
+    own = recipe.evaluation.dataset
+    if own is None and data.dataset == EMBEDDED:
+        own = EMBEDDED
+    if own == EMBEDDED:
+        own = str(embedded_folder() / "evaluation.txt")
+
     documents = read_documents(text)
     splits = split_documents(
         documents, seed=recipe.seed, evaluation=read_documents(own) if own is not None else 0.15
@@ -210,12 +217,13 @@ def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
     )
 
 
-def _wrap(model: Any, tokenizer: Any) -> Source:
+def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> Source:
     config = getattr(model, "config", None)
     if config is None:
         raise CheckpointError(
             f"a {type(model).__name__} is no Hugging Face model: it has no config"
         )
+
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     if tokenizer is None:
         if not Path(name).is_dir():
@@ -224,10 +232,14 @@ def _wrap(model: Any, tokenizer: Any) -> Source:
                 hint="pass tokenizer=AutoTokenizer...",
             )
         tokenizer = load_tokenizer(Path(name))
+
+    # The files that every output carries along; removed with the source.
     scratch = Path(tempfile.mkdtemp(prefix="rotq-"))
     tokenizer.save_pretrained(scratch)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(scratch)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(scratch)
+
     source = Source(
         name=name,
         wiring=wiring_for(config),
@@ -240,7 +252,7 @@ def _wrap(model: Any, tokenizer: Any) -> Source:
     return source
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 
     Raises:
@@ -249,7 +261,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+        return tokenizer
     # transformers raises OSError, ValueError or a tokenizers exception of its own
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -114,14 +114,14 @@ class GateSet:
         return f"{self.rotate}, Hadamard" if self.plain else str(self.rotate)
 
 
-def gate_sets(sets: Sequence[Rotate], given: Collection[str] = ()) -> tuple[GateSet, ...]:
+def gate_sets(sets: Sequence[Rotate], imported: Collection[str] = ()) -> tuple[GateSet, ...]:
     """What a run puts through the gate; one set needs no gate.
 
     Args:
         sets: of :meth:`Rotate.sets`.
-        given: kinds whose rotations come from files.
+        imported: kinds whose rotations come from files.
     """
-    plain = trainable(sets[-1].certain, given)
+    plain = trainable(sets[-1].certain, imported)
     hadamard = (GateSet(sets[-1], plain),) if len(sets) > 1 and plain else ()
     return (*map(GateSet, sets), *hadamard)
 
@@ -131,11 +131,11 @@ def union(sets: Sequence[Rotate]) -> tuple[Kind, ...]:
     return Rotate.of({kind for rotate in sets for kind in rotate.certain}).certain
 
 
-def trainable(kinds: Collection[str], given: Collection[str] = ()) -> tuple[Kind, ...]:
+def trainable(kinds: Collection[str], imported: Collection[str] = ()) -> tuple[Kind, ...]:
     """Those of ``kinds`` that are trained where they do not come from files.
 
     Args:
         kinds: any of r1, r2, r3, r4.
-        given: kinds whose rotations come from files.
+        imported: kinds whose rotations come from files.
     """
-    return tuple(kind for kind in FOLDED if kind in kinds and kind not in given)
+    return tuple(kind for kind in FOLDED if kind in kinds and kind not in imported)

@@ -39,26 +39,26 @@ def inspect(
         from exporter.commands.inspect import inspect_folder
 
         progress("inspect", 0, 1)
-        found = inspect_folder(folder)
+        inspection = inspect_folder(folder)
         progress("inspect", 1, 1)
-    for what, names in found.edited.items():
+    for what, names in inspection.edited.items():
         typer.echo(f"warning: {what} since the export: {', '.join(names)}", err=True)
     if talk.json_output:
         print_json(
             {
-                **asdict(found),
-                "schemes": found.schemes,
-                "unfused": found.unfused,
-                "nbytes": found.nbytes,
+                **asdict(inspection),
+                "schemes": inspection.schemes,
+                "unfused": inspection.unfused,
+                "nbytes": inspection.nbytes,
             }
         )
     elif talk.quiet:
-        typer.echo(found.nbytes)
+        typer.echo(inspection.nbytes)
     else:
         from exporter.console import output_console
         from exporter.console.show_inspection import show_inspection
 
-        show_inspection(output_console(), found, every=talk.verbose)
+        show_inspection(output_console(), inspection, every=talk.verbose)
 
 
 def _check_folder(folder: Path) -> None:

@@ -22,12 +22,14 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
         shown["model"] = _model(recipe)
     if recipe.trust_remote_code:
         shown["trust remote code"] = "yes: the model's own Python code runs"
+
     if goal == "export":
         shown |= _writing(recipe)
     if goal != "capture":
         shown["scheme"] = recipe.scheme
         if goal != "rotate":
             shown |= _finer_controls(recipe)
+
     if options.from_artifact is None:
         if goal != "capture":
             shown["rotate"] = str(
@@ -40,6 +42,7 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
             f"{text}, {data.nsamples} rows of up to {data.seqlen} tokens, batches of"
             f" {data.batch_size}"
         )
+
     if options.from_capture is not None:
         shown["capture"] = f"reused from {options.from_capture}"
     shown["device"] = f"{recipe.device}, dtype {recipe.dtype}, seed {recipe.seed}"

@@ -23,8 +23,8 @@ from exporter.cli.options import (
     RotationFlags,
     SchemeFlag,
     TalkFlags,
-    overrides,
 )
+from exporter.cli.overrides import overrides
 from exporter.cli.resolve import check_output, resolve
 from exporter.cli.session import print_json, running, set_up
 

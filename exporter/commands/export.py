@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from calib.architectures import KINDS
 from calib.artifact import QuantizedModel, load_artifact, save_artifact
@@ -41,12 +41,16 @@ from exporter.run.results import ExportResult
 from exporter.run.rotations import (
     candidate_sets,
     gate_rotations,
-    given_rotations,
+    imported_rotations,
     trained_rotations,
 )
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import ARTIFACT, WALK, WorkDir
 from exporter.run.writing import write_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +68,8 @@ def export(
     recipe: Recipe,
     options: RunOptions,
     *,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> ExportResult:
     """Run everything and write the folder of a backend, or of several targets one folder each.
@@ -96,8 +100,8 @@ def calibrate(
     recipe: Recipe,
     options: RunOptions,
     *,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> CalibrateResult:
     """Stop at the saved :class:`~calib.artifact.QuantizedModel`; arguments and errors as for
@@ -121,8 +125,8 @@ def run_capture(
     recipe: Recipe,
     options: RunOptions,
     *,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Only capture the statistics that rotations are trained on; arguments and errors as for
@@ -146,8 +150,8 @@ def _calibrated(
     options: RunOptions,
     destination: Destination,
     clock: Stopwatch,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     write: bool = True,
 ) -> Iterator[Calibrated]:
@@ -181,29 +185,29 @@ def _calibrated(
     # Everything that can be refused is, before the long job.
     quantization = inputs.quantization()
     check_blocks(quantization, inputs.source.wiring)
-    given = given_rotations(recipe, inputs.source)
+    imported = imported_rotations(recipe, inputs.source)
     if targets is not None:
-        kinds = Rotate.of({*recipe.rotate.certain, *given.kinds()}).certain
+        kinds = Rotate.of({*recipe.rotate.certain, *imported.kinds()}).certain
         config = portable_config(inputs.source.config)
         targets.check(recipe, config, quantization.linears, quantization.cache, kinds)
         targets.warn(quantization.linears)
-    sets = candidate_sets(inputs, given, _left_out(inputs, targets))
+    sets = candidate_sets(inputs, imported, _left_out(inputs, targets))
 
     rows = inputs.rows(clock)
     calibrating = Calibrating(inputs, quantization, rows, inputs.provenance(rows))
     evaluation = rows.evaluation if verify else None
     if recipe.layerwise.enabled:
-        with _blockwise(calibrating, given, options, work, clock) as quantized:
+        with _blockwise(calibrating, imported, options, work, clock) as quantized:
             yield Calibrated(recipe, quantized, inputs.device, inputs.source, evaluation=evaluation)
         return
-    quantized, fused = _whole(calibrating, sets, given, options, work, clock)
+    quantized, fused = _whole(calibrating, sets, imported, options, work, clock)
     yield Calibrated(recipe, quantized, inputs.device, inputs.source, fused, evaluation)
 
 
 def _whole(
     calibrating: Calibrating,
     sets: Sequence[Rotate],
-    given: RotationSet,
+    imported: RotationSet,
     options: RunOptions,
     work: WorkDir,
     clock: Stopwatch,
@@ -211,9 +215,9 @@ def _whole(
     """The best of ``sets``, quantized, and the float model that it was quantized from."""
     inputs = calibrating.inputs
     trained = trained_rotations(
-        union(sets), inputs, given, calibrating.rows.train, options, work, clock
+        union(sets), inputs, imported, calibrating.rows.train, options, work, clock
     )
-    rotations = gate_rotations(sets, inputs, given, trained.rotations)
+    rotations = gate_rotations(sets, inputs, imported, trained.rotations)
     candidate, table = best_candidate(
         {str(name): chosen for name, chosen in rotations.items()}, calibrating, clock
     )
@@ -231,7 +235,7 @@ def _whole(
 @contextmanager
 def _blockwise(
     calibrating: Calibrating,
-    given: RotationSet,
+    imported: RotationSet,
     options: RunOptions,
     work: WorkDir,
     clock: Stopwatch,
@@ -239,7 +243,7 @@ def _blockwise(
     """The quantized model, memory-mapped: from the work folder, or from a temporary one beside the
     output.
     """
-    rotations = layerwise_rotations(calibrating.inputs, given)
+    rotations = layerwise_rotations(calibrating.inputs, imported)
     quantize = partial(quantize_layerwise, calibrating, rotations, options, clock)
     if options.work_dir is not None:
         walk = work.step(WALK)

@@ -125,6 +125,7 @@ def _exported(folder: Path) -> Inspection:
     contents: tuple[StoredBytes, ...] = ()
     cache: QuantizedCache | None = None
     fusion, note, unreadable = None, "", ""
+
     try:
         contents = stored_bytes(backend.contents(folder, report.target))
         cache = backend.read_cache(folder, report.target)
@@ -134,6 +135,7 @@ def _exported(folder: Path) -> Inspection:
         if not edited:
             raise
         unreadable = error.message
+
     return Inspection(
         folder=str(folder),
         what="exported",
@@ -180,10 +182,10 @@ def _calibrated(folder: Path) -> Inspection:
 
 def _fusion(backend: Backend, report: Report, folder: Path) -> tuple[Fusion | None, str]:
     try:
-        found = backend.fusion(folder, report.target)
+        fusion = backend.fusion(folder, report.target)
     except RuntimeMissing as error:
         return None, error.message
-    return found, "the runtime does not tell how it executes them" if found is None else ""
+    return fusion, "the runtime does not tell how it executes them" if fusion is None else ""
 
 
 def _entries(
@@ -203,11 +205,12 @@ def _entries(
 
 def stored_bytes(tensors: Iterable[StoredTensor]) -> tuple[StoredBytes, ...]:
     """``tensors`` by kind and dtype, the largest share first."""
-    found: dict[tuple[str, str], list[int]] = {}
+    sizes_of: dict[tuple[str, str], list[int]] = {}
     for tensor in tensors:
-        found.setdefault((tensor.kind, tensor.dtype), []).append(tensor.nbytes)
+        sizes_of.setdefault((tensor.kind, tensor.dtype), []).append(tensor.nbytes)
     rows = [
-        StoredBytes(kind, dtype, len(sizes), sum(sizes)) for (kind, dtype), sizes in found.items()
+        StoredBytes(kind, dtype, len(sizes), sum(sizes))
+        for (kind, dtype), sizes in sizes_of.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.nbytes))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,10 +33,13 @@ from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import warn_of_slow_choices
-from exporter.run.rotations import given_rotations, trained_rotations
+from exporter.run.rotations import imported_rotations, trained_rotations
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import WorkDir
 from exporter.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def rotate(
     options: RunOptions,
     *,
     write_dartquant: bool = False,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> RotateResult:
     """Write the rotated float checkpoint.
@@ -82,10 +85,10 @@ def rotate(
     training = recipe.model_copy(update={"dtype": "float32"})
     inputs = open_inputs(training, Destination.of(recipe), model, tokenizer)
     work = WorkDir.of(options, inputs)
-    given = given_rotations(recipe, inputs.source)
-    kinds = _kinds(inputs, given)
+    imported = imported_rotations(recipe, inputs.source)
+    kinds = _kinds(inputs, imported)
     rows = inputs.rows(clock)
-    trained = trained_rotations(kinds, inputs, given, rows.train, options, work, clock)
+    trained = trained_rotations(kinds, inputs, imported, rows.train, options, work, clock)
 
     source, dtype = inputs.source, _stored_dtype(recipe, inputs.source)
     with clock.stage("fuse"):
@@ -149,9 +152,9 @@ def _refuse_online(recipe: Recipe) -> None:
     )
 
 
-def _kinds(inputs: Inputs, given: RotationSet) -> tuple[Kind, ...]:
+def _kinds(inputs: Inputs, imported: RotationSet) -> tuple[Kind, ...]:
     kinds = inputs.recipe.rotate.folded(inputs.offered).certain
-    unused = Rotate.of(set(given.kinds()) - set(kinds)).certain
+    unused = Rotate.of(set(imported.kinds()) - set(kinds)).certain
     if unused:
         raise RotationError(
             f"the given files hold {', '.join(kind.upper() for kind in unused)}, which this"

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -47,9 +47,13 @@ from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import warn_of_slow_choices
-from exporter.run.rotations import candidate_sets, given_rotations, trained_rotations
+from exporter.run.rotations import candidate_sets, imported_rotations, trained_rotations
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import WorkDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 TENSORS_FILE = "stats.safetensors"
 
@@ -89,8 +93,8 @@ def stats(
     options: RunOptions,
     *,
     jointly: bool = False,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> StatsResult:
     """Measure every decoder linear before and after rotation, and write what was found.
@@ -115,13 +119,13 @@ def stats(
     work = WorkDir.of(options, inputs)
     if _clusters(inputs.scheme) is not None:
         logger.warning("%s", NO_FUSED_KERNEL)
-    given = given_rotations(recipe, inputs.source)
-    kinds = candidate_sets(inputs, given)[-1].certain
+    imported = imported_rotations(recipe, inputs.source)
+    kinds = candidate_sets(inputs, imported)[-1].certain
     rows = inputs.rows(clock).train
     passes = _Passes(inputs, inputs.quantization().linears, rows, jointly)
 
     measured = {"before": passes.measure(inputs.fuse(RotationSet(), clock), clock)}
-    trained = trained_rotations(kinds, inputs, given, rows, options, work, clock)
+    trained = trained_rotations(kinds, inputs, imported, rows, options, work, clock)
     if trained.rotations:
         measured["after"] = passes.measure(inputs.fuse(trained.rotations, clock), clock)
 
@@ -278,14 +282,14 @@ def _tensors(measured: Mapping[str, _Measured]) -> dict[str, Tensor]:
     ``docs/stats.md``.
     """
     tensors = {}
-    for phase, found in measured.items():
-        for name, moments in found.moments.items():
+    for phase, model in measured.items():
+        for name, moments in model.moments.items():
             for part in _PARTS:
                 for key, attribute in _CHANNELS.items():
                     tensors[f"{phase}/{name}/{part}/{key}"] = getattr(
                         getattr(moments, part), attribute
                     ).float()
-        for name, labels in found.labels.items():
+        for name, labels in model.labels.items():
             # joint linears share theirs, a file must not
             tensors[f"{phase}/{name}/clusters"] = labels.clone()
     return tensors

@@ -50,10 +50,12 @@ def verify(
     """
     report, recipe = read_export(folder)
     check_unchanged(folder, report)
+
     changes: dict[str, Any] = {"model": model or recipe.model}
     if rows is not None:
         changes["evaluation"] = recipe.evaluation.model_copy(update={"nsamples": rows})
     recipe = recipe.model_copy(update=changes)
+
     source = open_source(recipe)
     if source.fingerprint != report.model.fingerprint:
         raise CheckpointError(
@@ -61,6 +63,7 @@ def verify(
             " of its weights differs",
             hint="name the original with -m/--model",
         )
+
     start = time.perf_counter()
     backend = get_backend(report.backend)
     fused, quantized = read_back(folder, report, recipe, source, backend)
@@ -78,6 +81,7 @@ def verify(
         ),
         progress,
     )
+
     report = report.model_copy(
         update={
             "parity": parity,
@@ -95,13 +99,13 @@ def read_back(
     """The rotated float model and the quantized model, from what ``folder`` holds and the original
     weights.
     """
-    rotations = load_rotations(folder)
+    rotations, smoothing = load_rotations(folder), load_smoothing(folder)
     linears = backend.read_linears(folder, report.target)
     destination = Destination(backend, (report.target,))
     name = report.dtype or destination.common_dtype(recipe.dtype, lambda: source.dtype)
     dtype = getattr(torch, name)
-    smoothing = load_smoothing(folder)
     fused = fold_all(source.fuse(rotations, dtype=dtype), smoothing)
+
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
         config=_read_config(folder),

@@ -44,7 +44,7 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         bound, floors = end_to_end_bound(subject, reference)
         rows += floors
         logits = model_logits(reference)
-        rows += [_end_to_end(sessions, logits, subject.rows, bound, *how) for how in _PASSES]
+        rows += [_end_to_end(sessions, logits, subject.rows, bound, *each) for each in _PASSES]
     return rows + _fusion_rows(subject)
 
 
@@ -54,7 +54,7 @@ def _end_to_end(
     rows: Sequence[Tensor],
     bound: float,
     name: str,
-    how: Pass,
+    run: Pass,
     exact: bool,
 ) -> ParityRow:
     """One pass. What the runtime approximates of its own accord is reported with the reason, and
@@ -63,7 +63,7 @@ def _end_to_end(
     runtime = sessions.exact if exact else sessions.default
     if isinstance(runtime, Missing):
         return not_run(2, _named(name), "relative L2", runtime.reason)
-    measured = how(runtime, reference, rows)
+    measured = run(runtime, reference, rows)
     return row(
         2,
         _named(name),
@@ -94,18 +94,21 @@ def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) ->
     probed = sessions.probed
     if isinstance(probed, Missing):
         return [not_run(2, _LINEARS, "relative L2", probed.reason)]
+
     lost = {name: Difference() for name in linears}
     naive = {name: Difference() for name in linears} if subject.short else {}
     flips = 0
     for ids in subject.rows[:_PROBE_ROWS]:
-        found = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
-        for name, (entering, leaving) in found.items():
+        pairs = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
+        for name, (entering, leaving) in pairs.items():
             x = entering.float()
             expected, flipped = settled(linears[name], x, leaving)
             lost[name].add(leaving, expected)
             flips += flipped
             if naive:
                 naive[name].add(_naive(linears[name], x, subject.quantized.dtype), expected)
+
+    # The worst is the one that comes closest to its bound, or is farthest beyond it.
     bounds = {name: NAIVE_FACTOR * naive[name].value if naive else LINEAR_BOUND for name in linears}
     worst = max(linears, key=lambda name: lost[name].value - bounds[name])
     notes = [f"worst: {worst}"]
@@ -137,6 +140,7 @@ def _fusion_rows(subject: Subject) -> list[ParityRow]:
         return [not_run(2, name, metric, error.message)]
     if fusion is None or not fusion.quantized:
         return []
+
     schemes = subject.quantized.schemes()
     warned = {
         linear

@@ -27,6 +27,7 @@ def planned_artifact(
     chosen: dict[str, LinearScheme | None] = dict.fromkeys(
         linears, customised_scheme(recipe).linear
     )
+
     tensors = {tensor.name.removesuffix(".weight") for tensor in checkpoint.tensors}
     for pattern, name in recipe.overrides.items():
         matched = (

@@ -110,6 +110,7 @@ def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
         shards = sorted(set(map(str, weight_map.values())))
     else:
         shards = [f"{stem}.safetensors"]
+
     for shard in shards:
         if not (folder / shard).is_file():
             raise CheckpointError(
@@ -142,6 +143,7 @@ def read_artifact(folder: Path) -> ArtifactHeaders:
     manifest, rotations = (
         _read_json(each, _NO_ARTIFACT, _AGAIN) for each in (path, folder / "rotations.json")
     )
+
     try:
         linears = {
             name: LinearScheme(
@@ -193,6 +195,7 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
         if length > min(_MAX_HEADER, size - 8):
             raise corrupt
         header = file.read(length)
+
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)

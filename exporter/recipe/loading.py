@@ -105,12 +105,14 @@ def _read(source: str | Path) -> dict[str, Any]:
                 f"cannot read the recipe '{source}': {error}",
                 hint=f"give a YAML file or one of the presets: {', '.join(presets())}",
             ) from error
+
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(
             f"the recipe '{source}' is not valid YAML: {' '.join(str(error).split())}"
         ) from error
+
     if values is None:
         return {}
     if not isinstance(values, dict):

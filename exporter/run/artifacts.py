@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -19,8 +19,13 @@ from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import WALK, WorkDir
 from exporter.source import Source, load_tokenizer, open_source, read_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def open_original(recipe: Recipe, model: Any, tokenizer: Any) -> Source | None:
+
+def open_original(
+    recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Source | None:
     """The original of an artifact, if it is at hand: an artifact may have travelled without it. The
     parity check then says what it cannot compare.
     """

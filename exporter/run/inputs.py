@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,9 @@ from exporter.run.destination import Destination
 from exporter.run.quantizing import check_layerwise, customised_scheme, quantization_of
 from exporter.run.stopwatch import Stopwatch
 from exporter.source import Rows, Source, open_source, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class Inputs:
 
 
 def open_inputs(
-    recipe: Recipe, destination: Destination, model: Any = None, tokenizer: Any = None
+    recipe: Recipe,
+    destination: Destination,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Inputs:
     """Open what a recipe names.
 

@@ -22,17 +22,17 @@ from exporter.run.options import RunOptions
 from exporter.run.stopwatch import Stopwatch
 
 
-def layerwise_rotations(inputs: Inputs, given: RotationSet) -> RotationSet:
-    """The rotations that the recipe names: those of ``given``, and Hadamard matrices.
+def layerwise_rotations(inputs: Inputs, imported: RotationSet) -> RotationSet:
+    """The rotations that the recipe names: those of ``imported``, and Hadamard matrices.
 
     Raises:
         RotationError: the architecture refuses one.
     """
     source, kinds = inputs.source, inputs.recipe.rotate.certain
     check_offered(kinds, source.wiring)
-    missing = Rotate.of(set(kinds) - set(given.kinds())).certain
+    missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
     own = hadamard_rotations(source.wiring, missing, seed=inputs.recipe.seed)
-    return own.merged(given.of(kinds).values())
+    return own.merged(imported.of(kinds).values())
 
 
 def quantize_layerwise(
@@ -56,6 +56,7 @@ def quantize_layerwise(
     inputs = calibrating.inputs
     recipe, settings = inputs.recipe, inputs.recipe.layerwise
     fused = inputs.fuse(rotations, clock, lazy=True)
+
     with clock.stage("calibrate"):
         return quantize_blockwise(
             fused,

@@ -33,7 +33,7 @@ from exporter.run.workdir import WorkDir
 from exporter.source import Source
 
 
-def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
+def imported_rotations(recipe: Recipe, source: Source) -> RotationSet:
     """The rotations in the recipe's files, checked against the model.
 
     Raises:
@@ -46,45 +46,45 @@ def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
 
 
 def candidate_sets(
-    inputs: Inputs, given: RotationSet, refused: Collection[str] = ()
+    inputs: Inputs, imported: RotationSet, refused: Collection[str] = ()
 ) -> tuple[Rotate, ...]:
     """What ``--rotate auto`` compares on this model; else the one set that was asked for.
 
     Args:
         inputs: the model, and what is asked for.
-        given: rotations from files.
+        imported: rotations from files.
         refused: kinds that a target cannot express.
 
     Raises:
-        RotationError: ``given`` holds a rotation that no candidate has.
+        RotationError: ``imported`` holds a rotation that no candidate has.
     """
     offered = [kind for kind in inputs.offered if kind not in refused]
     rotate = inputs.recipe.rotate
     sets = rotate.sets(offered, quantizes=inputs.quantizes)
 
-    unused = Rotate.of(set(given.kinds()) - set(union(sets))).certain
+    unused = Rotate.of(set(imported.kinds()) - set(union(sets))).certain
     if unused:
         raise RotationError(
             f"the given files hold {', '.join(kind.upper() for kind in unused)}, which"
             f" --rotate {rotate} leaves out",
-            hint=f"give --rotate {Rotate.of(given.kinds())}, or other files to --rotations",
+            hint=f"give --rotate {Rotate.of(imported.kinds())}, or other files to --rotations",
         )
     return sets
 
 
 def gate_rotations(
-    sets: Sequence[Rotate], inputs: Inputs, given: RotationSet, trained: RotationSet
+    sets: Sequence[Rotate], inputs: Inputs, imported: RotationSet, trained: RotationSet
 ) -> dict[GateSet, RotationSet]:
     """The rotations of every set that the whole model decides between, the simplest first.
 
     Args:
         sets: of :func:`candidate_sets`.
         inputs: the model, and the seed of random matrices.
-        given: rotations from files.
+        imported: rotations from files.
         trained: rotations of all kinds that a set has.
     """
     rotations = {}
-    for candidate in gate_sets(sets, given.kinds()):
+    for candidate in gate_sets(sets, imported.kinds()):
         rest = set(candidate.rotate.certain) - set(candidate.plain)
         plain = _hadamards(candidate.plain, inputs)
         rotations[candidate] = plain.merged(trained.of(rest).values())
@@ -94,13 +94,13 @@ def gate_rotations(
 def trained_rotations(
     kinds: Collection[str],
     inputs: Inputs,
-    given: RotationSet,
+    imported: RotationSet,
     rows: Sequence[Tensor],
     options: RunOptions,
     work: WorkDir,
     clock: Stopwatch,
 ) -> TrainedRotations:
-    """Rotations of these ``kinds``: those of ``given``, trained ones, each behind its gate, and
+    """Rotations of these ``kinds``: those of ``imported``, trained ones, each behind its gate, and
     Hadamard matrices for R3 and R4.
 
     For the scheme ``float`` R1 and R2 are Hadamard matrices too: nothing says what is better.
@@ -108,7 +108,7 @@ def trained_rotations(
     Args:
         kinds: which of r1, r2, r3, r4.
         inputs: the model, and how to train.
-        given: rotations from files.
+        imported: rotations from files.
         rows: calibration rows ``[tokens]``, on which statistics are captured where something is
             trained.
         options: may name statistics to use again.
@@ -120,20 +120,20 @@ def trained_rotations(
     """
     source = inputs.source
     statistics = folded = None
-    if inputs.quantizes and trainable(kinds, given.kinds()):
+    if inputs.quantizes and trainable(kinds, imported.kinds()):
         statistics = captured(inputs, rows, options, work, clock)
         folded = inputs.fuse(RotationSet(), clock, lazy=True)
 
     with clock.stage("train"):
         check_offered(kinds, source.wiring)
-        missing = Rotate.of(set(kinds) - set(given.kinds())).certain
+        missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
         if statistics is not None:
             own = _trained(missing, inputs, statistics, folded, clock)
         else:
             online = online_rotations(source.wiring, missing)
             plain = () if inputs.quantizes else trainable(missing)
             own = TrainedRotations(RotationSet(online).merged(_hadamards(plain, inputs).values()))
-        return TrainedRotations(own.rotations.merged(given.of(kinds).values()), own.table)
+        return TrainedRotations(own.rotations.merged(imported.of(kinds).values()), own.table)
 
 
 def activation_scheme(scheme: Scheme) -> ActivationScheme | None:
@@ -159,7 +159,7 @@ def judge_of(scheme: Scheme, folded: FusedModel | None) -> Judge:
         "r1": residual_rows(folded.state, folded.wiring),
         "r2": value_rows(folded.state, folded.wiring),
     }
-    return judge_for(scheme, {name: found for name, found in rows.items() if found is not None})
+    return judge_for(scheme, {name: own for name, own in rows.items() if own is not None})
 
 
 def _trained(

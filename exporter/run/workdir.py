@@ -46,6 +46,7 @@ class WorkDir:
                     "--resume needs the folder to resume from", hint="give --work-dir DIR as well"
                 )
             return
+
         kept = folder / RECIPE_FILE
         if kept.is_file():
             if not resume:
@@ -55,6 +56,7 @@ class WorkDir:
                 )
             _check_same(load_recipe(kept), recipe, folder)
             return
+
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(recipe.to_yaml(), encoding="utf-8")
 

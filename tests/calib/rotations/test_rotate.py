@@ -56,12 +56,12 @@ def test_the_gate_adds_the_largest_set_without_training_where_there_is_a_choice(
     sets = AUTO.sets(KINDS)
     assert words(gate_sets(sets)) == ["none", "r1,r2", "r1,r2,r4", "r1,r2,r4, Hadamard"]
     assert gate_sets(sets)[-1].plain == ("r1", "r2")
-    assert gate_sets(sets, given=["r1"])[-1].plain == ("r2",)
-    assert words(gate_sets(sets, given=["r1", "r2"])) == ["none", "r1,r2", "r1,r2,r4"]
+    assert gate_sets(sets, imported=["r1"])[-1].plain == ("r2",)
+    assert words(gate_sets(sets, imported=["r1", "r2"])) == ["none", "r1,r2", "r1,r2,r4"]
     assert words(gate_sets(Rotate.of(["r1"]).sets(KINDS))) == ["r1"]
 
 
 def test_kinds_are_in_order_and_r3_and_r4_are_never_trained() -> None:
     assert union([Rotate.of(["r4"]), Rotate.of(["r1"]), NO_ROTATION]) == ("r1", "r4")
     assert trainable(KINDS) == ("r1", "r2")
-    assert trainable(["r4", "r2"], given=["r2"]) == ()
+    assert trainable(["r4", "r2"], imported=["r2"]) == ()
