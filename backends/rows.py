@@ -30,6 +30,7 @@ def joined(linears: Sequence[QuantizedLinear], *, weight: Tensor | None = None) 
     """
     if len(linears) == 1:
         return linears[0]
+
     whole = {
         name: torch.cat([getattr(linear, name) for linear in linears])
         for name in _parts(linears[0])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from backends.base import Reason, Request
 from calib.schemes import LinearScheme, TensorScheme
+
+__all__ = ["Limits", "Rule", "first_reason", "is_dynamic", "tensor_schemes"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,65 @@ class Rule:
 
     when: Callable[[LinearScheme], bool]
     reason: str
+
+
+def _nothing(asked: object) -> str | None:
+    """The answer of a target that has no such limit."""
+    return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one target cannot express, and what it runs slowly. By default it has no limits.
+
+    Each function answers for one part of a request, with a reason or with ``None``.
+    """
+
+    linear: Callable[[LinearScheme], str | None] = _nothing
+    """Why it cannot express a linear."""
+    slow: Callable[[LinearScheme], str | None] = _nothing
+    """What a linear that it can express falls back to."""
+    cache: Callable[[TensorScheme], str | None] = _nothing
+    """Why it cannot express a KV cache."""
+    rotation: Callable[[str], str | None] = _nothing
+    """Why it cannot express rotations of a kind."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Why it cannot be written with another value of an option than its default, by field of
+    :class:`~backends.base.Request`."""
+
+    def reasons(self, request: Request) -> list[Reason]:
+        """What speaks against ``request``, but for what depends on its config."""
+        return [
+            *self._of_linears(request.linears),
+            *self._of_the_rest(request),
+        ]
+
+    def _of_linears(self, linears: Mapping[str, LinearScheme]) -> Iterator[Reason]:
+        # thousands of linears share a few schemes
+        answers: dict[LinearScheme, tuple[str | None, str | None]] = {}
+        for name, scheme in linears.items():
+            if scheme not in answers:
+                answers[scheme] = self.linear(scheme), self.slow(scheme)
+            refused, slow = answers[scheme]
+
+            if refused is not None:
+                yield Reason(refused, about="linear", name=name)
+            elif slow is not None:
+                yield Reason(slow, about="linear", name=name, severity="slow")
+
+    def _of_the_rest(self, request: Request) -> Iterator[Reason]:
+        refused = None if request.cache is None else self.cache(request.cache)
+        if refused is not None:
+            yield Reason(refused, about="cache")
+
+        for kind in request.rotations:
+            refused = self.rotation(kind)
+            if refused is not None:
+                yield Reason(refused, about="rotation", name=kind)
+
+        for option in request.options():
+            if option in self.options:
+                yield Reason(self.options[option], about="option", name=option)
 
 
 def first_reason(rules: Sequence[Rule], scheme: LinearScheme) -> str | None:

@@ -18,13 +18,12 @@ denormal numbers, on which the product with v is up to 100 times slower.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from backends.onnx.nodes import constant, integers, replace, size
+from backends.onnx.nodes import Attribute, constant, integers, replace, size
 from backends.onnx.placeholders import ATTENTION, DOMAIN, SCALE_ATTRIBUTE, SOFTCAP_ATTRIBUTE
 
 _DEPTH = 70.0
@@ -33,18 +32,18 @@ _DEPTH = 70.0
 def lower_attention(model: ir.Model) -> None:
     """Replace every attention placeholder of ``model``, in place."""
     masks = Masks(model.graph)
-    for site in sites(model.graph):
+    for placeholder in attention_placeholders(model.graph):
         nodes = tape.Tape()
         replace(
             model.graph,
-            site.node,
+            placeholder.node,
             nodes,
-            attention(model.graph, nodes, site, site.inputs, masks.of(site)),
+            attention(model.graph, nodes, placeholder, placeholder.inputs, masks.of(placeholder)),
         )
 
 
 @dataclass(frozen=True)
-class Site:
+class AttentionPlaceholder:
     """One placeholder.
 
     Attributes:
@@ -81,9 +80,9 @@ class Site:
         return size(self.inputs[1], 1)
 
 
-def sites(graph: ir.Graph) -> list[Site]:
+def attention_placeholders(graph: ir.Graph) -> list[AttentionPlaceholder]:
     """The attention placeholders of ``graph``, in order."""
-    found = []
+    placeholders = []
     for index, node in enumerate(
         [n for n in graph if (n.domain, n.op_type) == (DOMAIN, ATTENTION)]
     ):
@@ -91,8 +90,12 @@ def sites(graph: ir.Graph) -> list[Site]:
         cap = node.attributes.get(SOFTCAP_ATTRIBUTE)
         scale = node.attributes[SCALE_ATTRIBUTE].as_float()
         softcap = None if cap is None else cap.as_float()
-        found.append(Site(f"attention.{index}", node, (query, key, value), mask, scale, softcap))
-    return found
+        placeholders.append(
+            AttentionPlaceholder(
+                f"attention.{index}", node, (query, key, value), mask, scale, softcap
+            )
+        )
+    return placeholders
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,13 @@ class Masks:
         self._graph = graph
         self._made: dict[str | None, Mask] = {}
 
-    def of(self, site: Site) -> Mask:
-        """The mask of ``site``."""
-        name = site.mask.name
+    def of(self, placeholder: AttentionPlaceholder) -> Mask:
+        """The mask of ``placeholder``."""
+        name = placeholder.mask.name
         if name not in self._made:
             builder = tape.Tape()
-            self._made[name] = self._make(builder, site.mask, site.dtype)
-            self._graph.insert_before(site.node, list(builder.nodes))
+            self._made[name] = self._make(builder, placeholder.mask, placeholder.dtype)
+            self._graph.insert_before(placeholder.node, list(builder.nodes))
         return self._made[name]
 
     def _make(self, builder: tape.Tape, mask: ir.Value, dtype: ir.DataType) -> Mask:
@@ -132,9 +135,10 @@ class Masks:
         hidden = constant(
             self._graph, f"attention.hidden.{dtype.name}", np.array(lowest, dtype.numpy())
         )
-        seen = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
+        visible = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
+
         return Mask(
-            bias=builder.op("Where", [mask, seen, hidden], name=f"{mask.name}/Bias"),
+            bias=builder.op("Where", [mask, visible, hidden], name=f"{mask.name}/Bias"),
             sequence=builder.op(
                 "Shape", [mask], {"start": 2, "end": 3}, name=f"{mask.name}/Sequence"
             ),
@@ -145,27 +149,27 @@ class Masks:
 def attention(
     graph: ir.Graph,
     builder: tape.Tape,
-    site: Site,
+    placeholder: AttentionPlaceholder,
     inputs: tuple[ir.Value, ir.Value, ir.Value],
     mask: Mask,
 ) -> ir.Value:
-    """The nodes of ``site``, appended to ``builder``.
+    """The nodes of ``placeholder``, appended to ``builder``.
 
     Args:
         graph: gets the constants.
         builder: gets the nodes.
-        site: says how.
+        placeholder: says how.
         inputs: queries, keys and values.
-        mask: of the site.
+        mask: of the placeholder.
 
     Returns:
         ``[B, S, heads, d]``.
     """
     query, key, value = inputs
-    heads, kv_heads, dtype = site.heads, site.kv_heads, site.dtype
+    heads, kv_heads, dtype = placeholder.heads, placeholder.kv_heads, placeholder.dtype
 
-    def op(kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
-        return builder.op(kind, inputs, attributes, name=f"{site.name}/{label}")
+    def op(kind: str, inputs: list[ir.Value], label: str, **attributes: Attribute) -> ir.Value:
+        return builder.op(kind, inputs, attributes, name=f"{placeholder.name}/{label}")
 
     def scalar(label: str, number: float) -> ir.Value:
         return constant(
@@ -173,14 +177,16 @@ def attention(
         )
 
     grouped = heads != kv_heads
-    width = size(site.inputs[2], 3)
+    width = size(placeholder.inputs[2], 3)
     if grouped:
         query = op(
-            "Reshape", [query, integers(graph, (0, kv_heads, -1, size(site.inputs[0], 3)))], "Group"
+            "Reshape",
+            [query, integers(graph, (0, kv_heads, -1, size(placeholder.inputs[0], 3)))],
+            "Group",
         )
     keys = op(
         "Transpose",
-        [op("Mul", [key, scalar("scale", site.scale)], "Scale")],
+        [op("Mul", [key, scalar("scale", placeholder.scale)], "Scale")],
         "Keys",
         perm=[0, 1, 3, 2],
     )
@@ -193,8 +199,8 @@ def attention(
             axis=0,
         )
         scores = op("Reshape", [scores, apart], "Ungroup")
-    if site.softcap is not None:
-        cap = scalar("cap", site.softcap)
+    if placeholder.softcap is not None:
+        cap = scalar("cap", placeholder.softcap)
         scores = op("Mul", [op("Tanh", [op("Div", [scores, cap], "Divide")], "Tanh"), cap], "Cap")
     scores = op("Add", [scores, mask.bias], "Mask")
     # what computes in fewer bits is no CPU, and fuses attention without the Max

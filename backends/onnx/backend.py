@@ -6,19 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from backends.base import Fusion, StoredTensor, WriteOptions
-from backends.onnx.targets import GENAI_FILE, TARGETS
+from backends.base import Fusion, Reason, Request, StoredTensor, WriteOptions
+from backends.onnx.file_names import DATA_FILE, GENAI_DTYPES, GENAI_FILE, MODEL_FILE
+from backends.onnx.targets import TARGETS, Target
+from backends.rules import Limits
+from backends.words import size_words
 
 if TYPE_CHECKING:
     from backends.onnx.openvino_runner import OpenVinoModel
     from backends.onnx.runner import OnnxModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
-    from calib.schemes import LinearScheme, TensorScheme
-
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 
 
 class OnnxBackend:
@@ -28,57 +27,40 @@ class OnnxBackend:
 
     name = "onnx"
     targets = tuple(TARGETS)
+    contract = 2
 
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].refusal(scheme)
+    def refusals(self, request: Request) -> list[Reason]:
+        """See :class:`~backends.base.Backend`. Online rotations are standard nodes, and logits of
+        the last token alone a Gather: neither is refused.
+        """
+        reasons = _limits(TARGETS[request.target]).reasons(request)
+        if request.config is not None:
+            from backends.onnx.refusals import graph_refusal
 
-    def warning(self, scheme: LinearScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].warning(scheme)
-
-    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].cache_refusal(scheme)
-
-    def rotation_refusal(self, kind: str, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`; online rotations are standard nodes."""
-        return None
-
-    def logits_refusal(self, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return None
-
-    def kv_buffer_refusal(self, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].shared_buffer
-
-    def model_refusal(
-        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
-    ) -> tuple[str, str] | None:
-        """See :class:`~backends.base.Backend`."""
-        from backends.onnx.refusals import graph_refusal
-
-        return graph_refusal(config, linears)
+            refusal = graph_refusal(request.config, request.linears)
+            reasons += [] if refusal is None else [refusal]
+        return reasons
 
     def compute_dtype(self, target: str) -> str:
         """See :class:`~backends.base.Backend`."""
         return TARGETS[target].compute_dtype
-
-    def files(
-        self, options: WriteOptions, linears: Mapping[str, LinearScheme], nbytes: int
-    ) -> Sequence[str]:
-        """See :class:`~backends.base.Backend`."""
-        limit = options.max_shard_bytes
-        data = DATA_FILE if limit is None or nbytes <= limit else "model-*-of-*.onnx.data"
-        generating = TARGETS[options.target].compute_dtype == "float32"
-        return (MODEL_FILE, data, *((GENAI_FILE,) if generating else ()))
 
     def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
         """See :class:`~backends.base.Backend`."""
         from backends.onnx.write import write
 
         write(model, folder / MODEL_FILE, options)
+
+    def files(self, request: Request) -> Mapping[str, str]:
+        """See :class:`~backends.base.ListsFiles`."""
+        size = request.max_shard_bytes
+        remark = "" if size is None else f"sharded above {size_words(size)}"
+        target = TARGETS[request.target]
+        return {
+            MODEL_FILE: "",
+            DATA_FILE: remark,
+            **({GENAI_FILE: ""} if target.compute_dtype in GENAI_DTYPES else {}),
+        }
 
     def load(self, folder: Path, target: str, *, exact: bool) -> OnnxModel | OpenVinoModel:
         """See :class:`~backends.base.Backend`."""
@@ -115,3 +97,10 @@ class OnnxBackend:
         from backends.onnx.contents import contents
 
         return contents(folder / MODEL_FILE)
+
+
+def _limits(target: Target) -> Limits:
+    options = {} if target.shared_buffer is None else {"kv_buffer": target.shared_buffer}
+    return Limits(
+        linear=target.refusal, slow=target.warning, cache=target.cache_refusal, options=options
+    )

@@ -14,7 +14,7 @@ the scheme nor the target.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from calib.architectures import Wiring
 from calib.errors import BackendError
 from calib.network.attention import registered
 from calib.network.modules import set_submodule
+
+if TYPE_CHECKING:
+    pass
 
 DOMAIN = "rotq"
 LINEAR, ATTENTION, EXPERTS = "Linear", "Attention", "Experts"
@@ -89,10 +92,10 @@ def _open_mask(*, batch_size: int, attention_mask: Tensor | None = None, **other
     """
     from transformers.masking_utils import sdpa_mask
 
-    seen: Tensor = sdpa_mask(
+    visible: Tensor = sdpa_mask(
         batch_size=1, attention_mask=None, **others | {"allow_is_causal_skip": False}
     )
-    return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
+    return visible if attention_mask is None else visible & attention_mask[:, None, None, :].bool()
 
 
 def _open_attention(
@@ -117,10 +120,12 @@ def _open_attention(
             f"the attention of {type(module).__name__} cannot be written as ONNX: it {reason}",
             hint="use the safetensors backend, which does not trace the model",
         )
+
     attributes: dict[str, Any] = {SCALE_ATTRIBUTE: float(scaling or query.shape[-1] ** -0.5)}
     if softcap is not None:
         attributes[SOFTCAP_ATTRIBUTE] = float(softcap)
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
     return _symbolic(ATTENTION, (query, key, value, attention_mask), attributes, query, shape), None
 
 

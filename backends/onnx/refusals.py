@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from backends.base import Reason
 from backends.onnx.embeddings import table_refusal
 from backends.onnx.experts import ACTIVATIONS
 from calib.architectures import wiring_of
 from calib.schemes import LinearScheme
 
 
-def graph_refusal(
-    config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-) -> tuple[str, str] | None:
+def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> Reason | None:
     """Why the model of ``config`` cannot be written as ONNX, and what to do; ``None`` if it can.
 
     Args:
@@ -23,7 +22,7 @@ def graph_refusal(
     wiring = wiring_of(config)
     activation = getattr(wiring.config, "hidden_act", None)
     if wiring.expert_parameters and activation not in ACTIVATIONS:
-        return (
+        return Reason(
             (
                 f"its experts use the activation '{activation}', for which the graph has"
                 " no operators"

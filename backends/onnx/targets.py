@@ -25,9 +25,6 @@ from calib.schemes import (
     TensorScheme,
 )
 
-GENAI_FILE = "genai_config.json"
-"""What onnxruntime-genai reads beside a float32 graph."""
-
 
 @dataclass(frozen=True)
 class Target:

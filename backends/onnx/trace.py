@@ -109,6 +109,7 @@ def trace(request: TraceRequest) -> ir.Model:
     inputs, names, dynamic = _example(network, request.dtype)
     layers = (len(names) - 3) // 2
     wrapper = _FlatCache(network, last_logits=request.last_logits).eval()
+
     with torch.no_grad(), _quiet():
         program = _export(
             wrapper,
@@ -121,13 +122,16 @@ def trace(request: TraceRequest) -> ir.Model:
         model = program.model
         _strip_weights(model, weights)
         onnxscript.optimizer.optimize(model)
+
     for value in model.graph.initializers.values():
         if value.const_value is None:
             value.const_value = _promised(value)
+
     _divide_by_roots(model.graph)
     for thing in (*model.graph, *model.graph.initializers.values()):
         # the exporter's traces of Python source, which name paths of this machine
         thing.metadata_props.clear()
+
     _name_output_axes(model)
     return model
 
@@ -146,15 +150,18 @@ def fill(model: ir.Model, floats: Mapping[str, Tensor]) -> None:
         promised = value.const_value
         if not isinstance(promised, ir.ExternalTensor):
             continue
+
         tensor = floats.get(name)
-        found = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
-        wanted = (tuple(promised.shape.numpy()), promised.dtype)
-        if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != wanted:
+        actual = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
+        expected = (tuple(promised.shape.numpy()), promised.dtype)
+
+        if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != expected:
             raise CheckpointError(
-                f"the weights do not fit the config: '{name}' {found}, not {wanted[0]}"
-                f" {wanted[1].name}",
+                f"the weights do not fit the config: '{name}' {actual}, not {expected[0]}"
+                f" {expected[1].name}",
                 hint="the folder mixes files of two models, or was edited after it was written",
             )
+
         value.const_value = _lazy(tensor, promised)
 
 
@@ -199,8 +206,10 @@ def _export(
                 error, wrapper, inputs, options["dynamic_shapes"]
             )
             raise _refusal(error, where) from error
+
     if program is None:  # the exporter's signature allows it; with dynamo=True it does not happen
         raise BackendError("torch.onnx returned no program")
+
     return program
 
 
@@ -222,8 +231,10 @@ def _refusal(error: BaseException, where: str | None) -> BackendError:
         root = root.__cause__
     if isinstance(root, BackendError):
         return root
+
     reason = " ".join(str(root).strip().split("\n\n")[0].split())
     module = f"'{where.removeprefix(f'{_ROOT}.')}'" if where else "the model"
+
     return BackendError(
         f"torch.onnx cannot export {module}: {reason}",
         hint=(
@@ -253,17 +264,22 @@ def _divide_by_roots(graph: ir.Graph) -> None:
         producer = None if root is None else root.producer()
         if producer is None or producer.op_type != "Sqrt":
             continue
+
         inverse = node.outputs[0]
         for user in list(inverse.consumers()):
             if user.op_type != "Mul":
                 continue
+
             factor = user.inputs[1] if user.inputs[0] is inverse else user.inputs[0]
             quotient = ir.node("Div", [factor, root], name=user.name)
             graph.insert_before(user, quotient)
+
+            # the quotient takes over the place of the product
             output, old = quotient.outputs[0], user.outputs[0]
             output.shape, output.type, output.name = old.shape, old.type, old.name
             ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
             graph.remove(user, safe=True)
+
         if not inverse.uses():
             graph.remove(node, safe=True)
 
@@ -290,10 +306,13 @@ def _example(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers, batch, sequence, past = config.num_hidden_layers, 2, 3, 5
+
+    # the cache holds tokens already, so that every axis is seen to have a size of its own
     ids = torch.zeros(batch, sequence, dtype=torch.long)
     mask = torch.ones(batch, past + sequence, dtype=torch.long)
     positions = torch.arange(past, past + sequence).repeat(batch, 1)
     cache = tuple(torch.zeros(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers))
+
     tokens, cached = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
     dynamic = (tokens, {0: "batch", 1: "total"}, tokens, (cached,) * len(cache))
     names = [
@@ -302,6 +321,7 @@ def _example(
         "position_ids",
         *_cache_names("past_key_values", layers),
     ]
+
     return (ids, mask, positions, *cache), names, dynamic
 
 
@@ -332,6 +352,7 @@ def _quiet() -> Iterator[None]:
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         for logger in loggers:
             logger.setLevel(logging.ERROR)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

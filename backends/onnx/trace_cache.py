@@ -50,10 +50,12 @@ def cached_trace(request: TraceRequest, progress: Progress) -> ir.Model:
     path = cache_folder() / "traces" / f"{key_of(request)}.trace"
     progress("trace", 0, 1)
     proto = _read(path)
+
     if proto is None:
         proto = ir.to_proto(trace(request))
         _write(path, proto.SerializeToString())
     progress("trace", 1, 1)
+
     return ir.from_proto(proto)  # of what was traced now as well, so that both give the same bytes
 
 
@@ -81,6 +83,7 @@ def key_of(request: TraceRequest) -> str:
     for module in _SOURCES:
         assert module.__file__ is not None  # none of them is built in
         digest.update(Path(module.__file__).read_bytes())
+
     return digest.hexdigest()
 
 
@@ -89,13 +92,16 @@ def _read(path: Path) -> onnx.ModelProto | None:
         data = path.read_bytes()
     except OSError:
         return None
+
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
         _log.warning("the cached trace '%s' is damaged and is made again", path)
         return None
+
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(data[_DIGEST:])
     except DecodeError:  # nobody's trace, with a digest that fits
         return None
+
     with suppress(OSError):
         path.touch()  # the oldest go first
     return proto
@@ -115,6 +121,7 @@ def _write(path: Path, data: bytes) -> None:
     except OSError as error:
         _log.warning("the trace cannot be kept in '%s': %s", path.parent, error)
         return
+
     with suppress(OSError):  # another process may tidy up as well
         for old in sorted(path.parent.glob("*.trace"), key=lambda entry: entry.stat().st_mtime)[
             :-_KEPT

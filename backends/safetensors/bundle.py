@@ -88,12 +88,12 @@ def sha256(path: Path) -> str:
 
 
 def _unique(entries: Iterable[Entry]) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
+    by_key: dict[str, Entry] = {}
     for entry in entries:
-        if entry.key in found:
+        if entry.key in by_key:
             raise ValueError(f"the layout has two tensors for the key '{entry.key}'")
-        found[entry.key] = entry
-    return found
+        by_key[entry.key] = entry
+    return by_key
 
 
 def _manifest(
@@ -108,6 +108,7 @@ def _manifest(
         cache = CacheEntry(
             scheme=tensor_scheme_to_dict(model.cache.scheme), layers=list(model.cache.key_scale)
         )
+
     return Manifest(
         format_version=FORMAT_VERSION,
         rotq=version("rotq"),

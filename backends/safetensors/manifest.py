@@ -116,11 +116,13 @@ class Manifest(_Entry):
                 f"'{folder}' is not a bundle of rotq: it holds no {MANIFEST_FILE}",
                 hint="`rotq export --backend safetensors -o DIR` writes one",
             )
+
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BackendError(f"'{path}' is damaged: {error}", hint=_HINT) from error
+
         if version != FORMAT_VERSION:
             raise BackendError(
                 f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
@@ -130,6 +132,7 @@ class Manifest(_Entry):
             raise BackendError(
                 f"'{path}' is damaged or was edited: its checksum does not fit", hint=_HINT
             )
+
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -4,18 +4,18 @@ backends``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.rules import Rule, first_reason
-from backends.safetensors.compressed_tensors import rules as compressed_tensors
-from backends.safetensors.modelopt import rules as modelopt
-from backends.safetensors.tensorrt import rules as tensorrt
-from backends.safetensors.tripy import rules as tripy
-from calib.schemes import LinearScheme, TensorScheme
+from backends.rules import Limits
+from backends.safetensors.compressed_tensors.limits import LIMITS as COMPRESSED_TENSORS_LIMITS
+from backends.safetensors.file_names import QUANT_CONFIG_FILE, STATEMENT_FILE
+from backends.safetensors.modelopt.limits import LIMITS as MODELOPT_LIMITS
+from backends.safetensors.tensorrt.limits import LIMITS as TENSORRT_LIMITS
+from backends.safetensors.tripy.limits import LIMITS as TRIPY_LIMITS
 
 if TYPE_CHECKING:
     from backends.base import RuntimeModel
@@ -28,30 +28,16 @@ _PACKAGE = "backends.safetensors"
 class Target:
     """A key layout, and the runtime it is for."""
 
-    rules: tuple[Rule, ...]
-    """What it cannot express; the first that applies is the reason."""
-    warnings: tuple[Rule, ...]
-    """What it expresses at a price."""
-    cache_refusal: Callable[[TensorScheme], str | None]
+    limits: Limits
     module: str
     """Subpackage of the layout."""
     layout_class: str
+    files: tuple[str, ...] = ()
+    """What is written besides weights, index, manifest and what every export has."""
+    quantized_files: tuple[str, ...] = ()
+    """The same, only where something is quantized."""
     has_runner: bool = False
     """Whether the subpackage's ``runner.load`` runs a bundle in a library of the target's own."""
-    files: tuple[str, ...] = ()
-    """What the layout writes besides tensors."""
-    quantized_files: tuple[str, ...] = ()
-    """What it also writes where something is quantized."""
-    rotation_refusal: Callable[[str], str | None] = lambda kind: None
-    """Why it cannot express rotations of a kind; by default it can express all."""
-
-    def refusal(self, scheme: LinearScheme) -> str | None:
-        """Why this target cannot express a linear of ``scheme``; ``None`` if it can."""
-        return first_reason(self.rules, scheme)
-
-    def warning(self, scheme: LinearScheme) -> str | None:
-        """What a linear of ``scheme`` costs on this target; ``None`` if nothing."""
-        return first_reason(self.warnings, scheme)
 
     def layout(self) -> Layout:
         """The layout; imports torch."""
@@ -72,34 +58,15 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    "tripy": Target(
-        tripy.RULES,
-        tripy.WARNINGS,
-        tripy.cache_refusal,
-        "tripy",
-        "TripyLayout",
-        files=("tripy.json",),
-    ),
-    "tensorrt": Target(
-        tensorrt.RULES, tensorrt.WARNINGS, tensorrt.cache_refusal, "tensorrt", "TensorRTLayout"
-    ),
+    "tripy": Target(TRIPY_LIMITS, "tripy", "TripyLayout", files=(STATEMENT_FILE,)),
+    "tensorrt": Target(TENSORRT_LIMITS, "tensorrt", "TensorRTLayout"),
     "modelopt": Target(
-        modelopt.RULES,
-        modelopt.WARNINGS,
-        modelopt.cache_refusal,
-        "modelopt",
-        "ModelOptLayout",
-        files=("config.json",),
-        quantized_files=("hf_quant_config.json",),
-        rotation_refusal=modelopt.rotation_refusal,
+        MODELOPT_LIMITS, "modelopt", "ModelOptLayout", quantized_files=(QUANT_CONFIG_FILE,)
     ),
     "compressed-tensors": Target(
-        compressed_tensors.RULES,
-        compressed_tensors.WARNINGS,
-        compressed_tensors.cache_refusal,
+        COMPRESSED_TENSORS_LIMITS,
         "compressed_tensors",
         "CompressedTensorsLayout",
-        files=("config.json",),
         has_runner=True,
     ),
 }

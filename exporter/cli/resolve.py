@@ -101,15 +101,9 @@ def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = Tru
         BackendError: the recipe does, or the target cannot express the scheme, the cache or the
             rotations.
     """
-    from backends.registry import (
-        available,
-        check_cache,
-        check_kv_buffer,
-        check_logits,
-        check_rotations,
-        check_target,
-        get_backend,
-    )
+    from backends.asking import check
+    from backends.base import Request
+    from backends.registry import available, get_backend, target_of
     from exporter.run.quantizing import customised_scheme
 
     backends = {info.name: info for info in available()}
@@ -129,13 +123,15 @@ def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = Tru
         )
     linear = customised_scheme(recipe).linear
     for name in recipe.targets if write else ():
-        target = check_target(
-            backend, {} if linear is None else {f"scheme '{recipe.scheme}'": linear}, name
+        request = Request(
+            target_of(backend, name),
+            linears={} if linear is None else {recipe.scheme: linear},
+            cache=KV_SCHEMES[recipe.kv] if recipe.kv else None,
+            rotations=recipe.rotate.certain,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
         )
-        check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
-        check_rotations(backend, target, recipe.rotate.certain)
-        check_logits(backend, target, recipe.logits)
-        check_kv_buffer(backend, target, recipe.kv_buffer)
+        check(backend, request, called=f"scheme '{recipe.scheme}'")
 
 
 def check_device(device: str) -> None:

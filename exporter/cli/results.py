@@ -72,7 +72,8 @@ def targets_for(recipe: Recipe, rotations: Collection[str]) -> list[tuple[str, s
         recipe: its scheme, overrides and cache.
         rotations: kinds of rotations that it has.
     """
-    from backends.registry import available, expressible, get_backend
+    from backends.asking import expressible
+    from backends.registry import available, get_backend
     from calib.schemes import KV_SCHEMES, scheme_named
     from exporter.run.quantizing import customised_scheme
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backends.asking import slow_linears
 from backends.base import RuntimeMissing
 from calib.measure.floor import Difference, settled
 from calib.measure.perplexity import LogitsFunction, model_logits
@@ -141,12 +142,7 @@ def _fusion_rows(subject: Subject) -> list[ParityRow]:
     if fusion is None or not fusion.quantized:
         return []
 
-    schemes = subject.quantized.schemes()
-    warned = {
-        linear
-        for linear, scheme in schemes.items()
-        if subject.backend.warning(scheme, subject.target) is not None
-    }
+    warned = slow_linears(subject.backend, subject.target, subject.quantized.schemes())
     unexpected = [linear for linear in fusion.unfused if linear not in warned]
     notes = [f"{fusion.quantized - len(fusion.unfused)} linears fused"]
     if len(unexpected) < len(fusion.unfused):

@@ -1,12 +1,12 @@
-"""Which files a run would write. ``*`` stands for the number of a shard, and for how many there
-are.
+"""Which files a run would write, with a remark where there is one.
+
+What may be split has the name that it has in one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 
-from backends.base import WriteOptions
 from calib.schemes import LinearScheme
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import CARD_FILE
@@ -16,10 +16,10 @@ from exporter.run.destination import Destination
 _ROTATIONS = ("rotations.safetensors", "rotations.json")
 _CAPTURE = ("manifest.json", "statistics.safetensors", "r1.safetensors", "r2.safetensors")
 _CONFIGS = ("config.json", "generation_config.json")
-HUB_SHARD_BYTES = 5 * 10**9
-"""What huggingface_hub splits an artifact at."""
-CHECKPOINT_SHARD_BYTES = 50 * 10**9
-"""What transformers splits a checkpoint at."""
+_HUB_SHARDS = "sharded above 5 GB"
+"""What huggingface_hub does to an artifact."""
+_CHECKPOINT_SHARDS = "sharded above 50 GB"
+"""What transformers does to a checkpoint."""
 
 
 def capture_files() -> tuple[str, ...]:
@@ -27,33 +27,25 @@ def capture_files() -> tuple[str, ...]:
     return (*_CAPTURE, RECIPE_FILE)
 
 
-def rotate_files(side_files: Collection[str], nbytes: int) -> tuple[str, ...]:
-    """Of ``rotq rotate``.
-
-    Args:
-        side_files: files of the checkpoint that every output carries along.
-        nbytes: of the weights.
-    """
-    weights = _sharded("model", nbytes, CHECKPOINT_SHARD_BYTES)
+def rotate_files(side_files: Iterable[str]) -> tuple[str, ...]:
+    """Of ``rotq rotate``, whose checkpoint carries ``side_files`` along."""
     last = (RECIPE_FILE, ROTATE_REPORT_FILE, CARD_FILE)
-    return _distinct(*weights, *_CONFIGS, *side_files, *_ROTATIONS, *last)
+    weights = {"model.safetensors": _CHECKPOINT_SHARDS}
+    return _listed(weights, _CONFIGS, side_files, _ROTATIONS, last)
 
 
-def calibrate_files(side_files: Collection[str], nbytes: int) -> tuple[str, ...]:
-    """Of ``rotq calibrate``, whose manifest holds the config; arguments as for
-    :func:`rotate_files`.
-    """
-    weights = _sharded("quantized_model", nbytes, HUB_SHARD_BYTES)
+def calibrate_files(side_files: Iterable[str]) -> tuple[str, ...]:
+    """Of ``rotq calibrate``, whose manifest holds the config."""
+    weights = {"quantized_model.safetensors": _HUB_SHARDS, "quantized_model.json": ""}
     side = [name for name in side_files if name != "config.json"]
-    return _distinct(*weights, "quantized_model.json", *side, *_ROTATIONS, RECIPE_FILE)
+    return _listed(weights, side, _ROTATIONS, (RECIPE_FILE,))
 
 
 def export_files(
     recipe: Recipe,
     destination: Destination,
     linears: Mapping[str, LinearScheme],
-    side_files: Collection[str],
-    nbytes: Mapping[str, int],
+    side_files: Iterable[str],
 ) -> tuple[str, ...]:
     """Of ``rotq export``: what the backend says, and what it leaves to the front door.
 
@@ -62,32 +54,24 @@ def export_files(
         destination: backend and targets.
         linears: how each linear is quantized.
         side_files: files of the checkpoint that every output carries along.
-        nbytes: of the weights, by target.
     """
     smoothing = () if recipe.smoothing == "none" else (SMOOTHING_FILE,)
-    last = (*_ROTATIONS, *smoothing, RECIPE_FILE, REPORT_FILE, CARD_FILE)
-    files: dict[str, tuple[str, ...]] = {}
-    for target in destination.targets:
-        options = WriteOptions(
-            target,
-            logits=recipe.logits,
-            kv_buffer=recipe.kv_buffer,
-            max_shard_bytes=recipe.max_shard_bytes,
+    own = (*_ROTATIONS, *smoothing, RECIPE_FILE, REPORT_FILE, CARD_FILE)
+    files = {
+        target: _listed(
+            destination.files(target, recipe, linears), ("config.json", *side_files), own
         )
-        written = destination.backend.files(options, linears, nbytes[target])
-        files[target] = _distinct(*written, "config.json", *side_files, *last)
-
+        for target in destination.targets
+    }
     if len(files) == 1:
         return next(iter(files.values()))
     inner = (f"{target}/{name}" for target, names in files.items() for name in names)
     return (RECIPE_FILE, *inner)
 
 
-def _sharded(stem: str, nbytes: int, limit: int) -> tuple[str, ...]:
-    if nbytes <= limit:
-        return (f"{stem}.safetensors",)
-    return (f"{stem}-*-of-*.safetensors", f"{stem}.safetensors.index.json")
-
-
-def _distinct(*names: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
+def _listed(written: Mapping[str, str], *names: Iterable[str]) -> tuple[str, ...]:
+    """Every file once, in order: what the weights are in, with its remarks, then ``names``."""
+    remarks = dict(written)
+    for name in (name for group in names for name in group):
+        remarks.setdefault(name, "")
+    return tuple(f"{name} ({remark})" if remark else name for name, remark in remarks.items())

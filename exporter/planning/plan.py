@@ -185,12 +185,11 @@ def _output(
         case "rotate":
             own = before // max(1, sizes.parameters)
             nbytes = sizes.stored * FLOAT_BYTES.get(recipe.dtype, own)
-            return nbytes, rotate_files(side_files, nbytes)
+            return nbytes, rotate_files(side_files)
         case "calibrate":
-            nbytes = next(iter(weights.values()))
-            return nbytes, calibrate_files(side_files, nbytes)
+            return next(iter(weights.values())), calibrate_files(side_files)
         case _:
-            files = export_files(recipe, destination, model.linears, side_files, weights)
+            files = export_files(recipe, destination, model.linears, side_files)
             return sum(weights.values()), files
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from backends.asking import warnings_of
 from backends.base import Backend
-from backends.registry import warnings_of
 from calib.artifact import QuantizedModel
 from calib.rotations.files import save_rotations
 from calib.rotations.rotate import Rotate

@@ -9,18 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backends.base import Backend
-from backends.registry import (
-    check_expressible,
-    check_kv_buffer,
-    check_logits,
-    check_model,
-    check_rotations,
-    get_backend,
-    target_of,
-    warnings_of,
-)
-from calib.architectures.spec import KINDS, Kind
+from backends.asking import check, files_of, refused_rotations, warnings_of
+from backends.base import Backend, Request
+from backends.registry import get_backend, target_of
+from calib.architectures.spec import KINDS
 from calib.errors import BackendError
 from calib.schemes import LinearScheme, TensorScheme
 from exporter.recipe import Recipe
@@ -105,11 +97,35 @@ class Destination:
             BackendError: with the reason.
         """
         for target in self.targets:
-            check_expressible(self.backend, target, linears, cache)
-            check_model(self.backend, target, config, linears)
-            check_rotations(self.backend, target, rotations)
-            check_logits(self.backend, target, recipe.logits)
-            check_kv_buffer(self.backend, target, recipe.kv_buffer)
+            request = Request(
+                target,
+                linears=linears,
+                cache=cache,
+                rotations=tuple(rotations),
+                config=config,
+                logits=recipe.logits,
+                kv_buffer=recipe.kv_buffer,
+            )
+            check(self.backend, request)
+
+    def files(
+        self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme]
+    ) -> Mapping[str, str]:
+        """The files that the backend writes for ``target``, each with a remark or none.
+
+        Args:
+            target: one of the targets.
+            recipe: says how the model is to be written.
+            linears: how each linear is quantized.
+        """
+        request = Request(
+            target,
+            linears=linears,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
+            max_shard_bytes=recipe.max_shard_bytes,
+        )
+        return files_of(self.backend, request)
 
     def warnings(self, linears: Mapping[str, LinearScheme]) -> list[str]:
         """What the targets express, but run slowly."""
@@ -124,12 +140,10 @@ class Destination:
         for warning in self.warnings(linears):
             logger.warning("%s", warning)
 
-    def refused_kinds(self) -> dict[Kind, str]:
+    def refused_kinds(self) -> dict[str, str]:
         """Kinds of rotations that a target cannot express, with the first one's reason."""
-        reasons: dict[Kind, str] = {}
+        reasons: dict[str, str] = {}
         for target in self.targets:
-            for kind in KINDS:
-                reason = self.backend.rotation_refusal(kind, target)
-                if reason is not None:
-                    reasons.setdefault(kind, f"target '{target}' cannot express it: {reason}")
+            for kind, reason in refused_rotations(self.backend, target, KINDS).items():
+                reasons.setdefault(kind, f"target '{target}' cannot express it: {reason}")
         return reasons

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.base import Reason
 from backends.rows import joined
+from backends.safetensors.file_names import QUANT_CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.modelopt.config import mixed_experts, quant_config, with_quantization
-from backends.safetensors.modelopt.rules import rotation_refusal
+from backends.safetensors.modelopt.limits import LIMITS
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
@@ -38,23 +40,25 @@ class ModelOptLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
-        """See :meth:`backends.base.Backend.model_refusal`."""
+    ) -> Reason | None:
+        """See :meth:`backends.safetensors.layout.Layout.model_refusal`."""
         names = Names.of(config)
         table, apart = names.quantized_table(linears), names.experts_apart(linears)
         if table is not None:
-            return (
+            return Reason(
                 f"no reader of ModelOpt's layout takes a quantized embedding ('{table}')",
                 f"leave out --override '{table}=...'",
             )
+
         if apart is not None:
-            return (
+            return Reason(
                 (
                     f"ModelOpt's layout has all experts in one format, and those of '{apart}' are"
                     " left in float"
                 ),
                 "quantize all experts, or none",
             )
+
         return mixed_experts(linears, names) or block_refusal(config, linears, _short_blocks)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
@@ -66,15 +70,18 @@ class ModelOptLayout:
         _check(model)
         refusal = self.model_refusal(model.config, model.schemes())
         if refusal is not None:
-            raise BackendError(refusal[0], hint=refusal[1])
+            raise BackendError(refusal.reason, hint=refusal.hint)
+
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
             for stored, part in names.stored(key, tensor):
                 yield _float(stored, part, turned=_turned(key, names))
+
         merged = _merged(model, names)
         for linear in model.linears.values():
             for module, rows in names.rows(linear):
                 yield from entries_of(rows, module, merged[linear.name], model.dtype)
+
         if model.cache is not None:
             for layer, key_scale in model.cache.key_scale.items():
                 scales = (key_scale, model.cache.value_scale[layer])
@@ -90,7 +97,7 @@ class ModelOptLayout:
         names = Names.of(model.config)
         written, config = quant_config(model, names), with_quantization(model, names)
         files = {"config.json": _json(config)}
-        return files | ({"hf_quant_config.json": _json(written)} if written else {})
+        return files | ({QUANT_CONFIG_FILE: _json(written)} if written else {})
 
     def linears(
         self,
@@ -101,7 +108,8 @@ class ModelOptLayout:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names = Names.of(config)
         dtype = _dtype(tensors)
-        found = {}
+
+        by_name = {}
         for name, description in described.items():
             rows = []
             for module in names.modules(name):
@@ -111,8 +119,9 @@ class ModelOptLayout:
                     if f"{module}.{part}" in tensors
                 }
                 rows.append(linear_from(name, description, stored, dtype))
-            found[name] = joined(rows)
-        return found
+            by_name[name] = joined(rows)
+
+        return by_name
 
     def floats(
         self,
@@ -130,10 +139,11 @@ class ModelOptLayout:
         }
         for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
-        found = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+        read = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+
         return {
             key: tensor.T.contiguous() if _turned(key, names) else tensor
-            for key, tensor in found.items()
+            for key, tensor in read.items()
         }
 
     def cache(
@@ -152,11 +162,11 @@ class ModelOptLayout:
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
 
 
-def _short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+def _short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     size = block_size(scheme)
     if size is None or width % size == 0:
         return None
-    return (
+    return Reason(
         (
             f"blocks of {size} do not divide the {width} input features of '{name}', and ModelOpt"
             " has no short blocks"
@@ -176,7 +186,7 @@ def _check(model: QuantizedModel) -> None:
             hint="quantize the linears as well, or leave --kv out",
         )
     for kind in model.rotations.kinds():
-        reason = rotation_refusal(kind)
+        reason = LIMITS.rotation(kind)
         if reason is not None:
             raise BackendError(f"{kind.upper()}: {reason}", hint=f"leave {kind} out of --rotate")
 

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
+from backends.safetensors.file_names import STATEMENT_FILE
 from backends.safetensors.layout import Entry, in_parts
 from backends.safetensors.source import (
     block_refusal,
@@ -43,14 +44,14 @@ from backends.safetensors.source import (
     transposed_weights,
     uneven,
 )
+from backends.safetensors.tripy.dtypes import tripy_dtype
 from backends.safetensors.tripy.models import refusal_of
 from calib.architectures import wiring_of
 from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.schemes import LinearScheme, PerBlock, TensorScheme, tensor_scheme_from_dict
+from calib.schemes import LinearScheme, PerBlock, tensor_scheme_from_dict
 
-STATEMENT_FILE = "tripy.json"
 _PARTS = ("weight", "weight_scale", "input_scale", "input_order", "bias")
 
 
@@ -61,12 +62,12 @@ class TripyLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
+    ) -> Reason | None:
         """No module for the model, a quantized embedding, or blocks that do not fit."""
         wiring = wiring_of(config)
         tables = [table.name for table in wiring.embeddings if table.name in linears]
         if tables:
-            return (
+            return Reason(
                 f"tp.Embedding holds float tables, and {', '.join(tables)} shall be quantized",
                 "leave embeddings in float",
             )
@@ -113,12 +114,14 @@ class TripyLayout:
         transposed, norms = transposed_weights(config), norm_keys(config)
         dtype = tensors[wiring_of(config).embeddings[0].weight].dtype
         taken = {f"{name}.{part}" for name in described for part in _PARTS}
+
         result = {}
         for key in tensors:
             if key in taken or is_rotation_key(key):
                 continue
             tensor = tensors[key].T.contiguous() if key in transposed else tensors[key]
             result[key] = tensor.to(dtype) if key in norms else tensor
+
         return result
 
     def cache(
@@ -143,6 +146,7 @@ def linear_entries(linear: QuantizedLinear, dtype: torch.dtype) -> Iterator[Entr
     name, granularity = linear.name, linear.weight_scheme.granularity
     out, width = linear.weight.shape
     scale = linear.weight_scale
+
     if isinstance(granularity, PerBlock):
         size = granularity.size
         blocks = (width // even_block(name, width, linear.weight_scheme), out)
@@ -210,6 +214,7 @@ def _read_linear(
         weight = weight.T.contiguous()
         scale = original_scales(scale.T, weight.shape[1], scheme.granularity.size).contiguous()
     order = tensors.get(f"{name}.input_order")
+
     return QuantizedLinear(
         name=name,
         weight=quantize(weight, Grid(scale), scheme),
@@ -239,8 +244,3 @@ def _statement(linear: QuantizedLinear) -> dict[str, Any]:
             else None
         ),
     }
-
-
-def tripy_dtype(scheme: TensorScheme) -> str:
-    """What Tripy calls a format: ``int8``, ``int4`` or ``float8``."""
-    return scheme.format.name.removesuffix("_e4m3")

@@ -16,8 +16,9 @@ import transformers
 from torch import Tensor, nn
 
 from backends.base import WriteOptions
-from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
-from backends.onnx.packing import members
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import DATA_FILE, MODEL_FILE
+from backends.onnx.names import members
 from backends.onnx.runner import OnnxModel
 from calib.architectures import Kind
 from calib.artifact import QuantizedLinear, QuantizedModel

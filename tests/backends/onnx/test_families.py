@@ -11,6 +11,7 @@ from backends.onnx.backend import OnnxBackend
 from backends.onnx.experts import ACTIVATIONS
 from backends.onnx.refusals import graph_refusal
 from calib.network.skeleton import portable_config
+from tests.answers import model_refusal
 from tests.backends.onnx.conftest import CASES
 from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS
@@ -41,14 +42,15 @@ def test_the_others_are_run_elsewhere() -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in RUN_ELSEWHERE])
 def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> None:
     model = quantized(CONFIGS[name]())
-    assert OnnxBackend().model_refusal(model.config, model.schemes(), "ort") is None
+    assert model_refusal(OnnxBackend(), model.config, model.schemes(), "ort") is None
     assert compare(model, tmp_path).error <= WEIGHT_ONLY
 
 
 def test_experts_with_an_unknown_activation_are_refused_with_what_is_known() -> None:
     config = portable_config(CONFIGS["mixtral"]())
     assert graph_refusal(config, {}) is None
-    reason, hint = graph_refusal(config | {"hidden_act": "mish"}, {}) or ("", "")
-    assert "'mish'" in reason
-    assert all(name in hint for name in ACTIVATIONS)
+    refusal = graph_refusal(config | {"hidden_act": "mish"}, {})
+    assert refusal is not None
+    assert "'mish'" in refusal.reason
+    assert all(name in refusal.hint for name in ACTIVATIONS)
     assert graph_refusal(portable_config(CONFIGS["llama"]()) | {"hidden_act": "mish"}, {}) is None

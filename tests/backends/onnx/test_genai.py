@@ -12,7 +12,8 @@ import torch
 
 from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
-from backends.onnx.genai import GENAI_FILE, genai_config
+from backends.onnx.file_names import GENAI_FILE
+from backends.onnx.genai import genai_config
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
 from calib.measure.reference import build_reference

@@ -13,8 +13,8 @@ import pytest
 from onnx import numpy_helper
 
 from backends.base import WriteOptions
-from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
-from backends.onnx.genai import GENAI_FILE
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import DATA_FILE, GENAI_FILE, MODEL_FILE
 from backends.onnx.rotary import ROTARY_OPSET
 from calib.rotations.hadamard import block_order, factor_order
 from calib.schemes import PerBlock

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from backends.base import WriteOptions
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
-from backends.onnx.genai import GENAI_FILE
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import GENAI_FILE, MODEL_FILE
 from backends.onnx.runner import open_session, session_options
 from calib.artifact import QuantizedModel
 from calib.schemes import scheme_named

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
 from backends.safetensors.layout import Entry
 from calib.artifact import LINEAR_PARTS, QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.artifact.files import cache_key
@@ -31,7 +31,7 @@ class PlainLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
+    ) -> Reason | None:
         return None
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from backends.rules import Limits
 from calib.artifact import load_artifact
 from calib.errors import BackendError, OutputError, RotqError
 from exporter.commands.export import calibrate, export
@@ -269,6 +270,7 @@ def test_a_plan_of_an_artifact_knows_its_cache(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrate(few(model, "plain", kv="int8"), RunOptions(tmp_path / "artifact"))
-    monkeypatch.setattr(TorchBackend, "cache_refusal", lambda *_: "it keeps none")
+    limits = Limits(cache=lambda _: "it keeps none")
+    monkeypatch.setattr(TorchBackend, "refusals", lambda _, request: limits.reasons(request))
     with pytest.raises(BackendError, match="cannot express a KV cache of int8: it keeps none"):
         plan(few(model, "plain"), RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact"))

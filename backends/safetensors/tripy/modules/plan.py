@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backends.safetensors.manifest import Manifest
 from backends.safetensors.source import rotated_modules, transposed_weights
-from backends.safetensors.tripy.layout import tripy_dtype
+from backends.safetensors.tripy.dtypes import tripy_dtype
 from calib.architectures import Wiring, wiring_of
 from calib.network.skeleton import expected_tensors
 from calib.schemes import LinearScheme, PerBlock, PerChannel, TensorScheme, tensor_scheme_from_dict
@@ -51,7 +52,7 @@ class ModulePlan:
     """Every linear, the head included, by name in the source model."""
 
 
-def plan_of_bundle(manifest: Any) -> ModulePlan:
+def plan_of_bundle(manifest: Manifest) -> ModulePlan:
     """The module that the bundle with ``manifest`` fills."""
     wiring = wiring_of(manifest.config)
     shapes = {key: entry.shape for key, entry in manifest.tensors.items()}
@@ -90,6 +91,7 @@ def _linears(
     wiring: Wiring, shapes: Shapes, schemes: Mapping[str, LinearScheme]
 ) -> dict[str, LinearPlan]:
     rotated = rotated_modules(shapes)
+
     plans = {}
     for spec in wiring.linears:
         name = spec.name
@@ -104,10 +106,13 @@ def _linears(
             rotation=tuple(factors),
             **({} if scheme is None else _quantization(width, scheme.weight, scheme.input)),
         )
+
     return plans
 
 
-def _quantization(width: int, weight: TensorScheme, given: TensorScheme | None) -> dict[str, Any]:
+def _quantization(
+    width: int, weight: TensorScheme, entering: TensorScheme | None
+) -> dict[str, Any]:
     granularity = weight.granularity
     return {
         "quant_dtype": tripy_dtype(weight),
@@ -115,7 +120,7 @@ def _quantization(width: int, weight: TensorScheme, given: TensorScheme | None) 
         "block_size": math.gcd(width, granularity.size)
         if isinstance(granularity, PerBlock)
         else None,
-        "input_dtype": None if given is None else tripy_dtype(given),
+        "input_dtype": None if entering is None else tripy_dtype(entering),
     }
 
 

@@ -12,7 +12,7 @@ import pytest
 from backends.rules import tensor_schemes
 from backends.safetensors.backend import SafetensorsBackend
 from backends.safetensors.modelopt.algorithms import algorithm_of
-from backends.safetensors.modelopt.rules import rotation_refusal
+from backends.safetensors.modelopt.limits import LIMITS
 from backends.safetensors.modelopt.tensors import format_of
 from calib.errors import BackendError
 from calib.quantizing.plan import customised
@@ -25,6 +25,7 @@ from calib.schemes import (
     PerChannel,
     TensorScheme,
 )
+from tests.answers import cache_refusal, linear_refusal, linear_warning, model_refusal
 from tests.backends.safetensors.compressed_tensors.compressed_support import artifact
 from tests.backends.safetensors.modelopt.modelopt_support import TARGET, calibrated, tensors_of
 
@@ -54,7 +55,7 @@ def _tensors(name: str) -> list[TensorScheme]:
 def test_presets_that_are_written_have_a_format(name: str) -> None:
     found = algorithm_of(LINEAR_SCHEMES[name])
     assert (None if found is None else found.name) == _ALGORITHMS.get(name)
-    assert (SafetensorsBackend().refusal(LINEAR_SCHEMES[name], TARGET) is None) == (
+    assert (linear_refusal(SafetensorsBackend(), LINEAR_SCHEMES[name], TARGET) is None) == (
         name in _ALGORITHMS
     )
 
@@ -87,7 +88,7 @@ def test_presets_that_are_written_have_a_format(name: str) -> None:
     ],
 )
 def test_what_the_format_has_not_is_refused(scheme: LinearScheme, words: str) -> None:
-    reason = SafetensorsBackend().refusal(scheme, TARGET)
+    reason = linear_refusal(SafetensorsBackend(), scheme, TARGET)
     assert reason is not None
     assert words in reason
 
@@ -107,21 +108,21 @@ def test_what_the_format_has_not_is_refused(scheme: LinearScheme, words: str) ->
     ],
 )
 def test_what_a_reader_does_not_load_is_warned_of(scheme: LinearScheme, words: str | None) -> None:
-    assert SafetensorsBackend().refusal(scheme, TARGET) is None
-    warning = SafetensorsBackend().warning(scheme, TARGET)
+    assert linear_refusal(SafetensorsBackend(), scheme, TARGET) is None
+    warning = linear_warning(SafetensorsBackend(), scheme, TARGET)
     assert (warning is None) if words is None else (warning is not None and words in warning)
 
 
 def test_caches_are_float8() -> None:
     refusals = {
-        name: SafetensorsBackend().cache_refusal(scheme, TARGET)
+        name: cache_refusal(SafetensorsBackend(), scheme, TARGET)
         for name, scheme in KV_SCHEMES.items()
     }
     assert {name for name, refusal in refusals.items() if refusal is None} == {"float8"}
 
 
 def test_rotations_that_run_online_are_refused() -> None:
-    assert [kind for kind in ("r1", "r2", "r3", "r4") if rotation_refusal(kind)] == ["r3", "r4"]
+    assert [kind for kind in ("r1", "r2", "r3", "r4") if LIMITS.rotation(kind)] == ["r3", "r4"]
 
 
 @pytest.mark.parametrize("kind", ["r3", "r4"])
@@ -201,23 +202,23 @@ def test_models_are_refused_before_calibration(
     family: str, linears: dict[str, str], words: str
 ) -> None:
     config = artifact(family, "float").config
-    reason = SafetensorsBackend().model_refusal(
-        config, {n: LINEAR_SCHEMES[s] for n, s in linears.items()}, TARGET
+    reason = model_refusal(
+        SafetensorsBackend(), config, {n: LINEAR_SCHEMES[s] for n, s in linears.items()}, TARGET
     )
     assert reason is not None
-    assert words in reason[0]
+    assert words in reason.reason
 
 
 def test_most_models_are_not_refused() -> None:
     linears = {"model.layers.0.self_attn.q_proj": LINEAR_SCHEMES["int8"]}
     assert (
-        SafetensorsBackend().model_refusal(artifact("llama", "float").config, linears, TARGET)
+        model_refusal(SafetensorsBackend(), artifact("llama", "float").config, linears, TARGET)
         is None
     )
 
 
-def test_rules_are_free_of_torch() -> None:
+def test_limits_are_free_of_torch() -> None:
     code = (
-        "import sys; import backends.safetensors.modelopt.rules; sys.exit('torch' in sys.modules)"
+        "import sys; import backends.safetensors.modelopt.limits; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

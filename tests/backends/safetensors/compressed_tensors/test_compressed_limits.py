@@ -23,6 +23,7 @@ from calib.schemes import (
     PerTensor,
     TensorScheme,
 )
+from tests.answers import cache_refusal, linear_refusal, linear_warning
 
 TARGET = "compressed-tensors"
 _NO_WARNING = {
@@ -38,8 +39,8 @@ _NO_WARNING = {
 
 @pytest.mark.parametrize("name", LINEAR_SCHEMES)
 def test_every_preset_is_written(name: str) -> None:
-    assert SafetensorsBackend().refusal(LINEAR_SCHEMES[name], TARGET) is None
-    assert (SafetensorsBackend().warning(LINEAR_SCHEMES[name], TARGET) is None) == (
+    assert linear_refusal(SafetensorsBackend(), LINEAR_SCHEMES[name], TARGET) is None
+    assert (linear_warning(SafetensorsBackend(), LINEAR_SCHEMES[name], TARGET) is None) == (
         name in _NO_WARNING
     )
 
@@ -71,7 +72,7 @@ def _linear(name: str, **controls: object) -> LinearScheme:
     ],
 )
 def test_what_the_format_has_not_is_refused(scheme: LinearScheme, words: str) -> None:
-    reason = SafetensorsBackend().refusal(scheme, TARGET)
+    reason = linear_refusal(SafetensorsBackend(), scheme, TARGET)
     assert reason is not None
     assert words in reason
 
@@ -99,22 +100,22 @@ def test_what_the_format_has_not_is_refused(scheme: LinearScheme, words: str) ->
     ],
 )
 def test_what_one_reader_has_not_is_warned_of(scheme: LinearScheme, words: str) -> None:
-    assert SafetensorsBackend().refusal(scheme, TARGET) is None
-    warning = SafetensorsBackend().warning(scheme, TARGET)
+    assert linear_refusal(SafetensorsBackend(), scheme, TARGET) is None
+    warning = linear_warning(SafetensorsBackend(), scheme, TARGET)
     assert warning is not None
     assert words in warning
 
 
 @pytest.mark.parametrize("name", KV_SCHEMES)
 def test_caches(name: str) -> None:
-    assert SafetensorsBackend().cache_refusal(KV_SCHEMES[name], TARGET) is None
+    assert cache_refusal(SafetensorsBackend(), KV_SCHEMES[name], TARGET) is None
     asymmetric = TensorScheme(INT8, PerTensor(), symmetric=False)
-    assert "zero points" in (SafetensorsBackend().cache_refusal(asymmetric, TARGET) or "")
+    assert "zero points" in (cache_refusal(SafetensorsBackend(), asymmetric, TARGET) or "")
 
 
-def test_rules_import_neither_torch_nor_the_library() -> None:
+def test_limits_import_neither_torch_nor_the_library() -> None:
     code = (
-        "import sys, backends.safetensors.compressed_tensors.rules\n"
+        "import sys, backends.safetensors.compressed_tensors.limits\n"
         "sys.exit(bool({'torch', 'compressed_tensors'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,9 @@ dequantizing weights and rounding activations in float.
 
 from __future__ import annotations
 
-from backends.rules import Rule, is_dynamic, tensor_schemes
+from functools import partial
+
+from backends.rules import Limits, Rule, first_reason, is_dynamic, tensor_schemes
 from calib.schemes import (
     FLOAT4,
     FLOAT8,
@@ -46,19 +48,19 @@ def _is_packed(scheme: LinearScheme) -> bool:
     return integers and (weight.format == INT4 or isinstance(weight.granularity, PerBlock))
 
 
-def _go_together(weight: TensorScheme, given: TensorScheme) -> bool:
+def _go_together(weight: TensorScheme, entering: TensorScheme) -> bool:
     """Whether a reader has a kernel, or at least a rule, for weights and inputs of these
     formats.
     """
-    if weight.format == INT4 and given.format == FLOAT8:
-        return given.scale_format == "compute"
+    if weight.format == INT4 and entering.format == FLOAT8:
+        return entering.scale_format == "compute"
     return (weight.format.kind, weight.scale_format[:4]) == (
-        given.format.kind,
-        given.scale_format[:4],
+        entering.format.kind,
+        entering.scale_format[:4],
     )
 
 
-RULES: tuple[Rule, ...] = (
+_REFUSED: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(
             isinstance(tensor.granularity, PerCluster) for tensor in tensor_schemes(scheme)
@@ -90,7 +92,7 @@ RULES: tuple[Rule, ...] = (
 )
 """What the format itself cannot express."""
 
-WARNINGS: tuple[Rule, ...] = (
+_SLOW: tuple[Rule, ...] = (
     Rule(
         lambda scheme: (
             scheme.input is not None
@@ -164,7 +166,7 @@ WARNINGS: tuple[Rule, ...] = (
 """What only one of the two consumers takes, or computes another way."""
 
 
-def cache_refusal(scheme: TensorScheme) -> str | None:
+def _cache_refusal(scheme: TensorScheme) -> str | None:
     """Why the format cannot express a KV cache of ``scheme``; ``None`` if it can. vLLM 0.33 takes
     float8 alone.
     """
@@ -176,3 +178,11 @@ def cache_refusal(scheme: TensorScheme) -> str | None:
     if not scheme.symmetric:
         return "no reader of the format takes a cache with zero points"
     return None
+
+
+LIMITS = Limits(
+    linear=partial(first_reason, _REFUSED),
+    slow=partial(first_reason, _SLOW),
+    cache=_cache_refusal,
+)
+"""The same, as a target has it."""

@@ -8,7 +8,9 @@ need.
 
 from __future__ import annotations
 
-from backends.rules import Rule, is_dynamic, tensor_schemes
+from functools import partial
+
+from backends.rules import Limits, Rule, first_reason, is_dynamic, tensor_schemes
 from calib.schemes import (
     FLOAT4,
     FLOAT8,
@@ -27,11 +29,11 @@ _GRANULARITY: dict[NumberFormat, type] = {INT8: PerChannel, INT4: PerBlock, FLOA
 
 
 def _input_of_another_format(scheme: LinearScheme) -> bool:
-    wanted = INT8 if scheme.weight.format == INT4 else scheme.weight.format
-    return scheme.input is not None and scheme.input.format != wanted
+    expected = INT8 if scheme.weight.format == INT4 else scheme.weight.format
+    return scheme.input is not None and scheme.input.format != expected
 
 
-RULES: tuple[Rule, ...] = (
+_REFUSED: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(
             tensor.format == FLOAT4 or tensor.scale_format != "compute"
@@ -73,9 +75,14 @@ RULES: tuple[Rule, ...] = (
 )
 """What it cannot express; the first that applies is the reason."""
 
-WARNINGS: tuple[Rule, ...] = ()
 
-
-def cache_refusal(scheme: TensorScheme) -> str | None:
+def _cache_refusal(scheme: TensorScheme) -> str | None:
     """Why there is no KV cache of ``scheme``."""
     return "the Tripy modules run whole sequences and keep no KV cache"
+
+
+LIMITS = Limits(
+    linear=partial(first_reason, _REFUSED),
+    cache=_cache_refusal,
+)
+"""The same, as a target has it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from backends.rules import Rule, tensor_schemes
+from functools import partial
+
+from backends.rules import Limits, Rule, first_reason, tensor_schemes
 from backends.safetensors.modelopt.algorithms import algorithm_of
 from calib.schemes import (
     FLOAT4,
@@ -22,11 +24,11 @@ def _has_format(scheme: LinearScheme) -> bool:
 
 
 def _readers(scheme: LinearScheme) -> tuple[str, ...]:
-    found = algorithm_of(scheme)
-    return () if found is None else found.readers
+    algorithm = algorithm_of(scheme)
+    return () if algorithm is None else algorithm.readers
 
 
-RULES: tuple[Rule, ...] = (
+_REFUSED: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(not tensor.symmetric for tensor in tensor_schemes(scheme)),
         "ModelOpt's formats are symmetric: they have no zero points",
@@ -87,7 +89,7 @@ RULES: tuple[Rule, ...] = (
 )
 """What it cannot express; the first that applies is the reason."""
 
-WARNINGS: tuple[Rule, ...] = (
+_SLOW: tuple[Rule, ...] = (
     Rule(
         lambda scheme: not _readers(scheme),
         "neither vLLM 0.33 nor TensorRT-LLM's PyTorch backend loads this format of ModelOpt; what"
@@ -108,7 +110,7 @@ WARNINGS: tuple[Rule, ...] = (
 _ROTATIONS = {"r3": "queries and keys", "r4": "the input of the down projections"}
 
 
-def cache_refusal(scheme: TensorScheme) -> str | None:
+def _cache_refusal(scheme: TensorScheme) -> str | None:
     """Why it cannot express a KV cache of ``scheme``; ``None`` if it can. Per tensor, as all of
     rotq's are.
     """
@@ -117,10 +119,19 @@ def cache_refusal(scheme: TensorScheme) -> str | None:
     return None
 
 
-def rotation_refusal(kind: str) -> str | None:
+def _rotation_refusal(kind: str) -> str | None:
     """Why it cannot express an online rotation ``kind`` (``r3``, ``r4``); ``None`` for those that
     are folded in.
     """
     if kind not in _ROTATIONS:
         return None
     return f"the format has no place for a rotation of {_ROTATIONS[kind]} while running"
+
+
+LIMITS = Limits(
+    linear=partial(first_reason, _REFUSED),
+    slow=partial(first_reason, _SLOW),
+    cache=_cache_refusal,
+    rotation=_rotation_refusal,
+)
+"""The same, as a target has it."""
