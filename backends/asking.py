@@ -8,7 +8,7 @@ so that all backends refuse alike.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from backends.base import Backend, ListsFiles, Reason, Request
@@ -122,13 +122,13 @@ def warnings_of(backend: Backend, target: str, linears: Mapping[str, LinearSchem
     ]
 
 
-def files_of(backend: Backend, request: Request) -> Mapping[str, str]:
-    """The files that ``backend`` would write for ``request``, each with a remark or an empty one;
-    in words where it does not tell. See :class:`~backends.base.ListsFiles`.
+def files_of(backend: Backend, request: Request, nbytes: int) -> Sequence[str]:
+    """The files that ``backend`` would write for ``request``; in words where it does not tell. See
+    :class:`~backends.base.ListsFiles`.
     """
     if isinstance(backend, ListsFiles):
-        return backend.files(request)
-    return {f"files of {backend.name}": ""}
+        return backend.files(request, nbytes)
+    return (f"files of {backend.name}",)
 
 
 def _slow_schemes(

@@ -24,6 +24,7 @@ __all__ = [
     "About",
     "Backend",
     "ContentKind",
+    "Dtype",
     "Fusion",
     "KvBuffer",
     "ListsFiles",
@@ -47,6 +48,7 @@ method of its own, and no release of rotq had it."""
 
 Logits = Literal["all", "last"]
 KvBuffer = Literal["grown", "shared"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 About = Literal["linear", "cache", "rotation", "option", "model"]
 Severity = Literal["refused", "slow"]
 
@@ -84,6 +86,8 @@ class Request:
     """See :class:`WriteOptions`."""
     max_shard_bytes: int | None = field(default=None, metadata={_SINCE: 2})
     """See :class:`WriteOptions`."""
+    dtype: Dtype = field(default="auto", metadata={_SINCE: 2})
+    """What the target shall compute in; ``auto``: :meth:`Backend.compute_dtype`."""
 
     def options(self, *, newer_than: int = 0) -> dict[str, object]:
         """The options that do not have their defaults, by field.
@@ -173,6 +177,20 @@ class RuntimeModel(Protocol):
             Logits float32 ``[B, S, V]``, or ``[B, 1, V]`` where only those of the last token were
             written, and the new cache, ``[B, kv_heads, P + S, head_dim]`` each.
         """
+
+
+@runtime_checkable
+class DescribedModel(Protocol):
+    """A running folder that was asked how its session computes. A :class:`RuntimeModel` need not be
+    one: it then computes in the dtype of the file."""
+
+    precision: str
+    """Dtype that the session really computes in where the file has floats (``bfloat16``): what it
+    was set to, or what it chose for this CPU of its own accord."""
+    session: Mapping[str, str]
+    """Settings in force, by the names that the runtime has for them, as the session itself reports
+    them.
+    """
 
 
 class ProbedModel(Protocol):
@@ -289,9 +307,14 @@ class ListsFiles(Protocol):
     thing.
     """
 
-    def files(self, request: Request) -> Mapping[str, str]:
-        """Every file that :meth:`Backend.write` would write for ``request``, in order, by name,
-        with a remark for tables: ``sharded above 5 GB``, or nothing. Torch-free.
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        """Every file that :meth:`Backend.write` would write for ``request``. Torch-free.
 
-        One that may be split has the name that it has in one piece.
+        Args:
+            request: what would be written.
+            nbytes: of all weights and scales, about: whether they would be split.
+
+        Returns:
+            Paths below the folder; ``*`` stands for the number of a shard, and for how many there
+            are. Those of ``rotations.*``, which every export has, may be left out.
         """

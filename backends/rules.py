@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.base import Reason, Request
+from backends.facts import How, Runtime, stated
 from calib.schemes import LinearScheme, TensorScheme
 
 __all__ = ["Limits", "Rule", "first_reason", "is_dynamic", "tensor_schemes"]
@@ -17,6 +18,18 @@ class Rule:
 
     when: Callable[[LinearScheme], bool]
     reason: str
+    of: tuple[Runtime, ...] = ()
+    """The runtimes that the reason speaks of; none where it is the file that has no place for
+    it.
+    """
+    how: How = "tested"
+    """How that is known of them."""
+    shown: str = ""
+    """The test that shows it."""
+
+    def words(self) -> str:
+        """The reason, with the versions that it speaks of where these are not installed here."""
+        return stated(self.reason, self.of)
 
 
 def _nothing(asked: object) -> str | None:
@@ -39,9 +52,9 @@ class Limits:
     """Why it cannot express a KV cache."""
     rotation: Callable[[str], str | None] = _nothing
     """Why it cannot express rotations of a kind."""
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str | Mapping[object, str]] = field(default_factory=dict)
     """Why it cannot be written with another value of an option than its default, by field of
-    :class:`~backends.base.Request`."""
+    :class:`~backends.base.Request`; by value where some can be."""
 
     def reasons(self, request: Request) -> list[Reason]:
         """What speaks against ``request``, but for what depends on its config."""
@@ -73,14 +86,16 @@ class Limits:
             if refused is not None:
                 yield Reason(refused, about="rotation", name=kind)
 
-        for option in request.options():
-            if option in self.options:
-                yield Reason(self.options[option], about="option", name=option)
+        for option, value in request.options().items():
+            limit = self.options.get(option)
+            refused = limit.get(value) if isinstance(limit, Mapping) else limit
+            if refused is not None:
+                yield Reason(refused, about="option", name=option)
 
 
 def first_reason(rules: Sequence[Rule], scheme: LinearScheme) -> str | None:
     """The reason of the first of ``rules`` that applies to ``scheme``; ``None`` if none does."""
-    return next((rule.reason for rule in rules if rule.when(scheme)), None)
+    return next((rule.words() for rule in rules if rule.when(scheme)), None)
 
 
 def tensor_schemes(scheme: LinearScheme) -> list[TensorScheme]:

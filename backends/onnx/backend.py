@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backends.base import Fusion, Reason, Request, StoredTensor, WriteOptions
-from backends.onnx.file_names import DATA_FILE, GENAI_DTYPES, GENAI_FILE, MODEL_FILE
+from backends.onnx.file_names import DATA_FILE, DATA_SHARDS, GENAI_DTYPES, GENAI_FILE, MODEL_FILE
 from backends.onnx.targets import TARGETS, Target
 from backends.rules import Limits
-from backends.words import size_words
 
 if TYPE_CHECKING:
     from backends.onnx.openvino_runner import OpenVinoModel
@@ -51,16 +50,12 @@ class OnnxBackend:
 
         write(model, folder / MODEL_FILE, options)
 
-    def files(self, request: Request) -> Mapping[str, str]:
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
         """See :class:`~backends.base.ListsFiles`."""
-        size = request.max_shard_bytes
-        remark = "" if size is None else f"sharded above {size_words(size)}"
-        target = TARGETS[request.target]
-        return {
-            MODEL_FILE: "",
-            DATA_FILE: remark,
-            **({GENAI_FILE: ""} if target.compute_dtype in GENAI_DTYPES else {}),
-        }
+        limit = request.max_shard_bytes
+        data = DATA_FILE if limit is None or nbytes <= limit else DATA_SHARDS
+        generating = TARGETS[request.target].compute_dtype in GENAI_DTYPES
+        return (MODEL_FILE, data, *((GENAI_FILE,) if generating else ()))
 
     def load(self, folder: Path, target: str, *, exact: bool) -> OnnxModel | OpenVinoModel:
         """See :class:`~backends.base.Backend`."""
@@ -100,7 +95,11 @@ class OnnxBackend:
 
 
 def _limits(target: Target) -> Limits:
-    options = {} if target.shared_buffer is None else {"kv_buffer": target.shared_buffer}
+    options: dict[str, str | Mapping[object, str]] = {"dtype": {**target.dtypes}}
+    refused = target.shared_buffer_refusal()
+    if refused is not None:
+        options["kv_buffer"] = refused
+
     return Limits(
         linear=target.refusal, slow=target.warning, cache=target.cache_refusal, options=options
     )

@@ -11,8 +11,9 @@ import onnx
 
 from backends.base import Fusion
 from backends.onnx.files import read_proto
-from backends.onnx.names import Label, linear_of, members, node_name
-from backends.onnx.runner import open_session, session_options
+from backends.onnx.names import Label, linear_of, members
+from backends.onnx.ort_options import session_options
+from backends.onnx.runner import open_session
 
 
 def ort_fusion(path: Path) -> Fusion:
@@ -80,8 +81,9 @@ def openvino_fusion(path: Path) -> Fusion:
         part
         for names in fused
         for name in names
-        # OpenVINO puts words of its own behind the names of nodes that it has changed
-        for part in (name, name.split(node_name("", Label.MATMUL), maxsplit=1)[0])
+        # What is fused behind a product renames it, and a constant that was computed anew has lost
+        # its name.
+        for part in (name, name.partition("/")[0])
     }
     return Fusion(
         quantized=_count(weights),

@@ -25,7 +25,7 @@ from calib.network.attention import registered
 from calib.network.modules import set_submodule
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel
 
 DOMAIN = "rotq"
 LINEAR, ATTENTION, EXPERTS = "Linear", "Attention", "Experts"
@@ -68,7 +68,7 @@ class _OpenExperts(nn.Module):
         return _symbolic(EXPERTS, inputs, attributes, hidden_states, tuple(hidden_states.shape))
 
 
-def open_up(network: Any, wiring: Wiring) -> None:
+def open_up(network: PreTrainedModel, wiring: Wiring) -> None:
     """Put placeholders in the place of every linear, of the experts and of the attention of
     ``network``.
 

@@ -8,6 +8,7 @@ from typing import Any
 from backends.base import Reason
 from backends.onnx.embeddings import table_refusal
 from backends.onnx.experts import ACTIVATIONS
+from backends.onnx.tryout import untraceable
 from calib.architectures import wiring_of
 from calib.schemes import LinearScheme
 
@@ -32,5 +33,7 @@ def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
                 "the safetensors backend writes any"
             ),
         )
+
     tables = [table.name for table in wiring.embeddings if table.name in linears]
-    return next(filter(None, (table_refusal(name, linears[name].weight) for name in tables)), None)
+    refused = (table_refusal(name, linears[name].weight) for name in tables)
+    return next(filter(None, refused), None) or untraceable(config)

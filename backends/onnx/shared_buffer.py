@@ -10,6 +10,9 @@ tokens of it:
 
     present = TensorScatter(past, new, T - S);  K = present[:, :, :T]
 
+A runtime that cannot share memory, as onnxruntime-genai where it searches with several beams, hands
+over T - S rows. Then C < T, and there they are appended, ``present = [past, new]``.
+
 The slice is a copy. One token at a time it costs more than the rest of attention, and
 com.microsoft:: GroupQueryAttention, which appends by itself and reads the buffer where it lies, is
 faster; with more tokens it is slower, and wrong for several rows behind a past. So the cache of a
@@ -34,6 +37,7 @@ from backends.onnx.attention import (
     attention,
     attention_placeholders,
 )
+from backends.onnx.cache_length import TOKENS, appends, count_by_mask
 from backends.onnx.feeds import CACHE, CAPACITY
 from backends.onnx.nodes import Attribute, integers, replace, size
 from backends.onnx.residual import MICROSOFT
@@ -41,8 +45,6 @@ from backends.onnx.rotary import ROTARY_EMBEDDING
 
 SCATTER_OPSET = 24
 """The first with TensorScatter."""
-_TOKENS = 2
-"""The axis of tokens in a cache."""
 _HEAD_STEP = 8
 """Sizes of heads that GroupQueryAttention takes are multiples of it."""
 _TO_HEADS = (0, 2, 1, 3)
@@ -58,7 +60,7 @@ def share_buffer(model: ir.Model) -> None:
     graph = model.graph
     lengths = _lengths(graph)
     masks = Masks(graph)
-    appended = {id(node.outputs[0]): node for node in graph if _appends(node)}
+    appended = {id(node.outputs[0]): node for node in graph if appends(node)}
 
     for placeholder in attention_placeholders(graph):
         key, value = (appended.get(id(each)) for each in placeholder.inputs[1:])
@@ -88,6 +90,7 @@ class _Lengths:
         last: int32 ``[B]``, T - 1.
         count: int32, T.
         single: bool, whether S is 1.
+        roomy: bool, whether C >= T.
     """
 
     total: ir.Value
@@ -95,6 +98,7 @@ class _Lengths:
     last: ir.Value
     count: ir.Value
     single: ir.Value
+    roomy: ir.Value
 
 
 def _lengths(graph: ir.Graph) -> _Lengths:
@@ -109,6 +113,10 @@ def _lengths(graph: ir.Graph) -> _Lengths:
     sequence = op("Shape", [inputs_by_name["input_ids"]], "Sequence", start=1, end=2)
     total = op("Shape", [inputs_by_name["attention_mask"]], "Total", start=1, end=2)
     before = op("Sub", [total, sequence], "Before")
+    # a buffer is as long as its room: what asks it for its length would get that
+    count_by_mask(graph, before)
+    buffer = next(value for value in graph.inputs if str(value.name).startswith(CACHE))
+    capacity = op("Shape", [buffer], "Capacity", start=TOKENS, end=TOKENS + 1)
     last = op("Sub", [total, integers(graph, (1,))], "Last")
     lengths = _Lengths(
         total=total,
@@ -117,31 +125,12 @@ def _lengths(graph: ir.Graph) -> _Lengths:
             "Cast", [op("Expand", [last, rows], "Lasts")], "Lasts32", to=int(ir.DataType.INT32)
         ),
         count=op("Squeeze", [op("Cast", [total], "Total32", to=int(ir.DataType.INT32))], "Count"),
+        roomy=op("Squeeze", [op("GreaterOrEqual", [capacity, total], "HasRoom")], "Roomy"),
         single=op("Squeeze", [op("Equal", [sequence, integers(graph, (1,))], "IsOne")], "Single"),
     )
 
-    # a buffer is as long as its room: what asks it for its length would get that
-    first = next(iter(graph))
-    for node in list(graph):
-        past = node.inputs[0] if node.op_type == "Shape" else None
-        if (
-            past is not None
-            and str(past.name).startswith(CACHE)
-            and node.attributes.get_int("start", 0) == _TOKENS
-        ):
-            ir.convenience.replace_all_uses_with(node.outputs[0], before)
-    graph.insert_before(first, list(builder.nodes))
+    graph.insert_before(next(iter(graph)), list(builder.nodes))
     return lengths
-
-
-def _appends(node: ir.Node) -> bool:
-    """Whether ``node`` appends to a cache that comes in, and its output is the cache that goes
-    out.
-    """
-    past = node.inputs[0] if node.op_type == "Concat" else None
-    return (
-        past is not None and str(past.name).startswith(CACHE) and node.outputs[0].is_graph_output()
-    )
 
 
 def _scatter(graph: ir.Graph, concat: ir.Node, lengths: _Lengths) -> None:
@@ -163,11 +152,23 @@ def _written(
     graph: ir.Graph, builder: tape.Tape, past: ir.Value, new: ir.Value, lengths: _Lengths, name: str
 ) -> tuple[ir.Value, ir.Value]:
     """The buffer with ``new`` in it, and the tokens that it then holds."""
-    present = builder.op(
-        "TensorScatter", [past, new, lengths.start], {"axis": _TOKENS}, name=f"{name}/Write"
+    inside, behind = tape.Tape(), tape.Tape()
+    buffer = inside.op(
+        "TensorScatter", [past, new, lengths.start], {"axis": TOKENS}, name=f"{name}/Write"
     )
-    bounds = [integers(graph, (0,)), lengths.total, integers(graph, (_TOKENS,))]
-    return present, builder.op("Slice", [present, *bounds], name=f"{name}/Tokens")
+    bounds = [integers(graph, (0,)), lengths.total, integers(graph, (TOKENS,))]
+    tokens = inside.op("Slice", [buffer, *bounds], name=f"{name}/Tokens")
+
+    longer = behind.op("Concat", [past, new], {"axis": TOKENS}, name=f"{name}/Append")
+    same = behind.op("Identity", [longer], name=f"{name}/All")
+    branches = {
+        "then_branch": _branch(inside, [buffer, tokens], f"{name}/Inside"),
+        "else_branch": _branch(behind, [longer, same], f"{name}/Behind"),
+    }
+    present, held = builder.op_multi_out(
+        "If", [lengths.roomy], branches, num_outputs=2, name=f"{name}/If"
+    )
+    return present, held
 
 
 def _becomes_output(graph: ir.Graph, value: ir.Value, old: ir.Value) -> None:

@@ -20,18 +20,22 @@ Inputs and outputs have the names that onnxruntime-genai and optimum know:
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from backends.onnx.frequencies import trace_frequencies
 from backends.onnx.placeholders import open_up
 from backends.onnx.row_tensor import RowTensor
 from backends.onnx.untranslated import module_of, running
@@ -182,6 +186,7 @@ def _network(request: TraceRequest) -> Any:
     network = build_on_meta(wiring.config, request.dtype)
     open_up(network, wiring)
     fill_buffers(network)
+    trace_frequencies(network)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # Of all strides zero: one element in memory, whatever the shape.
@@ -233,6 +238,8 @@ def _refusal(error: BaseException, where: str | None) -> BackendError:
         return root
 
     reason = " ".join(str(root).strip().split("\n\n")[0].split())
+    if "data-dependent" in reason:
+        reason = "what it does next depends on values, which a graph only has when it runs"
     module = f"'{where.removeprefix(f'{_ROOT}.')}'" if where else "the model"
 
     return BackendError(
@@ -344,19 +351,45 @@ def _name_output_axes(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on packages, axis names and initializers without values, unless
-    debugging.
+    """Silence the exporter's notes on packages, axis names and initializers without values, and
+    what torch prints of a program that it cannot trace, unless debugging.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(_OfOtherThreads(sys.stderr)):
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class _OfOtherThreads(io.TextIOBase):
+    """A stream that drops what this thread writes, and hands on what others do, such as a progress
+    bar.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """As for any stream; the number of characters."""
+        if threading.get_ident() != self._thread:
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As for any stream."""
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether what others write comes to a terminal."""
+        return self._stream.isatty()

@@ -11,6 +11,7 @@ from onnx_ir.passes import common as passes
 from backends.base import WriteOptions
 from backends.onnx.attention import lower_attention
 from backends.onnx.cache import quantize_cache
+from backends.onnx.cache_length import leave_room
 from backends.onnx.embeddings import lower_embeddings
 from backends.onnx.experts import lower_experts, with_experts_apart
 from backends.onnx.file_names import GENAI_DTYPES
@@ -65,6 +66,7 @@ def build(
     )
     graph = cached_trace(request, progress)
     tables = [table.name for table in wiring_of(model.config).embeddings]
+
     # placeholders become operators; experts first, for they hold linears that are placeholders too
     lower_experts(graph, model.config, routed=target.routed_experts)
     if target.rotary:
@@ -73,6 +75,8 @@ def build(
         quantize_cache(graph, model.cache)
     if shared_buffer:
         share_buffer(graph)
+    elif target.counts_by_mask:
+        leave_room(graph)
     lower_attention(graph)
     lower_embeddings(graph, model.linears, tables, integer_rows=target.integer_rows)
 

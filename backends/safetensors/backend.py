@@ -23,9 +23,9 @@ from backends.safetensors.file_names import (
     MANIFEST_FILE,
     MAX_SHARD_BYTES,
     WEIGHTS_FILE,
+    WEIGHTS_SHARDS,
 )
 from backends.safetensors.targets import TARGETS
-from backends.words import size_words
 
 if TYPE_CHECKING:
     from backends.safetensors.read import Bundle
@@ -66,16 +66,13 @@ class SafetensorsBackend:
 
         write_bundle(model, TARGETS[options.target].layout(), folder, options)
 
-    def files(self, request: Request) -> Mapping[str, str]:
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
         """See :class:`~backends.base.ListsFiles`."""
-        size = request.max_shard_bytes or MAX_SHARD_BYTES
         target = TARGETS[request.target]
-        besides = (*target.files, *(target.quantized_files if request.linears else ()))
-        remarks = {WEIGHTS_FILE: f"sharded above {size_words(size)}"}
-        return {
-            name: remarks.get(name, "")
-            for name in (WEIGHTS_FILE, INDEX_FILE, *besides, MANIFEST_FILE)
-        }
+        limit = request.max_shard_bytes or MAX_SHARD_BYTES
+        weights = WEIGHTS_FILE if nbytes <= limit else WEIGHTS_SHARDS
+        quantized = target.quantized_files if request.linears else ()
+        return (weights, INDEX_FILE, *target.files, *quantized, MANIFEST_FILE)
 
     def load(self, folder: Path, target: str, *, exact: bool) -> RuntimeModel:
         """See :class:`~backends.base.Backend`. Without a library of the target's own that can run

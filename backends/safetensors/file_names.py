@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 WEIGHTS_FILE = "model.safetensors"
-"""In one file; several are ``model-00001-of-0000n.safetensors`` and so on."""
+WEIGHTS_SHARDS = "model-*-of-*.safetensors"
+CONFIG_FILE = "config.json"
+"""Of the targets that want settings in it."""
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "rotq_bundle.json"
 STATEMENT_FILE = "tripy.json"

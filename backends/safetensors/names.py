@@ -125,7 +125,6 @@ class Names:
             KeyError: some of a layer's experts are missing.
         """
         stacked: dict[str, Tensor] = {}
-
         gathered_keys: set[str] = set()
         for parameter, spec in self.experts.items():
             experts = [self.expert_modules(spec, expert) for expert in range(self.wiring.experts)]

@@ -73,6 +73,7 @@ def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
     quantized cache alone, whose scales are those of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
     """
     wiring = wiring_of(model.config)
+
     rotations = {}
     for layer in wiring.layers:
         cached = model.rotations.r3(layer) if model.cache is not None else None

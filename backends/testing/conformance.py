@@ -8,14 +8,15 @@ can be exported to, verified and inspected by ``rotq`` like the built-in ones.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import filter as filter_names
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from backends.base import (
     CONTRACT_VERSION,
     OLDEST_CONTRACT,
     Backend,
+    Dtype,
     Fusion,
     ListsFiles,
     Reason,
@@ -66,9 +68,8 @@ _METHODS = (
     "read_cache",
     "contents",
 )
-_ADDED = ("config.json", "rotations.json", "rotations.safetensors")
-"""Files of every export, which a backend may write and need not list."""
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_OF_EVERY_EXPORT = ("rotations.json", "rotations.safetensors")
+"""Files that a backend may write and need not list."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ class BackendConformance:
                 "        backend.refusals(Request(target, cache=cache))",
                 "    backend.refusals(Request(target, rotations=('r1', 'r2', 'r3', 'r4')))",
                 "    backend.refusals(Request(target, logits='last', kv_buffer='shared'))",
-                "    getattr(backend, 'files', lambda request: {})(Request(target))",
+                "    backend.refusals(Request(target, dtype='bfloat16'))",
+                "    getattr(backend, 'files', lambda request, nbytes: ())(Request(target), 0)",
                 f"sys.exit(', '.join(set({HEAVY}) & set(sys.modules)) or 0)",
             ]
         )
@@ -261,8 +263,8 @@ class BackendConformance:
         assert trees[0] == trees[1], "the same model must give the same bytes"
 
     def test_files_are_those_that_it_lists(self, written: Written) -> None:
-        """Where the backend lists its files beforehand, all are there and no others are. Those that
-        every export has are not counted, and shards are one file.
+        """Where the backend lists its files beforehand, all are there and no others are; rotations,
+        which every export has, are not counted.
         """
         if not isinstance(written.backend, ListsFiles):
             return
@@ -273,11 +275,13 @@ class BackendConformance:
             cache=None if model.cache is None else model.cache.scheme,
             rotations=tuple(model.rotations.kinds()),
         )
-        listed = written.backend.files(request)
-        assert all(isinstance(remark, str) for remark in listed.values())
+        size = sum(path.stat().st_size for path in written.folder.rglob("*") if path.is_file())
+        listed = written.backend.files(request, size)
 
-        names = {_SHARD.sub("", name) for name in tree(written.folder)}
-        assert names - {*_ADDED} == listed.keys() - {*_ADDED}
+        names = tree(written.folder).keys() - {*_OF_EVERY_EXPORT}
+        assert all(any(fnmatchcase(name, pattern) for pattern in listed) for name in names), names
+        missing = [pattern for pattern in listed if not filter_names(names, pattern)]
+        assert not missing
 
     def test_linears_are_read_back_to_the_last_bit(self, written: Written) -> None:
         """Stored values as they are; scales in the dtype that the target has them in."""
@@ -403,6 +407,8 @@ def _requests(target: str) -> Iterator[Request]:
         yield Request(target, rotations=(kind,))
     yield Request(target, logits="last")
     yield Request(target, kv_buffer="shared")
+    for dtype in get_args(Dtype):
+        yield Request(target, dtype=dtype)
 
 
 def _check_reasons(backend: Backend, again: Backend, request: Request) -> None:

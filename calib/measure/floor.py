@@ -93,15 +93,21 @@ def split_sum_floor(
 
 
 def naive_floor(
-    quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False
+    quantized: QuantizedModel,
+    reference: nn.Module,
+    rows: Sequence[Tensor],
+    *,
+    last: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> float:
-    """Relative L2 of logits over ``rows`` of the naive path in the artifact's dtype against the
-    float32 reference.
+    """Relative L2 of logits over ``rows`` of the naive path in ``dtype`` against the float32
+    reference.
+
+    ``dtype`` is the artifact's unless another is given: a runtime may compute in a shorter one of
+    its own accord.
     """
-    naive, plain = (
-        _logits_of(build_reference(quantized, dtype=quantized.dtype), last),
-        _logits_of(reference, last),
-    )
+    naive = _logits_of(build_reference(quantized, dtype=dtype or quantized.dtype), last)
+    plain = _logits_of(reference, last)
     difference = Difference()
     for row in rows:
         difference.add(naive(row.unsqueeze(0)), plain(row.unsqueeze(0)))

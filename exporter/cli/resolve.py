@@ -130,6 +130,7 @@ def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = Tru
             rotations=recipe.rotate.certain,
             logits=recipe.logits,
             kv_buffer=recipe.kv_buffer,
+            dtype=recipe.dtype,
         )
         check(backend, request, called=f"scheme '{recipe.scheme}'")
 

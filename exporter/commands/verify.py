@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from backends.base import Backend
+from backends.cpu import cpu_words
 from backends.registry import get_backend
 from calib.artifact import Provenance, QuantizedModel
 from calib.errors import CheckpointError
@@ -86,6 +87,7 @@ def verify(
         update={
             "parity": parity,
             "status": parity_status(parity),
+            "cpu": cpu_words(),
             "seconds": {**report.seconds, "verify": time.perf_counter() - start},
         }
     )

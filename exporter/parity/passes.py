@@ -7,12 +7,14 @@ held against the last ``n`` positions of what is expected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backends.base import RuntimeModel
+from calib.architectures import wiring_of
 from calib.measure.floor import Difference
 from calib.measure.perplexity import LogitsFunction
 
@@ -22,6 +24,28 @@ PADDED_ROWS = 3
 
 Pass = Callable[[RuntimeModel, LogitsFunction, Sequence[Tensor]], float]
 """Relative L2 of a runtime's logits against the reference's over token rows."""
+
+
+def steady_length(config: Mapping[str, Any]) -> int | None:
+    """Up to how many tokens a model rotates queries and keys by the same frequencies; ``None``:
+    always.
+
+    Beyond that (longrope, dynamic NTK) a text in a longer batch, and one that grew from its cache,
+    are not the same text alone: transformers does not make them so either.
+    """
+    found = wiring_of(config).config
+    parameters = getattr(found, "rope_parameters", None) or {}
+    by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
+    limits = {
+        "longrope": lambda rope: rope["original_max_position_embeddings"],
+        "dynamic": lambda rope: found.max_position_embeddings,
+    }
+    steady = [
+        int(limits[rope["rope_type"]](rope))
+        for rope in by_layer_type or [parameters]
+        if rope.get("rope_type") in limits
+    ]
+    return min(steady, default=None)
 
 
 def prefill(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:

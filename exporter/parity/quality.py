@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from calib.measure.perplexity import compare_logits, model_logits
 from exporter.parity.passes import runtime_logits
-from exporter.parity.rows import NO_ORIGINAL, not_run, row
+from exporter.parity.rows import NO_ORIGINAL, not_run, ran, row
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.reporting.report import ParityRow
 
@@ -37,7 +37,7 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         " tokens"
     )
     return [
-        row(3, _NAME, "KL", scores.kl, None, runtime=runtime.runtime),
-        row(3, _NAME, "top-1 agreement", scores.top1, None, runtime=runtime.runtime),
-        row(3, _NAME, "perplexity ratio", ratio, bound, note, runtime.runtime),
+        row(3, _NAME, "KL", scores.kl, None, **ran(runtime)),
+        row(3, _NAME, "top-1 agreement", scores.top1, None, **ran(runtime)),
+        row(3, _NAME, "perplexity ratio", ratio, bound, note, **ran(runtime)),
     ]

@@ -14,9 +14,17 @@ from backends.base import RuntimeMissing
 from calib.measure.floor import Difference, settled
 from calib.measure.perplexity import LogitsFunction, model_logits
 from calib.measure.reference import ReferenceLinear, build_reference
-from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound
-from exporter.parity.passes import DECODE_STEPS, PADDED_ROWS, Pass, decode, padded, prefill
-from exporter.parity.rows import not_run, row
+from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound, own_precision_bound
+from exporter.parity.passes import (
+    DECODE_STEPS,
+    PADDED_ROWS,
+    Pass,
+    decode,
+    padded,
+    prefill,
+    steady_length,
+)
+from exporter.parity.rows import not_run, ran, row
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.reporting.report import ParityRow
 
@@ -43,9 +51,15 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         ]
     else:
         bound, floors = end_to_end_bound(subject, reference)
-        rows += floors
+        default, own_floors = own_precision_bound(subject, reference, sessions.default, bound)
+        rows += floors + own_floors
         logits = model_logits(reference)
-        rows += [_end_to_end(sessions, logits, subject.rows, bound, *each) for each in _PASSES]
+        steady = steady_length(subject.quantized.config)
+        cut = [ids[:steady] for ids in subject.rows]
+        for name, run, exact in _PASSES:
+            ids = subject.rows if run is prefill else cut
+            limit = bound if exact else default
+            rows.append(_end_to_end(sessions, logits, ids, limit, name, run, exact))
     return rows + _fusion_rows(subject)
 
 
@@ -65,15 +79,8 @@ def _end_to_end(
     if isinstance(runtime, Missing):
         return not_run(2, _named(name), "relative L2", runtime.reason)
     measured = run(runtime, reference, rows)
-    return row(
-        2,
-        _named(name),
-        "relative L2",
-        measured,
-        None if runtime.note else bound,
-        runtime.note,
-        runtime.runtime,
-    )
+    judged = None if runtime.note else bound
+    return row(2, _named(name), "relative L2", measured, judged, runtime.note, **ran(runtime))
 
 
 def _named(name: str) -> str:

@@ -185,11 +185,12 @@ def _output(
         case "rotate":
             own = before // max(1, sizes.parameters)
             nbytes = sizes.stored * FLOAT_BYTES.get(recipe.dtype, own)
-            return nbytes, rotate_files(side_files)
+            return nbytes, rotate_files(side_files, nbytes)
         case "calibrate":
-            return next(iter(weights.values())), calibrate_files(side_files)
+            nbytes = next(iter(weights.values()))
+            return nbytes, calibrate_files(side_files, nbytes)
         case _:
-            files = export_files(recipe, destination, model.linears, side_files)
+            files = export_files(recipe, destination, model.linears, side_files, weights)
             return sum(weights.values()), files
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backends.asking import warnings_of
 from backends.base import Backend
+from backends.cpu import cpu_words
 from calib.artifact import QuantizedModel
 from calib.rotations.files import save_rotations
 from calib.rotations.rotate import Rotate
@@ -102,6 +103,7 @@ def describe(
         parity=parity,
         seconds=seconds,
         versions=package_versions(),
+        cpu=cpu_words() if parity else "",
     )
 
 

@@ -80,6 +80,8 @@ class ParityRow(_Frozen):
     """What ran the export, as its backend calls it; empty where torch alone ran, and where nothing
     did.
     """
+    session: dict[str, str] = Field(default_factory=dict)
+    """Settings of the session that ran it, as it reported them; empty where it reports none."""
 
 
 class KeptLayer(_Frozen):
@@ -166,6 +168,8 @@ class Report(_Frozen):
     seconds: dict[str, float]
     """Wall-clock seconds by stage."""
     versions: dict[str, str]
+    cpu: str = ""
+    """What the parity check ran on; empty in reports of versions that did not say."""
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder, by relative path."""
 

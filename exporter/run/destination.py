@@ -5,8 +5,8 @@ torch, so that planning can use it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backends.asking import check, files_of, refused_rotations, warnings_of
@@ -97,35 +97,23 @@ class Destination:
             BackendError: with the reason.
         """
         for target in self.targets:
-            request = Request(
-                target,
-                linears=linears,
-                cache=cache,
-                rotations=tuple(rotations),
-                config=config,
-                logits=recipe.logits,
-                kv_buffer=recipe.kv_buffer,
-            )
+            written = self._request(target, recipe, linears)
+            request = replace(written, cache=cache, rotations=tuple(rotations), config=config)
             check(self.backend, request)
 
     def files(
-        self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme]
-    ) -> Mapping[str, str]:
-        """The files that the backend writes for ``target``, each with a remark or none.
+        self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme], nbytes: int
+    ) -> Sequence[str]:
+        """The files that the backend writes for ``target``; see
+        :class:`~backends.base.ListsFiles`.
 
         Args:
             target: one of the targets.
             recipe: says how the model is to be written.
             linears: how each linear is quantized.
+            nbytes: of all weights and scales, about.
         """
-        request = Request(
-            target,
-            linears=linears,
-            logits=recipe.logits,
-            kv_buffer=recipe.kv_buffer,
-            max_shard_bytes=recipe.max_shard_bytes,
-        )
-        return files_of(self.backend, request)
+        return files_of(self.backend, self._request(target, recipe, linears), nbytes)
 
     def warnings(self, linears: Mapping[str, LinearScheme]) -> list[str]:
         """What the targets express, but run slowly."""
@@ -147,3 +135,14 @@ class Destination:
             for kind, reason in refused_rotations(self.backend, target, KINDS).items():
                 reasons.setdefault(kind, f"target '{target}' cannot express it: {reason}")
         return reasons
+
+    def _request(self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme]) -> Request:
+        """What is asked of a target, but for what only a model says."""
+        return Request(
+            target,
+            linears=linears,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
+            max_shard_bytes=recipe.max_shard_bytes,
+            dtype=recipe.dtype,
+        )

@@ -21,6 +21,7 @@ from backends.asking import (
 from backends.base import CONTRACT_VERSION, Backend, Reason, Request
 from backends.onnx.backend import OnnxBackend
 from backends.registry import get_backend
+from backends.rules import Limits
 from backends.safetensors.backend import SafetensorsBackend
 from calib.errors import BackendError
 from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES, SCHEMES
@@ -154,32 +155,59 @@ def test_an_option_newer_than_the_backend_is_refused_for_it_unless_left_out(stub
         check(stub, NextRequest("one", prefix=7))
 
 
+def test_limits_of_an_option_may_depend_on_its_value() -> None:
+    limits = Limits(options={"kv_buffer": {"shared": "its caches only grow"}, "logits": "all"})
+    assert limits.reasons(Request("one")) == []
+    assert limits.reasons(Request("one", kv_buffer="shared", logits="last")) == [
+        Reason("all", about="option", name="logits"),
+        Reason("its caches only grow", about="option", name="kv_buffer"),
+    ]
+    other = Limits(options={"kv_buffer": {"another": "never heard of it"}})
+    assert other.reasons(Request("one", kv_buffer="shared")) == []
+
+
 def test_a_backend_that_lists_no_files_is_named_instead(stub: Backend) -> None:
-    assert files_of(stub, Request("one")) == {"files of stub": ""}
+    assert files_of(stub, Request("one"), 0) == ("files of stub",)
 
 
-def test_files_are_listed_with_their_shards() -> None:
-    onnx, bundles = OnnxBackend(), SafetensorsBackend()
-    assert files_of(onnx, Request("ort")) == {
-        "model.onnx": "",
-        "model.onnx.data": "",
-        "genai_config.json": "",
-    }
-    assert files_of(onnx, Request("tensorrt", max_shard_bytes=10**6)) == {
-        "model.onnx": "",
-        "model.onnx.data": "sharded above 1 MB",
-    }
-    assert files_of(bundles, Request("tripy")) == {
-        "model.safetensors": "sharded above 5 GB",
-        "model.safetensors.index.json": "",
-        "tripy.json": "",
-        "rotq_bundle.json": "",
-    }
-    quantized = Request("modelopt", linears={"it": INT8}, max_shard_bytes=2500)
-    assert files_of(bundles, quantized) == {
-        "model.safetensors": "sharded above 2.5 kB",
-        "model.safetensors.index.json": "",
-        "hf_quant_config.json": "",
-        "rotq_bundle.json": "",
-    }
-    assert "hf_quant_config.json" not in files_of(bundles, Request("modelopt"))
+@pytest.mark.parametrize(
+    ("backend", "request_", "nbytes", "files"),
+    [
+        (OnnxBackend(), Request("ort"), 10**12, "model.onnx model.onnx.data genai_config.json"),
+        (
+            OnnxBackend(),
+            Request("tensorrt", max_shard_bytes=10**6),
+            10**7,
+            "model.onnx model-*-of-*.onnx.data",
+        ),
+        (
+            SafetensorsBackend(),
+            Request("tripy"),
+            10**9,
+            "model.safetensors model.safetensors.index.json tripy.json rotq_bundle.json",
+        ),
+        (
+            SafetensorsBackend(),
+            Request("tensorrt"),
+            10**10,
+            "model-*-of-*.safetensors model.safetensors.index.json rotq_bundle.json",
+        ),
+        (
+            SafetensorsBackend(),
+            Request("modelopt", linears={"it": INT8}),
+            10**9,
+            "model.safetensors model.safetensors.index.json config.json hf_quant_config.json"
+            " rotq_bundle.json",
+        ),
+        (
+            SafetensorsBackend(),
+            Request("modelopt"),
+            10**9,
+            "model.safetensors model.safetensors.index.json config.json rotq_bundle.json",
+        ),
+    ],
+)
+def test_files_are_listed_with_their_shards(
+    backend: Backend, request_: Request, nbytes: int, files: str
+) -> None:
+    assert files_of(backend, request_, nbytes) == tuple(files.split())

@@ -127,13 +127,13 @@ class SpeaksAnOlderContract(Wrapped):
 
 
 class ListsTooFew(Wrapped):
-    def files(self, request: Request) -> dict[str, str]:
-        return {"model.npz": ""}
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        return ("model.npz",)
 
 
 class ListsTooMany(Wrapped):
-    def files(self, request: Request) -> dict[str, str]:
-        return {**self.inner.files(request), "model.txt": ""}
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        return (*self.inner.files(request, nbytes), "model.txt")
 
 
 class HasNoTargets(Wrapped):

@@ -117,6 +117,7 @@ def test_another_version_of_the_contract_is_refused_in_one_line(
 
 
 def test_listing_backends_imports_neither_torch_nor_a_runtime() -> None:
+    available()  # asks the runtimes that are installed; from then on their answers are at hand
     code = "\n".join(
         [
             "import sys",

@@ -14,6 +14,7 @@ from backends.safetensors.compressed_tensors.config import with_quantization
 from backends.safetensors.compressed_tensors.schemes import short_blocks
 from backends.safetensors.compressed_tensors.tensors import linear_from, parts_of
 from backends.safetensors.compressed_tensors.transforms import transform_keys, transforms_of
+from backends.safetensors.file_names import CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal
@@ -74,7 +75,7 @@ class CompressedTensorsLayout:
         ``quantization_config``.
         """
         config = with_quantization(model, Names.of(model.config))
-        return {"config.json": json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"}
+        return {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"}
 
     def linears(
         self,

@@ -9,9 +9,7 @@ dequantizing weights and rounding activations in float.
 
 from __future__ import annotations
 
-from functools import partial
-
-from backends.rules import Limits, Rule, first_reason, is_dynamic, tensor_schemes
+from backends.rules import Rule, is_dynamic, tensor_schemes
 from calib.schemes import (
     FLOAT4,
     FLOAT8,
@@ -60,7 +58,7 @@ def _go_together(weight: TensorScheme, entering: TensorScheme) -> bool:
     )
 
 
-_REFUSED: tuple[Rule, ...] = (
+RULES: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(
             isinstance(tensor.granularity, PerCluster) for tensor in tensor_schemes(scheme)
@@ -92,7 +90,7 @@ _REFUSED: tuple[Rule, ...] = (
 )
 """What the format itself cannot express."""
 
-_SLOW: tuple[Rule, ...] = (
+WARNINGS: tuple[Rule, ...] = (
     Rule(
         lambda scheme: (
             scheme.input is not None
@@ -166,7 +164,7 @@ _SLOW: tuple[Rule, ...] = (
 """What only one of the two consumers takes, or computes another way."""
 
 
-def _cache_refusal(scheme: TensorScheme) -> str | None:
+def cache_refusal(scheme: TensorScheme) -> str | None:
     """Why the format cannot express a KV cache of ``scheme``; ``None`` if it can. vLLM 0.33 takes
     float8 alone.
     """
@@ -178,11 +176,3 @@ def _cache_refusal(scheme: TensorScheme) -> str | None:
     if not scheme.symmetric:
         return "no reader of the format takes a cache with zero points"
     return None
-
-
-LIMITS = Limits(
-    linear=partial(first_reason, _REFUSED),
-    slow=partial(first_reason, _SLOW),
-    cache=_cache_refusal,
-)
-"""The same, as a target has it."""

@@ -45,10 +45,14 @@ _HINT = "nothing is to be done: what the file holds is run in torch instead"
 
 
 class TransformersModel:
-    """A bundle in transformers; implements :class:`~backends.base.RuntimeModel`."""
+    """A bundle in transformers; implements ``RuntimeModel`` and ``DescribedModel`` of
+    :mod:`backends.base`.
+    """
 
     def __init__(self, network: PreTrainedModel, runtime: str, note: str) -> None:
         self._network = network
+        self.precision = str(network.dtype).removeprefix("torch.")
+        self.session = {"dtype": self.precision}
         self.runtime = runtime
         self.note = note
 

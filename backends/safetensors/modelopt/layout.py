@@ -17,10 +17,10 @@ from torch import Tensor
 
 from backends.base import Reason
 from backends.rows import joined
-from backends.safetensors.file_names import QUANT_CONFIG_FILE
+from backends.safetensors.file_names import CONFIG_FILE, QUANT_CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.modelopt.config import mixed_experts, quant_config, with_quantization
-from backends.safetensors.modelopt.limits import LIMITS
+from backends.safetensors.modelopt.limits import rotation_refusal
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
@@ -96,7 +96,7 @@ class ModelOptLayout:
         """
         names = Names.of(model.config)
         written, config = quant_config(model, names), with_quantization(model, names)
-        files = {"config.json": _json(config)}
+        files = {CONFIG_FILE: _json(config)}
         return files | ({QUANT_CONFIG_FILE: _json(written)} if written else {})
 
     def linears(
@@ -186,7 +186,7 @@ def _check(model: QuantizedModel) -> None:
             hint="quantize the linears as well, or leave --kv out",
         )
     for kind in model.rotations.kinds():
-        reason = LIMITS.rotation(kind)
+        reason = rotation_refusal(kind)
         if reason is not None:
             raise BackendError(f"{kind.upper()}: {reason}", hint=f"leave {kind} out of --rotate")
 

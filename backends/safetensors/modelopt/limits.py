@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from backends.rules import Limits, Rule, first_reason, tensor_schemes
+from backends.rules import Rule, tensor_schemes
 from backends.safetensors.modelopt.algorithms import algorithm_of
 from calib.schemes import (
     FLOAT4,
@@ -28,7 +26,7 @@ def _readers(scheme: LinearScheme) -> tuple[str, ...]:
     return () if algorithm is None else algorithm.readers
 
 
-_REFUSED: tuple[Rule, ...] = (
+RULES: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(not tensor.symmetric for tensor in tensor_schemes(scheme)),
         "ModelOpt's formats are symmetric: they have no zero points",
@@ -89,7 +87,7 @@ _REFUSED: tuple[Rule, ...] = (
 )
 """What it cannot express; the first that applies is the reason."""
 
-_SLOW: tuple[Rule, ...] = (
+WARNINGS: tuple[Rule, ...] = (
     Rule(
         lambda scheme: not _readers(scheme),
         "neither vLLM 0.33 nor TensorRT-LLM's PyTorch backend loads this format of ModelOpt; what"
@@ -110,7 +108,7 @@ _SLOW: tuple[Rule, ...] = (
 _ROTATIONS = {"r3": "queries and keys", "r4": "the input of the down projections"}
 
 
-def _cache_refusal(scheme: TensorScheme) -> str | None:
+def cache_refusal(scheme: TensorScheme) -> str | None:
     """Why it cannot express a KV cache of ``scheme``; ``None`` if it can. Per tensor, as all of
     rotq's are.
     """
@@ -119,19 +117,10 @@ def _cache_refusal(scheme: TensorScheme) -> str | None:
     return None
 
 
-def _rotation_refusal(kind: str) -> str | None:
+def rotation_refusal(kind: str) -> str | None:
     """Why it cannot express an online rotation ``kind`` (``r3``, ``r4``); ``None`` for those that
     are folded in.
     """
     if kind not in _ROTATIONS:
         return None
     return f"the format has no place for a rotation of {_ROTATIONS[kind]} while running"
-
-
-LIMITS = Limits(
-    linear=partial(first_reason, _REFUSED),
-    slow=partial(first_reason, _SLOW),
-    cache=_cache_refusal,
-    rotation=_rotation_refusal,
-)
-"""The same, as a target has it."""

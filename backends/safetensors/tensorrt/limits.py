@@ -6,9 +6,7 @@ and int4 everywhere, float8 and MXFP8 from SM89 on, NVFP4 for SM120.
 
 from __future__ import annotations
 
-from functools import partial
-
-from backends.rules import Limits, Rule, first_reason, tensor_schemes
+from backends.rules import Rule, tensor_schemes
 from calib.schemes import (
     FLOAT4,
     FLOAT8,
@@ -38,7 +36,7 @@ def _mixes_formats(scheme: LinearScheme) -> bool:
     return scheme.input.format != (INT8 if scheme.weight.format == INT4 else scheme.weight.format)
 
 
-_REFUSED: tuple[Rule, ...] = (
+RULES: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(
             not _is_block_format(tensor)
@@ -95,7 +93,7 @@ _REFUSED: tuple[Rule, ...] = (
 )
 """What it cannot express; the first that applies is the reason."""
 
-_SLOW: tuple[Rule, ...] = (
+WARNINGS: tuple[Rule, ...] = (
     Rule(
         lambda scheme: scheme.weight.format == FLOAT4,
         "NVFP4 engines build for SM120 (Blackwell) and later only",
@@ -109,16 +107,8 @@ _SLOW: tuple[Rule, ...] = (
 _CACHE_FORMATS = (INT8, FLOAT8)
 
 
-def _cache_refusal(scheme: TensorScheme) -> str | None:
+def cache_refusal(scheme: TensorScheme) -> str | None:
     """Why it cannot express a KV cache of ``scheme``; ``None`` if it can."""
     if scheme.format not in _CACHE_FORMATS:
         return f"a {scheme.format.name} cache has no kernel: TensorRT reads INT8 and FP8 caches"
     return None
-
-
-LIMITS = Limits(
-    linear=partial(first_reason, _REFUSED),
-    slow=partial(first_reason, _SLOW),
-    cache=_cache_refusal,
-)
-"""The same, as a target has it."""

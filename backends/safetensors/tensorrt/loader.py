@@ -258,7 +258,6 @@ def _forms(bundle: Bundle) -> dict[str, Form]:
     forms = {}
     manifest = bundle.manifest
     tables = {table.name for table in wiring_of(manifest.config).embeddings}
-
     for key, entry in manifest.tensors.items():
         if entry.torch_dtype is torch.uint8:
             name = key.removesuffix(".weight")

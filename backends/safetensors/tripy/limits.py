@@ -8,9 +8,7 @@ need.
 
 from __future__ import annotations
 
-from functools import partial
-
-from backends.rules import Limits, Rule, first_reason, is_dynamic, tensor_schemes
+from backends.rules import Rule, is_dynamic, tensor_schemes
 from calib.schemes import (
     FLOAT4,
     FLOAT8,
@@ -33,7 +31,7 @@ def _input_of_another_format(scheme: LinearScheme) -> bool:
     return scheme.input is not None and scheme.input.format != expected
 
 
-_REFUSED: tuple[Rule, ...] = (
+RULES: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(
             tensor.format == FLOAT4 or tensor.scale_format != "compute"
@@ -76,13 +74,10 @@ _REFUSED: tuple[Rule, ...] = (
 """What it cannot express; the first that applies is the reason."""
 
 
-def _cache_refusal(scheme: TensorScheme) -> str | None:
+def cache_refusal(scheme: TensorScheme) -> str | None:
     """Why there is no KV cache of ``scheme``."""
     return "the Tripy modules run whole sequences and keep no KV cache"
 
 
-LIMITS = Limits(
-    linear=partial(first_reason, _REFUSED),
-    cache=_cache_refusal,
-)
-"""The same, as a target has it."""
+WARNINGS: tuple[Rule, ...] = ()
+"""It runs what it expresses."""

@@ -14,7 +14,8 @@ import backends.onnx.trace_cache as module
 from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.trace import TraceRequest, trace
-from backends.onnx.trace_cache import cache_folder, cached_trace, key_of
+from backends.onnx.trace_cache import cached_trace, key_of
+from backends.user_cache import cache_folder
 from calib.network.skeleton import portable_config
 from calib.progress import silent
 from calib.rotations.rotation_set import hadamard_rotations

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cli_support import ROOT, rotq, write_llama
 
+from backends.registry import available
 from exporter.recipe import load_recipe
 
 HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "onnx_ir", "datasets")
@@ -58,6 +59,13 @@ def imported(*arguments: str, path: str = "") -> tuple[set[str], int]:
     return set(done.stdout.split("MODULES")[-1].split()), done.returncode
 
 
+@pytest.fixture(scope="module")
+def answered() -> None:
+    """The runtimes that are installed have been asked: from now on their answers are at hand."""
+    available()
+
+
+@pytest.mark.usefixtures("answered")
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

@@ -12,10 +12,12 @@ import torch
 
 from exporter.commands.export import export
 from exporter.commands.verify import verify
+from exporter.parity.passes import steady_length
 from exporter.recipe import Recipe, load_recipe
 from exporter.reporting.report import ParityRow, Report
 from exporter.run.options import RunOptions
 from tests.checkpoints import write_checkpoint
+from tests.tiny import CONFIGS
 from tests.torch_backend import install
 
 FEW: dict[str, Any] = {
@@ -196,3 +198,22 @@ def test_a_config_that_the_backend_wrote_is_kept_and_read_without_what_is_its_ow
     exported(few(model, scheme="int8-weight-only", target="plain"), tmp_path / "other")
     assert "quantization_config" not in (tmp_path / "other" / "config.json").read_text()
     assert verify(tmp_path / "out").status == "passed"
+
+
+@pytest.mark.parametrize(
+    ("rope", "steady"),
+    [
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "yarn", "factor": 4.0}, None),
+        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, 32),
+    ],
+)
+def test_texts_are_compared_where_their_length_changes_nothing(
+    rope: dict[str, Any], steady: int | None
+) -> None:
+    config = CONFIGS["llama"]().to_dict()
+    rope = rope | {"rope_theta": 1e4}
+    if rope["rope_type"] in ("longrope", "yarn"):
+        rope["original_max_position_embeddings"] = 32
+    assert steady_length(config | {"rope_parameters": rope}) == steady

@@ -301,3 +301,31 @@ def test_a_folder_without_config_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file"):
         read_headers(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "ort", "dtype": "bfloat16"}, "--dtype bfloat16: nothing on a CPU runs"),
+        ({"target": "ort", "dtype": "float16"}, "--dtype float16: ONNX Runtime's CPU"),
+        ({"target": "openvino", "kv_buffer": "shared"}, "--kv-buffer shared: OpenVINO has no"),
+    ],
+)
+def test_a_plan_refuses_options_as_the_run_would(
+    tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(BackendError, match=message):
+        planned(write_llama(tmp_path / "model"), backend="onnx", **settings)
+
+
+def test_a_plan_refuses_what_cannot_be_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RoPE that transformers updates by values, of no type that is known."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "dynamic-odd", ROPE_INIT_FUNCTIONS["dynamic"])
+    rope = {"rope_type": "dynamic-odd", "rope_theta": 1e4, "factor": 2.0}
+    folder = write_llama(tmp_path / "model", rope_parameters=rope)
+    with pytest.raises(BackendError, match=r"cannot export 'model.rotary_emb'.*depends on values"):
+        planned(folder, backend="onnx")

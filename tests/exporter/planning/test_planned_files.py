@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,17 @@ def few(model: str, **changes: Any) -> Recipe:
     return load_recipe(None, {**FEW, "model": model, **changes})
 
 
-def in_one_piece(name: str) -> str:
-    """What a shard is a part of."""
-    return re.sub(r"-\d{5}-of-\d{5}", "", name)
+def written(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def check(recipe: Recipe, options: RunOptions, goal: Goal) -> set[str]:
-    """What is written is what was planned; returns the names of the files."""
-    planned = [name.partition(" (")[0] for name in plan(recipe, options, goal=goal).files]
-    assert len(set(planned)) == len(planned)
-    folder = options.output
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {in_one_piece(name) for name in names} == set(planned)
+def check(recipe: Recipe, options: RunOptions, goal: Goal) -> tuple[str, ...]:
+    """Every planned name stands for a file, and every file is planned."""
+    names, files = plan(recipe, options, goal=goal).files, written(options.output)
+    assert len(set(names)) == len(names)
+    missing = [name for name in names if not any(fnmatchcase(file, name) for file in files)]
+    unplanned = [file for file in files if not any(fnmatchcase(file, name) for name in names)]
+    assert (missing, unplanned) == ([], [])
     return names
 
 
@@ -71,7 +70,7 @@ def test_every_target_writes_what_was_planned(
     options = RunOptions(tmp_path / "out", verify=False)
     export(recipe, options)
     names = check(recipe, options, "export")
-    assert names == {in_one_piece(name) for name in names}  # nothing is large enough for shards
+    assert not any("*" in name for name in names)  # nothing here is large enough for shards
 
 
 def test_several_targets_have_a_folder_each(model: str, tmp_path: Path) -> None:
@@ -81,8 +80,7 @@ def test_several_targets_have_a_folder_each(model: str, tmp_path: Path) -> None:
     export(recipe, options)
     names = check(recipe, options, "export")
     assert RECIPE_FILE in names
-    assert "tripy/tripy.json" in names
-    assert any(name.startswith("compressed-tensors/model-00001-of-") for name in names)
+    assert {"tripy/tripy.json", "compressed-tensors/model-*-of-*.safetensors"} <= set(names)
 
 
 def test_shards_of_a_graph_and_the_scales_of_smoothing_are_planned(
@@ -92,8 +90,7 @@ def test_shards_of_a_graph_and_the_scales_of_smoothing_are_planned(
     options = RunOptions(tmp_path / "out", verify=False)
     export(recipe, options)
     names = check(recipe, options, "export")
-    assert "smoothing.safetensors" in names
-    assert any(name.startswith("model-00002-of-") for name in names)
+    assert {"model-*-of-*.onnx.data", "smoothing.safetensors"} <= set(names)
 
 
 def test_an_artifact_and_what_is_made_of_it(model: str, tmp_path: Path) -> None:

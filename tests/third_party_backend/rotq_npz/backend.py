@@ -54,8 +54,8 @@ class NpzBackend:
 
         write(model, folder)
 
-    def files(self, request: Request) -> Mapping[str, str]:
-        return {"model.npz": "", "model.json": ""}
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        return ("model.npz", "model.json")
 
     def load(self, folder: Path, target: str, *, exact: bool) -> TorchModel:
         from backends.torch_model import TorchModel
