@@ -92,9 +92,12 @@ def captured(model_dir: Path, text: Path) -> Activations:
     and positions.
     """
     # heavy, and not needed for synthetic runs
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    from calib.network.checkpoint import load_config
+    from calib.network.original import load_network
+
+    model: Any = load_network(model_dir, load_config(model_dir))
     n = int(model.config.hidden_size)
     layers = model.model.layers
     window = 256

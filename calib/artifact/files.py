@@ -8,7 +8,6 @@ generation config, tokenizer). Loading is by memory map: a tensor is read when i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from calib.artifact.model import (
     QuantizedLinear,
     QuantizedModel,
 )
+from calib.artifact.side_files import copy_side_files, side_files
 from calib.errors import CheckpointError
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
@@ -39,19 +39,6 @@ FORMAT_VERSION = 3
 """Raised whenever a reader of the version before would misread a folder. 3: the whole scheme, not
 its name; float weights of linears [out, in].
 """
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files of a checkpoint folder that every output carries, where they exist."""
 
 
 def save_artifact(model: QuantizedModel, folder: Path) -> None:
@@ -190,17 +177,6 @@ def smoothing_key(group: str) -> str:
 def _provenance(values: Mapping[str, Any]) -> Provenance:
     tables = {name: tuple(values[name]) for name in ("gate", "rotation_gate")}
     return Provenance(**{**values, **tables})
-
-
-def side_files(folder: Path) -> dict[str, Path]:
-    """The :data:`SIDE_FILES` that exist in ``folder``."""
-    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
-
-
-def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy ``files`` into ``folder`` under their own names."""
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def end_to_end_bound(subject: Subject, reference: nn.Module) -> tuple[float, lis
         return NAIVE_FACTOR * naive, [row(2, "naive floor", "relative L2", naive, None, note)]
     if not _rounds_on_the_way(subject):
         return UNROUNDED_BOUND, []
+
     split = split_sum_floor(subject.quantized, reference, subject.rows, last=subject.last)
     note = f"torch against itself, sums in another order; flips in {split.flipped:.0%} of the rows"
     rows = [row(2, "split-sum floor", "relative L2", split.value, None, note)]
@@ -54,6 +55,7 @@ def end_to_end_bound(subject: Subject, reference: nn.Module) -> tuple[float, lis
             )
         )
         floor = max(floor, flip)
+
     return max(FLOOR_FACTOR * floor, UNROUNDED_BOUND), rows
 
 

@@ -61,9 +61,9 @@ def decode(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tens
     """A short prefill, then one token at a time from the cache."""
     length = min(_DECODE_PREFIX + DECODE_STEPS, max(row.numel() for row in rows))
     ids = torch.stack([row[:length] for row in rows if row.numel() >= length][:_DECODE_ROWS])
-    found = _stepped(runtime, ids, min(_DECODE_PREFIX, length - 1))
+    stepped = _stepped(runtime, ids, min(_DECODE_PREFIX, length - 1))
     difference = Difference()
-    for row, logits in zip(ids, found, strict=True):
+    for row, logits in zip(ids, stepped, strict=True):
         difference.add(logits, reference(row.unsqueeze(0))[0, -logits.shape[0] :])
     return difference.value
 
@@ -76,16 +76,18 @@ def padded(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tens
         row[: max(2, row.numel() * (index + 1) // PADDED_ROWS)]
         for index, row in enumerate(rows[:PADDED_ROWS])
     ]
+
     longest = max(row.numel() for row in cut)
     ids = torch.stack([nn.functional.pad(row, (longest - row.numel(), 0)) for row in cut])
     mask = torch.stack(
         [nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in cut]
     )
+
     logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     difference = Difference()
-    for row, found in zip(cut, logits, strict=True):
-        real = min(row.numel(), found.shape[0])
-        difference.add(found[-real:], reference(row.unsqueeze(0))[0, -real:])
+    for row, computed in zip(cut, logits, strict=True):
+        real = min(row.numel(), computed.shape[0])
+        difference.add(computed[-real:], reference(row.unsqueeze(0))[0, -real:])
     return difference.value
 
 

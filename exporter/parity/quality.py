@@ -23,19 +23,21 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
     rows = subject.rows
     if subject.last:
         rows = [ids[:_STEPPED_TOKENS] for ids in rows[:_STEPPED_ROWS]]
+
     window = max(ids.numel() for ids in rows)
     original = model_logits(subject.source.original(subject.device))
-    found = compare_logits(original, runtime_logits(runtime), rows, window=window, stride=window)
+    scores = compare_logits(original, runtime_logits(runtime), rows, window=window, stride=window)
+
     ratio, bound = (
-        found.candidate.value / found.reference.value,
+        scores.candidate.value / scores.reference.value,
         subject.quantized.scheme.max_perplexity_ratio,
     )
     note = (
-        f"{found.reference.value:.4f} -> {found.candidate.value:.4f} on {found.reference.tokens}"
+        f"{scores.reference.value:.4f} -> {scores.candidate.value:.4f} on {scores.reference.tokens}"
         " tokens"
     )
     return [
-        row(3, _NAME, "KL", found.kl, None, **ran(runtime)),
-        row(3, _NAME, "top-1 agreement", found.top1, None, **ran(runtime)),
+        row(3, _NAME, "KL", scores.kl, None, **ran(runtime)),
+        row(3, _NAME, "top-1 agreement", scores.top1, None, **ran(runtime)),
         row(3, _NAME, "perplexity ratio", ratio, bound, note, **ran(runtime)),
     ]

@@ -56,10 +56,10 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         logits = model_logits(reference)
         steady = steady_length(subject.quantized.config)
         cut = [ids[:steady] for ids in subject.rows]
-        for name, how, exact in _PASSES:
-            ids = subject.rows if how is prefill else cut
+        for name, run, exact in _PASSES:
+            ids = subject.rows if run is prefill else cut
             limit = bound if exact else default
-            rows.append(_end_to_end(sessions, logits, ids, limit, name, how, exact))
+            rows.append(_end_to_end(sessions, logits, ids, limit, name, run, exact))
     return rows + _fusion_rows(subject)
 
 
@@ -69,7 +69,7 @@ def _end_to_end(
     rows: Sequence[Tensor],
     bound: float,
     name: str,
-    how: Pass,
+    run: Pass,
     exact: bool,
 ) -> ParityRow:
     """One pass. What the runtime approximates of its own accord is reported with the reason, and
@@ -78,7 +78,7 @@ def _end_to_end(
     runtime = sessions.exact if exact else sessions.default
     if isinstance(runtime, Missing):
         return not_run(2, _named(name), "relative L2", runtime.reason)
-    measured = how(runtime, reference, rows)
+    measured = run(runtime, reference, rows)
     judged = None if runtime.note else bound
     return row(2, _named(name), "relative L2", measured, judged, runtime.note, **ran(runtime))
 
@@ -102,18 +102,21 @@ def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) ->
     probed = sessions.probed
     if isinstance(probed, Missing):
         return [not_run(2, _LINEARS, "relative L2", probed.reason)]
+
     lost = {name: Difference() for name in linears}
     naive = {name: Difference() for name in linears} if subject.short else {}
     flips = 0
     for ids in subject.rows[:_PROBE_ROWS]:
-        found = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
-        for name, (entering, leaving) in found.items():
+        pairs = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
+        for name, (entering, leaving) in pairs.items():
             x = entering.float()
             expected, flipped = settled(linears[name], x, leaving)
             lost[name].add(leaving, expected)
             flips += flipped
             if naive:
                 naive[name].add(_naive(linears[name], x, subject.quantized.dtype), expected)
+
+    # The worst is the one that comes closest to its bound, or is farthest beyond it.
     bounds = {name: NAIVE_FACTOR * naive[name].value if naive else LINEAR_BOUND for name in linears}
     worst = max(linears, key=lambda name: lost[name].value - bounds[name])
     notes = [f"worst: {worst}"]
@@ -145,6 +148,7 @@ def _fusion_rows(subject: Subject) -> list[ParityRow]:
         return [not_run(2, name, metric, error.message)]
     if fusion is None or not fusion.quantized:
         return []
+
     warned = slow_linears(subject.backend, subject.target, subject.quantized.schemes())
     unexpected = [linear for linear in fusion.unfused if linear not in warned]
     notes = [f"{fusion.quantized - len(fusion.unfused)} linears fused"]

@@ -14,13 +14,16 @@ from backends.asking import warnings_of
 from backends.base import Backend
 from backends.cpu import cpu_words
 from calib.artifact import QuantizedModel
-from calib.artifact.files import copy_side_files
+from calib.artifact.side_files import copy_side_files
 from calib.rotations.files import save_rotations
+from calib.rotations.rotate import Rotate
+from calib.rotations.rotation_set import RotationSet
 from calib.schemes import linear_words
 from exporter.output import sha256_tree
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import write_card
 from exporter.reporting.report import (
+    SMOOTHING_FILE,
     CalibrationSummary,
     GateRow,
     KeptLayer,
@@ -29,12 +32,12 @@ from exporter.reporting.report import (
     ParityRow,
     Report,
     RotationGateRow,
+    RotationSummary,
     parity_status,
 )
-from exporter.run.rotations import rotation_summaries
+from exporter.source import Source
 
 CONFIG_FILE = "config.json"
-SMOOTHING_FILE = "smoothing.safetensors"
 _PACKAGES = (
     "rotq",
     "torch",
@@ -68,7 +71,7 @@ def describe(
         backend=backend.name,
         target=target,
         scheme=quantized.scheme.name,
-        rotate=",".join(quantized.rotations.kinds()) or "none",
+        rotate=str(Rotate.of(quantized.rotations.kinds())),
         dtype=str(quantized.dtype).removeprefix("torch."),
         warnings=warnings_of(backend, target, quantized.schemes()),
         model=ModelSummary(
@@ -104,6 +107,34 @@ def describe(
         seconds=seconds,
         versions=package_versions(),
         cpu=cpu_words() if parity else "",
+    )
+
+
+def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:
+    """The rows of a report."""
+    return [
+        RotationSummary(
+            name=rotation.name,
+            space=(
+                str(rotation.space)
+                if rotation.layer is None
+                else f"{rotation.space}[{rotation.layer}]"
+            ),
+            order=rotation.order or rotation.dense().shape[-1],
+            online=rotation.online,
+            origin=rotation.origin,
+        )
+        for rotation in rotations.values()
+    ]
+
+
+def source_summary(source: Source) -> ModelSummary:
+    """What a report says of the model that a run started from."""
+    return ModelSummary(
+        source=source.name,
+        model_type=source.config.model_type,
+        parameters=source.parameters(),
+        fingerprint=source.fingerprint,
     )
 
 

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_FILE = "report.json"
 ROTATE_REPORT_FILE = "rotation_report.json"
+SMOOTHING_FILE = "smoothing.safetensors"
+"""The scales that smoothing folded into the weights."""
 REPORT_FORMAT_VERSION = 1
 COMPARED_ROWS = 8
 """Rows on which ``rotq rotate`` compares the folder it wrote with the original."""

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 
 from backends.base import WriteOptions
 from backends.onnx import tensorrt_rtx
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import MODEL_FILE
 from backends.onnx.rotary import fuse_rotary
 from backends.onnx.targets import TARGETS
 from backends.onnx.trace import TraceRequest, trace

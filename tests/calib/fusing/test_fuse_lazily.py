@@ -61,9 +61,7 @@ def test_the_bytes_and_their_order_are_those_of_the_eager_state(
     for name, tensor in stock.items():
         assert torch.equal(lazy_stock[name].view(torch.uint8), tensor.view(torch.uint8)), name
         assert tensor.data_ptr() == eager.state[name].data_ptr()  # turning it copies nothing
-        assert lazy.state[name].is_contiguous() or name in tiny.architecture.turned_weights(
-            tiny.config
-        )
+        assert lazy.state[name].is_contiguous() or name in tiny.wiring.turned_weights
     assert (lazy.unused, lazy.refusals, lazy.dtype) == (eager.unused, eager.refusals, eager.dtype)
 
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from calib.architectures import Space, wiring_for
-from calib.architectures.lookup import architecture_for
 from calib.errors import RotationError
 from calib.rotations.files import load_rotations, save_rotations
 from calib.rotations.foreign import export_dartquant, import_dartquant, import_spinquant
@@ -228,7 +227,7 @@ def test_hadamard_rotations_cover_every_layer_and_branch() -> None:
         decoder_sparse_step=2,
         intermediate_size=24,
     )
-    names = list(hadamard_rotations(config, architecture_for(config), ["r1", "r2", "r4"], seed=1))
+    names = list(hadamard_rotations(wiring_for(config), ["r1", "r2", "r4"], seed=1))
     assert names == ["R1", "R2.0", "R2.1", "R4.0", "R4.1", "R4.1.shared"]
 
 

@@ -14,7 +14,8 @@ from cli_support import LLAMA_CONFIG, llama_shapes, write_llama, write_safetenso
 from calib.errors import BackendError, CheckpointError, UnsupportedModelError
 from calib.schemes import INT8, PerChannel, TensorScheme, tensor_scheme_to_dict
 from exporter.planning.headers import read_headers
-from exporter.planning.plan import Goal, Plan, plan
+from exporter.planning.plan import Plan, plan
+from exporter.planning.stages import Goal
 from exporter.recipe import Recipe, load_recipe
 from exporter.run.options import RunOptions
 
@@ -199,6 +200,28 @@ def test_a_plan_refuses_and_warns_as_the_run_would(
 def test_the_scheme_float_trains_and_compares_nothing(tmp_path: Path) -> None:
     found = planned(write_llama(tmp_path / "model"), scheme="float")
     assert list(stages(found)) == ["start", "load", "fuse", "calibrate", "write", "verify"]
+
+
+def sets_in(plan: Plan) -> str:
+    """What the stage says of the sets that the gate compares."""
+    return next((stage.detail for stage in plan.stages if stage.name == "gate"), "none")
+
+
+def test_as_many_sets_are_planned_as_the_run_would_compare(
+    tmp_path: Path, plugins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plugins)
+    folder = write_llama(tmp_path / "model")
+    assert "the 4 sets and" in sets_in(planned(folder))
+    # target 'two' has no place for R4; the norms of Gemma-2 leave no R1
+    assert "the 3 sets and" in sets_in(planned(folder, backend="stub", target="two"))
+    gemma = planned(write_llama(tmp_path / "gemma", model_type="gemma2"))
+    assert "the 4 sets and" in sets_in(gemma)
+    assert "train R2" in stages(gemma)
+    assert "train R1" not in stages(gemma)
+    # what comes from files is not trained, so nothing stands in for training
+    assert "the 3 sets and" in sets_in(planned(folder, **{"rotation.files": ["r1.pt", "r2.pt"]}))
+    assert sets_in(planned(folder, rotate="r1")) == "none"
 
 
 def test_the_embedded_model_can_be_planned() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from calib.errors import DataError
-from exporter.cli.options import DataFlags, EvalDataFlag, overrides
+from exporter.cli.options import DataFlags, EvalDataFlag
+from exporter.cli.overrides import overrides
 from exporter.commands.export import export, run_capture
 from exporter.recipe import load_recipe
 from exporter.reporting.summary import calibration_words

@@ -15,8 +15,8 @@ from calib.errors import OutputError, RecipeError
 from exporter.commands.evaluate import evaluate
 from exporter.commands.export import calibrate
 from exporter.recipe import load_recipe, parse_size
-from exporter.run.layerwise import check_layerwise
 from exporter.run.options import RunOptions
+from exporter.run.quantizing import check_layerwise
 from exporter.run.workdir import ARTIFACT, WALK
 
 FEW = {"calibration.nsamples": 4, "calibration.seqlen": 32, "rotate": "r1,r2,r4", "scheme": "int8"}

@@ -85,7 +85,7 @@ def test_options_reach_the_run(calls: list[dict[str, Any]], tmp_path: Path) -> N
     first, second = calls
     assert first["recipe"].rotation.files == ["r1.pt", "r2.pt"]
     assert first["write_dartquant"] is True
-    assert (second["recipe"].rotate, second["recipe"].rotation.files) == ("r2", [])
+    assert (str(second["recipe"].rotate), second["recipe"].rotation.files) == ("r2", [])
     assert second["write_dartquant"] is False
 
 

@@ -1,40 +1,43 @@
 """The recipe: everything a run needs, in one validated, frozen object that is saved with the output
 as ``rotq.yaml``.
-
-Precedence: command-line flag > recipe file > preset > the defaults below. An unknown key is an
-error, never ignored.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    field_validator,
+)
 
-from calib.errors import CheckpointError, RecipeError
+from calib.rotations.rotate import AUTO, Rotate
+from exporter.recipe.scope import COST, EACH_RUN, WRITING, Scope, scope_of
 
 RECIPE_FILE = "rotq.yaml"
 EMBEDDED = "embedded"
-ROTATIONS = ("r1", "r2", "r3", "r4")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_AFTER_ARTIFACT = (
-    "model",
-    "revision",
-    "trust_remote_code",
-    "backend",
-    "target",
-    "logits",
-    "kv_buffer",
-    "max_shard_size",
-    "device",
-    "dtype",
-    "evaluation",
-)
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, Rotate):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("expected text such as auto, none or r1,r2")
+    return Rotate.parse(value)
+
+
+RotateField = Annotated[
+    InstanceOf[Rotate], BeforeValidator(_parsed), PlainSerializer(str, return_type=str)
+]
+"""A :class:`~calib.rotations.rotate.Rotate`; in files, the text that ``--rotate`` takes."""
 
 
 class _Section(BaseModel):
@@ -111,7 +114,7 @@ class Training(_Section):
     """Scale samples to unit mean square first."""
 
 
-class Rotation(_Section):
+class RotationSettings(_Section):
     """Capture and training of R1 and R2."""
 
     r1: Training = Training()
@@ -172,7 +175,7 @@ class Layerwise(_Section):
     """With ``asym``: the linears before are run with rounded weights."""
     quantize_activations: bool = True
     """With ``asym``: the linears before are run with rounded activations."""
-    max_memory: str = "2GB"
+    max_memory: Annotated[str, COST] = "2GB"
     """Activations between blocks go to disk beyond this."""
 
     @field_validator("max_memory")
@@ -185,19 +188,19 @@ class Layerwise(_Section):
 class Recipe(_Section):
     """One run of rotq."""
 
-    model: str = EMBEDDED
+    model: Annotated[str, EACH_RUN] = EMBEDDED
     """Checkpoint folder or hub id; ``embedded``: the example model that ships with rotq."""
-    revision: str | None = None
-    trust_remote_code: bool = False
-    backend: str = "onnx"
-    target: str | list[str] | None = None
+    revision: Annotated[str | None, EACH_RUN] = None
+    trust_remote_code: Annotated[bool, EACH_RUN] = False
+    backend: Annotated[str, WRITING] = "onnx"
+    target: Annotated[str | list[str] | None, WRITING] = None
     """Runtime the output is for, or several of them; ``None``: the backend's default."""
-    logits: Literal["all", "last"] = "all"
+    logits: Annotated[Literal["all", "last"], WRITING] = "all"
     """Logits of every token, or of the last one alone, which is all that generating text needs."""
-    kv_buffer: Literal["grown", "shared"] = "grown"
+    kv_buffer: Annotated[Literal["grown", "shared"], WRITING] = "grown"
     """Keys and values are ``grown`` by the new tokens on each run, or written into one ``shared``
     buffer with room for all of them."""
-    max_shard_size: str | None = None
+    max_shard_size: Annotated[str | None, WRITING] = None
     """Files of weights are split beyond this size (``2GB``, ``500MiB``); ``None``: the backend's
     own limit.
     """
@@ -212,32 +215,17 @@ class Recipe(_Section):
     smoothing: str = "none"
     """Move outliers from activations into weights: ``none``, ``smoothquant:0.5`` or ``awq``."""
     layerwise: Layerwise = Layerwise()
-    rotate: str = "auto"
+    rotate: RotateField = AUTO
     """``auto``, ``none`` or a comma-separated subset of r1, r2, r3, r4."""
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: Annotated[str, EACH_RUN] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], EACH_RUN] = "auto"
     """Dtype the target computes in; folded weights are rounded to it, once. ``auto``: the target's,
     or where it has none that of the checkpoint."""
     seed: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
-    evaluation: Evaluation = Evaluation()
-    rotation: Rotation = Rotation()
-
-    @field_validator("rotate")
-    @classmethod
-    def _known_rotations(cls, value: str) -> str:
-        value = value.lower().replace(" ", "")
-        if value in ("auto", "none"):
-            return value
-        kinds = value.split(",")
-        unknown = [kind for kind in kinds if kind not in ROTATIONS]
-        if unknown or len(set(kinds)) != len(kinds):
-            raise ValueError(
-                f"expected 'auto', 'none' or distinct names out of {', '.join(ROTATIONS)}; got"
-                f" '{value}'"
-            )
-        return ",".join(sorted(kinds))
+    evaluation: Annotated[Evaluation, WRITING] = Evaluation()
+    rotation: RotationSettings = RotationSettings()
 
     @field_validator("target")
     @classmethod
@@ -263,8 +251,13 @@ class Recipe(_Section):
         """:attr:`max_shard_size` in bytes."""
         return None if self.max_shard_size is None else parse_size(self.max_shard_size)
 
+    @classmethod
+    def scope(cls, key: str) -> Scope:
+        """How far the setting with this dotted key reaches."""
+        return scope_of(key, cls)
+
     def to_yaml(self) -> str:
-        """The recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
+        """As YAML, which :func:`exporter.recipe.load_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -282,139 +275,3 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError("this is no size: write 512MB, 2GB or 1.5GiB")
     return size
-
-
-def asked_for(rotate: str) -> list[str]:
-    """The kinds of rotations that ``--rotate`` names; none with ``auto``, which leaves them to the
-    run.
-    """
-    return [] if rotate in ("auto", "none") else rotate.split(",")
-
-
-def presets() -> list[str]:
-    """Names of the presets that ship with rotq."""
-    folder = resources.files("exporter") / "presets"
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".yaml")
-    )
-
-
-def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Build the recipe of a run.
-
-    Args:
-        source: a YAML file, the name of a preset, or ``None`` for the defaults. A preset's name
-            wins over a file's.
-        overrides: values by dotted key (``{"calibration.nsamples": 64}``) that win over ``source``;
-            ``None`` values are skipped.
-
-    Raises:
-        RecipeError: the source does not exist, is not YAML, or holds an unknown key or a value out
-            of range.
-    """
-    values = _read(source) if source is not None else {}
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            _assign(values, key, value)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(
-            _explain(error), hint="`rotq export --dry-run` prints a complete recipe with every key"
-        ) from error
-
-
-def recipe_of_artifact(values: Mapping[str, Any], given: Recipe, folder: Path) -> Recipe:
-    """The recipe of writing an artifact again: what it was made by, with those parts of ``given``
-    that still matter.
-
-    Args:
-        values: the recipe in the artifact's provenance.
-        given: the recipe of this run.
-        folder: the artifact, for the message.
-
-    Raises:
-        CheckpointError: ``values`` is no recipe of this version.
-    """
-    try:
-        made = Recipe.model_validate(dict(values))
-    except ValidationError as error:
-        raise CheckpointError(
-            f"the recipe in '{folder}' cannot be read: {_explain(error)}",
-            hint="run `rotq calibrate` again",
-        ) from error
-    return made.model_copy(update={key: getattr(given, key) for key in _AFTER_ARTIFACT})
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win, silently; a recipe must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read(source: str | Path) -> dict[str, Any]:
-    if str(source) in presets():
-        text = (resources.files("exporter") / "presets" / f"{source}.yaml").read_text(
-            encoding="utf-8"
-        )
-    else:
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"cannot read the recipe '{source}': {error}",
-                hint=f"give a YAML file or one of the presets: {', '.join(presets())}",
-            ) from error
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"the recipe '{source}' is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"the recipe '{source}' must be a mapping of keys to values, not a"
-            f" {type(values).__name__}"
-        )
-    return values
-
-
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(f"recipe key '{parent}' must be a mapping, not '{inner}'")
-        # A copy, because two YAML aliases of one mapping are one object, and only this key was
-        # asked for.
-        values[parent] = dict(inner)
-        values = values[parent]
-    values[leaf] = value
-
-
-def _explain(error: ValidationError) -> str:
-    problems = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            problems.append(f"unknown recipe key '{key}'")
-        else:
-            problems.append(
-                f"recipe key '{key}': {item['msg'].removeprefix('Value error, ')} (got"
-                f" {item['input']!r})"
-            )
-    return "; ".join(problems)

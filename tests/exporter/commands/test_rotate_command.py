@@ -18,9 +18,10 @@ from calib.artifact import load_artifact
 from calib.errors import RotationError, UnsupportedModelError
 from calib.rotations.files import save_rotations
 from calib.rotations.rotation_set import hadamard_rotations
-from exporter.commands import rotate as rotating
+from exporter import source as source_module
 from exporter.commands.export import calibrate
-from exporter.commands.rotate import FLOAT32_BOUND, RotateResult, rotate
+from exporter.commands.rotate import RotateResult, rotate
+from exporter.parity.fold import FOLD_BOUND
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.report import ROTATE_REPORT_FILE, RotateReport
 from exporter.run.options import RunOptions
@@ -67,10 +68,10 @@ def rotated(source: Path, tmp_path_factory: pytest.TempPathFactory) -> RotateRes
 
 def test_the_folder_computes_what_the_original_does(source: Path, rotated: RotateResult) -> None:
     (figure,) = rotated.report.parity
-    assert figure.bound == FLOAT32_BOUND
+    assert figure.bound == FOLD_BOUND
     assert figure.passed is True
     # Measured again here, on other tokens and without the pipeline.
-    assert relative_l2(logits(rotated.output), logits(source)) <= FLOAT32_BOUND
+    assert relative_l2(logits(rotated.output), logits(source)) <= FOLD_BOUND
     before, after = (load_file(folder / "model.safetensors") for folder in (source, rotated.output))
     name = "model.layers.0.self_attn.v_proj.weight"
     assert relative_l2(after[name], before[name]) > 0.5  # it is another set of weights
@@ -203,14 +204,14 @@ def test_a_norm_bias_that_no_stock_model_can_hold_is_refused(tmp_path: Path) -> 
 def test_a_wrong_fold_is_noticed_and_nothing_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuse = rotating.fuse
+    fuse = source_module.fuse
 
     def almost(*args: Any, **kwargs: Any) -> Any:
         fused = fuse(*args, **kwargs)
         fused.state["model.layers.1.mlp.down_proj.weight"] *= 1.001
         return fused
 
-    monkeypatch.setattr(rotating, "fuse", almost)
+    monkeypatch.setattr(source_module, "fuse", almost)
     with pytest.raises(RotationError, match=r"relative L2 of logits .*, bound 1e-05"):
         rotate(recipe(source, rotate="none"), RunOptions(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

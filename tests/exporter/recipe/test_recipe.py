@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from calib.errors import RecipeError
+from calib.rotations.rotate import Rotate
 from calib.rotations.train_config import TrainConfig
-from exporter.recipe import Recipe, load_recipe, presets
+from exporter.recipe import Recipe, load_recipe, presets, recipe_of_artifact
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -77,7 +80,7 @@ def test_a_saved_recipe_reads_back_equal_and_complete(tmp_path: Path) -> None:
     recipe = load_recipe(
         "int8-reference", {"model": "some/model", "rotate": "R4, r1", "kv_buffer": "shared"}
     )
-    assert recipe.rotate == "r1,r4"
+    assert str(recipe.rotate) == "r1,r4"
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
 
@@ -94,3 +97,45 @@ def test_the_reference_preset_holds_the_published_values(kind: str) -> None:
     assert preset.model_dump() == {
         name: getattr(published, name) for name in type(preset).model_fields
     }
+
+
+def settings(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from settings(kind, f"{prefix}{name}.")
+
+
+def test_what_an_artifact_and_a_work_folder_fix_is_said_by_the_recipe() -> None:
+    """The whole list, so that a new field is a decision."""
+    free = {key for key in settings() if not Recipe.scope(key).fixed_by_artifact}
+    running = {"model", "revision", "trust_remote_code", "device", "dtype"}
+    writing = {"backend", "target", "logits", "kv_buffer", "max_shard_size", "evaluation"}
+    writing |= {"evaluation.dataset", "evaluation.nsamples"}
+    assert free == running | writing
+    unkept = {key for key in settings() if not Recipe.scope(key).fixed_by_work_dir}
+    assert unkept == writing | {"layerwise.max_memory"}
+    # an artifact takes or leaves a section as a whole
+    assert all(("." not in key) or key.split(".")[0] in free for key in free)
+
+
+def test_a_pattern_with_points_is_no_path_into_the_recipe() -> None:
+    assert Recipe.scope("overrides.*.0.mlp") == Recipe.scope("overrides")
+
+
+def test_an_artifact_keeps_its_recipe_but_for_what_each_run_says(tmp_path: Path) -> None:
+    artifact = load_recipe(None, {"model": "a/b", "revision": "old", "scheme": "w4a8"})
+    run = load_recipe(None, {"model": "c/d", "revision": "new", "scheme": "int8", "target": "ort"})
+    merged = recipe_of_artifact(artifact.model_dump(mode="json"), run, tmp_path)
+    assert (merged.model, merged.revision, merged.target) == ("c/d", "new", "ort")
+    assert merged.scheme == "w4a8"
+
+
+def test_rotate_is_text_in_files_and_a_value_in_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(None, {"rotate": "r4,r1"})
+    assert recipe.rotate == Rotate.of({"r1", "r4"})
+    assert "\nrotate: r1,r4\n" in recipe.to_yaml()
+    assert "\nrotate: none\n" in load_recipe(None, {"rotate": "none"}).to_yaml()
+    with pytest.raises(RecipeError, match=r"'rotate': expected text .* \(got 3\)"):
+        load_recipe(write(tmp_path, "rotate: 3"))

@@ -318,6 +318,25 @@ def test_an_artifact_brings_its_recipe(pipeline: types.ModuleType, tmp_path: Pat
     assert (seen[0].model, seen[0].seed, seen[0].backend) == ("some/model", 4, "stub")
 
 
+def test_the_original_of_an_artifact_may_be_named_with_its_revision(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where the original is found is no matter of the artifact; what it was made by is."""
+    recipes: list[Recipe] = []
+
+    def export(recipe: Recipe, options: RunOptions, *, progress: Progress) -> ExportResult:
+        recipes.append(recipe)
+        return result_of(options.output, recipe, sample_report())
+
+    pipeline.export = export  # type: ignore[attr-defined]
+    (tmp_path / "rotq.yaml").write_text(Recipe(model="some/model", revision="old").to_yaml())
+    again = [*ARGUMENTS, "-q", "--from-artifact", str(tmp_path)]
+    assert main([*again, "-m", "mirror/model", "--revision", "new"]) == 0
+    assert (recipes[0].model, recipes[0].revision) == ("mirror/model", "new")
+    assert main([*again, "--seed", "3"]) == 2
+    assert "--seed has no effect with --from-artifact" in capsys.readouterr().err
+
+
 def test_capture_and_calibrate_print_their_folder(
     pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
