@@ -197,6 +197,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
                 hint="choose another -o/--output",
             ) from error
         raise
+
     if old.exists():
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -158,7 +158,9 @@ def open_source(
     )
 
 
-def read_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> RowSplits:
+def read_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> RowSplits:
     """Read and tokenize the text of a recipe into three splits that share no document.
 
     Args:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+# its stubs are a package of their own
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from calib.errors import BackendError
 

@@ -143,12 +143,12 @@ def kernels(path: Path) -> list[tuple[str, bool, frozenset[str]]]:
     return found
 
 
-def _about(op: Any) -> dict[str, str]:
+def _about(op: ov.Node) -> dict[str, str]:
     info = op.get_rt_info()
     return {key: str(info[key].value) for key in ("layerType", "runtimePrecision")}
 
 
-def _names_behind(op: Any, weight: Any) -> list[str]:
+def _names_behind(op: ov.Node, weight: ov.Input) -> list[str]:
     """Names of ``op`` and of all that lies between it and the constant that is its weight."""
     names = [op.get_friendly_name()]
     node = weight.get_source_output().get_node()

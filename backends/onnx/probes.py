@@ -126,6 +126,7 @@ def linear_graph(scheme: LinearScheme, *, unsigned: bool, barrier: bool) -> onnx
         axis = isinstance(scheme.input.granularity, PerCluster)
         body += _ROUND.replace("Linear(", "Linear <axis = 2> (") if axis else _ROUND
         constants += _input_constants(scheme.input, width if axis else None, unsigned=unsigned)
+
     entering = "x" if scheme.input is None else "d"
     if barrier and scheme.input is not None:
         body, entering = f"{body}b = Add(d, nothing)\n ", "b"

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+# its stubs are a package of their own
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from backends.onnx import frequencies, placeholders
 from backends.onnx import trace as tracing

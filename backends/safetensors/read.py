@@ -162,7 +162,8 @@ class _MappedTensors(Mapping[str, Tensor]):
                 raise BackendError(
                     f"'{folder / name}' is damaged or truncated: {error}", hint=_HINT
                 ) from error
-            file_of.update((key, file) for key in file.keys())  # noqa: SIM118 - a handle is no mapping
+            # a handle is no mapping
+            file_of.update((key, file) for key in file.keys())  # noqa: SIM118
         order = [key for key in manifest.tensors if key in file_of]
         self._files = {key: file_of[key] for key in [*order, *file_of]}
 

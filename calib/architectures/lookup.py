@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from calib.architectures.architecture import Architecture
 from calib.architectures.table import ARCHITECTURES
 from calib.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _BY_MODEL_TYPE = {model_type: entry for entry in ARCHITECTURES for model_type in entry.model_types}
 
@@ -31,7 +34,7 @@ def architecture_named(model_type: str) -> Architecture:
     return _BY_MODEL_TYPE[model_type]
 
 
-def architecture_for(config: Any) -> Architecture:
+def architecture_for(config: PreTrainedConfig) -> Architecture:
     """The table entry for a transformers config. There is no default entry: a wrong mapping damages
     a model silently.
 
@@ -56,6 +59,7 @@ def architecture_for(config: Any) -> Architecture:
             " quantization_config)",
             hint="start from the floating-point checkpoint that it was made from",
         )
+
     for refusal in entry.refusals:
         if refusal.when(config):
             raise UnsupportedModelError(

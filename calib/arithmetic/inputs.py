@@ -66,6 +66,7 @@ def input_steps(
         if not isinstance(scheme.granularity, PerTensor | PerCluster):
             raise _no_such(scheme.granularity)
         return scale, zero_point
+
     match scheme.granularity:
         case PerToken():
             grid = grid_of(*torch.aminmax(x, dim=-1, keepdim=True), scheme)

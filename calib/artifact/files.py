@@ -122,6 +122,7 @@ def _from_manifest(
         parts |= {cache_key(layer, part) for layer in cache.key_scale for part in ("key", "value")}
     smoothing = {group: tensors[smoothing_key(group)] for group in manifest["smoothing"]}
     parts |= {smoothing_key(group) for group in smoothing}
+
     return QuantizedModel(
         config=manifest["config"],
         scheme=scheme_from_dict(manifest["scheme"]),
@@ -186,6 +187,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"'{folder}' is not a quantized model: it holds no {MANIFEST}",
             hint="`rotq calibrate -o DIR` writes one",
         )
+
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
@@ -228,7 +230,8 @@ class ShardedTensors(Mapping[str, Tensor]):
                 raise CheckpointError(
                     f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
                 ) from error
-            self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118 - a handle is no mapping
+            # a handle is no mapping
+            self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118
 
     def __getitem__(self, key: str) -> Tensor:
         tensor: Tensor = self._shards[key].get_tensor(key)

@@ -155,6 +155,7 @@ class Collector:
             # stay on the heap.
             shape = (len(self._r2_layers), self._config.r2_tokens, x.shape[1])
             self._r2_store = torch.empty(shape, dtype=x.dtype)
+
         if site.layer not in self._r2:
             store = self._r2_store[self._r2_layers.index(site.layer)]
             self._r2[site.layer] = self._space(self._kv, self._head_dim, x, store)
@@ -235,6 +236,7 @@ class Collector:
             stack.weights[index] = kept.weights.repeat_interleave(group)
             channels = self._r2_channels[layer].result()
             layers[layer] = SiteStatistics(channels, space.covariance.finish(), stack.layer(index))
+
         return layers, stack
 
 

@@ -122,6 +122,7 @@ def _conversation(row: Row, tokenizer: object) -> str:
             f"{row.where} is a conversation, and the model's tokenizer has no chat template",
             hint="Give plain text, or name its column with --calib-column.",
         )
+
     try:
         return str(render(messages, tokenize=False))
     # a template may raise whatever it likes, and what jinja makes of what it does not know

@@ -207,6 +207,7 @@ def _read_hub(known: HubDataset, wanted: str | None) -> Iterator[Row]:
                 hint="Choose one of these splits.",
             )
         options["data_files"] = {known.split: known.files[known.split]}
+
     try:
         rows = datasets.load_dataset(
             known.hub_id, split=known.split, streaming=known.streamed, **options

@@ -95,6 +95,7 @@ def tokenize(
         raise _too_short(
             found, f"in {len(texts)} documents, none with {MINIMUM_TOKENS} tokens or more"
         )
+
     return rows
 
 

@@ -130,6 +130,7 @@ class _Fuser:
         state: Mapping[str, Tensor] = self._lazy_state(linears, folds)
         if not lazy:
             state = self._computed(state, linears, progress)
+
         config = deepcopy(self.wiring.config)
         config.tie_word_embeddings = False
         config.dtype = self.dtype

@@ -302,6 +302,7 @@ def _assembled(
             for part in ("key", "value")
         )
         cache = QuantizedCache(quantization.cache, keys, values)
+
     start = smoothing_key("")
     scales = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
     parts = {key for linear in linears.values() for key in linear.tensors()} | {

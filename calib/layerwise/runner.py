@@ -87,6 +87,7 @@ class CalibrationRunner(Generic[Q]):
                 "layer-wise calibration takes batches without padding",
                 hint="batch rows of equal length together",
             )
+
         self._fused = fused
         self._batches = list(batches)
         self._calibrator = calibrator
@@ -180,6 +181,7 @@ class CalibrationRunner(Generic[Q]):
         own = [key for key in self._fused.state if key.startswith(f"{name}.")]
         groups = reading_groups(self._fused.wiring, index)
         outputs = self._activations(index + 1) if index + 1 < self._layers else None
+
         with loaded(self._model, self._stock, own):
             block = Block(index, name, self._model.get_submodule(name).to(device))
             calls = [self._calls[batch.input_ids.shape][index] for batch in self._batches]

@@ -131,7 +131,8 @@ def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor], *, last: bool =
         def find(place: _Place, x: Tensor, steps: _Steps, ties: dict[_Place, _Tie] = ties) -> None:
             ties[place] = _nearest_tie(x, *steps)
 
-        plain = _watched(reference, find, lambda: logits(row.unsqueeze(0)))  # noqa: B023 - runs at once
+        run = partial(logits, row.unsqueeze(0))
+        plain = _watched(reference, find, run)
         if not ties:
             return 0.0
         nearest = min(tie.distance for tie in ties.values())
@@ -148,7 +149,7 @@ def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor], *, last: bool =
             if tie is not None and tie.distance == nearest:
                 x.view(-1)[tie.index] = tie.other
 
-        difference.add(_watched(reference, flip, lambda: logits(row.unsqueeze(0))), plain)  # noqa: B023
+        difference.add(_watched(reference, flip, run), plain)
     return difference.value
 
 
@@ -173,6 +174,7 @@ def settled(linear: ReferenceLinear, x: Tensor, found: Tensor) -> tuple[Tensor, 
     found_steps = _input_steps(linear, x)
     if found_steps is None:
         return expected, 0
+
     steps, zero, fmt = found_steps
     ratio, here, other = _around(x, steps, zero, fmt)
     near = (ratio - (here + other) / 2).abs() <= _QUOTIENT_ULPS * torch.finfo(

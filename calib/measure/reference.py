@@ -133,9 +133,11 @@ def build_reference(
         for module in network.modules():
             if type(module) is nn.Linear:
                 module.__class__ = _SplitLinear
-        network.set_attn_implementation(registered(_SPLIT_ATTENTION, _split_attention))  # type: ignore[operator]
+        split = registered(_SPLIT_ATTENTION, _split_attention)
+        network.set_attn_implementation(split)  # type: ignore[operator]
     if model.cache is not None:
         attach_cache(network, wiring, model.cache)
+
     return network.eval()
 
 

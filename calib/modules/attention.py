@@ -8,15 +8,18 @@ calibrated and what an export is compared with is the model that its makers publ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 _CAPPED = "rotq_capped"
 
 
-def attention_implementation(config: Any) -> str:
+def attention_implementation(config: PreTrainedConfig) -> str:
     """The name, in transformers' registry, of the attention function that computes all that
     ``config`` asks for.
     """

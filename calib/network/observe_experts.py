@@ -95,6 +95,7 @@ def check_reached(names: Collection[str], tokens: Mapping[str, tuple[int, ...]])
     missing = sum(map(len, empty.values()))
     if not missing:
         return
+
     others = sorted(
         (tokens[path][e], e, path)
         for path, experts in wanted.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,10 +11,13 @@ from torch import nn
 from calib.errors import CheckpointError
 from calib.modules.attention import attention_implementation
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 def load_network(
     folder: Path,
-    config: Any,
+    config: PreTrainedConfig,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",

@@ -70,6 +70,7 @@ def quantize_model(
         network: nn.Module = materialize(fused, device=device)
         observed = observe(network, watchlist, forward_loop)
         del network
+
     names = track(quantization.linears, "round weights", len(quantization.linears), progress)
     linears = {name: calibrator.quantized(name, fused.state, observed) for name in names}
     replaced = calibrator.replaced(linears)
@@ -144,6 +145,7 @@ class Calibrator:
             raise QuantizationError(
                 f"no valid scale for '{name}': {error.message}", hint=error.hint
             ) from error
+
         return QuantizedLinear(
             name=name,
             weight=rounded.stored,

@@ -82,6 +82,7 @@ def customised(
                 ),
             )
         return scheme
+
     if block_size is not None:
         if block_size < 1:
             raise QuantizationError(

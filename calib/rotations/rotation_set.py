@@ -59,6 +59,7 @@ class Rotation:
             raise RotationError(
                 f"{self.name} acts on the {SPACE_OF[self.kind]} space, not on {self.space}"
             )
+
         if (self.matrix is None) == (self.order is None):
             raise RotationError(
                 f"{self.name} needs either a matrix or the order of a Hadamard matrix, not both"
@@ -292,6 +293,7 @@ class RotationSet(Mapping[str, Rotation]):
             reason = wiring.refusal(kind)
             if reason is not None:
                 raise RotationError(f"{kind.upper()} is refused for {wiring.family}: {reason}")
+
         for rotation in self.values():
             if rotation.layer is not None and rotation.layer >= sizes.layers:
                 raise RotationError(

@@ -181,6 +181,7 @@ class _Run:
             self._measure(self.best)
         without_gain, previous = 0, math.inf
         total = config.epochs * self._batches_per_epoch()
+
         for epoch in range(config.epochs):
             if config.cosine:
                 self.stepper.set_rate(0.5 * (1 + math.cos(math.pi * epoch / config.epochs)))
@@ -285,6 +286,7 @@ def make_stepper(start: Tensor, problem: Problem, config: TrainConfig) -> Steppe
             fraction=fraction if config.curvature_fraction is None else config.curvature_fraction,
             damping=damping if config.damping is None else config.damping,
         )
+
     return RiemannianStepper(
         start,
         problem,
@@ -327,4 +329,5 @@ def _checked_start(
             f"the start moves the all-ones vector by {moved:.1e}",
             "use start 'hadamard'",
         )
+
     return first

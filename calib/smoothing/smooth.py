@@ -144,6 +144,7 @@ def smooth_groups(
             f"there are no statistics to smooth {', '.join(missing)} by",
             hint="observe every group that is smoothed",
         )
+
     rows: list[SmoothingRow] = []
     for group in track(wanted, "smooth", len(wanted), progress):
         quantized = [spec for spec in group.readers if spec.name in schemes]

@@ -209,6 +209,7 @@ def _body(recipe: Recipe, report: Report) -> str:
             _markdown(summary.gate_table(report)),
             "\n".join(f"* {line}" for line in summary.gate_findings(report)),
         ]
+
     calibration = report.calibration
     parts += [
         "## Parity",

@@ -419,7 +419,13 @@ def test_a_backend_that_writes_wrongly_fails(
         root = tmp_path / name
         root.mkdir()
         if kind is Wrapped:
-            suite_of(kind).test_writing_touches_nothing_else(case, Wrapped(), root, monkeypatch)  # type: ignore[arg-type]
+            suite = suite_of(kind)
+            suite.test_writing_touches_nothing_else(
+                case,
+                Wrapped(),  # type: ignore[arg-type]
+                root,
+                monkeypatch,
+            )
         else:
             with pytest.raises(AssertionError):
                 suite_of(kind).test_writing_touches_nothing_else(case, wrong(), root, monkeypatch)
@@ -428,7 +434,11 @@ def test_a_backend_that_writes_wrongly_fails(
 @pytest.mark.parametrize("wrong", [LeaksItsErrors, BlamesTheMachine])
 def test_a_backend_that_answers_damage_wrongly_fails(wrong: type[Any], tmp_path: Path) -> None:
     (tmp_path / "sound").mkdir()
-    suite_of(Wrapped).test_a_damaged_folder_is_refused(Wrapped(), tmp_path / "sound", "truncated")  # type: ignore[arg-type]
+    suite_of(Wrapped).test_a_damaged_folder_is_refused(
+        Wrapped(),  # type: ignore[arg-type]
+        tmp_path / "sound",
+        "truncated",
+    )
     (tmp_path / "wrong").mkdir()
     with pytest.raises((AssertionError, KeyError)):
         suite_of(wrong).test_a_damaged_folder_is_refused(wrong(), tmp_path / "wrong", "truncated")

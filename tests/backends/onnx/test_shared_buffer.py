@@ -80,7 +80,8 @@ def test_one_token_alone_is_a_prompt(model: QuantizedModel, tmp_path: Path) -> N
     runtimes = []
     for kind in ("grown", "shared"):
         (tmp_path / kind).mkdir()
-        OnnxBackend().write(model, tmp_path / kind, WriteOptions("ort", kv_buffer=kind))  # type: ignore[arg-type]
+        options = WriteOptions("ort", kv_buffer=kind)  # type: ignore[arg-type]
+        OnnxBackend().write(model, tmp_path / kind, options)
         runtimes.append(OnnxBackend().load(tmp_path / kind, "ort", exact=True))
     ids = token_rows((1,), seed=4)[0][None]
     (logits, past), (wanted, past_wanted) = (
@@ -100,7 +101,8 @@ def test_without_room_it_grows(name: str, kv: str | None, tmp_path: Path) -> Non
     sessions = []
     for kind in ("grown", "shared"):
         (tmp_path / kind).mkdir()
-        OnnxBackend().write(artifact, tmp_path / kind, WriteOptions("ort", kv_buffer=kind))  # type: ignore[arg-type]
+        options = WriteOptions("ort", kv_buffer=kind)  # type: ignore[arg-type]
+        OnnxBackend().write(artifact, tmp_path / kind, options)
         path = tmp_path / kind / MODEL_FILE
         sessions.append(open_session(str(path), session_options(exact=True), path))
     ids = token_rows((9,), seed=4)[0][None].numpy().repeat(3, axis=0)

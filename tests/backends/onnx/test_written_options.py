@@ -35,12 +35,17 @@ def model() -> QuantizedModel:
     return quantized(CONFIGS["llama"](), ("r1", "r2"))
 
 
+def _takes(backend: OnnxBackend, target: str, dtype: str, buffer: str) -> bool:
+    request = Request(target, dtype=dtype, kv_buffer=buffer)  # type: ignore[arg-type]
+    return refusal_of(backend, request) is None
+
+
 def test_what_is_taken() -> None:
     backend = OnnxBackend()
     found = {
         (target, dtype, buffer)
         for target, dtype, buffer in product(TARGETS, DTYPES, ("grown", "shared"))
-        if refusal_of(backend, Request(target, dtype=dtype, kv_buffer=buffer)) is None  # type: ignore[arg-type]
+        if _takes(backend, target, dtype, buffer)
     }
     assert found == TAKEN
     assert all(refusal_of(backend, Request(target, logits="last")) is None for target in TARGETS)

@@ -43,7 +43,12 @@ def assert_orthogonal(matrix: Tensor) -> None:
 
 
 def config_for(optimizer: str, **changes: object) -> TrainConfig:
-    config = TrainConfig(objective="whip", optimizer=optimizer, epochs=8, lr=2e-2)  # type: ignore[arg-type]
+    config = TrainConfig(
+        objective="whip",
+        optimizer=optimizer,  # type: ignore[arg-type]
+        epochs=8,
+        lr=2e-2,
+    )
     return replace(config, **changes)  # type: ignore[arg-type]
 
 

@@ -137,7 +137,8 @@ def test_what_could_not_be_run_is_warned_of_and_is_no_failure(
         passed=None,
         note="not run: no GPU here",
     )
-    pipeline.export = succeed(sample_report("unverified", parity=[row]))  # type: ignore[attr-defined]
+    report = sample_report("unverified", parity=[row])
+    pipeline.export = succeed(report)  # type: ignore[attr-defined]
     assert main(ARGUMENTS) == 0
     out, err = capsys.readouterr()
     assert "parity not checked" in out
@@ -340,7 +341,9 @@ def test_the_original_of_an_artifact_may_be_named_with_its_revision(
 def test_capture_and_calibrate_print_their_folder(
     pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.run_capture = lambda recipe, options, *, progress: options.output  # type: ignore[attr-defined]
+    pipeline.run_capture = (  # type: ignore[attr-defined]
+        lambda recipe, options, *, progress: options.output
+    )
     pipeline.calibrate = calibrated()  # type: ignore[attr-defined]
     assert main(["capture", "-m", "some/model", "-o", "cap"]) == 0
     out, err = capsys.readouterr()
@@ -430,7 +433,9 @@ def test_verify_repeats_the_verdict(
 ) -> None:
     sample_report().save(tmp_path)
     module = types.ModuleType("exporter.commands.verify")
-    module.verify = lambda folder, *, model, rows, progress: sample_report("failed")  # type: ignore[attr-defined]
+    module.verify = (  # type: ignore[attr-defined]
+        lambda folder, *, model, rows, progress: sample_report("failed")
+    )
     monkeypatch.setitem(sys.modules, "exporter.commands.verify", module)
     assert main(["verify", str(tmp_path), "-q"]) == 3
     assert capsys.readouterr().out == f"{tmp_path}\n"

@@ -275,7 +275,8 @@ def test_headers_agree_with_the_library_that_reads_them(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     folder = write_llama(tmp_path / "model")
     with safetensors.safe_open(folder / "model.safetensors", "np") as file:
-        expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        expected = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     assert {tensor.name: tensor.shape for tensor in read_headers(str(folder)).tensors} == expected
 
 
