@@ -52,7 +52,6 @@ from calib.rotations.rotate import Rotate, union
 from calib.rotations.rotation_set import (
     RotationSet,
     hadamard_rotations,
-    online_rotations,
 )
 from calib.schemes import (
     INT4,
@@ -289,9 +288,7 @@ class Bench:
         source = self.first.source
         kinds = [kind for kind in KINDS if source.wiring.refusal(kind) is None]
         made = hadamard_rotations(source.wiring, kinds, seed=self.arguments.seed)
-        # R4 without random signs, as exported
-        online = online_rotations(source.wiring, kinds)
-        return str(Rotate.of(kinds)), self.fused(made.merged(online))
+        return str(Rotate.of(kinds)), self.fused(made)
 
     def auto(self, inputs: Inputs) -> tuple[str, Fused]:
         """What the pipeline trains for a scheme and its gate keeps, rounding weights to nearest."""

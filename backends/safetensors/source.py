@@ -26,8 +26,6 @@ from torch import Tensor
 from backends.base import Reason
 from backends.safetensors.layout import Entry
 from calib.architectures import wiring_of
-from calib.architectures.architecture import Architecture
-from calib.architectures.lookup import architecture_for
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
 from calib.network.skeleton import oriented_shapes
@@ -41,14 +39,6 @@ if TYPE_CHECKING:
 _ROTATION_KEY = re.compile(r"(.+)\.rotation\.(signs|factors\.\d+)")
 _SMALLEST_BLOCK = 8
 """TensorRT-RTX 1.7.1 was seen to build blocks of 8 to 256."""
-
-
-def source_model(config: Mapping[str, Any]) -> tuple[Any, Architecture]:
-    """The transformers config that ``config`` was made from, and its table entry."""
-    from transformers import AutoConfig  # here, because it takes seconds to import
-
-    found = AutoConfig.for_model(**config)
-    return found, architecture_for(found)
 
 
 def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:

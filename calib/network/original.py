@@ -25,7 +25,7 @@ def load_network(
 ) -> nn.Module:
     """The causal LM in ``folder``, in eval mode and without gradients.
 
-    It attends as ``config`` says (:func:`calib.network.attention.attention_implementation`), which
+    It attends as ``config`` says (:func:`calib.modules.attention.attention_implementation`), which
     what transformers picks by itself does not for every family.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.experts import ACTIVATIONS
 from backends.onnx.refusals import graph_refusal
-from calib.architectures import Space, architecture_for
+from calib.architectures import Space, wiring_for
 from calib.network.skeleton import portable_config
 from tests.answers import model_refusal
 from tests.backends.onnx.conftest import CASES
@@ -50,7 +50,7 @@ def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_one_linear_in_float_is_the_reference(name: str, tmp_path: Path) -> None:
     config = CONFIGS[name]()
-    specs = architecture_for(config).layer_linears(config, 0)
+    specs = wiring_for(config).layer_linears(0)
     output = next(spec.name for spec in specs if spec.reads is Space.VALUE)
     model = quantized(config, overrides={output: "float"})
     assert f"{output}.weight" in model.floats
