@@ -68,7 +68,9 @@ class Limits:
         answers: dict[LinearScheme, tuple[str | None, str | None]] = {}
         for name, scheme in linears.items():
             if scheme not in answers:
-                answers[scheme] = self.linear(scheme), self.slow(scheme)
+                refused = self.linear(scheme)
+                # what runs slowly is no question of what does not run
+                answers[scheme] = refused, self.slow(scheme) if refused is None else None
             refused, slow = answers[scheme]
 
             if refused is not None:

@@ -49,14 +49,12 @@ if not TYPE_CHECKING:
                 "evaluating",
                 "forward_loop_over",
             ),
+            "rows": ("calibration_rows",),
             "sources": ("resolve_source",),
             "splits": (
                 "Splits",
                 "split_documents",
             ),
-            "tokens": (
-                "calibration_rows",
-                "tokenize",
-            ),
+            "tokens": ("tokenize",),
         },
     )

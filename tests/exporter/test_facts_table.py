@@ -90,9 +90,11 @@ class TestVersions:
         """As on a machine where none of them is installed."""
         monkeypatch.setattr(Runtime, "installed", lambda self: None)
         scheme = LINEAR_SCHEMES[name]
-        for target in (*ONNX.values(), *SAFETENSORS.values()):
-            refusal = target.refusal(scheme)
-            spoken = refusal if refusal is not None else target.warning(scheme)
+        onnx = [(target.refusal, target.warning) for target in ONNX.values()]
+        bundles = [(target.limits.linear, target.limits.slow) for target in SAFETENSORS.values()]
+        for refusal_of, warning_of in (*onnx, *bundles):
+            refusal = refusal_of(scheme)
+            spoken = refusal if refusal is not None else warning_of(scheme)
             if spoken is None or "Q/DQ graphs take" in spoken:
                 continue  # of the file, whoever reads it
             assert any(f"{runtime.name} {runtime.seen[-1]}" in spoken for runtime in RUNTIMES)

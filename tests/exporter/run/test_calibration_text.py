@@ -45,7 +45,7 @@ def test_unusable_text_is_refused_before_the_model_is_loaded(
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the weights were looked at")
 
-    monkeypatch.setattr("exporter.commands.export.fuse", loaded)
+    monkeypatch.setattr("exporter.source.fuse", loaded)
     monkeypatch.setattr("exporter.source.Source.original", loaded)
     if content is not None:
         (tmp_path / name).write_text(content)
