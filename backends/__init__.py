@@ -2,12 +2,16 @@
 
 The loaders of Tripy modules are here directly; each imports what it needs on first use, so that
 ``import backends`` stays light.
+
+Public for those who write a backend are :mod:`backends.base`, :mod:`backends.rules`,
+:mod:`backends.testing` and :mod:`backends.torch_model`; for those who use one,
+:mod:`backends.registry` and :mod:`backends.asking`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from backends.safetensors.tripy.huggingface import load_quant_weights_from_hf
@@ -21,7 +25,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'backends' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

@@ -5,9 +5,9 @@ runtime.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from calib.errors import BackendError
 from calib.progress import Progress, silent
@@ -18,6 +18,107 @@ if TYPE_CHECKING:
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
     from calib.schemes import LinearScheme, TensorScheme
 
+__all__ = [
+    "CONTRACT_VERSION",
+    "OLDEST_CONTRACT",
+    "About",
+    "Backend",
+    "ContentKind",
+    "Dtype",
+    "Fusion",
+    "KvBuffer",
+    "ListsFiles",
+    "Logits",
+    "ProbedModel",
+    "Reason",
+    "Request",
+    "RuntimeMissing",
+    "RuntimeModel",
+    "Severity",
+    "StoredTensor",
+    "WriteOptions",
+]
+
+CONTRACT_VERSION = 2
+"""Of what this module says. It is raised by a new option of :class:`Request`, which a backend of an
+older version need not know, and by what no older backend satisfies."""
+OLDEST_CONTRACT = 2
+"""The oldest version whose backends this rotq still takes. Version 1 asked six questions, each in a
+method of its own, and no release of rotq had it."""
+
+Logits = Literal["all", "last"]
+KvBuffer = Literal["grown", "shared"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+About = Literal["linear", "cache", "rotation", "option", "model"]
+Severity = Literal["refused", "slow"]
+
+_SINCE = "since"
+"""In the metadata of a field of :class:`Request`: the version of the contract that brought this
+option."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a target: all of a model, or the part of it that is known so far.
+
+    Every field but the target has a default, which means that nothing is asked of the kind. So a
+    new one breaks no backend: while it has its default no backend need know it, and rotq itself
+    refuses any other value to a backend of a version of the contract before it.
+    """
+
+    target: str
+    """One of the backend's targets."""
+    _: KW_ONLY
+    linears: Mapping[str, LinearScheme] = field(default_factory=dict)
+    """How what is quantized is, by module name: linears, experts, embeddings. Names may be patterns
+    or presets where no model is known."""
+    cache: TensorScheme | None = None
+    """How the KV cache is quantized, if it is."""
+    rotations: tuple[str, ...] = ()
+    """Kinds among ``r1`` to ``r4``. R1 and R2 are in the weights, and no concern of a target but
+    where it fixes the architecture; R3 and R4 are computed while the model runs."""
+    config: Mapping[str, Any] | None = None
+    """Hugging Face config as a dictionary. Where it is ``None`` no model is known, and an answer
+    takes no torch."""
+    logits: Logits = field(default="all", metadata={_SINCE: 2})
+    """See :class:`WriteOptions`."""
+    kv_buffer: KvBuffer = field(default="grown", metadata={_SINCE: 2})
+    """See :class:`WriteOptions`."""
+    max_shard_bytes: int | None = field(default=None, metadata={_SINCE: 2})
+    """See :class:`WriteOptions`."""
+    dtype: Dtype = field(default="auto", metadata={_SINCE: 2})
+    """What the target shall compute in; ``auto``: :meth:`Backend.compute_dtype`."""
+
+    def options(self, *, newer_than: int = 0) -> dict[str, object]:
+        """The options that do not have their defaults, by field.
+
+        Args:
+            newer_than: only those that came after this version of the contract.
+        """
+        return {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.metadata.get(_SINCE, 0) > newer_than
+            and getattr(self, option.name) != option.default
+        }
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Something that speaks against a :class:`Request`."""
+
+    reason: str
+    """One sentence about the target, without a full stop."""
+    hint: str = ""
+    """What to do, if there is something better than to leave out what is refused."""
+    about: About = "model"
+    """What of the request it is about; ``model``: parts of it together."""
+    name: str = ""
+    """Which one: the name of a linear, the kind of a rotation, the field of an option."""
+    severity: Severity = "refused"
+    """``refused``: the target cannot express it. ``slow``: it can, and falls back to what the
+    reason says."""
+
 
 @dataclass(frozen=True)
 class WriteOptions:
@@ -25,10 +126,10 @@ class WriteOptions:
 
     target: str
     """One of the backend's targets."""
-    logits: Literal["all", "last"] = "all"
+    logits: Logits = "all"
     """Logits of every token, or of the last one of each row alone: all that generating text needs.
     """
-    kv_buffer: Literal["grown", "shared"] = "grown"
+    kv_buffer: KvBuffer = "grown"
     """``grown``: each run returns keys and values that are longer by the new tokens. ``shared``:
     they go in as a buffer with room for all tokens and come out as that buffer, filled as far as
     the attention mask is long, the new tokens last: in place where the runtime binds input and
@@ -76,6 +177,20 @@ class RuntimeModel(Protocol):
             Logits float32 ``[B, S, V]``, or ``[B, 1, V]`` where only those of the last token were
             written, and the new cache, ``[B, kv_heads, P + S, head_dim]`` each.
         """
+
+
+@runtime_checkable
+class DescribedModel(Protocol):
+    """A running folder that was asked how its session computes. A :class:`RuntimeModel` need not be
+    one: it then computes in the dtype of the file."""
+
+    precision: str
+    """Dtype that the session really computes in where the file has floats (``bfloat16``): what it
+    was set to, or what it chose for this CPU of its own accord."""
+    session: Mapping[str, str]
+    """Settings in force, by the names that the runtime has for them, as the session itself reports
+    them.
+    """
 
 
 class ProbedModel(Protocol):
@@ -128,47 +243,14 @@ class Backend(Protocol):
     targets: tuple[str, ...]
     """Runtimes it writes for; the first is the default."""
 
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        """Why ``target`` cannot express a linear of ``scheme``, else ``None``. Torch-free."""
+    contract: int
+    """The :data:`CONTRACT_VERSION` that it was written for: a number, never the constant."""
 
-    def warning(self, scheme: LinearScheme, target: str) -> str | None:
-        """What a linear of ``scheme`` that ``target`` can express falls back to where it is slow,
-        else ``None``.
+    def refusals(self, request: Request) -> Sequence[Reason]:
+        """What speaks against ``request``; empty: its target can express it, and runs it fast.
 
-        Torch-free.
-        """
-
-    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
-        """Why ``target`` cannot express a KV cache of ``scheme``, else ``None``. Torch-free."""
-
-    def rotation_refusal(self, kind: str, target: str) -> str | None:
-        """Why ``target`` cannot express rotations of ``kind`` (``r1`` to ``r4``), else ``None``.
-        Torch-free.
-
-        R1 and R2 are in the weights, and no concern of a target but where it fixes the
-        architecture; R3 and R4 are computed while the model runs.
-        """
-
-    def logits_refusal(self, target: str) -> str | None:
-        """Why ``target`` cannot be written with the logits of the last token alone, else ``None``.
-        Torch-free.
-        """
-
-    def kv_buffer_refusal(self, target: str) -> str | None:
-        """Why ``target`` cannot be written with keys and values in one shared buffer, else
-        ``None``. Torch-free.
-        """
-
-    def model_refusal(
-        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
-    ) -> tuple[str, str] | None:
-        """Why ``target`` cannot express this model, and what to do; else ``None``. May import
-        torch.
-
-        Args:
-            config: Hugging Face config as a dictionary.
-            linears: how what is quantized is, by module name: linears, experts, embeddings.
-            target: one of the targets.
+        Torch-free where the request has no config. A linear, a cache and so on has one reason at
+        most, and what is refused is not called slow as well.
         """
 
     def compute_dtype(self, target: str) -> str | None:
@@ -217,3 +299,22 @@ class Backend(Protocol):
 
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         """Every tensor that the written folder holds."""
+
+
+@runtime_checkable
+class ListsFiles(Protocol):
+    """A backend that can tell its files before it writes them; :class:`Backend` asks for no such
+    thing.
+    """
+
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        """Every file that :meth:`Backend.write` would write for ``request``. Torch-free.
+
+        Args:
+            request: what would be written.
+            nbytes: of all weights and scales, about: whether they would be split.
+
+        Returns:
+            Paths below the folder; ``*`` stands for the number of a shard, and for how many there
+            are. Those of ``rotations.*``, which every export has, may be left out.
+        """

@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.artifact import QuantizedLinear
+from calib.artifact import PARTS, QuantizedLinear
 from calib.schemes import PerTensor
-
-_PER_ROW = ("weight", "weight_scale", "weight_zero_point", "bias")
-"""Parts that have a row for each output, but for scales per tensor."""
 
 
 def rows_of(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
@@ -30,6 +27,7 @@ def joined(linears: Sequence[QuantizedLinear], *, weight: Tensor | None = None) 
     """
     if len(linears) == 1:
         return linears[0]
+
     whole = {
         name: torch.cat([getattr(linear, name) for linear in linears])
         for name in _parts(linears[0])
@@ -40,8 +38,12 @@ def joined(linears: Sequence[QuantizedLinear], *, weight: Tensor | None = None) 
 
 def _parts(linear: QuantizedLinear) -> dict[str, Tensor]:
     one_scale = isinstance(linear.weight_scheme.granularity, PerTensor)
-    names = [name for name in _PER_ROW if not one_scale or name in ("weight", "bias")]
-    return {name: part for name in names if (part := getattr(linear, name)) is not None}
+    by_row = [
+        name
+        for name, part in PARTS.items()
+        if part.by_row and not (one_scale and part.kind in ("scale", "zero point"))
+    ]
+    return {name: part for name in by_row if (part := getattr(linear, name)) is not None}
 
 
 def _changed(linear: QuantizedLinear, parts: dict[str, Tensor]) -> QuantizedLinear:

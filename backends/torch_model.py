@@ -8,13 +8,16 @@ kernels make of them it cannot show.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from calib.artifact import QuantizedModel
 from calib.measure.reference import ReferenceLinear, build_reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TorchModel:
@@ -49,33 +52,33 @@ class TorchModel:
         """See :class:`~backends.base.ProbedModel`. Experts that no token was routed to are left
         out.
         """
-        wanted = set(names)
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        asked = set(names)
+        observed: dict[str, tuple[Tensor, Tensor]] = {}
 
         def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 assert isinstance(module, ReferenceLinear)  # registered on nothing else
                 entering = args[0] if module.rotation is None else module.rotation.apply(args[0])
-                seen[name] = (entering, output)
+                observed[name] = (entering, output)
 
             return hook
 
         handles = [
             module.register_forward_hook(look(module.source.name))
             for module in self._network.modules()
-            if isinstance(module, ReferenceLinear) and module.source.name in wanted
+            if isinstance(module, ReferenceLinear) and module.source.name in asked
         ]
         try:
             self._network(input_ids=input_ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: seen[name] for name in names if name in seen}
+        return {name: observed[name] for name in names if name in observed}
 
 
 @torch.no_grad()
 def cached_pass(
-    network: Any,
+    network: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor,

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.asking import expressible
 from backends.base import WriteOptions
 from backends.safetensors.backend import SafetensorsBackend
 from calib.architectures import wiring_for
@@ -89,7 +90,9 @@ def main() -> None:
     for scheme in arguments.schemes:
         linear = SCHEMES[scheme].linear
         targets = [
-            name for name in arguments.targets if linear and backend.refusal(linear, name) is None
+            name
+            for name in arguments.targets
+            if linear and expressible(backend, name, [linear], None)
         ]
         with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
             artifact = Path(root) / "artifact"

@@ -31,15 +31,19 @@ from calib.capture.collector import by_kv_head
 from calib.capture.result import Samples
 from calib.capture.storage import Capture
 from calib.fusing import materialize
-from calib.progress import silent
 from calib.rotations.from_capture import choose
 from calib.rotations.rotation_set import RotationSet
 from calib.rotations.selection import Judge, candidates, relative_error
-from calib.rotations.train import TrainConfig, train_rotation
+from calib.rotations.train import train_rotation
+from calib.rotations.train_config import TrainConfig
 from calib.schemes import INT4, INT8, PerBlock, PerTensor, PerToken, TensorScheme
-from exporter.commands.export import Run
 from exporter.recipe import load_recipe
+from exporter.run.capturing import captured
+from exporter.run.destination import Destination
+from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WorkDir
 
 REFERENCE_STEPS = 100
 HELD_OUT = 0.2
@@ -126,12 +130,16 @@ def measure(model: str, arguments: argparse.Namespace) -> list[Case]:
             "seed": arguments.seed,
         },
     )
-    run = Run(recipe, RunOptions(Path()), None, None, silent)
-    wiring = run.source.wiring
-    capture, layer_norm = run.captured(), wiring.layer_norm
+    inputs, options, clock = (
+        open_inputs(recipe, Destination.of(recipe)),
+        RunOptions(Path()),
+        Stopwatch(),
+    )
+    wiring = inputs.source.wiring
+    rows, layer_norm = inputs.rows(clock), wiring.layer_norm
+    capture = captured(inputs, rows.train, options, WorkDir.of(options, inputs), clock)
     train, test = (
-        _site_tokens(run, rows)
-        for rows in (run.rows.train[: arguments.test_rows], run.rows.evaluation)
+        _site_tokens(inputs, some) for some in (rows.train[: arguments.test_rows], rows.evaluation)
     )
     cases = []
     for kind in arguments.kinds:
@@ -184,13 +192,13 @@ def _reference(capture: Capture, kind: Kind, settings: TrainConfig) -> Tensor:
     ).matrix
 
 
-def _site_tokens(run: Run, rows: list[Tensor]) -> dict[Kind, list[Samples]]:
+def _site_tokens(inputs: Inputs, rows: list[Tensor]) -> dict[Kind, list[Samples]]:
     """Every token of ``rows`` at every site: ``[tokens, n]`` for R1, ``[1, kv_heads, tokens *
     group, n]`` for R2.
     """
-    source = run.source
+    source = inputs.source
     sizes = source.wiring.sizes
-    model: Any = materialize(run.fuse(RotationSet()))
+    model: Any = materialize(inputs.fuse(RotationSet(), Stopwatch()))
     seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Any:

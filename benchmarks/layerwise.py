@@ -35,7 +35,7 @@ from calib.architectures import wiring_for
 from calib.artifact import Provenance
 from calib.data.batches import Batch, length_batches
 from calib.fusing import fuse
-from calib.layerwise.calibrator import quantize_blockwise
+from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
 from calib.network.checkpoint import load_config, open_checkpoint
 from calib.network.skeleton import expected_tensors
 from calib.progress import Progress
@@ -177,8 +177,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             PROVENANCE,
             arguments.work / "walk",
             folder_out,
-            asym=arguments.asym,
-            max_memory=arguments.max_memory,
+            walk=WalkSettings(asym=arguments.asym, max_memory=arguments.max_memory),
             progress=memory.progress,
         )
     seconds = time.perf_counter() - started

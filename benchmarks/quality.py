@@ -39,16 +39,20 @@ from calib.architectures import Kind
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import ForwardLoop, forward_loop_over
+from calib.data.rows import RowSplits
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel, materialize
 from calib.measure.perplexity import Comparison, LogitsFunction, compare_logits, model_logits
 from calib.measure.reference import build_reference
 from calib.progress import silent
 from calib.quantizing.calibrator import Calibrator
-from calib.quantizing.observation import Observed, Wanted, observe
+from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
-from calib.rotations.from_capture import online_rotations, ordered_kinds
-from calib.rotations.rotation_set import RotationSet, hadamard_rotations
+from calib.rotations.rotate import Rotate, union
+from calib.rotations.rotation_set import (
+    RotationSet,
+    hadamard_rotations,
+)
 from calib.schemes import (
     INT4,
     INT8,
@@ -63,11 +67,20 @@ from calib.smoothing.groups import SmoothingGroup, smoothing_groups
 from calib.smoothing.methods import smoothing_named
 from calib.smoothing.observe import GroupInputs, observe_channels
 from calib.smoothing.smooth import smooth
-from exporter.commands.export import Run
 from exporter.recipe import Recipe, load_recipe
+from exporter.run.capturing import captured
+from exporter.run.destination import Destination
 from exporter.run.gate import Candidate, choose
+from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
-from exporter.run.rotations import candidate_sets, gate_sets, kinds_of
+from exporter.run.quantizing import customised_scheme
+from exporter.run.rotations import (
+    candidate_sets,
+    gate_rotations,
+    trained_rotations,
+)
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WorkDir
 
 PLAIN = "rtn"
 KINDS: tuple[Kind, ...] = ("r1", "r2", "r4")
@@ -147,11 +160,10 @@ class Fused:
             channels.update(observe_channels(module, self.groups, self.loop))
 
         network: nn.Module = materialize(self.model)
-        found = observe(
-            network, Wanted(dict.fromkeys(names, PER_TENSOR), "min_max", moments=names), run
-        )
-        moments = {group.name: found.moments[group.observed_at] for group in self.groups}
-        return found, {
+        watchlist = Watchlist(dict.fromkeys(names, PER_TENSOR), "min_max", moments=names)
+        observed = observe(network, watchlist, run)
+        moments = {group.name: observed.moments[group.observed_at] for group in self.groups}
+        return observed, {
             name: replace(inputs, moment=moments[name]) for name, inputs in channels.items()
         }
 
@@ -162,14 +174,14 @@ class Fused:
         found, (inputs, channels) = smoothing_named(method), self.seen
         assert found is not None
         model, _ = smooth(self.model, found, channels, quantization.linears)
-        limits, moments = dict(inputs.limits), dict(inputs.moments)
+        magnitudes, moments = dict(inputs.amax), dict(inputs.moments)
         for group in self.groups:
             s, before = group.expanded(model.smoothing[group.name]), channels[group.name]
             assert before.moment is not None
             amax = (before.amax / s).amax().float()
-            limits |= dict.fromkeys(group.reader_names, (-amax, amax))
+            magnitudes |= dict.fromkeys(group.reader_names, amax)
             moments |= dict.fromkeys(group.reader_names, before.moment / s / s[:, None])
-        return Fused(model, self.loop, (Observed(limits, moments), {}))
+        return Fused(model, self.loop, (Observed(magnitudes, moments=moments), {}))
 
     def quantize(self, quantization: Quantization) -> QuantizedModel:
         """What :func:`calib.quantizing.calibrator.quantize_model` makes, of statistics that all
@@ -177,7 +189,7 @@ class Fused:
         """
         calibrator, state = Calibrator(self.model, quantization), self.model.state
         names = list(quantization.linears)
-        observed = self.seen[0] if calibrator.wanted(names) else Observed()
+        observed = self.seen[0] if calibrator.watchlist(names) else Observed()
         linears = {name: calibrator.quantized(name, state, observed) for name in names}
         parts = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
         floats = {key: tensor for key, tensor in state.items() if key not in parts}
@@ -199,20 +211,24 @@ class Bench:
         """Since the start."""
         return time.perf_counter() - self.started
 
-    def run(self, scheme: str) -> Run:
-        """The pipeline's run of a scheme, with the shared model, rows and statistics."""
-        run = Run(
-            self._recipe(scheme), RunOptions(Path(), from_capture=self.capture), None, None, silent
-        )
-        run.source, run.rows = self.first.source, self.first.rows
-        return run
+    def inputs(self, scheme: str) -> Inputs:
+        """What a scheme starts from, with the shared model."""
+        recipe = self._recipe(scheme)
+        return replace(self.first, recipe=recipe, scheme=customised_scheme(recipe))
 
     @cached_property
-    def first(self) -> Run:
-        """The run that opens the model, reads the rows and captures."""
-        run = Run(self._recipe("int8"), RunOptions(Path()), None, None, silent)
-        run.captured().write(self.capture)
-        return run
+    def first(self) -> Inputs:
+        """The shared model."""
+        recipe = self._recipe("int8")
+        return open_inputs(recipe, Destination.of(recipe))
+
+    @cached_property
+    def rows(self) -> RowSplits:
+        """The shared text; with it goes what is captured of the model."""
+        rows, options = self.first.rows(Stopwatch()), RunOptions(Path())
+        work = WorkDir.of(options, self.first)
+        captured(self.first, rows.train, options, work, Stopwatch()).write(self.capture)
+        return rows
 
     def _recipe(self, scheme: str) -> Recipe:
         arguments = self.arguments
@@ -258,8 +274,8 @@ class Bench:
 
     def fused(self, rotations: RotationSet) -> Fused:
         """The model with these rotations folded in."""
-        batches = length_batches(self.first.rows.train, self.first.recipe.calibration.batch_size)
-        return Fused(self.first.fuse(rotations), forward_loop_over(batches))
+        batches = length_batches(self.rows.train, self.first.recipe.calibration.batch_size)
+        return Fused(self.first.fuse(rotations, Stopwatch()), forward_loop_over(batches))
 
     @cached_property
     def none(self) -> Fused:
@@ -272,64 +288,71 @@ class Bench:
         source = self.first.source
         kinds = [kind for kind in KINDS if source.wiring.refusal(kind) is None]
         made = hadamard_rotations(source.wiring, kinds, seed=self.arguments.seed)
-        # R4 without random signs, as exported
-        online = online_rotations(source.wiring, kinds)
-        return ordered_kinds(kinds), self.fused(made.merged(online))
+        return str(Rotate.of(kinds)), self.fused(made)
 
-    def auto(self, run: Run) -> tuple[str, Fused]:
+    def auto(self, inputs: Inputs) -> tuple[str, Fused]:
         """What the pipeline trains for a scheme and its gate keeps, rounding weights to nearest."""
-        candidates = candidate_sets(run.recipe, run.source, run.given)
-        trained = run.rotations(
-            sorted({kind for rotate in candidates for kind in kinds_of(rotate)})
+        rows, quantization = self.rows, inputs.quantization()
+        options = RunOptions(Path(), from_capture=self.capture)
+        work = WorkDir.of(options, inputs)
+        candidates = candidate_sets(inputs, RotationSet())
+        trained = trained_rotations(
+            union(candidates), inputs, RotationSet(), rows.train, options, work, Stopwatch()
         )
-        sets = gate_sets(candidates, run.recipe, run.source, run.given, trained.rotations)
+        sets = {
+            str(candidate): rotations
+            for candidate, rotations in gate_rotations(
+                candidates, inputs, RotationSet(), trained.rotations
+            ).items()
+        }
         made = {
             name: self.none if name == "none" else self.fused(rotations)
             for name, rotations in sets.items()
         }
 
         def make(rotate: str) -> Candidate:
-            return Candidate(rotate, made[rotate].model, made[rotate].quantize(run.quantization))
+            return Candidate(rotate, made[rotate].model, made[rotate].quantize(quantization))
 
-        kept, _ = choose(list(sets), make, self.original, run.rows.gate, silent)
+        kept, _ = choose(list(sets), make, self.original, rows.gate, silent)
         return kept.rotate, made[kept.rotate]
 
-    def measure(self, run: Run) -> list[Cell]:
+    def measure(self, inputs: Inputs) -> list[Cell]:
         """All cells of one scheme."""
         plain, hadamard = (
-            self._cells(run, "none", "none", self.none),
-            self._cells(run, "Hadamard", *self.hadamard),
+            self._cells(inputs, "none", "none", self.none),
+            self._cells(inputs, "Hadamard", *self.hadamard),
         )
-        rotate, fused = self.auto(run)
+        rotate, fused = self.auto(inputs)
         same = [replace(cell, rotation="auto") for cell in plain]
         return [
             *plain,
             *hadamard,
-            *(same if rotate == "none" else self._cells(run, "auto", rotate, fused)),
+            *(same if rotate == "none" else self._cells(inputs, "auto", rotate, fused)),
         ]
 
-    def _cells(self, run: Run, rotation: str, rotate: str, fused: Fused) -> list[Cell]:
+    def _cells(self, inputs: Inputs, rotation: str, rotate: str, fused: Fused) -> list[Cell]:
         """Every algorithm on the gate rows; on the evaluation rows those that the table or a figure
         needs.
         """
-        name, smoothed, made = label(run.scheme), {"": fused}, dict[Cell, QuantizedModel]()
-        for algorithm in algorithms_of(run.scheme, self.arguments.adaround):
+        name, smoothed, made = label(inputs.scheme), {"": fused}, dict[Cell, QuantizedModel]()
+        chosen = inputs.quantization()
+        for algorithm in algorithms_of(inputs.scheme, self.arguments.adaround):
             smoothing, weights = split(algorithm)
-            quantization = replace(run.quantization, weights=weights)
+            quantization = replace(chosen, weights=weights)
             if smoothing not in smoothed:
                 smoothed[smoothing] = fused.smooth(smoothing, quantization)
             quantized = smoothed[smoothing].quantize(quantization)
             cell = Cell(
-                name, rotation, rotate, algorithm, self.compare(quantized, run.rows.gate).kl
+                name, rotation, rotate, algorithm, self.compare(quantized, self.rows.gate).kl
             )
             made[cell] = quantized
             what = f"{name}, {rotation} ({rotate}), {algorithm}: KL {cell.gate:.5f}"
             print(f"{self.seconds:6.0f} s  {what}", file=sys.stderr)
-        every = self.arguments.all or run.scheme.name in SEARCHED
+        every = self.arguments.all or inputs.scheme.name in SEARCHED
         wanted = [cell for cell in made if every or cell.algorithm == PLAIN or cell is least(made)]
         return [
             (
-                replace(cell, result=self.compare(quantized, run.rows.evaluation))
+                replace(cell, result=self.compare(quantized, self.rows.evaluation))
                 if cell in wanted
                 else cell
             )
@@ -375,7 +398,7 @@ def main() -> None:
 
 def measure(bench: Bench) -> list[Cell]:
     """The table of one model, printed scheme by scheme."""
-    rows, cells = bench.first.rows, list[Cell]()
+    rows, cells = bench.rows, list[Cell]()
     sizes = [
         f"{name} {len(some)} rows of {sum(row.numel() for row in some)} tokens"
         for name, some in (
@@ -390,14 +413,14 @@ def measure(bench: Bench) -> list[Cell]:
         f"{'scheme':<22} {'rotations':<16} {'RTN':>8} {columns}  {'best':>8} {columns}  algorithm"
     )
     for scheme in bench.arguments.schemes:
-        run = bench.run(scheme)
+        inputs = bench.inputs(scheme)
         try:
-            Calibrator(bench.none.model, run.quantization).check_blocks()
+            Calibrator(bench.none.model, inputs.quantization()).check_blocks()
         except QuantizationError:
-            print(f"{label(run.scheme):<22} not divisible")
+            print(f"{label(inputs.scheme):<22} not divisible")
             continue
         with contextlib.redirect_stdout(sys.stderr):  # ModelOpt prints
-            found = bench.measure(run)
+            found = bench.measure(inputs)
         show(found, every=bench.arguments.all)
         cells += found
     plain = next((cell.result.reference.value for cell in cells if cell.result), math.nan)

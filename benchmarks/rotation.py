@@ -41,7 +41,8 @@ from calib.rotations.hadamard import hadamard_matrix
 from calib.rotations.objectives import ActivationScheme, make_objective, scheme_error
 from calib.rotations.optimizers import Problem, QrStepper, Stepper
 from calib.rotations.polar import project_orthogonal
-from calib.rotations.train import TrainConfig, make_stepper
+from calib.rotations.train import make_stepper
+from calib.rotations.train_config import TrainConfig
 
 SCHEMES = {
     "int8 static": ActivationScheme(8, granularity="tensor"),
@@ -91,9 +92,12 @@ def captured(model_dir: Path, text: Path) -> Activations:
     and positions.
     """
     # heavy, and not needed for synthetic runs
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    from calib.network.checkpoint import load_config
+    from calib.network.original import load_network
+
+    model: Any = load_network(model_dir, load_config(model_dir))
     n = int(model.config.hidden_size)
     layers = model.model.layers
     window = 256

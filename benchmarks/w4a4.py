@@ -1,7 +1,7 @@
 """Perplexity at W4A4 by rotation, with and without R4, in one run on one text.
 
 Activations are fake-quantized per token to int4, symmetric and asymmetric; weights per output
-channel to symmetric int4 by rounding to nearest. Nothing is trained but rotations. Rows: no
+channel to symmetric int4 by rounding to nearest. Nothing is trained but rotations. RowSplits: no
 rotation, random Hadamard, DartQuant's reference (Whip, QR latent, SGD; 100 steps over 4 n tokens)
 and what the pipeline makes of the scheme ``w4a4``; that one again with weight scales that clip for
 the least squared error, still rounded to nearest.
@@ -28,20 +28,30 @@ import torch
 from torch import Tensor, nn
 
 from calib.capture.storage import Capture
+from calib.data.rows import RowSplits
 from calib.fusing import FusedModel, fuse, materialize
-from calib.progress import silent
-from calib.rotations.from_capture import online_rotations, train_rotations
+from calib.rotations.from_capture import train_rotations
 from calib.rotations.objectives import fake_quantize
-from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotations
+from calib.rotations.rotation_set import (
+    Rotation,
+    RotationSet,
+    fused_rotation,
+    hadamard_rotations,
+    online_rotations,
+)
 from calib.rotations.selection import integer_quantizer
-from calib.rotations.train import TrainConfig, train_rotation
+from calib.rotations.train import train_rotation
+from calib.rotations.train_config import TrainConfig
 from calib.schemes import Scheme, scheme_named
 from calib.weights.algorithms import algorithm_named
-from exporter.commands.export import Run
 from exporter.recipe import load_recipe
+from exporter.run.capturing import captured
+from exporter.run.destination import Destination
+from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.rotations import judge_of
-from exporter.source import Rows
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WorkDir
 
 REFERENCE_STEPS = 100
 HELD_OUT = 0.2
@@ -86,33 +96,36 @@ def measure(arguments: argparse.Namespace, seed: int) -> None:
             **windows,
         },
     )
-    run = Run(recipe, RunOptions(Path()), None, None, silent)
-    if arguments.windows:
-        run.rows = _consecutive(run, arguments)
-    rows = run.rows.evaluation
-    original = [scores.log_softmax(-1) for scores in _logits(run.source.original("cpu"), rows)]
+    inputs, options, clock = (
+        open_inputs(recipe, Destination.of(recipe)),
+        RunOptions(Path()),
+        Stopwatch(),
+    )
+    splits = _consecutive(inputs, arguments) if arguments.windows else inputs.rows(clock)
+    rows = splits.evaluation
+    original = [scores.log_softmax(-1) for scores in _logits(inputs.source.original("cpu"), rows)]
     plain = _nll(original, rows)
     tokens = sum(row.numel() - 1 for row in rows)
     print(
-        f"seed {seed}: {run.source.name}, {len(rows)} rows, {tokens} tokens, float perplexity"
+        f"seed {seed}: {inputs.source.name}, {len(rows)} rows, {tokens} tokens, float perplexity"
         f" {math.exp(plain):.3f}"
     )
     print(f"{'rotations':<24} {'R4':<4}", *(f"{kind:>8} {'gap':>7} {'KL':>7}" for kind in SCHEMES))
-    makers: dict[str, Callable[[Run, Capture, Scheme, int], list[Rotation]]] = {
-        "none": lambda run, capture, scheme, seed: [],
+    makers: dict[str, Callable[[Inputs, Capture, Scheme, int], list[Rotation]]] = {
+        "none": lambda inputs, capture, scheme, seed: [],
         "hadamard": _hadamard,
         "reference": _reference,
         "auto": _auto,
     }
-    capture = run.captured()
+    capture = captured(inputs, splits.train, options, WorkDir.of(options, inputs), clock)
     for name, make in makers.items():
-        made = {kind: make(run, capture, scheme, seed) for kind, scheme in SCHEMES.items()}
+        made = {kind: make(inputs, capture, scheme, seed) for kind, scheme in SCHEMES.items()}
         for algorithm in ("rtn", "mse") if name == "auto" else ("rtn",):
             for r4 in (False, True):
                 figures = []
                 for kind, scheme in SCHEMES.items():
                     found = _logits(
-                        _quantized(_fused(run, made[kind], r4), run, scheme, algorithm), rows
+                        _quantized(_fused(inputs, made[kind], r4), inputs, scheme, algorithm), rows
                     )
                     scores = [part.log_softmax(-1) for part in found]
                     nll = _nll(scores, rows)
@@ -123,25 +136,26 @@ def measure(arguments: argparse.Namespace, seed: int) -> None:
                 print(f"{label:<24} {'yes' if r4 else 'no':<4}", *figures, flush=True)
 
 
-def _consecutive(run: Run, arguments: argparse.Namespace) -> Rows:
+def _consecutive(inputs: Inputs, arguments: argparse.Namespace) -> RowSplits:
     """Windows of running text: the first ones to evaluate, others further on to calibrate."""
     text = Path(arguments.text).read_text(encoding="utf-8")
-    tokens = torch.tensor(run.source.tokenizer(text, verbose=False)["input_ids"])
+    tokens = torch.tensor(inputs.source.tokenizer(text, verbose=False)["input_ids"])
     windows = [row for row in torch.split(tokens, arguments.seqlen) if len(row) == arguments.seqlen]
     first = arguments.windows
-    return Rows(
+    return RowSplits(
         train=windows[first + APART : first + APART + CALIBRATION],
         gate=windows[first : first + APART],
         evaluation=windows[:first],
+        layout="windows",
     )
 
 
-def _hadamard(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
-    source = run.source
+def _hadamard(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
+    source = inputs.source
     return list(hadamard_rotations(source.wiring, ["r1", "r2"], seed=seed).values())
 
 
-def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
+def _reference(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
     """As published, on 4 n tokens: 100 full-batch steps."""
     settings = TrainConfig(
         objective="whip",
@@ -151,7 +165,7 @@ def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Ro
         start="hadamard",
         seed=seed,
         normalize=False,
-        fix_ones=run.source.wiring.layer_norm,
+        fix_ones=inputs.source.wiring.layer_norm,
     )
     samples = capture.r1.samples.values.float()
     some = samples[
@@ -168,29 +182,29 @@ def _reference(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Ro
     return [fused_rotation("r1", r1.matrix), *heads]
 
 
-def _auto(run: Run, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
+def _auto(inputs: Inputs, capture: Capture, scheme: Scheme, seed: int) -> list[Rotation]:
     """What the pipeline trains and its gate keeps."""
     settings = TrainConfig(seed=seed)
     found = train_rotations(
         capture,
-        run.source.wiring,
+        inputs.source.wiring,
         ["r1", "r2"],
         r1=settings,
         r2=settings,
         held_out=HELD_OUT,
-        judge=judge_of(scheme, run.fuse(RotationSet())),
+        judge=judge_of(scheme, inputs.fuse(RotationSet(), Stopwatch())),
     )
     return list(found.rotations.values())
 
 
-def _fused(run: Run, rotations: list[Rotation], r4: bool) -> FusedModel:
-    source = run.source
+def _fused(inputs: Inputs, rotations: list[Rotation], r4: bool) -> FusedModel:
+    source = inputs.source
     online = online_rotations(source.wiring, ["r4"] if r4 else [])
     made = RotationSet([*rotations, *online])
     return fuse(source.checkpoint, source.wiring, made, dtype=torch.float32)
 
 
-def _quantized(fused: FusedModel, run: Run, scheme: Scheme, algorithm: str) -> nn.Module:
+def _quantized(fused: FusedModel, inputs: Inputs, scheme: Scheme, algorithm: str) -> nn.Module:
     """Every decoder linear at W4A4. The hook comes after that of R4, which is attached first."""
     model: Any = materialize(fused)
     assert scheme.activation is not None
@@ -201,7 +215,7 @@ def _quantized(fused: FusedModel, run: Run, scheme: Scheme, algorithm: str) -> n
         x = args[0]
         return (fake_quantize(x.reshape(-1, x.shape[-1]), quantizer).view_as(x), *args[1:])
 
-    for name in run.source.wiring.linear_names:
+    for name in inputs.source.wiring.linear_names:
         linear = model.get_submodule(name)
         weight = (
             linear.weight.data

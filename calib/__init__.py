@@ -7,14 +7,16 @@ loads what it needs on first use, so that ``import calib`` stays light.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from calib._faces import lazy_names
+from calib._moved import install
 
 if TYPE_CHECKING:
     from calib.arithmetic.scales import compute_scale, convert_to_scale
     from calib.data.forward_loop import create_forward_loop
     from calib.modelopt.quantize import modelopt_quantize
-    from calib.network.modules import get_submodule
+    from calib.modules.paths import get_submodule
 
 __all__ = [
     "compute_scale",
@@ -24,16 +26,15 @@ __all__ = [
     "modelopt_quantize",
 ]
 
-_HOMES = {
-    "compute_scale": "calib.arithmetic.scales",
-    "convert_to_scale": "calib.arithmetic.scales",
-    "create_forward_loop": "calib.data.forward_loop",
-    "get_submodule": "calib.network.modules",
-    "modelopt_quantize": "calib.modelopt.quantize",
-}
+if not TYPE_CHECKING:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "arithmetic.scales": ("compute_scale", "convert_to_scale"),
+            "data.forward_loop": ("create_forward_loop",),
+            "modelopt.quantize": ("modelopt_quantize",),
+            "modules.paths": ("get_submodule",),
+        },
+    )
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'calib' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+install()

@@ -44,6 +44,10 @@ class QuantizationError(RotqError):
     """A scheme or statistic from which no valid scale follows."""
 
 
+class NotFiniteError(QuantizationError):
+    """NaN or Inf where calibration counts something."""
+
+
 class BackendError(RotqError):
     """Something that a backend or its runtime cannot express or refuses to load."""
 

@@ -8,6 +8,7 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -314,6 +315,30 @@ def _words(scheme: TensorScheme) -> str:
     return f"{scheme.format.name} {grouping}{'' if scheme.symmetric else ' with zero points'}"
 
 
+def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
+    """``scheme`` as JSON values that :func:`scheme_from_dict` reads back."""
+    tensors = {"weight": scheme.weight, "activation": scheme.activation}
+    return {
+        **vars(scheme),
+        **{name: part and tensor_scheme_to_dict(part) for name, part in tensors.items()},
+    }
+
+
+def scheme_from_dict(values: Mapping[str, Any]) -> Scheme:
+    """The scheme that :func:`scheme_to_dict` wrote.
+
+    Raises:
+        KeyError, TypeError: as :func:`tensor_scheme_from_dict`.
+    """
+    tensors = {name: values[name] for name in ("weight", "activation")}
+    return Scheme(
+        **{
+            **values,
+            **{name: part and tensor_scheme_from_dict(part) for name, part in tensors.items()},
+        }
+    )
+
+
 _GRANULARITIES: dict[str, type[Any]] = {
     "tensor": PerTensor,
     "channel": PerChannel,
@@ -340,7 +365,7 @@ def tensor_scheme_to_dict(scheme: TensorScheme) -> dict[str, Any]:
     }
 
 
-def tensor_scheme_from_dict(values: dict[str, Any]) -> TensorScheme:
+def tensor_scheme_from_dict(values: Mapping[str, Any]) -> TensorScheme:
     """The scheme that :func:`tensor_scheme_to_dict` wrote.
 
     Raises:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from calib.progress import Progress
     from exporter.recipe import Recipe
     from exporter.run.results import ExportResult
@@ -17,11 +19,11 @@ __all__ = ["export", "load_recipe"]
 
 
 def export(
-    model: Any = None,
+    model: PreTrainedModel | str | Path | None = None,
     recipe: Recipe | str | Path | None = None,
     *,
     output: str | Path,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress | None = None,

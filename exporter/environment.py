@@ -11,8 +11,9 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from backends.cpu import cpu_name
 
 PACKAGES = (
     "rotq",
@@ -74,7 +75,7 @@ def environment() -> Environment:
         python=platform.python_version(),
         executable=sys.executable,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=usable_cores(),
         memory_bytes=memory_bytes(),
         cuda_devices=cuda_devices(),
@@ -123,13 +124,3 @@ def cuda_devices() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
-
-
-def _cpu_name() -> str:
-    # platform.processor() is empty on most Linux distributions.
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -58,6 +58,7 @@ def check_target(target: Path, overwrite: bool = False) -> None:
             f"the output '{target}' is a link to nothing",
             hint="remove it, or choose another -o/--output",
         )
+
     if target.exists() and not target.is_dir():
         raise OutputError(
             f"the output '{target}' is a file, not a folder", hint="choose another -o/--output"
@@ -77,6 +78,7 @@ def check_target(target: Path, overwrite: bool = False) -> None:
             " are all missing)",
             hint="choose another -o/--output, or remove the folder yourself",
         )
+
     parent = _nearest_existing(_resolved(target).parent)
     if not parent.is_dir():
         raise OutputError(
@@ -107,10 +109,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_target(target, overwrite)
     final = _resolved(target)
-    made: list[Path] = []
+    created: list[Path] = []
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+
     try:
-        _make_parents(final.parent, made)
+        _make_parents(final.parent, created)
         temporary.mkdir()
         yield temporary
         _share(temporary)
@@ -119,7 +122,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _put_in_place(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        for folder in reversed(made):
+        for folder in reversed(created):
             with contextlib.suppress(OSError):
                 folder.rmdir()
         explained = _explain(error, target, final, temporary)
@@ -153,22 +156,22 @@ def _nearest_existing(folder: Path) -> Path:
     return folder
 
 
-def _make_parents(folder: Path, made: list[Path]) -> None:
-    """Create ``folder`` and its parents, noting each new one in ``made`` as soon as it exists."""
+def _make_parents(folder: Path, created: list[Path]) -> None:
+    """Create ``folder`` and its parents, noting each new one in ``created`` at once."""
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
-        made.append(new)
+        created.append(new)
 
 
 def _share(folder: Path) -> None:
     """Let others read the files as far as this user's umask does: some libraries (safetensors 0.8)
     write private ones.
 
-    The umask shows in the permissions of ``folder``, which was made here.
+    The umask shows in the permissions of ``folder``, which was created here.
     """
     allowed = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
@@ -194,6 +197,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
                 hint="choose another -o/--output",
             ) from error
         raise
+
     if old.exists():
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():

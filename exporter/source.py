@@ -9,27 +9,31 @@ import logging
 import shutil
 import tempfile
 import weakref
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calib.architectures import Wiring, wiring_for
-from calib.artifact.files import side_files
-from calib.data.documents import read_documents
-from calib.data.sources import resolve_source
-from calib.data.splits import split_documents
-from calib.data.tokens import clamp_seqlen, tokenize
+from calib.artifact.side_files import side_files
+from calib.data.corpus import read_corpus
+from calib.data.rows import RowCounts, RowCutter, RowSplits
+from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError, DataError
-from calib.network.attention import attention_implementation
+from calib.fusing import FusedModel, fuse
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
+from calib.network.original import load_network
+from calib.progress import Progress, silent
+from calib.rotations.rotation_set import RotationSet
 from exporter.recipe import EMBEDDED, Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ class Source:
     """As given: a folder, a hub id, or ``embedded``."""
     wiring: Wiring
     checkpoint: Checkpoint
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     files: dict[str, Path]
     """Files that every output carries along (tokenizer, generation config); not ``config.json``,
     which changes.
@@ -53,28 +57,41 @@ class Source:
     """The model object, where one was given instead of a folder."""
     trust_remote_code: bool = False
 
-    @property
-    def config(self) -> PreTrainedConfig:
-        """Its transformers config."""
-        return self.wiring.config
-
     def original(self, device: torch.device | str) -> nn.Module:
         """The unchanged model in float32 and eval mode, whatever dtype it is stored in: parity's
         yardstick.
         """
-        from copy import deepcopy
-
-        from transformers import AutoModelForCausalLM
-
         if self.model is not None:
             return deepcopy(self.model).to(device, torch.float32).eval().requires_grad_(False)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            self.checkpoint.folder,
-            config=self.config,
-            dtype=torch.float32,
-            attn_implementation=attention_implementation(self.config),
+        assert self.checkpoint.folder is not None  # it was opened from files
+        return load_network(self.checkpoint.folder, self.config, device=device)
+
+    def fuse(
+        self,
+        rotations: RotationSet,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        lazy: bool = False,
+        progress: Progress = silent,
+    ) -> FusedModel:
+        """The model with its norms and ``rotations`` folded in; arguments as for
+        :func:`calib.fusing.fuse`.
+        """
+        return fuse(
+            self.checkpoint,
+            self.wiring,
+            rotations,
+            dtype=dtype,
+            device=device,
+            lazy=lazy,
+            progress=progress,
         )
-        return model.to(device).eval().requires_grad_(False)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Its transformers config."""
+        return self.wiring.config
 
     @property
     def dtype(self) -> str:
@@ -83,6 +100,7 @@ class Source:
         stored = self.checkpoint[key if key in self.checkpoint else next(iter(self.checkpoint))]
         return str(stored.dtype).removeprefix("torch.")
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, dtypes and bytes of all tensors, in the order of their
         names.
@@ -103,21 +121,16 @@ class Source:
         return sum(tensor.nbytes for tensor in self.checkpoint.values())
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Token rows of the three disjoint splits, int64 ``[tokens]`` each."""
-
-    train: list[Tensor]
-    gate: list[Tensor]
-    evaluation: list[Tensor]
-
-
 def embedded_folder() -> Path:
     """Folder of the example model and its texts, which ship with rotq."""
     return Path(str(resources.files("exporter") / "data" / "llama-5m"))
 
 
-def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Source:
+def open_source(
+    recipe: Recipe,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Source:
     """Open the float model of a recipe, or wrap a model object.
 
     Raises:
@@ -130,6 +143,7 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
     config = load_config(path, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
     wiring = wiring_for(config)
     checkpoint = open_checkpoint(path, revision=recipe.revision)
+
     folder = checkpoint.folder
     assert folder is not None  # it was opened from files
     files = side_files(folder)
@@ -144,7 +158,9 @@ def open_source(recipe: Recipe, model: Any = None, tokenizer: Any = None) -> Sou
     )
 
 
-def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
+def read_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> RowSplits:
     """Read and tokenize the text of a recipe into three splits that share no document.
 
     Args:
@@ -163,40 +179,29 @@ def read_rows(recipe: Recipe, tokenizer: Any, config: Any) -> Rows:
             recipe.model,
         )
     text = str(embedded_folder() / "calibration.txt") if data.dataset == EMBEDDED else data.dataset
-    wanted = recipe.evaluation.dataset
-    if wanted is None and data.dataset == EMBEDDED:
-        wanted = EMBEDDED
-    own = str(embedded_folder() / "evaluation.txt") if wanted == EMBEDDED else wanted
-    documents = read_documents(text)
-    splits = split_documents(
-        documents, seed=recipe.seed, evaluation=read_documents(own) if own is not None else 0.15
+    own = recipe.evaluation.dataset
+    if own is None and data.dataset == EMBEDDED:
+        own = EMBEDDED
+    if own == EMBEDDED:
+        own = str(embedded_folder() / "evaluation.txt")
+
+    cutter = RowCutter(
+        tokenizer, clamp_seqlen(data.seqlen, config), layout=data.layout, seed=recipe.seed
     )
-
-    def rows(texts: list[str], nsamples: int, dataset: str) -> list[Tensor]:
-        resolved = resolve_source(dataset)
-        return tokenize(
-            texts,
-            tokenizer,
-            seqlen=clamp_seqlen(data.seqlen, config),
-            nsamples=nsamples,
-            seed=recipe.seed,
-            layout=resolved.layout if data.layout == "auto" else data.layout,
-            joiner=resolved.joiner,
-        )
-
-    return Rows(
-        train=rows(splits.train, data.nsamples, text),
-        gate=rows(splits.gate, recipe.gate.nsamples, text),
-        evaluation=rows(splits.evaluation, recipe.evaluation.nsamples, own or text),
+    return cutter.split(
+        read_corpus(text, tokenizer, column=data.column),
+        None if own is None else read_corpus(own, tokenizer, column=recipe.evaluation.column),
+        RowCounts(data.nsamples, recipe.gate.nsamples, recipe.evaluation.nsamples),
     )
 
 
-def _wrap(model: Any, tokenizer: Any) -> Source:
+def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> Source:
     config = getattr(model, "config", None)
     if config is None:
         raise CheckpointError(
             f"a {type(model).__name__} is no Hugging Face model: it has no config"
         )
+
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     if tokenizer is None:
         if not Path(name).is_dir():
@@ -205,10 +210,14 @@ def _wrap(model: Any, tokenizer: Any) -> Source:
                 hint="pass tokenizer=AutoTokenizer...",
             )
         tokenizer = load_tokenizer(Path(name))
+
+    # The files that every output carries along; removed with the source.
     scratch = Path(tempfile.mkdtemp(prefix="rotq-"))
     tokenizer.save_pretrained(scratch)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(scratch)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(scratch)
+
     source = Source(
         name=name,
         wiring=wiring_for(config),
@@ -221,7 +230,7 @@ def _wrap(model: Any, tokenizer: Any) -> Source:
     return source
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 
     Raises:
@@ -230,7 +239,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+        return tokenizer
     # transformers raises OSError, ValueError or a tokenizers exception of its own
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -65,3 +65,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe) -> 
 
     root = tmp_path_factory.mktemp("exported")
     return export(small_recipe, RunOptions(root / "demo", work_dir=root / "work")).output
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, made once into the user's cache; workers wait for the first one."""
+    from benchmarks.real_model import UnavailableError, real_model
+
+    try:
+        return real_model()
+    except UnavailableError as error:
+        pytest.skip(f"the real model cannot be had: {error}")

@@ -156,7 +156,7 @@ def test_empty_calibration_text(model: Path, tmp_path: Path, text: str) -> None:
 def test_calibration_text_that_is_too_short(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("once upon a time\n")
-    _refused(model, tmp_path, DataError, "too few", calibration__dataset=str(path))
+    _refused(model, tmp_path, DataError, "too short", calibration__dataset=str(path))
 
 
 def test_missing_calibration_text(model: Path, tmp_path: Path) -> None:

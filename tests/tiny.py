@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -161,9 +161,11 @@ class Tiny:
         kinds: tuple[Kind, ...] = ("r1", "r2", "r3", "r4")
         return [kind for kind in kinds if self.wiring.refusal(kind) is None]
 
-    def rotations(self, kinds: list[Kind]) -> RotationSet:
+    def rotations(self, kinds: list[Kind], signs: int | None = None) -> RotationSet:
         """Dense random R1 and R2, another one for every layer and KV head, and Hadamard R3 and
         R4.
+
+        ``signs`` is their seed: rotq makes R3 and R4 without signs, and takes what has them.
         """
         sizes = self.wiring.sizes
         result: list[Rotation] = []
@@ -177,7 +179,10 @@ class Tiny:
                 ]
                 result.append(fused_rotation("r2", torch.stack(heads), layer=layer))
         online = [kind for kind in kinds if kind in ("r3", "r4")]
-        return RotationSet(result).merged(hadamard_rotations(self.wiring, online, seed=5).values())
+        made = hadamard_rotations(self.wiring, online)
+        return RotationSet(result).merged(
+            replace(rotation, seed=signs) for rotation in made.values()
+        )
 
 
 def make_tiny(config: Any) -> Tiny:
@@ -223,10 +228,15 @@ def token_rows(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Tensor]:
 
 
 def fuse_tiny(
-    tiny: Tiny, kinds: Sequence[Kind] = (), dtype: torch.dtype = torch.float32
+    tiny: Tiny,
+    kinds: Sequence[Kind] = (),
+    dtype: torch.dtype = torch.float32,
+    signs: int | None = None,
 ) -> FusedModel:
-    """The model with its norms and, where they are offered, the rotations ``kinds`` folded in."""
-    rotations = tiny.rotations([kind for kind in kinds if kind in tiny.offered()])
+    """The model with its norms and, where they are offered, the rotations ``kinds`` folded in; see
+    :meth:`Tiny.rotations` for ``signs``.
+    """
+    rotations = tiny.rotations([kind for kind in kinds if kind in tiny.offered()], signs)
     return fuse(tiny.state, tiny.wiring, rotations, dtype=dtype)
 
 

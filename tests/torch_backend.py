@@ -17,11 +17,14 @@ from torch import Tensor
 from backends.base import (
     Fusion,
     ProbedModel,
+    Reason,
+    Request,
     RuntimeMissing,
     RuntimeModel,
     StoredTensor,
     WriteOptions,
 )
+from backends.rules import Limits
 from backends.torch_model import TorchModel
 from calib.artifact import (
     QuantizedCache,
@@ -32,7 +35,6 @@ from calib.artifact import (
 )
 from calib.errors import BackendError
 from calib.measure.reference import build_reference
-from calib.schemes import LinearScheme, TensorScheme
 
 DTYPES: dict[str, str | None] = {
     "plain": "float32",
@@ -74,36 +76,32 @@ class TorchBackend:
 
     name = "torch"
     targets = tuple(DTYPES)
+    contract = 2
 
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        return (
-            "no float8 kernels"
-            if (scheme.weight.format.kind, target) == ("float", "plain")
-            else None
+    def refusals(self, request: Request) -> list[Reason]:
+        target = request.target
+        half = target == "half"
+        limits = Limits(
+            linear=lambda scheme: (
+                "no float8 kernels"
+                if (scheme.weight.format.kind, target) == ("float", "plain")
+                else None
+            ),
+            slow=lambda scheme: (
+                "int4 weights are unpacked on every run"
+                if scheme.weight.format.name == "int4" and not half
+                else None
+            ),
+            rotation=lambda kind: "it has no place for one" if kind == "r4" and half else None,
+            options={"kv_buffer": "its caches only grow"} if half else {},
         )
-
-    def warning(self, scheme: LinearScheme, target: str) -> str | None:
-        slow = scheme.weight.format.name == "int4" and target != "half"
-        return "int4 weights are unpacked on every run" if slow else None
-
-    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
-        return None
-
-    def rotation_refusal(self, kind: str, target: str) -> str | None:
-        return "it has no place for one" if (kind, target) == ("r4", "half") else None
-
-    def logits_refusal(self, target: str) -> str | None:
-        return None
-
-    def kv_buffer_refusal(self, target: str) -> str | None:
-        return "its caches only grow" if target == "half" else None
-
-    def model_refusal(
-        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
-    ) -> tuple[str, str] | None:
-        if target == "own" and any("embed_tokens" in name for name in linears):
-            return "its embedding is quantized", "leave --override for it out"
-        return None
+        embedding = any("embed_tokens" in name for name in request.linears)
+        if request.config is not None and target == "own" and embedding:
+            return [
+                *limits.reasons(request),
+                Reason("its embedding is quantized", "leave --override for it out"),
+            ]
+        return limits.reasons(request)
 
     def compute_dtype(self, target: str) -> str | None:
         return DTYPES[target]

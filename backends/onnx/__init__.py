@@ -1,1 +1,6 @@
-"""ONNX Q/DQ graphs: standard operators only, one file that several runtimes load."""
+"""ONNX Q/DQ graphs: standard operators only, one file that several runtimes load.
+
+Public is the backend; everything else may change.
+"""
+
+__all__ = ["backend"]

@@ -18,13 +18,12 @@ denormal numbers, on which the product with v is up to 100 times slower.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from backends.onnx.nodes import constant, integers, replace, size
+from backends.onnx.nodes import Attribute, constant, integers, replace, size
 from backends.onnx.placeholders import ATTENTION, DOMAIN, SCALE_ATTRIBUTE, SOFTCAP_ATTRIBUTE
 from backends.onnx.prefix import Constants, constants
 from calib.artifact import Prefix
@@ -43,15 +42,16 @@ def lower_attention(model: ir.Model, prefix: Prefix | None = None) -> None:
     """
     graph = model.graph
     masks = Masks(graph)
-    for layer, site in enumerate(sites(graph)):
+    for layer, placeholder in enumerate(attention_placeholders(graph)):
         nodes = tape.Tape()
-        before = None if prefix is None else constants(graph, prefix, layer, site.dtype)
-        mixed = attention(graph, nodes, site, site.inputs, masks.of(site), before)
-        replace(graph, site.node, nodes, mixed)
+        before = None if prefix is None else constants(graph, prefix, layer, placeholder.dtype)
+        mask = masks.of(placeholder)
+        mixed = attention(graph, nodes, placeholder, placeholder.inputs, mask, before)
+        replace(graph, placeholder.node, nodes, mixed)
 
 
 @dataclass(frozen=True)
-class Site:
+class AttentionPlaceholder:
     """One placeholder.
 
     Attributes:
@@ -88,9 +88,9 @@ class Site:
         return size(self.inputs[1], 1)
 
 
-def sites(graph: ir.Graph) -> list[Site]:
+def attention_placeholders(graph: ir.Graph) -> list[AttentionPlaceholder]:
     """The attention placeholders of ``graph``, in order."""
-    found = []
+    placeholders = []
     for index, node in enumerate(
         [n for n in graph if (n.domain, n.op_type) == (DOMAIN, ATTENTION)]
     ):
@@ -98,8 +98,12 @@ def sites(graph: ir.Graph) -> list[Site]:
         cap = node.attributes.get(SOFTCAP_ATTRIBUTE)
         scale = node.attributes[SCALE_ATTRIBUTE].as_float()
         softcap = None if cap is None else cap.as_float()
-        found.append(Site(f"attention.{index}", node, (query, key, value), mask, scale, softcap))
-    return found
+        placeholders.append(
+            AttentionPlaceholder(
+                f"attention.{index}", node, (query, key, value), mask, scale, softcap
+            )
+        )
+    return placeholders
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,13 @@ class Masks:
         self._graph = graph
         self._made: dict[str | None, Mask] = {}
 
-    def of(self, site: Site) -> Mask:
-        """The mask of ``site``."""
-        name = site.mask.name
+    def of(self, placeholder: AttentionPlaceholder) -> Mask:
+        """The mask of ``placeholder``."""
+        name = placeholder.mask.name
         if name not in self._made:
             builder = tape.Tape()
-            self._made[name] = self._make(builder, site.mask, site.dtype)
-            self._graph.insert_before(site.node, list(builder.nodes))
+            self._made[name] = self._make(builder, placeholder.mask, placeholder.dtype)
+            self._graph.insert_before(placeholder.node, list(builder.nodes))
         return self._made[name]
 
     def _make(self, builder: tape.Tape, mask: ir.Value, dtype: ir.DataType) -> Mask:
@@ -139,9 +143,10 @@ class Masks:
         hidden = constant(
             self._graph, f"attention.hidden.{dtype.name}", np.array(lowest, dtype.numpy())
         )
-        seen = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
+        visible = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
+
         return Mask(
-            bias=builder.op("Where", [mask, seen, hidden], name=f"{mask.name}/Bias"),
+            bias=builder.op("Where", [mask, visible, hidden], name=f"{mask.name}/Bias"),
             sequence=builder.op(
                 "Shape", [mask], {"start": 2, "end": 3}, name=f"{mask.name}/Sequence"
             ),
@@ -152,26 +157,24 @@ class Masks:
 def attention(
     graph: ir.Graph,
     builder: tape.Tape,
-    site: Site,
+    placeholder: AttentionPlaceholder,
     inputs: tuple[ir.Value, ir.Value, ir.Value],
     mask: Mask,
     prefix: Constants | None = None,
 ) -> ir.Value:
-    """The nodes of ``site``, appended to ``builder``.
+    """The nodes of ``placeholder``, appended to ``builder``.
 
     Args:
         graph: gets the constants.
         builder: gets the nodes.
-        site: says how.
+        placeholder: says how.
         inputs: queries, keys and values.
-        mask: of the site.
-        prefix: keys and values that all queries see besides ``inputs``. They have scores of their
-            own, so that a cache is not copied to put them before it.
+        mask: of the placeholder.
 
     Returns:
         ``[B, S, heads, d]``.
     """
-    nodes = _Nodes(graph, builder, site, mask)
+    nodes = _Nodes(graph, builder, placeholder, mask)
     query, key, value = inputs
     query = nodes.grouped_queries(query)
 
@@ -201,49 +204,51 @@ class _Nodes:
 
     graph: ir.Graph
     builder: tape.Tape
-    site: Site
+    placeholder: AttentionPlaceholder
     mask: Mask
 
-    def op(self, kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
-        """A node, named after the site and ``label``."""
-        return self.builder.op(kind, inputs, attributes, name=f"{self.site.name}/{label}")
+    def op(
+        self, kind: str, inputs: list[ir.Value], label: str, **attributes: Attribute
+    ) -> ir.Value:
+        """A node, named after the placeholder and ``label``."""
+        return self.builder.op(kind, inputs, attributes, name=f"{self.placeholder.name}/{label}")
 
     def scalar(self, label: str, number: float) -> ir.Value:
         """A constant in the dtype of the scores, held once."""
-        dtype = self.site.dtype
+        dtype = self.placeholder.dtype
         name = f"attention.{label}.{number!r}.{dtype.name}"
         return constant(self.graph, name, np.array(number, dtype.numpy()))
 
     @property
     def is_grouped(self) -> bool:
         """Whether query heads share key heads."""
-        return self.site.heads != self.site.kv_heads
+        return self.placeholder.heads != self.placeholder.kv_heads
 
     def grouped_queries(self, query: ir.Value) -> ir.Value:
         """``[B, heads, S, d]`` to ``[B, kv_heads, G S, d]``."""
         if not self.is_grouped:
             return query
-        dims = (0, self.site.kv_heads, -1, size(self.site.inputs[0], 3))
+        dims = (0, self.placeholder.kv_heads, -1, size(self.placeholder.inputs[0], 3))
         return self.op("Reshape", [query, integers(self.graph, dims)], "Group")
 
     def scores(self, query: ir.Value, key: ir.Value, label: str = "") -> ir.Value:
         """``cap(q (s k)^T)``, ``[B, heads, S, T]``."""
-        site = self.site
-        scaled = self.op("Mul", [key, self.scalar("scale", site.scale)], f"{label}Scale")
+        placeholder = self.placeholder
+        scaled = self.op("Mul", [key, self.scalar("scale", placeholder.scale)], f"{label}Scale")
         keys = self.op("Transpose", [scaled], f"{label}Keys", perm=[0, 1, 3, 2])
         scores = self.op("MatMul", [query, keys], f"{label}Scores")
 
         if self.is_grouped:
             dims = [
-                integers(self.graph, (0, site.heads)),
+                integers(self.graph, (0, placeholder.heads)),
                 self.mask.sequence,
                 integers(self.graph, (-1,)),
             ]
             apart = self.op("Concat", dims, f"{label}Heads", axis=0)
             scores = self.op("Reshape", [scores, apart], f"{label}Ungroup")
 
-        if site.softcap is not None:
-            cap = self.scalar("cap", site.softcap)
+        if placeholder.softcap is not None:
+            cap = self.scalar("cap", placeholder.softcap)
             quotient = self.op("Div", [scores, cap], f"{label}Divide")
             scores = self.op(
                 "Mul", [self.op("Tanh", [quotient], f"{label}Tanh"), cap], f"{label}Cap"
@@ -254,7 +259,7 @@ class _Nodes:
     def weights(self, scores: ir.Value) -> ir.Value:
         """Their softmax, without denormal numbers on a CPU."""
         # what computes in fewer bits is no CPU, and fuses attention without the Max
-        if self.site.dtype == ir.DataType.FLOAT:
+        if self.placeholder.dtype == ir.DataType.FLOAT:
             axis = integers(self.graph, (-1,))
             largest = self.op("ReduceMax", [scores, axis], "Largest", keepdims=1)
             least = self.op("Sub", [largest, self.scalar("depth", _DEPTH)], "Least")
@@ -266,7 +271,7 @@ class _Nodes:
     ) -> ir.Value:
         """The values of ``total`` tokens by their weights, ``[B, kv_heads, G S, d]``."""
         if self.is_grouped:
-            dims = [integers(self.graph, (0, self.site.kv_heads, -1)), total]
+            dims = [integers(self.graph, (0, self.placeholder.kv_heads, -1)), total]
             together = self.op("Concat", dims, f"{label}Groups", axis=0)
             weights = self.op("Reshape", [weights, together], f"{label}Regroup")
         return self.op("MatMul", [weights, value], f"{label}Values")
@@ -274,7 +279,7 @@ class _Nodes:
     def output(self, mixed: ir.Value) -> ir.Value:
         """``[B, S, heads, d]``."""
         if self.is_grouped:
-            dims = (0, self.site.heads, -1, size(self.site.inputs[2], 3))
+            dims = (0, self.placeholder.heads, -1, size(self.placeholder.inputs[2], 3))
             mixed = self.op("Reshape", [mixed, integers(self.graph, dims)], "Split")
         return self.op("Transpose", [mixed], "Output", perm=[0, 2, 1, 3])
 

@@ -6,19 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from backends.base import Fusion, StoredTensor, WriteOptions
-from backends.onnx.targets import TARGETS
+from backends.base import Fusion, Reason, Request, StoredTensor, WriteOptions
+from backends.onnx.file_names import DATA_FILE, DATA_SHARDS, GENAI_DTYPES, GENAI_FILE, MODEL_FILE
+from backends.onnx.targets import TARGETS, Target
+from backends.rules import Limits
 
 if TYPE_CHECKING:
     from backends.onnx.openvino_runner import OpenVinoModel
     from backends.onnx.runner import OnnxModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
-    from calib.schemes import LinearScheme, TensorScheme
-
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 
 
 class OnnxBackend:
@@ -28,38 +26,19 @@ class OnnxBackend:
 
     name = "onnx"
     targets = tuple(TARGETS)
+    contract = 2
 
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].refusal(scheme)
+    def refusals(self, request: Request) -> list[Reason]:
+        """See :class:`~backends.base.Backend`. Online rotations are standard nodes, and logits of
+        the last token alone a Gather: neither is refused.
+        """
+        reasons = _limits(TARGETS[request.target]).reasons(request)
+        if request.config is not None:
+            from backends.onnx.refusals import graph_refusal
 
-    def warning(self, scheme: LinearScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].warning(scheme)
-
-    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].cache_refusal(scheme)
-
-    def rotation_refusal(self, kind: str, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`; online rotations are standard nodes."""
-        return None
-
-    def logits_refusal(self, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return None
-
-    def kv_buffer_refusal(self, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].shared_buffer
-
-    def model_refusal(
-        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
-    ) -> tuple[str, str] | None:
-        """See :class:`~backends.base.Backend`."""
-        from backends.onnx.refusals import graph_refusal
-
-        return graph_refusal(config, linears)
+            refusal = graph_refusal(request.config, request.linears)
+            reasons += [] if refusal is None else [refusal]
+        return reasons
 
     def compute_dtype(self, target: str) -> str:
         """See :class:`~backends.base.Backend`."""
@@ -70,6 +49,13 @@ class OnnxBackend:
         from backends.onnx.write import write
 
         write(model, folder / MODEL_FILE, options)
+
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        """See :class:`~backends.base.ListsFiles`."""
+        limit = request.max_shard_bytes
+        data = DATA_FILE if limit is None or nbytes <= limit else DATA_SHARDS
+        generating = TARGETS[request.target].compute_dtype in GENAI_DTYPES
+        return (MODEL_FILE, data, *((GENAI_FILE,) if generating else ()))
 
     def load(self, folder: Path, target: str, *, exact: bool) -> OnnxModel | OpenVinoModel:
         """See :class:`~backends.base.Backend`."""
@@ -106,3 +92,14 @@ class OnnxBackend:
         from backends.onnx.contents import contents
 
         return contents(folder / MODEL_FILE)
+
+
+def _limits(target: Target) -> Limits:
+    options: dict[str, str | Mapping[object, str]] = {"dtype": target.dtypes}
+    refused = target.shared_buffer_refusal()
+    if refused is not None:
+        options["kv_buffer"] = refused
+
+    return Limits(
+        linear=target.refusal, slow=target.warning, cache=target.cache_refusal, options=options
+    )

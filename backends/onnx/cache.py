@@ -44,24 +44,31 @@ def _quantize(graph: ir.Graph, name: str, scale: Tensor, storage: ir.DataType) -
     label, width = f"kv_cache.{name}", size(new, 3)
     step = constant(graph, f"{label}_scale", scale.float().numpy(), new.dtype)
     assert step.const_value is not None
+
     if not 0 < float(step.const_value.numpy()) < float("inf"):
         raise BackendError(
             f"the scale of the cached '{name}' is {float(scale):g}, which {new.dtype.name} does not"
             " hold",
             hint="calibrate the model in the dtype of the target, or leave --kv out",
         )
+
     zero = constant(graph, f"kv_cache.zero_point.{storage.name}", np.array(0), storage)
     nothing = constant(graph, f"kv_cache.barrier.{width}", np.zeros(width), new.dtype)
     readers = list(present.uses())
+
+    # the new tokens are rounded before the Concat, and everything is read behind it
     before, after = tape.Tape(), tape.Tape()
     kept_apart = before.op("Add", [new, nothing], name=f"{label}/Barrier")
     stored = before.op("QuantizeLinear", [kept_apart, step, zero], name=f"{label}/Quantize")
     read = after.op("DequantizeLinear", [present, step, zero], name=f"{label}/Dequantize")
     stored.shape, read.shape, read.type = new.shape, present.shape, present.type
+
+    # input, appended tokens and output hold integers; readers see floats, as before
     for value in (past, stored, present):
         value.type = ir.TensorType(storage)
     for reader, index in readers:
         reader.replace_input_with(index, read)
+
     concat.replace_input_with(1, stored)
     graph.insert_before(concat, list(before.nodes))
     graph.insert_after(concat, list(after.nodes))
@@ -80,6 +87,7 @@ def _appended(graph: ir.Graph, name: str) -> tuple[ir.Node, ir.Value, ir.Value, 
         past, new = concat.inputs
         if past is not None and new is not None and past.is_graph_input():
             return concat, past, new, present
+
     raise BackendError(
         f"the cache of '{name}' cannot be quantized: the model does not append to it",
         hint="leave --kv out",

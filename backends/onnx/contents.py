@@ -9,12 +9,13 @@ import onnx_ir as ir
 
 from backends.base import ContentKind, StoredTensor
 from backends.onnx.files import read_proto
+from backends.onnx.names import SCALE_ENDING, ZERO_POINT, Part, initializer_name
 
 _KINDS: tuple[tuple[str, ContentKind], ...] = (
-    ("_scale", "scale"),
-    ("zero_point", "zero point"),
-    (".weight", "float weight"),
-    (".bias", "float weight"),
+    (SCALE_ENDING, "scale"),
+    (ZERO_POINT, "zero point"),
+    (initializer_name("", Part.WEIGHT), "float weight"),
+    (initializer_name("", Part.BIAS), "float weight"),
 )
 """Kinds by what the initializers' names end with or hold; a weight is quantized where its elements
 are a byte or less. The last part of a name may be a dtype or a number (``zero_point.int8``)."""
@@ -27,17 +28,18 @@ def contents(path: Path) -> list[StoredTensor]:
     Raises:
         BackendError: the file or its data is missing or damaged.
     """
-    found = []
+    tensors = []
     for tensor in read_proto(path).graph.initializer:
         dtype = ir.DataType(tensor.data_type)
         bits = math.prod(tensor.dims) * dtype.bitwidth
         kind = _kind(tensor.name, dtype)
-        found.append(
+        tensors.append(
             StoredTensor(
                 tensor.name, kind, dtype.name.lower(), tuple(tensor.dims), -(-bits // _BYTE)
             )
         )
-    return found
+
+    return tensors
 
 
 def _kind(name: str, dtype: ir.DataType) -> ContentKind:

@@ -21,14 +21,12 @@ import torch
 from onnx_ir import tape
 from torch import Tensor
 
+from backends.base import Reason
+from backends.onnx.names import Part, initializer_name
 from backends.onnx.nodes import integers, replace
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
 from calib.schemes import INT8, PerChannel, TensorScheme
-
-STORED = "{name}.weight"
-"""The initializer that holds the table of an embedding."""
-SCALE = "{name}.weight_scale"
 
 
 def lower_embeddings(
@@ -55,12 +53,14 @@ def lower_embeddings(
             continue
         refused = table_refusal(name, linears[name].weight_scheme)
         if refused is not None:
-            raise BackendError(f"'{name}' cannot be written as ONNX: {refused[0]}", hint=refused[1])
+            raise BackendError(
+                f"'{name}' cannot be written as ONNX: {refused.reason}", hint=refused.hint
+            )
         _lower(model.graph, linears[name], integer_rows=integer_rows)
 
 
 def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> None:
-    old = graph.initializers[STORED.format(name=table.name)]
+    old = graph.initializers[initializer_name(table.name, Part.WEIGHT)]
     users = list(old.consumers())
     if any(user.op_type != "Gather" or user.inputs[0] is not old for user in users):
         raise BackendError(
@@ -68,12 +68,16 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
             " look rows up",
             hint=f"leave it in float: --override '{table.name}=float'",
         )
+
     dtype = old.dtype
     assert dtype is not None
     assert old.name is not None
     graph.initializers.pop(old.name)
     stored = _initializer(graph, old.name, table.weight, ir.DataType.INT8)
-    scale = _initializer(graph, SCALE.format(name=table.name), table.weight_scale, dtype)
+    scale = _initializer(
+        graph, initializer_name(table.name, Part.WEIGHT_SCALE), table.weight_scale, dtype
+    )
+
     for index, node in enumerate(users):
         ids = node.inputs[1]
         assert ids is not None
@@ -95,13 +99,13 @@ def _lower(graph: ir.Graph, table: QuantizedLinear, *, integer_rows: bool) -> No
         replace(graph, node, builder, output)
 
 
-def table_refusal(name: str, scheme: TensorScheme) -> tuple[str, str] | None:
+def table_refusal(name: str, scheme: TensorScheme) -> Reason | None:
     """Why the embedding ``name`` cannot be written in ``scheme``, and what to do; ``None`` if it
     can.
     """
     if scheme.format == INT8 and isinstance(scheme.granularity, PerChannel) and scheme.symmetric:
         return None
-    return (
+    return Reason(
         (
             "embeddings are looked up as rows of int8 with one scale each, without zero points,"
             f" and '{name}' would be something else"
@@ -111,14 +115,16 @@ def table_refusal(name: str, scheme: TensorScheme) -> tuple[str, str] | None:
 
 
 def read_embedding(
-    graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme: Any
+    graph: ir.Graph, name: str, entry: Mapping[str, Any], scheme: TensorScheme
 ) -> QuantizedLinear:
     """The embedding ``name`` as a written graph holds it."""
     stored, scale = (
-        graph.initializers[template.format(name=name)].const_value for template in (STORED, SCALE)
+        graph.initializers[initializer_name(name, part)].const_value
+        for part in (Part.WEIGHT, Part.WEIGHT_SCALE)
     )
     assert stored is not None
     assert scale is not None
+
     return QuantizedLinear(
         name=name,
         weight=torch.from_numpy(stored.numpy().copy()),
@@ -133,12 +139,12 @@ def read_embedding(
 
 def _initializer(graph: ir.Graph, name: str, tensor: Tensor, dtype: ir.DataType) -> ir.Value:
     shape = ir.Shape(tuple(tensor.shape))
-    held = ir.LazyTensor(
+    unread = ir.LazyTensor(
         lambda: ir.tensor(tensor.contiguous(), dtype=dtype, name=name),
         dtype=dtype,
         shape=shape,
         name=name,
     )
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=held)
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=unread)
     graph.register_initializer(value)
     return value

@@ -26,7 +26,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 from torch import Tensor
 
-from backends.onnx.nodes import constant, integers, replace
+from backends.onnx.nodes import Attribute, constant, integers, replace
 from backends.onnx.placeholders import COUNT_ATTRIBUTE, DOMAIN, EXPERTS, LINEAR, MODULE_ATTRIBUTE
 from calib.architectures import LinearSpec, wiring_of
 from calib.artifact import QuantizedModel
@@ -71,6 +71,7 @@ def lower_experts(model: ir.Model, config: Mapping[str, Any], *, routed: bool) -
     for spec in wiring.linears:
         if spec.layout == "experts":
             paths.setdefault(spec.name.rpartition(".")[0], []).append(spec)
+
     for node in list(model.graph):
         if (node.domain, node.op_type) == (DOMAIN, EXPERTS):
             path = node.attributes[MODULE_ATTRIBUTE].as_string()
@@ -133,6 +134,7 @@ class _Layer:
             self.graph, f"experts.zero.{weights.dtype.name}", np.array(0), weights.dtype
         )
         mine = self._op("Equal", [chosen, numbers], "Chosen")  # [experts, tokens, k]
+
         return self._op(
             "ReduceSum",
             [self._op("Where", [mine, weights, zero], "Weights"), integers(self.graph, (-1,))],
@@ -156,12 +158,15 @@ class _Layer:
         x = self._op("Gather", [hidden, token], f"{label}/Input")
         # Without a name for the number of tokens: ONNX Runtime takes equal names for equal sizes.
         x.shape, x.type = ir.Shape([None, *_features(hidden)]), hidden.type
-        found = self._weighted(expert, x, self._op("Gather", [gate, token], f"{label}/Weight"))
-        found = self._op(
-            "Add", [self._op("Gather", [total, token], f"{label}/Before"), found], f"{label}/Sum"
+
+        # no token comes twice, so that what is gathered can be scattered back
+        weighted = self._weighted(expert, x, self._op("Gather", [gate, token], f"{label}/Weight"))
+        weighted = self._op(
+            "Add", [self._op("Gather", [total, token], f"{label}/Before"), weighted], f"{label}/Sum"
         )
         rows = self._op("Unsqueeze", [token, integers(self.graph, (1,))], f"{label}/Rows")
-        return self._op("ScatterND", [total, rows, found], f"{label}/Total")
+
+        return self._op("ScatterND", [total, rows, weighted], f"{label}/Total")
 
     def _weighted(self, expert: int, x: ir.Value, gate: ir.Value) -> ir.Value:
         """What expert ``expert`` makes of ``x [n, h]``, each row ``gate [n]`` times."""
@@ -170,6 +175,8 @@ class _Layer:
         halves = {"axis": -1, "num_outputs": 2}
         split = f"{self.path}/{label}/Split"
         opened, up = self.builder.op_multi_out("Split", [both], halves, num_outputs=2, name=split)
+
+        # act(gate x) * up x, whose width only the weights of the next linear know
         inner = self._op(
             "Mul",
             [self.activation(self.builder, opened, f"{self.path}/{label}"), up],
@@ -178,6 +185,7 @@ class _Layer:
         assert x.shape is not None
         inner.shape, inner.type = ir.Shape([x.shape[0], None]), x.type
         column = self._op("Unsqueeze", [gate, integers(self.graph, (1,))], f"{label}/Column")
+
         return self._op(
             "Mul", [self._linear(inner, f"{self.down}.{expert}"), column], f"{label}/Weighted"
         )
@@ -188,7 +196,9 @@ class _Layer:
         output.shape, output.type = ir.Shape([x.shape[0], None]), x.type
         return output
 
-    def _op(self, kind: str, inputs: list[ir.Value], label: str, **attributes: Any) -> ir.Value:
+    def _op(
+        self, kind: str, inputs: list[ir.Value], label: str, **attributes: Attribute
+    ) -> ir.Value:
         return self.builder.op(kind, inputs, attributes, name=f"{self.path}/{label}")
 
 

@@ -40,18 +40,18 @@ class CacheInput:
 
 def cache_inputs(graph: onnx.GraphProto) -> list[CacheInput]:
     """Keys and values that the graph takes, in its own order."""
-    found = []
+    caches = []
     for value in graph.input:
         if value.name.startswith(CACHE):
             kind = value.type.tensor_type
             _, heads, tokens, width = kind.shape.dim
             shared = tokens.dim_param == CAPACITY
-            found.append(
+            caches.append(
                 CacheInput(
                     value.name, _DTYPES[kind.elem_type], heads.dim_value, width.dim_value, shared
                 )
             )
-    return found
+    return caches
 
 
 def feeds(
@@ -68,11 +68,17 @@ def feeds(
             torch.zeros(batch, cache.heads, 0, cache.head_dim, dtype=cache.dtype)
             for cache in caches
         ]
-    found = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
     for cache, tensor in zip(caches, past, strict=True):
         room = attention_mask.shape[1] - tensor.shape[2] if cache.shared else 0
-        found[cache.name] = pad(tensor, (0, 0, 0, room))
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+        inputs[cache.name] = pad(tensor, (0, 0, 0, room))
+
+    return {name: tensor.contiguous() for name, tensor in inputs.items()}
 
 
 def whole_row(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+# its stubs are a package of their own
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from calib.errors import BackendError
 
@@ -38,8 +40,10 @@ def read_proto(path: Path) -> onnx.ModelProto:
         proto = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise unreadable(path, str(error)) from error
+
     if not proto.graph.node:
         raise unreadable(path, "it holds no graph")
+
     _check_data(path, proto)
     return proto
 
@@ -67,9 +71,9 @@ def data_range(tensor: onnx.TensorProto) -> DataRange | None:
 def data_ranges(proto: onnx.ModelProto) -> Iterator[tuple[str, DataRange]]:
     """Name and place of each external initializer of the graph."""
     for tensor in proto.graph.initializer:
-        found = data_range(tensor)
-        if found is not None:
-            yield tensor.name, found
+        place = data_range(tensor)
+        if place is not None:
+            yield tensor.name, place
 
 
 def _check_data(path: Path, proto: onnx.ModelProto) -> None:
@@ -79,6 +83,7 @@ def _check_data(path: Path, proto: onnx.ModelProto) -> None:
         needed[place.location] = max(
             needed.get(place.location, (0, name)), (place.offset + place.length, name)
         )
+
     for location, (end, name) in needed.items():
         if not location or Path(location).name != location:
             raise unreadable(

@@ -11,10 +11,9 @@ import onnx
 
 from backends.base import Fusion
 from backends.onnx.files import read_proto
-from backends.onnx.packing import members
-from backends.onnx.runner import open_session, session_options
-
-_SUFFIX = "/DequantizeWeight"
+from backends.onnx.names import Label, linear_of, members
+from backends.onnx.ort_options import session_options
+from backends.onnx.runner import open_session
 
 
 def ort_fusion(path: Path) -> Fusion:
@@ -29,6 +28,7 @@ def ort_fusion(path: Path) -> Fusion:
     """
     written = read_proto(path).graph
     weights = _weights(written)
+
     with tempfile.TemporaryDirectory() as scratch:
         optimized_path = Path(scratch) / "optimized.onnx"
         options = session_options(exact=False)
@@ -38,13 +38,17 @@ def ort_fusion(path: Path) -> Fusion:
         )
         open_session(str(path), options, path)
         optimized = onnx.load(optimized_path, load_external_data=False).graph
+
     constants = {tensor.name for tensor in optimized.initializer}
     whole = [
         node
         for node in optimized.node
         if node.op_type == "DequantizeLinear" and node.input[0] in constants
     ]
-    left = {node.name.removesuffix(_SUFFIX) for node in whole} | {node.input[0] for node in whole}
+    left = {linear_of(node.name, Label.DEQUANTIZE_WEIGHT) for node in whole} | {
+        node.input[0] for node in whole
+    }
+
     return Fusion(
         quantized=_count(weights),
         unfused=[
@@ -69,15 +73,17 @@ def openvino_fusion(path: Path) -> Fusion:
     graph = read_proto(path).graph
     weights = _weights(graph)
     multiplied = {
-        node.name.removesuffix("/MatMul") for node in graph.node if node.op_type == "MatMul"
+        linear_of(node.name, Label.MATMUL) for node in graph.node if node.op_type == "MatMul"
     }
-    found = kernels(path)
-    fused = [names for _, integer, names in found if integer]
+    executed = kernels(path)
+    fused = [names for _, integer, names in executed if integer]
     known = {
         part
         for names in fused
         for name in names
-        for part in (name, name.split("/MatMul", maxsplit=1)[0])
+        # What is fused behind a product renames it, and a constant that was computed anew has lost
+        # its name.
+        for part in (name, name.partition("/")[0])
     }
     return Fusion(
         quantized=_count(weights),
@@ -86,7 +92,7 @@ def openvino_fusion(path: Path) -> Fusion:
             for name, weight in weights.items()
             if name in multiplied and not {name, weight} & known
         ],
-        kernels=dict(Counter(kind for kind, _, _ in found)),
+        kernels=dict(Counter(kind for kind, _, _ in executed)),
     )
 
 
@@ -97,7 +103,7 @@ def _count(weights: Mapping[str, str]) -> int:
 def _weights(graph: onnx.GraphProto) -> Mapping[str, str]:
     """The value that each quantized linear, pack of linears or table dequantizes, by its name."""
     return {
-        node.name.removesuffix(_SUFFIX): node.input[0]
+        linear: node.input[0]
         for node in graph.node
-        if node.name.endswith(_SUFFIX)
+        if (linear := linear_of(node.name, Label.DEQUANTIZE_WEIGHT)) is not None
     }

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from backends.onnx.file_names import GENAI_FILE
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 
-GENAI_FILE = "genai_config.json"
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _KNOWN_TYPES = frozenset(
     {
         "gemma",
@@ -61,8 +64,8 @@ def write_genai_config(
     model: QuantizedModel, graph: str, folder: Path, *, shared_buffer: bool = False
 ) -> None:
     """Write :data:`GENAI_FILE` for the graph file called ``graph`` into ``folder``."""
-    found = genai_config(model.config, _generation(model), graph, shared_buffer=shared_buffer)
-    text = json.dumps(found, indent=2)
+    content = genai_config(model.config, _generation(model), graph, shared_buffer=shared_buffer)
+    text = json.dumps(content, indent=2)
     (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -87,6 +90,7 @@ def genai_config(
     context = network.max_position_embeddings
     search = {name: generation[name] for name in _SEARCH if generation.get(name) is not None}
     kind = config["model_type"]
+
     return {
         "model": {
             "type": kind if kind in _KNOWN_TYPES else _PLAIN_DECODER,
@@ -114,12 +118,12 @@ def genai_config(
     }
 
 
-def _special_tokens(network: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
+def _special_tokens(network: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Ids by name; the generation config knows all that end a turn, the config often one alone.
 
     onnxruntime-genai refuses ids outside the vocabulary, which a text cannot hold anyway.
     """
-    found: dict[str, Any] = {}
+    special: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = generation.get(name)
         value = getattr(network, name, None) if value is None else value
@@ -129,18 +133,19 @@ def _special_tokens(network: Any, generation: Mapping[str, Any]) -> dict[str, An
             if _is_token(token, network)
         ]
         if ids:
-            found[name] = ids if len(ids) > 1 else ids[0]
-    if "pad_token_id" not in found and "eos_token_id" in found:
-        eos = found["eos_token_id"]
-        found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return found
+            special[name] = ids if len(ids) > 1 else ids[0]
+
+    if "pad_token_id" not in special and "eos_token_id" in special:
+        eos = special["eos_token_id"]
+        special["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    return special
 
 
-def _is_token(token: Any, network: Any) -> bool:
+def _is_token(token: object, network: PretrainedConfig) -> bool:
     return isinstance(token, int) and 0 <= token < network.vocab_size
 
 
 def _generation(model: QuantizedModel) -> Mapping[str, Any]:
     path = model.files.get("generation_config.json")
-    found: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-    return found
+    settings: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return settings

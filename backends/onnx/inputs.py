@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 
 from backends.onnx.linear_nodes import STORAGE, LinearNodes
+from backends.onnx.names import ZERO_POINT, Label, Part, initializer_name
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
 from calib.schemes import INT8, NumberFormat, PerBlock, PerCluster, TensorScheme
@@ -52,12 +53,14 @@ def quantized_input(
         return _static(nodes, x, linear, scheme, unsigned=unsigned and scheme.format == INT8)
     if isinstance(scheme.granularity, PerBlock) and scheme.scale_format == "e4m3":
         return _nvfp4(nodes, _of_known_width(nodes, x, linear), linear, scheme.granularity.size)
+
     if (
         isinstance(scheme.granularity, PerBlock)
         and scheme.scale_format == "e8m0"
         and scheme.format.bits == 8
     ):
         return _mxfp8(nodes, _of_known_width(nodes, x, linear), scheme.granularity.size)
+
     raise BackendError(f"no operator of ONNX quantizes the input of '{linear.name}' while running")
 
 
@@ -67,7 +70,9 @@ def pad_features(nodes: LinearNodes, x: ir.Value, missing: int) -> ir.Value:
         return x
     assert x.shape is not None
     rank = len(x.shape)
-    return _like(nodes.op("Pad", [x, nodes.integers([0] * (2 * rank - 1) + [missing])], "Pad"), x)
+    return _like(
+        nodes.op("Pad", [x, nodes.integers([0] * (2 * rank - 1) + [missing])], Label.PAD), x
+    )
 
 
 def _static(
@@ -80,11 +85,14 @@ def _static(
 ) -> ir.Value:
     assert linear.input_scale is not None
     assert x.shape is not None
-    scale = nodes.scale("input_scale", linear.input_scale)
+    scale = nodes.scale(Part.INPUT_SCALE, linear.input_scale)
     zero = _input_zero_points(nodes, linear, scheme.format, unsigned=unsigned)
     axis = {"axis": len(x.shape) - 1} if isinstance(scheme.granularity, PerCluster) else {}
-    stored = nodes.op("QuantizeLinear", [x, scale, zero], "QuantizeInput", **axis)
-    return _like(nodes.op("DequantizeLinear", [stored, scale, zero], "DequantizeInput", **axis), x)
+    stored = nodes.op("QuantizeLinear", [x, scale, zero], Label.QUANTIZE_INPUT, **axis)
+
+    return _like(
+        nodes.op("DequantizeLinear", [stored, scale, zero], Label.DEQUANTIZE_INPUT, **axis), x
+    )
 
 
 def _input_zero_points(
@@ -94,14 +102,16 @@ def _input_zero_points(
     points, scale = linear.input_zero_point, linear.input_scale
     assert scale is not None
     storage = ir.DataType.UINT8 if unsigned else STORAGE[fmt.name]
+
     if points is None:
         return nodes.filled(
-            "zero_point", tuple(scale.shape), storage, UNSIGNED_ZERO if unsigned else 0
+            ZERO_POINT, tuple(scale.shape), storage, UNSIGNED_ZERO if unsigned else 0
         )
     if not unsigned:
-        return zero_points(nodes, "input_zero_point", points, fmt)
+        return zero_points(nodes, Part.INPUT_ZERO_POINT, points, fmt)
+
     return nodes.lazy(
-        f"{nodes.name}.input_zero_point",
+        initializer_name(nodes.name, Part.INPUT_ZERO_POINT),
         points.shape,
         storage,
         lambda: (points.short() + UNSIGNED_ZERO).to(torch.uint8),
@@ -114,13 +124,15 @@ def _of_known_width(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) ->
     """
     assert x.shape is not None
     dims = [*[0] * (len(x.shape) - 1), linear.weight.shape[1]]
-    return _like(nodes.op("Reshape", [x, nodes.integers(dims)], "Width"), x)
+    return _like(nodes.op("Reshape", [x, nodes.integers(dims)], Label.WIDTH), x)
 
 
-def zero_points(nodes: LinearNodes, part: str, points: torch.Tensor, fmt: NumberFormat) -> ir.Value:
+def zero_points(
+    nodes: LinearNodes, part: Part, points: torch.Tensor, fmt: NumberFormat
+) -> ir.Value:
     """Zero points as integers of the storage format."""
     return nodes.lazy(
-        f"{nodes.name}.{part}",
+        initializer_name(nodes.name, part),
         points.shape,
         STORAGE[fmt.name],
         lambda: points.to(torch.int8).contiguous(),
@@ -129,11 +141,11 @@ def zero_points(nodes: LinearNodes, part: str, points: torch.Tensor, fmt: Number
 
 def _nvfp4(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, size: int) -> ir.Value:
     assert linear.input_scale is not None
-    second = nodes.scale("input_scale", linear.input_scale, torch.float32)
+    second = nodes.scale(Part.INPUT_SCALE, linear.input_scale, torch.float32)
     codes, scales = nodes.custom(
         "TRT_FP4DynamicQuantize",
         [x, second],
-        "QuantizeInput",
+        Label.QUANTIZE_INPUT,
         domain=TRT,
         outputs=2,
         axis=-1,
@@ -142,18 +154,19 @@ def _nvfp4(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, size: int) 
     )
     codes.type = ir.TensorType(ir.DataType.FLOAT4E2M1)
     scales.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
-    step = nodes.op("DequantizeLinear", [scales, second], "DequantizeInputScale")
+    step = nodes.op("DequantizeLinear", [scales, second], Label.DEQUANTIZE_INPUT_SCALE)
     values = nodes.op(
-        "DequantizeLinear", [codes, step], "DequantizeInput", axis=-1, block_size=size
+        "DequantizeLinear", [codes, step], Label.DEQUANTIZE_INPUT, axis=-1, block_size=size
     )
-    return _like(nodes.op("Cast", [values], "CastInput", to=int(nodes.dtype)), x)
+
+    return _like(nodes.op("Cast", [values], Label.CAST_INPUT, to=int(nodes.dtype)), x)
 
 
 def _mxfp8(nodes: LinearNodes, x: ir.Value, size: int) -> ir.Value:
     codes, exponents = nodes.custom(
         "TRT_MXFP8DynamicQuantize",
         [x],
-        "QuantizeInput",
+        Label.QUANTIZE_INPUT,
         domain=TRT,
         outputs=2,
         axis=-1,
@@ -162,11 +175,14 @@ def _mxfp8(nodes: LinearNodes, x: ir.Value, size: int) -> ir.Value:
     )
     codes.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
     exponents.type = ir.TensorType(ir.DataType.UINT8)
-    return _like(mxfp8_values(nodes, codes, exponents, "DequantizeInput", axis=-1, size=size), x)
+
+    return _like(
+        mxfp8_values(nodes, codes, exponents, Label.DEQUANTIZE_INPUT, axis=-1, size=size), x
+    )
 
 
 def mxfp8_values(
-    nodes: LinearNodes, codes: ir.Value, exponents: ir.Value, label: str, *, axis: int, size: int
+    nodes: LinearNodes, codes: ir.Value, exponents: ir.Value, label: Label, *, axis: int, size: int
 ) -> ir.Value:
     """E4M3 codes times powers of two, in the dtype of the graph."""
     (values,) = nodes.custom(

@@ -11,6 +11,7 @@ import torch
 from onnx_ir import tape
 from torch import Tensor
 
+from backends.onnx.names import Label, Part, initializer_name, node_name
 from backends.onnx.nodes import constant, integers
 from backends.onnx.row_tensor import RowTensor
 from calib.errors import BackendError
@@ -46,43 +47,47 @@ class LinearNodes:
         self.tape = tape.Tape()
 
     def op(
-        self, operator: str, inputs: Sequence[ir.Value], label: str, **attributes: int
+        self, operator: str, inputs: Sequence[ir.Value], label: Label, **attributes: int
     ) -> ir.Value:
         """A node of the standard domain, called ``{linear}/{label}``, and its only output."""
-        return self.tape.op(operator, inputs, attributes, name=f"{self.name}/{label}")
+        return self.tape.op(operator, inputs, attributes, name=node_name(self.name, label))
 
     def split(self, x: ir.Value, sizes: ir.Value, count: int) -> Sequence[ir.Value]:
         """``x`` in ``count`` parts of its last axis."""
         return self.tape.op_multi_out(
-            "Split", [x, sizes], {"axis": -1}, num_outputs=count, name=f"{self.name}/Split"
+            "Split",
+            [x, sizes],
+            {"axis": -1},
+            num_outputs=count,
+            name=node_name(self.name, Label.SPLIT),
         )
 
     def custom(
         self,
         operator: str,
         inputs: Sequence[ir.Value],
-        label: str,
+        label: Label,
         *,
         domain: str,
         outputs: int,
         **attributes: int,
     ) -> Sequence[ir.Value]:
         """A node of another domain, and its outputs."""
-        name = f"{self.name}/{label}"
+        name = node_name(self.name, label)
         return self.tape.op_multi_out(
             operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name
         )
 
-    def floats(self, part: str, tensor: Tensor) -> ir.Value:
+    def floats(self, part: Part, tensor: Tensor) -> ir.Value:
         """The initializer ``{linear}.{part}`` in the dtype of the graph."""
         return self.lazy(
-            f"{self.name}.{part}",
+            initializer_name(self.name, part),
             tensor.shape,
             self.dtype,
             lambda: tensor.to(self.torch_dtype).contiguous(),
         )
 
-    def scale(self, part: str, tensor: Tensor, dtype: torch.dtype | None = None) -> ir.Value:
+    def scale(self, part: Part, tensor: Tensor, dtype: torch.dtype | None = None) -> ir.Value:
         """The same for scales, in ``dtype`` if it is not that of the graph.
 
         Raises:
@@ -91,15 +96,18 @@ class LinearNodes:
         stored = dtype or self.torch_dtype
         cast = tensor.to(stored).float()
         unusable = ~((cast > 0) & cast.isfinite())
+
         if bool(unusable.any()):
             name = str(stored).removeprefix("torch.")
             before, after = float(tensor[unusable][0]), float(cast[unusable][0])
             raise BackendError(
-                f"the scale {before:g} of '{self.name}.{part}' becomes {after:g} in {name}",
+                f"the scale {before:g} of '{initializer_name(self.name, part)}' becomes {after:g}"
+                f" in {name}",
                 hint=f"calibrate with --dtype {name}, which keeps scales within its range",
             )
+
         return self.lazy(
-            f"{self.name}.{part}",
+            initializer_name(self.name, part),
             tensor.shape,
             onnx_dtype(stored),
             lambda: tensor.to(stored).contiguous(),
@@ -117,7 +125,7 @@ class LinearNodes:
             rows: by default as many as there are input features.
         """
         out, width = sum(len(weight) for weight in weights), weights[0].shape[1]
-        name, stored = f"{self.name}.weight", dtype or self.dtype
+        name, stored = initializer_name(self.name, Part.WEIGHT), dtype or self.dtype
 
         def read(start: int, stop: int) -> ir.TensorProtocol:
             turned = torch.cat([weight[:, start:stop].T for weight in weights], dim=1)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from backends.onnx.inputs import TRT, pad_features, quantized_input
 from backends.onnx.linear_nodes import LinearNodes
+from backends.onnx.names import SHARED_BARRIER, Label, Part, initializer_name
 from backends.onnx.nodes import replace
 from backends.onnx.packing import packed, packs
 from backends.onnx.placeholders import DOMAIN, LINEAR, MODULE_ATTRIBUTE
@@ -66,6 +67,7 @@ def lower(model: ir.Model, quantized: QuantizedModel, target: Target) -> None:
             f"opset {opset} cannot express quantized weights",
             hint=f"use opset {LEAST_OPSET} or a newer one",
         )
+
     _Lowering(model.graph, quantized, target).run()
     if any(linear.weight_scheme.format == FLOAT4 for linear in quantized.linears.values()):
         model.graph.opset_imports[""] = max(opset, FLOAT4_OPSET)
@@ -101,17 +103,19 @@ class _Lowering:
         readers: dict[int, list[ir.Node]] = {}
         for node in placeholders:
             readers.setdefault(id(_input(node)), []).append(node)
-        found: list[list[ir.Node]] = []
+
+        groups: list[list[ir.Node]] = []
         for together in readers.values():
             by_name = {_module(node): node for node in together}
             linears = [
                 self.quantized.linears[name] for name in by_name if name in self.quantized.linears
             ]
-            found += [[by_name[linear.name] for linear in pack] for pack in packs(linears)]
-            found += [
+            groups += [[by_name[linear.name] for linear in pack] for pack in packs(linears)]
+            groups += [
                 [node] for name, node in by_name.items() if name not in self.quantized.linears
             ]
-        return found
+
+        return groups
 
     def _replace_pack(self, together: Sequence[ir.Node]) -> None:
         """The linears as one, in place of the first; the others take their part of its outputs."""
@@ -152,11 +156,15 @@ class _Lowering:
         """
         if x.shape is None or len(x.shape) != 2:
             return self._quantized_linear(nodes, x, linear, weights)
+
         first = nodes.integers([0])
-        batched = nodes.op("Unsqueeze", [x, first], "Unsqueeze")
+        batched = nodes.op("Unsqueeze", [x, first], Label.UNSQUEEZE)
         batched.shape, batched.type = ir.Shape([1, *x.shape]), x.type
+
         return nodes.op(
-            "Squeeze", [self._quantized_linear(nodes, batched, linear, weights), first], "Squeeze"
+            "Squeeze",
+            [self._quantized_linear(nodes, batched, linear, weights), first],
+            Label.SQUEEZE,
         )
 
     def _quantized_linear(
@@ -170,8 +178,12 @@ class _Lowering:
         if linear.weight_order is not None:
             x = self._ordered(nodes, x, linear.weight_order)
         x = pad_features(nodes, x, rows - linear.weight.shape[1])
+
         if self._needs_barrier(linear):
-            x = nodes.op("Add", [x, nodes.filled("barrier", (rows,), nodes.dtype)], "Barrier")
+            x = nodes.op(
+                "Add", [x, nodes.filled(SHARED_BARRIER, (rows,), nodes.dtype)], Label.BARRIER
+            )
+
         return _product(nodes, x, dequantized_weight(nodes, linear, weights, rows), linear.bias)
 
     def _needs_barrier(self, linear: QuantizedLinear) -> bool:
@@ -189,9 +201,12 @@ class _Lowering:
 
     def _ordered(self, nodes: LinearNodes, x: ir.Value, order: Tensor) -> ir.Value:
         places = nodes.lazy(
-            f"{nodes.name}.weight_order", order.shape, ir.DataType.INT64, order.contiguous
+            initializer_name(nodes.name, Part.WEIGHT_ORDER),
+            order.shape,
+            ir.DataType.INT64,
+            order.contiguous,
         )
-        ordered = nodes.op("Gather", [x, places], "Order", axis=-1)
+        ordered = nodes.op("Gather", [x, places], Label.ORDER, axis=-1)
         ordered.shape, ordered.type = x.shape, x.type
         return ordered
 
@@ -214,7 +229,9 @@ def _input(placeholder: ir.Node) -> ir.Value:
 
 
 def _product(nodes: LinearNodes, x: ir.Value, weight: ir.Value, bias: Tensor | None) -> ir.Value:
-    product = nodes.op("MatMul", [x, weight], "MatMul")
+    product = nodes.op("MatMul", [x, weight], Label.MATMUL)
     return (
-        product if bias is None else nodes.op("Add", [product, nodes.floats("bias", bias)], "Add")
+        product
+        if bias is None
+        else nodes.op("Add", [product, nodes.floats(Part.BIAS, bias)], Label.ADD)
     )

@@ -8,6 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+Attribute = int | float | str | Sequence[int]
+"""What the attributes of our nodes are."""
+
 
 def integers(graph: ir.Graph, dims: Sequence[int]) -> ir.Value:
     """The int64 constant ``[len(dims)]``."""
@@ -28,6 +31,7 @@ def constant(
     """
     if name in graph.initializers:
         return graph.initializers[name]
+
     tensor = ir.tensor(
         array if dtype is None else array.astype(dtype.numpy()), dtype=dtype, name=name
     )
@@ -35,6 +39,7 @@ def constant(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(value)
+
     return value
 
 
@@ -52,6 +57,6 @@ def replace(graph: ir.Graph, node: ir.Node, builder: tape.Tape, output: ir.Value
 def size(value: ir.Value, axis: int) -> int:
     """How much ``value`` holds along an axis whose size the config fixes."""
     assert value.shape is not None
-    found = value.shape[axis]
-    assert isinstance(found, int)
-    return found
+    extent = value.shape[axis]
+    assert isinstance(extent, int)
+    return extent

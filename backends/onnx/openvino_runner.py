@@ -10,21 +10,17 @@ import openvino as ov
 import torch
 from torch import Tensor
 
+from backends.onnx import openvino_options as options
 from backends.onnx.feeds import cache_inputs, feeds, whole_row
 from backends.onnx.files import read_proto, unreadable
 from backends.onnx.taps import taps
 
-_DEVICE = "CPU"
-_AS_WRITTEN = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-    "KV_CACHE_PRECISION": "f32",
-}
-"""Float32 where the graph says float32, and inputs of weight-only linears left alone. Linears whose
-inputs the graph itself quantizes run in integers either way, which changes no more than the order
-of a sum."""
+_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+"""torch's names of the precisions that OpenVINO's CPU plugin computes in; another (``dynamic``) is
+that of the file.
+"""
 _APPROXIMATION = (
-    "quantizes what enters weight-only linears to int8 in groups (dynamic quantization)"
+    "quantizes what enters weight-only linears to int8 in groups of {groups} (dynamic quantization)"
 )
 _INTEGERS = frozenset({"i8", "u8", "i4", "u4"})
 _KERNELS = frozenset({"FullyConnected", "MatMul"})
@@ -33,8 +29,8 @@ _PREAMBLE = ("Exception from", "Check '", "FrontEnd API", "Model wasn't")
 
 
 class OpenVinoModel:
-    """An exported folder in OpenVINO; implements :class:`~backends.base.RuntimeModel` and
-    ``ProbedModel``.
+    """An exported folder in OpenVINO; implements ``RuntimeModel``, ``DescribedModel`` and
+    ``ProbedModel`` of :mod:`backends.base`.
 
     Args:
         path: the ``.onnx`` file; its external data lies beside it.
@@ -48,14 +44,19 @@ class OpenVinoModel:
     def __init__(self, path: Path, *, exact: bool, probed: bool = False) -> None:
         graph = read_proto(path).graph
         found = taps(graph)
-        approximated = any(tap.quantized and tap.multiplies_floats for tap in found.values())
-        self.runtime = f"OpenVINO {version()} ({_DEVICE})"
-        self.note = _APPROXIMATION if approximated and not exact else ""
+        self.runtime = f"OpenVINO {options.version()} ({options.DEVICE})"
         self._taps = found if probed else {}
         self._caches = cache_inputs(graph)
         self._outputs = [output.name for output in graph.output]
         ends = [end for tap in self._taps.values() for end in (tap.entering, tap.leaving)]
-        self._compiled = compile_graph(path, _AS_WRITTEN if exact else {}, [*ends])
+        self._compiled = compile_graph(
+            path, options.AS_WRITTEN if exact else options.AS_A_USER, [*ends]
+        )
+        self.session = options.settings(self._compiled)
+        self.precision = _DTYPES.get(self.session["INFERENCE_PRECISION_HINT"], "float32")
+        weight_only = any(tap.quantized and tap.multiplies_floats for tap in found.values())
+        groups = int(self.session["DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        self.note = _APPROXIMATION.format(groups=groups) if weight_only and groups else ""
 
     def forward(
         self,
@@ -92,11 +93,6 @@ class OpenVinoModel:
         return [torch.from_numpy(results[name]) for name in outputs]
 
 
-def version() -> str:
-    """OpenVINO's release, without its build."""
-    return str(ov.__version__).split("-", maxsplit=1)[0]
-
-
 def compile_graph(path: Path, properties: Mapping[str, str], outputs: Sequence[str] = ()) -> Any:
     """The graph at ``path`` compiled for the CPU, with the values ``outputs`` readable besides its
     own.
@@ -108,9 +104,9 @@ def compile_graph(path: Path, properties: Mapping[str, str], outputs: Sequence[s
         model = ov.Core().read_model(path)
         known = {name for output in model.outputs for name in output.get_names()}
         model.add_outputs([name for name in dict.fromkeys(outputs) if name not in known])
-        return ov.Core().compile_model(model, _DEVICE, dict(properties))
+        return ov.Core().compile_model(model, options.DEVICE, dict(properties))
     except RuntimeError as error:
-        raise unreadable(path, f"OpenVINO {version()}: {_cause(str(error))}") from error
+        raise unreadable(path, f"OpenVINO {options.version()}: {_cause(str(error))}") from error
 
 
 def _cause(report: str) -> str:
@@ -133,7 +129,7 @@ def kernels(path: Path) -> list[tuple[str, bool, frozenset[str]]]:
         the graph.
     """
     found = []
-    for op in compile_graph(path, {}).get_runtime_model().get_ops():
+    for op in compile_graph(path, options.AS_A_USER).get_runtime_model().get_ops():
         about = _about(op)
         kind = about["layerType"]
         if kind not in _KERNELS:
@@ -147,12 +143,12 @@ def kernels(path: Path) -> list[tuple[str, bool, frozenset[str]]]:
     return found
 
 
-def _about(op: Any) -> dict[str, str]:
+def _about(op: ov.Node) -> dict[str, str]:
     info = op.get_rt_info()
     return {key: str(info[key].value) for key in ("layerType", "runtimePrecision")}
 
 
-def _names_behind(op: Any, weight: Any) -> list[str]:
+def _names_behind(op: ov.Node, weight: ov.Input) -> list[str]:
     """Names of ``op`` and of all that lies between it and the constant that is its weight."""
     names = [op.get_friendly_name()]
     node = weight.get_source_output().get_node()

@@ -12,53 +12,37 @@ In the graph a pack bears the names of its linears, joined.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from backends.onnx.names import Part, joint_name, members
 from backends.rows import joined, rows_of
 from calib.artifact import QuantizedLinear
 from calib.schemes import PerBlock, PerChannel
 
-_JOINT = "|"
-SPLIT = "/Split"
-"""What follows a pack's name in that of the node that takes its outputs apart."""
-_SHARED = ("input_scale", "input_zero_point", "weight_order")
+_SHARED = (Part.INPUT_SCALE, Part.INPUT_ZERO_POINT, Part.WEIGHT_ORDER)
 """Parts that the linears of a pack must have in common."""
-
-
-def joint_name(names: Iterable[str]) -> str:
-    """What a pack of linears is called."""
-    return _JOINT.join(names)
-
-
-def members(name: str) -> list[str]:
-    """The linears of the pack ``name``; a linear that is in none is its own."""
-    return name.split(_JOINT)
-
-
-def is_pack(node: str) -> bool:
-    """Whether ``node`` is the name of the node that takes a pack apart."""
-    return node.endswith(SPLIT) and _JOINT in node
 
 
 def packs(linears: Sequence[QuantizedLinear]) -> list[list[QuantizedLinear]]:
     """``linears``, which read one value, by those that one MatMul computes: they fit, and it gains
     by them.
     """
-    found: list[list[QuantizedLinear]] = []
+    groups: list[list[QuantizedLinear]] = []
     for linear in linears:
-        fitting = next((pack for pack in found if _fit(pack[0], linear)), None)
+        fitting = next((pack for pack in groups if _fit(pack[0], linear)), None)
         if fitting is None:
-            found.append([linear])
+            groups.append([linear])
         else:
             fitting.append(linear)
+
     return [
         part
-        for pack in found
+        for pack in groups
         for part in ([pack] if _gains(pack) else [[linear] for linear in pack])
     ]
 

@@ -14,15 +14,18 @@ the scheme nor the target.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from calib.architectures import Wiring
 from calib.errors import BackendError
-from calib.network.attention import registered
-from calib.network.modules import set_submodule
+from calib.modules.attention import registered
+from calib.modules.paths import set_submodule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DOMAIN = "rotq"
 LINEAR, ATTENTION, EXPERTS = "Linear", "Attention", "Experts"
@@ -65,7 +68,7 @@ class _OpenExperts(nn.Module):
         return _symbolic(EXPERTS, inputs, attributes, hidden_states, tuple(hidden_states.shape))
 
 
-def open_up(network: Any, wiring: Wiring) -> None:
+def open_up(network: PreTrainedModel, wiring: Wiring) -> None:
     """Put placeholders in the place of every linear, of the experts and of the attention of
     ``network``.
 
@@ -89,10 +92,10 @@ def _open_mask(*, batch_size: int, attention_mask: Tensor | None = None, **other
     """
     from transformers.masking_utils import sdpa_mask
 
-    seen: Tensor = sdpa_mask(
+    visible: Tensor = sdpa_mask(
         batch_size=1, attention_mask=None, **others | {"allow_is_causal_skip": False}
     )
-    return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
+    return visible if attention_mask is None else visible & attention_mask[:, None, None, :].bool()
 
 
 def _open_attention(
@@ -105,7 +108,7 @@ def _open_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it; tensors as in :func:`calib.network.attention.attend`.
+    """Attention as transformers calls it; tensors as in :func:`calib.modules.attention.attend`.
 
     A sliding window is in the mask.
     """
@@ -117,10 +120,12 @@ def _open_attention(
             f"the attention of {type(module).__name__} cannot be written as ONNX: it {reason}",
             hint="use the safetensors backend, which does not trace the model",
         )
+
     attributes: dict[str, Any] = {SCALE_ATTRIBUTE: float(scaling or query.shape[-1] ** -0.5)}
     if softcap is not None:
         attributes[SOFTCAP_ATTRIBUTE] = float(softcap)
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
     return _symbolic(ATTENTION, (query, key, value, attention_mask), attributes, query, shape), None
 
 

@@ -19,9 +19,16 @@ from torch import Tensor
 from backends.onnx.embeddings import read_embedding
 from backends.onnx.files import read_proto
 from backends.onnx.inputs import UNSIGNED_ZERO
-from backends.onnx.packing import SPLIT, is_pack, members, unpacked
+from backends.onnx.names import (
+    CACHE_METADATA_KEY,
+    METADATA_KEY,
+    Label,
+    linear_of,
+    members,
+    node_name,
+)
+from backends.onnx.packing import unpacked
 from backends.onnx.weights import E8M0_BIAS, turned
-from backends.onnx.write import CACHE_METADATA_KEY, METADATA_KEY
 from calib.artifact import QuantizedCache, QuantizedLinear
 from calib.artifact.files import cache_key
 from calib.errors import BackendError
@@ -40,8 +47,8 @@ def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
     def read(model: ir.Model) -> Mapping[str, QuantizedLinear]:
         nodes = {node.name: node for node in model.graph if node.name is not None}
         entries = json.loads(model.metadata_props[METADATA_KEY])
-        found = {linear.name: linear for linear in _linears(model.graph, nodes, entries)}
-        return {name: found[name] for name in entries}
+        linears = {linear.name: linear for linear in _linears(model.graph, nodes, entries)}
+        return {name: linears[name] for name in entries}
 
     return _opened(path, read)
 
@@ -87,16 +94,16 @@ def _linears(
 ) -> Iterator[QuantizedLinear]:
     """Those that are one MatMul in the graph have the same description."""
     packs = {
-        name.removesuffix(SPLIT): members(name.removesuffix(SPLIT))
-        for name in nodes
-        if is_pack(name)
+        pack: members(pack)
+        for node in nodes
+        if (pack := linear_of(node, Label.SPLIT)) is not None and len(members(pack)) > 1
     }
     together = {name for names in packs.values() for name in names}
     for name in entries.keys() - together:
         yield _linear(graph, nodes, name, entries[name])
     for pack, names in packs.items():
         whole = _linear(graph, nodes, pack, entries[names[0]])
-        yield from unpacked(whole, _Parts(nodes, pack).need("Split", 1).tolist())
+        yield from unpacked(whole, _Parts(nodes, pack).need(Label.SPLIT, 1).tolist())
 
 
 def _linear(
@@ -104,23 +111,25 @@ def _linear(
 ) -> QuantizedLinear:
     weight = tensor_scheme_from_dict(entry["weight"])
     inputs = None if entry["input"] is None else tensor_scheme_from_dict(entry["input"])
-    if f"{name}/MatMul" not in nodes:
+    if node_name(name, Label.MATMUL) not in nodes:
         return read_embedding(graph, name, entry, weight)
+
     parts = _Parts(nodes, name)
-    second = parts.get("DequantizeWeightScale", 1)
+    second = parts.get(Label.DEQUANTIZE_WEIGHT_SCALE, 1)
     scale = (
-        parts.need("DequantizeWeight", 1)
+        parts.need(Label.DEQUANTIZE_WEIGHT, 1)
         if second is None
-        else parts.need("DequantizeWeightScale", 0)
+        else parts.need(Label.DEQUANTIZE_WEIGHT_SCALE, 0)
     )
-    points = parts.get("DequantizeWeight", 2)
-    input_scale = parts.get("QuantizeInput", 1)
+    points = parts.get(Label.DEQUANTIZE_WEIGHT, 2)
+    input_scale = parts.get(Label.QUANTIZE_INPUT, 1)
+
     return QuantizedLinear(
         name=name,
-        weight=_without_padding(parts.need("DequantizeWeight", 0).T, parts.get("Pad", 1)),
+        weight=_without_padding(parts.need(Label.DEQUANTIZE_WEIGHT, 0).T, parts.get(Label.PAD, 1)),
         weight_scale=_scale_values(turned(scale, weight.granularity), weight),
         weight_scheme=weight,
-        bias=parts.get("Add", 1),
+        bias=parts.get(Label.ADD, 1),
         input_scheme=inputs,
         input_scale=input_scale,
         online_rotation=entry["online_rotation"],
@@ -128,7 +137,7 @@ def _linear(
         if points is None
         else turned(points, weight.granularity).to(scale.dtype).contiguous(),
         weight_second_scale=second,
-        weight_order=parts.get("Order", 1),
+        weight_order=parts.get(Label.ORDER, 1),
         input_zero_point=_input_points(parts, inputs, input_scale),
     )
 
@@ -140,20 +149,20 @@ class _Parts:
         self._nodes = nodes
         self._name = name
 
-    def get(self, label: str, index: int) -> Tensor | None:
+    def get(self, label: Label, index: int) -> Tensor | None:
         """Input ``index`` of the node ``label``; ``None`` where there is no such node or input."""
-        node = self._nodes.get(f"{self._name}/{label}")
+        node = self._nodes.get(node_name(self._name, label))
         if node is None or index >= len(node.inputs):
             return None
         value = node.inputs[index]
         return None if value is None else _tensor(value)
 
-    def need(self, label: str, index: int) -> Tensor:
+    def need(self, label: Label, index: int) -> Tensor:
         """The same of a node that every linear of this kind has."""
-        found = self.get(label, index)
-        if found is None:
+        tensor = self.get(label, index)
+        if tensor is None:
             raise ValueError(f"the linear '{self._name}' has no {label}")
-        return found
+        return tensor
 
 
 def _without_padding(weight: Tensor, pads: Tensor | None) -> Tensor:
@@ -175,17 +184,17 @@ def _input_points(
 ) -> Tensor | None:
     if scheme is None or scheme.symmetric or scale is None:
         return None
-    points = parts.need("QuantizeInput", 2)
+    points = parts.need(Label.QUANTIZE_INPUT, 2)
     return points.to(scale.dtype) - (UNSIGNED_ZERO if points.dtype == torch.uint8 else 0)
 
 
 def _tensor(value: ir.Value) -> Tensor:
     """The constant ``value``; INT4 in int8, and FLOAT4E2M1 as codes in uint8."""
-    held = value.const_value
-    if held is None:
+    constant = value.const_value
+    if constant is None:
         raise ValueError(f"'{value.name}' is not a constant")
-    array = held.numpy()
-    match held.dtype:
+    array = constant.numpy()
+    match constant.dtype:
         case ir.DataType.INT4:
             return torch.from_numpy(array.astype("int8"))
         case ir.DataType.FLOAT4E2M1:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from backends.base import Reason
 from backends.onnx.embeddings import table_refusal
 from backends.onnx.experts import ACTIVATIONS
+from backends.onnx.tryout import untraceable
 from calib.architectures import wiring_of
 from calib.schemes import LinearScheme
 
 
-def graph_refusal(
-    config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-) -> tuple[str, str] | None:
+def graph_refusal(config: Mapping[str, Any], linears: Mapping[str, LinearScheme]) -> Reason | None:
     """Why the model of ``config`` cannot be written as ONNX, and what to do; ``None`` if it can.
 
     Args:
@@ -23,7 +23,7 @@ def graph_refusal(
     wiring = wiring_of(config)
     activation = getattr(wiring.config, "hidden_act", None)
     if wiring.expert_parameters and activation not in ACTIVATIONS:
-        return (
+        return Reason(
             (
                 f"its experts use the activation '{activation}', for which the graph has"
                 " no operators"
@@ -33,5 +33,7 @@ def graph_refusal(
                 "the safetensors backend writes any"
             ),
         )
+
     tables = [table.name for table in wiring.embeddings if table.name in linears]
-    return next(filter(None, (table_refusal(name, linears[name].weight) for name in tables)), None)
+    refused = (table_refusal(name, linears[name].weight) for name in tables)
+    return next(filter(None, refused), None) or untraceable(config)

@@ -25,13 +25,17 @@ def fuse_residual_norms(model: ir.Model) -> None:
     ).apply_to_model(model)
 
 
-def _apart(op: Any, a: Any, b: Any, weight: Any, epsilon: Any) -> tuple[Any, Any]:
+def _apart(
+    op: Any, a: ir.Value, b: ir.Value, weight: ir.Value, epsilon: ir.Value
+) -> tuple[ir.Value, ir.Value]:
     x = op.Add(a, b)
     mean = op.ReduceMean(op.Pow(x, 2.0), [-1], _allow_other_attributes=True)
     return op.Mul(weight, op.Div(x, op.Sqrt(op.Add(mean, epsilon)))), x
 
 
-def _fused(op: Any, a: Any, b: Any, weight: Any, epsilon: ir.Value) -> tuple[Any, Any]:
+def _fused(
+    op: Any, a: ir.Value, b: ir.Value, weight: ir.Value, epsilon: ir.Value
+) -> tuple[ir.Value, ir.Value]:
     y, _, _, x = op.SkipSimplifiedLayerNormalization(
         a, b, weight, epsilon=_number(epsilon), _domain=MICROSOFT, _outputs=4
     )
@@ -39,7 +43,12 @@ def _fused(op: Any, a: Any, b: Any, weight: Any, epsilon: ir.Value) -> tuple[Any
 
 
 def _same_shapes(
-    context: Any, a: ir.Value, b: ir.Value, weight: ir.Value, epsilon: ir.Value, **others: Any
+    context: object,
+    a: ir.Value,
+    b: ir.Value,
+    weight: ir.Value,
+    epsilon: ir.Value,
+    **others: object,
 ) -> bool:
     """The operator broadcasts nothing but the weight."""
     known = a.shape is not None and a.shape == b.shape and weight.shape is not None
@@ -47,5 +56,5 @@ def _same_shapes(
 
 
 def _number(value: ir.Value) -> float | None:
-    held = ir.convenience.get_const_tensor(value)
-    return None if held is None or held.size != 1 else float(held.numpy().item())
+    constant = ir.convenience.get_const_tensor(value)
+    return None if constant is None or constant.size != 1 else float(constant.numpy().item())

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from backends.onnx.linear_nodes import LinearNodes
+from backends.onnx.names import ROTATION_FACTOR
 from calib.architectures import Space, wiring_of
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
@@ -68,7 +69,7 @@ def rotate(nodes: LinearNodes, x: ir.Value, rotation: Rotation) -> ir.Value:
     for index, factor in enumerate(hadamard_factors(after)):
         f = factor.shape[0]
         after //= f
-        last, label = after == 1, f"Factor{index}"
+        last, label = after == 1, f"{ROTATION_FACTOR}{index}"
         matrix = factor.double() / f**0.5
         dims = [*leading, order // (f * after), f, *([] if last else [after])]
         x = op("Reshape", [x, nodes.integers(dims)], f"{label}/Reshape")
@@ -88,10 +89,10 @@ def rotate(nodes: LinearNodes, x: ir.Value, rotation: Rotation) -> ir.Value:
 
 def rotations_before_float(quantized: QuantizedModel) -> dict[str, Rotation]:
     """The R4 whose inverse is folded into a linear that stays in float, by the linear's name."""
-    found = {}
+    rotations = {}
     for name, spec in wiring_of(quantized.config).quantizable.items():
         if spec.reads is Space.FFN and spec.layer is not None and name not in quantized.linears:
             rotation = quantized.rotations.r4(spec.layer, spec.branch)
             if rotation is not None:
-                found[name] = rotation
-    return found
+                rotations[name] = rotation
+    return rotations

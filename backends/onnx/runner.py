@@ -12,16 +12,26 @@ from torch import Tensor
 
 from backends.onnx.feeds import cache_inputs, feeds, whole_row
 from backends.onnx.files import read_proto, unreadable
+from backends.onnx.ort_options import ACCURACY_LEVEL, EXACT, session_options
+from backends.onnx.probes import ask_ort_saturation
 from backends.onnx.taps import taps
+from backends.onnx.targets import ASKED_ORT
+from calib.schemes import INT4, INT8, LinearScheme, PerBlock, TensorScheme
 
 _APPROXIMATION = (
     "quantizes what enters weight-only linears to int8 in blocks (MatMulNBits at accuracy level 4)"
 )
+_WEIGHT_ONLY = tuple(LinearScheme(TensorScheme(fmt, PerBlock(32)), None) for fmt in (INT4, INT8))
+"""Linears by which a default session shows whether it does so on this CPU."""
+_ROUNDED = 1e-4
+"""Relative L2 of a default session against an exact one from which on it rounds inputs: floats
+summed in another order differ by 1e-6 at most, inputs in int8 by 2e-3 and more (measured 2e-3 to
+8e-3)."""
 
 
 class OnnxModel:
-    """An exported folder in ONNX Runtime; implements :class:`~backends.base.RuntimeModel` and
-    ``ProbedModel``.
+    """An exported folder in ONNX Runtime; implements ``RuntimeModel``, ``DescribedModel`` and
+    ``ProbedModel`` of :mod:`backends.base`.
 
     Args:
         path: the ``.onnx`` file; its external data lies beside it.
@@ -38,6 +48,9 @@ class OnnxModel:
         BackendError: the file or its external data is missing, damaged or refused by ONNX Runtime.
     """
 
+    precision = "float32"
+    """Of the CPU provider, which casts what a graph has in float16."""
+
     def __init__(
         self, path: Path, *, exact: bool, probed: bool = False, stands_in: str = ""
     ) -> None:
@@ -49,7 +62,9 @@ class OnnxModel:
         self.runtime = f"ONNX Runtime {ort.__version__} (CPU)" + (
             f"; {stands_in}" if stands_in else ""
         )
-        self.note = _APPROXIMATION if approximated and not (exact or float8) else ""
+        self.note = (
+            _APPROXIMATION if approximated and not (exact or float8) and approximates() else ""
+        )
         self._taps = found if probed else {}
         self._caches = cache_inputs(proto.graph)
         self._outputs = [output.name for output in proto.graph.output]
@@ -62,6 +77,7 @@ class OnnxModel:
                 "session.model_external_initializers_file_folder_path", str(path.parent)
             )
         self._session = open_session(source, options, path)
+        self.session = _settings(self._session, exact=exact)
 
     def forward(
         self,
@@ -105,20 +121,30 @@ class OnnxModel:
         return [torch.from_numpy(array) for array in found]
 
 
-def session_options(*, exact: bool, float8: bool = False) -> ort.SessionOptions:
-    """Options of a quiet CPU session.
-
-    Args:
-        exact: arithmetic as written, or ONNX Runtime's default.
-        float8: leave all quantizers where they are, for graphs that would fail to load otherwise.
+def approximates() -> bool:
+    """Whether a default session rounds the inputs of weight-only linears on this CPU: it is asked,
+    once.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if exact:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if float8:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return options
+    answers = [ASKED_ORT.about(scheme) for scheme in _WEIGHT_ONLY]
+    return any(answer is None or answer.approximation > _ROUNDED for answer in answers)
+
+
+def _settings(session: ort.InferenceSession, *, exact: bool) -> dict[str, str]:
+    """What a session says of itself, and of the kernels that it has on this CPU."""
+    threads = session.get_session_options().intra_op_num_threads
+    asked = [answer.level for answer in map(ASKED_ORT.about, _WEIGHT_ONLY) if answer is not None]
+    level = EXACT[ACCURACY_LEVEL] if exact else " and ".join(map(str, sorted(set(asked))))
+    saturation = ASKED_ORT.answer("sums of products of uint8 and int8", ask_ort_saturation)
+    if saturation is None or not saturation.fused:
+        sums = "not asked"
+    else:
+        sums = "exact" if saturation.approximation < _ROUNDED else "clipped to 16 bits"
+    return {
+        "providers": " ".join(session.get_providers()),
+        "intra_op_num_threads": str(threads or "one a core"),
+        "MatMulNBits accuracy_level": level or "not asked",
+        "sums of int8 products": sums,
+    }
 
 
 def open_session(

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 import onnx
 
-from backends.onnx.packing import SPLIT, members
+from backends.onnx.names import ROTATION_FACTOR, Label, linear_of, members, node_name
 
-_MATMUL = "/MatMul"
-_FACTOR = "/Factor"
-_FIRST = ("Width", "QuantizeInput", "Order", "Pad", "MatMul")
+_FIRST = (Label.WIDTH, Label.QUANTIZE_INPUT, Label.ORDER, Label.PAD, Label.MATMUL)
 """The first of these that a linear has takes its input, after any online rotation."""
 
 
@@ -38,17 +36,20 @@ def taps(graph: onnx.GraphProto) -> dict[str, Tap]:
     """The linears of ``graph`` by module name, quantized and float ones."""
     named = {node.name: node for node in graph.node}
     constants = {tensor.name for tensor in graph.initializer}
-    found: dict[str, Tap] = {}
+    by_module: dict[str, Tap] = {}
     for node in graph.node:
-        if node.op_type != "MatMul" or not node.name.endswith(_MATMUL) or _FACTOR in node.name:
+        linear = linear_of(node.name, Label.MATMUL)
+        if node.op_type != "MatMul" or linear is None or f"/{ROTATION_FACTOR}" in node.name:
             continue
-        module = node.name.removesuffix(_MATMUL)
-        quantized = f"{module}/DequantizeWeight" in named
+
+        own = {label: named[name] for label in Label if (name := node_name(linear, label)) in named}
+        quantized = Label.DEQUANTIZE_WEIGHT in own
         if not quantized and node.input[1] not in constants:
             continue
-        first = next(named[f"{module}/{label}"] for label in _FIRST if f"{module}/{label}" in named)
-        last = named.get(f"{module}{SPLIT}") or named.get(f"{module}/Add", node)
-        integer_input = f"{module}/QuantizeInput" in named and f"{module}/Barrier" not in named
-        for linear, leaving in zip(members(module), last.output, strict=True):
-            found[linear] = Tap(first.input[0], leaving, quantized, not integer_input)
-    return found
+
+        first = next(own[label] for label in _FIRST if label in own)
+        last = own.get(Label.SPLIT) or own.get(Label.ADD, node)
+        integer_input = Label.QUANTIZE_INPUT in own and Label.BARRIER not in own
+        for name, leaving in zip(members(linear), last.output, strict=True):
+            by_module[name] = Tap(first.input[0], leaving, quantized, not integer_input)
+    return by_module

@@ -1,8 +1,10 @@
 """What each ONNX target expresses, as data. Torch-free, for ``rotq backends``.
 
-Every line was tried in the runtime itself (ONNX Runtime 1.31 and OpenVINO 2026.4 on a CPU,
-TensorRT-RTX 1.7 parse + build), and the tests of this backend try it again. TensorRT takes float8
-from compute capability 8.9 on, float4 from 12.0 on.
+What a target cannot express was tried in the runtime itself, in the versions that
+:mod:`backends.facts` names, and the tests of this backend try it again. What it falls back to is
+asked of the runtime that is installed (:mod:`backends.onnx.asking`); where there is none,
+:attr:`Target.warnings` say what the last version seen does. TensorRT takes float8 from compute
+capability 8.9 on, float4 from 12.0 on.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from backends.facts import OPENVINO, ORT, TENSORRT_RTX, How, Runtime, stated
+from backends.onnx.asking import Answer, Asked
 from backends.rules import Rule, first_reason, is_dynamic, tensor_schemes
 from calib.schemes import (
     FLOAT4,
@@ -36,10 +40,22 @@ class Target:
     """What it cannot express; the first that applies is the reason."""
     products: Collection[NumberFormat]
     """Formats that it multiplies as they are, inputs by weights. See :meth:`multiplies`."""
+    runtime: Runtime
+    """What it is, or what it was tried in."""
     warnings: tuple[Rule, ...] = ()
-    """What it expresses and does not execute well, naming what it executes."""
+    """What it expresses and does not execute well, naming what it executes, where nobody can be
+    asked.
+    """
+    asked: Asked | None = None
+    """The installed runtime, which knows better than :attr:`warnings`."""
+    told: Callable[[LinearScheme, Answer], str] | None = None
+    """What an answer that is not a kernel of its own means, in words that follow the runtime's name
+    and version.
+    """
     caches: Mapping[NumberFormat, str] = field(default_factory=dict)
     """Why it cannot hold keys and values of these formats."""
+    dtypes: Mapping[object, str] = field(default_factory=dict)
+    """Why it cannot compute in these where ``--dtype`` asks for them."""
     shared_buffer: str | None = None
     """Why it cannot keep keys and values in one buffer that the graph writes into; ``None`` if it
     can.
@@ -60,20 +76,42 @@ class Target:
     unsigned_inputs: bool = False
     """Whether int8 inputs with calibrated scales are stored in uint8, 128 above: what its kernels
     multiply, and what it fuses where linears share an input (:mod:`backends.onnx.inputs`)."""
+    counts_by_mask: bool = False
+    """Whether the mask says how long the cache is, even where it holds fewer rows
+    (:mod:`backends.onnx.cache_length`)."""
     routed_experts: bool = True
     """Whether it runs an expert on the tokens that chose it; else on all."""
 
     def refusal(self, scheme: LinearScheme) -> str | None:
         """Why this target cannot express a linear of ``scheme``; ``None`` if it can."""
-        return first_reason(self.rules, scheme)
+        reason = first_reason(self.rules, scheme)
+        answer = self.asked.about(scheme) if reason is None and self.asked is not None else None
+        if answer is None or not answer.refused:
+            return reason
+        return f"{self._here} does not load a graph of such a linear: {answer.refused}"
 
     def warning(self, scheme: LinearScheme) -> str | None:
         """What a linear of ``scheme`` falls back to; ``None`` if it runs in a kernel of its own."""
-        return first_reason(self.warnings, scheme)
+        answer = None if self.asked is None else self.asked.about(scheme)
+        if answer is None or self.told is None:
+            return first_reason(self.warnings, scheme)
+        return None if answer.fused else f"{self._here} {self.told(scheme, answer)}"
 
     def cache_refusal(self, scheme: TensorScheme) -> str | None:
         """Why this target cannot express a KV cache of ``scheme``; ``None`` if it can."""
-        return self.caches.get(scheme.format)
+        reason = self.caches.get(scheme.format)
+        return None if reason is None else stated(reason, [self.runtime])
+
+    def shared_buffer_refusal(self) -> str | None:
+        """Why it cannot keep keys and values in one buffer that the graph writes into; ``None`` if
+        it can.
+        """
+        return None if self.shared_buffer is None else stated(self.shared_buffer, [self.runtime])
+
+    @property
+    def _here(self) -> str:
+        """The runtime that was asked."""
+        return f"{self.runtime.name} {self.runtime.installed()}"
 
     def multiplies(self, scheme: LinearScheme) -> bool:
         """Whether a rounded input and a quantized weight of ``scheme`` become one product in their
@@ -134,42 +172,116 @@ _DYNAMIC = Rule(
     is_dynamic,
     "Q/DQ graphs take calibrated scales of activations, not such as are computed while running",
 )
-_MICROSCALED = Rule(
-    lambda scheme: _formats(FLOAT4)(scheme) or _scales("e4m3", "e8m0", "e8m0-floor")(scheme),
-    "it has no operators for float4, nor for scales in E4M3 or powers of two",
+
+
+def _microscaled(runtime: Runtime, how: How, shown: str = "") -> Rule:
+    return Rule(
+        lambda scheme: _formats(FLOAT4)(scheme) or _scales("e4m3", "e8m0", "e8m0-floor")(scheme),
+        "it has no operators for float4, nor for scales in E4M3 or powers of two",
+        (runtime,),
+        how,
+        shown,
+    )
+
+
+_NO_INT4_CACHE = (
+    "a cache of INT4 cannot be appended to: no runtime concatenates INT4 tensors (seen in "
+    + (
+        ", ".join(f"{runtime.name} {runtime.seen[-1]}" for runtime in (ORT, OPENVINO, TENSORRT_RTX))
+        + ")"
+    )
 )
-_NO_INT4_CACHE = "a cache of INT4 cannot be appended to: no runtime concatenates INT4 tensors"
+
+_DEQUANTIZED = (
+    "has no kernel for these weights: it dequantizes them on every run (DequantizeLinear + float"
+    " MatMul)"
+)
+_ORT_ROUNDED = (
+    "has no integer kernel for this pair of inputs and weights: it rounds the inputs"
+    " (QuantizeLinear + DequantizeLinear), and then multiplies as if they were float (MatMulNBits)"
+)
+_CONVERTED = (
+    "has no kernel for these weights: it converts them on every run (Convert + float"
+    " FullyConnected)"
+)
+_OPENVINO_ROUNDED = (
+    "has no integer kernel for this pair of inputs and weights: it rounds the inputs"
+    " (FakeQuantize), and then multiplies as if they were float (FullyConnected with compressed"
+    " weights)"
+)
+
+
+def _power_of_two(size: int) -> bool:
+    return size & (size - 1) == 0
+
+
+FUSED_BLOCKS: Mapping[str, Callable[[int], bool]] = {
+    "1.31.1": lambda size: 16 <= size <= 256 and _power_of_two(size),
+    "1.32.0": lambda size: size >= 16 and _power_of_two(size),
+}
+"""Sizes of blocks that ONNX Runtime's MatMulNBits was seen to take, by version. The last one speaks
+for those that are not installed; one that is installed is asked."""
+
+
+def _ask_ort(scheme: LinearScheme) -> Answer:
+    from backends.onnx.probes import ask_ort
+
+    return ask_ort(scheme, unsigned=_ORT.unsigned_inputs, barrier=not _ORT.multiplies(scheme))
+
+
+def _ask_openvino(scheme: LinearScheme) -> Answer:
+    from backends.onnx.probes import ask_openvino
+
+    return ask_openvino(scheme, barrier=not _OPENVINO.multiplies(scheme))
+
+
+ASKED_ORT = Asked(ORT, "onnxruntime", _ask_ort)
+"""ONNX Runtime, if it is installed."""
+
+_NO_BFLOAT16 = (
+    "nothing on a CPU runs a graph of bfloat16: ONNX Runtime, in which it would be checked, has no"
+    " MatMul for it"
+)
 
 _ORT = Target(
     compute_dtype="float32",
     opset=21,
-    rules=(_DYNAMIC, _MICROSCALED),
+    rules=(
+        _DYNAMIC,
+        _microscaled(
+            ORT, "tested", "backends/onnx/test_schemes_ort.py::test_float4_has_nothing_to_run_in"
+        ),
+    ),
     products=(INT8,),
+    runtime=ORT,
+    asked=ASKED_ORT,
+    told=lambda scheme, answer: _ORT_ROUNDED if answer.kernel == "MatMulNBits" else _DEQUANTIZED,
     warnings=(
         Rule(
-            lambda scheme: scheme.weight.format == FLOAT8,
-            "ONNX Runtime's CPU provider has no float8 kernels: it dequantizes these weights on"
-            " every run (DequantizeLinear + float MatMul)",
+            lambda scheme: (
+                scheme.weight.format == FLOAT8 or _blocks(FUSED_BLOCKS[ORT.seen[-1]])(scheme)
+            ),
+            f"{ORT.name} {_DEQUANTIZED}",
+            (ORT,),
+            "asked",
         ),
-        Rule(
-            _blocks(lambda size: size in (16, 32, 64, 128, 256)),
-            "ONNX Runtime's MatMulNBits takes blocks of 16, 32, 64, 128 or 256: it dequantizes"
-            " these weights on every run (DequantizeLinear + float MatMul)",
-        ),
-        Rule(
-            _rounded_apart(INT8),
-            "ONNX Runtime has no integer kernel for this pair of inputs and weights: it rounds the"
-            " inputs (QuantizeLinear + DequantizeLinear), and then multiplies as if they were float"
-            " (MatMulNBits)",
-        ),
+        Rule(_rounded_apart(INT8), f"{ORT.name} {_ORT_ROUNDED}", (ORT,), "asked"),
     ),
     caches={
         INT4: _NO_INT4_CACHE,
         FLOAT8: "ONNX Runtime concatenates no float8 tensors, so nothing can be appended",
     },
+    dtypes={
+        "float16": (
+            "ONNX Runtime's CPU provider has few kernels of float16: it casts to float32 and back"
+            " between them, and fuses no linear of int8"
+        ),
+        "bfloat16": _NO_BFLOAT16,
+    },
     whole_blocks=False,
     packs=True,
     rotary=True,
+    counts_by_mask=True,
     unsigned_inputs=True,
 )
 
@@ -178,42 +290,53 @@ _OPENVINO = Target(
     opset=21,
     rules=(
         _DYNAMIC,
-        _MICROSCALED,
+        _microscaled(OPENVINO, "tried"),
         Rule(
             lambda scheme: scheme.input is not None and scheme.input.format == FLOAT8,
             "OpenVINO rounds activations to float8 by way of float16, which gives other numbers in"
             " one of 256 cases",
+            (OPENVINO,),
+            "tested",
+            "backends/onnx/test_schemes_openvino.py::test_float8_is_rounded_otherwise",
         ),
         Rule(
             _inputs(PerCluster),
             "OpenVINO's CPU plugin compiles no quantizer with scales along the last axis",
+            (OPENVINO,),
+            "tested",
+            "backends/onnx/test_schemes_openvino.py::test_clusters_do_not_compile",
         ),
     ),
     products=(INT8,),
+    runtime=OPENVINO,
+    asked=Asked(OPENVINO, "openvino", _ask_openvino),
+    told=lambda scheme, answer: (
+        _OPENVINO_ROUNDED if answer.kernel.endswith((" i8", " i4", " u8", " u4")) else _CONVERTED
+    ),
     warnings=(
         Rule(
-            _formats(FLOAT8),
-            "OpenVINO's CPU plugin has no float8 kernels: it converts these weights on every run"
-            " (Convert + float FullyConnected)",
-        ),
-        Rule(
-            _blocks(lambda size: size >= 4),
-            "OpenVINO compresses blocks of 4 and more: it converts these weights on every run"
-            " (Convert + float FullyConnected)",
+            lambda scheme: _formats(FLOAT8)(scheme) or _blocks(lambda size: size >= 4)(scheme),
+            f"{OPENVINO.name} {_CONVERTED}",
+            (OPENVINO,),
+            "asked",
         ),
         Rule(
             lambda scheme: (
                 scheme.input is not None
                 and (_rounded_apart(INT8)(scheme) or not scheme.weight.symmetric)
             ),
-            "OpenVINO has no integer kernel for this pair of inputs and weights: it rounds the"
-            " inputs (FakeQuantize), and then multiplies as if they were float (FullyConnected with"
-            " compressed weights)",
+            f"{OPENVINO.name} {_OPENVINO_ROUNDED}",
+            (OPENVINO,),
+            "asked",
         ),
     ),
     caches={
         INT4: _NO_INT4_CACHE,
         FLOAT8: "OpenVINO rounds to float8 by way of float16, which gives other numbers",
+    },
+    dtypes={
+        "float16": "OpenVINO chooses the precision when it compiles a graph of float32",
+        "bfloat16": _NO_BFLOAT16,
     },
     shared_buffer=(
         "OpenVINO has no TensorScatter, and cuts the cache of a GroupQueryAttention to the tokens"
@@ -225,24 +348,53 @@ _TENSORRT = Target(
     compute_dtype="float16",
     opset=21,
     rules=(
-        Rule(_inputs(PerToken), "TensorRT computes no scales of tokens while running"),
-        Rule(_zero_points, "TensorRT takes no zero point other than 0"),
+        Rule(
+            _inputs(PerToken),
+            "TensorRT computes no scales of tokens while running",
+            (TENSORRT_RTX,),
+            "tried",
+        ),
+        Rule(
+            _zero_points,
+            "TensorRT takes no zero point other than 0",
+            (TENSORRT_RTX,),
+            "tested",
+            "backends/onnx/test_schemes_tensorrt.py::test_refusals_are_about_the_runtime",
+        ),
         Rule(
             lambda scheme: _formats(FLOAT4)(scheme) and _scales("e8m0", "e8m0-floor")(scheme),
             "TensorRT has no operator that quantizes inputs to MXFP4",
+            (TENSORRT_RTX,),
+            "tried",
         ),
-        Rule(_scales("e8m0-floor"), "TensorRT rounds the scales of MXFP8 up"),
-        Rule(_blocks(lambda size: size > 1), "TensorRT takes no blocks of one feature"),
+        Rule(
+            _scales("e8m0-floor"),
+            "TensorRT rounds the scales of MXFP8 up",
+            (TENSORRT_RTX,),
+            "tried",
+        ),
+        Rule(
+            _blocks(lambda size: size > 1),
+            "TensorRT takes no blocks of one feature",
+            (TENSORRT_RTX,),
+            "tested",
+            "backends/onnx/test_schemes_tensorrt.py::test_blocks_of_one_feature",
+        ),
     ),
     products=(INT8, FLOAT8),
+    runtime=TENSORRT_RTX,
     warnings=(
         Rule(
             _rounded_apart(INT8, FLOAT8),
             "TensorRT has no kernel for this pair of inputs and weights: it rounds the inputs, and"
             " then multiplies in float16",
+            (TENSORRT_RTX,),
+            "tested",
+            "backends/onnx/test_schemes_tensorrt.py::test_without_the_barrier_nothing_is_built",
         ),
     ),
     caches={INT4: _NO_INT4_CACHE},
+    dtypes={"bfloat16": _NO_BFLOAT16},
     shared_buffer="TensorRT writes only into a buffer whose length is fixed in the graph",
     integer_rows=False,
     routed_experts=False,

@@ -78,7 +78,7 @@ def _logger(trt: Any) -> Any:
             super().__init__()
             self.last = "no reason given"
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: int, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.last = message
 
@@ -100,4 +100,5 @@ def _profile(
                 )
             sizes.append((size,) * 3 if size >= 0 else axes[name])
         profile.set_shape(entry.name, *([size[step] for size in sizes] for step in range(3)))
+
     return profile

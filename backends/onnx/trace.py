@@ -20,18 +20,22 @@ Inputs and outputs have the names that onnxruntime-genai and optimum know:
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from backends.onnx.frequencies import trace_frequencies
 from backends.onnx.placeholders import open_up
 from backends.onnx.row_tensor import RowTensor
 from backends.onnx.untranslated import module_of, running
@@ -109,6 +113,7 @@ def trace(request: TraceRequest) -> ir.Model:
     inputs, names, dynamic = _example(network, request.dtype)
     layers = (len(names) - 3) // 2
     wrapper = _FlatCache(network, last_logits=request.last_logits).eval()
+
     with torch.no_grad(), _quiet():
         program = _export(
             wrapper,
@@ -121,13 +126,16 @@ def trace(request: TraceRequest) -> ir.Model:
         model = program.model
         _strip_weights(model, weights)
         onnxscript.optimizer.optimize(model)
+
     for value in model.graph.initializers.values():
         if value.const_value is None:
             value.const_value = _promised(value)
+
     _divide_by_roots(model.graph)
     for thing in (*model.graph, *model.graph.initializers.values()):
         # the exporter's traces of Python source, which name paths of this machine
         thing.metadata_props.clear()
+
     _name_output_axes(model)
     return model
 
@@ -146,15 +154,18 @@ def fill(model: ir.Model, floats: Mapping[str, Tensor]) -> None:
         promised = value.const_value
         if not isinstance(promised, ir.ExternalTensor):
             continue
+
         tensor = floats.get(name)
-        found = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
-        wanted = (tuple(promised.shape.numpy()), promised.dtype)
-        if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != wanted:
+        actual = "is missing" if tensor is None else f"is {tuple(tensor.shape)} {tensor.dtype}"
+        expected = (tuple(promised.shape.numpy()), promised.dtype)
+
+        if tensor is None or (tuple(tensor.shape), _ir_dtype(tensor.dtype)) != expected:
             raise CheckpointError(
-                f"the weights do not fit the config: '{name}' {found}, not {wanted[0]}"
-                f" {wanted[1].name}",
+                f"the weights do not fit the config: '{name}' {actual}, not {expected[0]}"
+                f" {expected[1].name}",
                 hint="the folder mixes files of two models, or was edited after it was written",
             )
+
         value.const_value = _lazy(tensor, promised)
 
 
@@ -175,6 +186,7 @@ def _network(request: TraceRequest) -> Any:
     network = build_on_meta(wiring.config, request.dtype)
     open_up(network, wiring)
     fill_buffers(network)
+    trace_frequencies(network)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # Of all strides zero: one element in memory, whatever the shape.
@@ -199,8 +211,10 @@ def _export(
                 error, wrapper, inputs, options["dynamic_shapes"]
             )
             raise _refusal(error, where) from error
+
     if program is None:  # the exporter's signature allows it; with dynamo=True it does not happen
         raise BackendError("torch.onnx returned no program")
+
     return program
 
 
@@ -222,8 +236,12 @@ def _refusal(error: BaseException, where: str | None) -> BackendError:
         root = root.__cause__
     if isinstance(root, BackendError):
         return root
+
     reason = " ".join(str(root).strip().split("\n\n")[0].split())
+    if "data-dependent" in reason:
+        reason = "what it does next depends on values, which a graph only has when it runs"
     module = f"'{where.removeprefix(f'{_ROOT}.')}'" if where else "the model"
+
     return BackendError(
         f"torch.onnx cannot export {module}: {reason}",
         hint=(
@@ -253,17 +271,22 @@ def _divide_by_roots(graph: ir.Graph) -> None:
         producer = None if root is None else root.producer()
         if producer is None or producer.op_type != "Sqrt":
             continue
+
         inverse = node.outputs[0]
         for user in list(inverse.consumers()):
             if user.op_type != "Mul":
                 continue
+
             factor = user.inputs[1] if user.inputs[0] is inverse else user.inputs[0]
             quotient = ir.node("Div", [factor, root], name=user.name)
             graph.insert_before(user, quotient)
+
+            # the quotient takes over the place of the product
             output, old = quotient.outputs[0], user.outputs[0]
             output.shape, output.type, output.name = old.shape, old.type, old.name
             ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
             graph.remove(user, safe=True)
+
         if not inverse.uses():
             graph.remove(node, safe=True)
 
@@ -290,10 +313,13 @@ def _example(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers, batch, sequence, past = config.num_hidden_layers, 2, 3, 5
+
+    # the cache holds tokens already, so that every axis is seen to have a size of its own
     ids = torch.zeros(batch, sequence, dtype=torch.long)
     mask = torch.ones(batch, past + sequence, dtype=torch.long)
     positions = torch.arange(past, past + sequence).repeat(batch, 1)
     cache = tuple(torch.zeros(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers))
+
     tokens, cached = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
     dynamic = (tokens, {0: "batch", 1: "total"}, tokens, (cached,) * len(cache))
     names = [
@@ -302,6 +328,7 @@ def _example(
         "position_ids",
         *_cache_names("past_key_values", layers),
     ]
+
     return (ids, mask, positions, *cache), names, dynamic
 
 
@@ -324,18 +351,45 @@ def _name_output_axes(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on packages, axis names and initializers without values, unless
-    debugging.
+    """Silence the exporter's notes on packages, axis names and initializers without values, and
+    what torch prints of a program that it cannot trace, unless debugging.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(_OfOtherThreads(sys.stderr)):
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class _OfOtherThreads(io.TextIOBase):
+    """A stream that drops what this thread writes, and hands on what others do, such as a progress
+    bar.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """As for any stream; the number of characters."""
+        if threading.get_ident() != self._thread:
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As for any stream."""
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether what others write comes to a terminal."""
+        return self._stream.isatty()

@@ -1,40 +1,36 @@
 """Traced graphs kept between runs: neither the scheme nor the target changes one, and a trace takes
 its time.
 
-An entry is one file: a SHA-256 digest, then the ONNX protobuf it is the digest of, without any
-weight. Its name is a hash of all that the trace depends on. An entry that does not fit its digest
-is made again.
+An entry (:mod:`backends.user_cache`) holds the ONNX protobuf, without any weight. Its name is a
+hash of all that the trace depends on. An entry that does not fit its digest is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import tempfile
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from backends.onnx import placeholders
+# its stubs are a package of their own
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from backends.onnx import frequencies, placeholders
 from backends.onnx import trace as tracing
 from backends.onnx.trace import TraceRequest, trace
-from calib.network import attention, online, skeleton
+from backends.user_cache import cache_folder, read_entry, write_entry
+from calib.modules import attention
+from calib.network import online, skeleton
 from calib.progress import Progress
 from calib.rotations import hadamard, rotation_set
 
-_log = logging.getLogger(__name__)
-_VARIABLE = "ROTQ_CACHE"
 _KEPT = 256
 """Entries that are kept; the oldest go. Each takes some ten kilobytes a layer."""
-_DIGEST = hashlib.sha256().digest_size
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-_SOURCES = (tracing, placeholders, attention, online, skeleton, hadamard, rotation_set)
+_SOURCES = (tracing, placeholders, frequencies, attention, online, skeleton, hadamard, rotation_set)
 """Modules that decide what a trace looks like: an entry of an older version of them must not be
 found.
 """
@@ -50,19 +46,13 @@ def cached_trace(request: TraceRequest, progress: Progress) -> ir.Model:
     path = cache_folder() / "traces" / f"{key_of(request)}.trace"
     progress("trace", 0, 1)
     proto = _read(path)
+
     if proto is None:
         proto = ir.to_proto(trace(request))
         _write(path, proto.SerializeToString())
     progress("trace", 1, 1)
+
     return ir.from_proto(proto)  # of what was traced now as well, so that both give the same bytes
-
-
-def cache_folder() -> Path:
-    """``ROTQ_CACHE``, else ``rotq`` in the user's folder of caches."""
-    if own := os.environ.get(_VARIABLE):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rotq"
 
 
 def key_of(request: TraceRequest) -> str:
@@ -81,42 +71,21 @@ def key_of(request: TraceRequest) -> str:
     for module in _SOURCES:
         assert module.__file__ is not None  # none of them is built in
         digest.update(Path(module.__file__).read_bytes())
+
     return digest.hexdigest()
 
 
 def _read(path: Path) -> onnx.ModelProto | None:
-    try:
-        data = path.read_bytes()
-    except OSError:
+    data = read_entry(path, "the cached trace")
+    if data is None:
         return None
-    if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
-        _log.warning("the cached trace '%s' is damaged and is made again", path)
-        return None
+
     try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(data[_DIGEST:])
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError:  # nobody's trace, with a digest that fits
         return None
-    with suppress(OSError):
-        path.touch()  # the oldest go first
     return proto
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all. A cache that cannot be written costs time and nothing else."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(data).digest() + data)
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        _log.warning("the trace cannot be kept in '%s': %s", path.parent, error)
-        return
-    with suppress(OSError):  # another process may tidy up as well
-        for old in sorted(path.parent.glob("*.trace"), key=lambda entry: entry.stat().st_mtime)[
-            :-_KEPT
-        ]:
-            old.unlink(missing_ok=True)
+    write_entry(path, data, "the trace", kept=_KEPT)

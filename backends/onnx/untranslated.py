@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -74,6 +73,7 @@ def module_of(error: BaseException, program: torch.export.ExportedProgram) -> st
             stack = node.meta.get("nn_module_stack") or {}
             paths = [path for path, _ in stack.values()]
             return paths[-1] if paths else None
+
     return None
 
 
@@ -83,15 +83,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _entering(state: Running, name: str) -> Any:
-    def hook(_module: nn.Module, _args: Any) -> None:
+def _entering(state: Running, name: str) -> Callable[[nn.Module, object], None]:
+    def hook(_module: nn.Module, _args: object) -> None:
         state.enter(name)
 
     return hook
 
 
-def _leaving(state: Running) -> Any:
-    def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+def _leaving(state: Running) -> Callable[[nn.Module, object, object], None]:
+    def hook(_module: nn.Module, _args: object, _output: object) -> None:
         state.leave()
 
     return hook

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from backends.onnx.inputs import mxfp8_values, zero_points
 from backends.onnx.linear_nodes import STORAGE, LinearNodes
+from backends.onnx.names import Label, Part, initializer_name
 from calib.artifact import QuantizedLinear
 from calib.schemes import Granularity, PerBlock, PerChannel
 
@@ -38,17 +39,23 @@ def dequantized_weight(
     """
     scheme = linear.weight_scheme
     codes = nodes.weight(weights, STORAGE[scheme.format.name], rows)
+
     match scheme.scale_format:
         case "e4m3":
             return _nvfp4(nodes, linear, codes)
         case "e8m0" | "e8m0-floor":
             return _mxfp8(nodes, linear, codes)
-    inputs = [codes, nodes.scale("weight_scale", turned(linear.weight_scale, scheme.granularity))]
+
+    inputs = [
+        codes,
+        nodes.scale(Part.WEIGHT_SCALE, turned(linear.weight_scale, scheme.granularity)),
+    ]
     if linear.weight_zero_point is not None:
         points = turned(linear.weight_zero_point, scheme.granularity)
-        inputs.append(zero_points(nodes, "weight_zero_point", points, scheme.format))
+        inputs.append(zero_points(nodes, Part.WEIGHT_ZERO_POINT, points, scheme.format))
+
     return nodes.op(
-        "DequantizeLinear", inputs, "DequantizeWeight", **_attributes(scheme.granularity)
+        "DequantizeLinear", inputs, Label.DEQUANTIZE_WEIGHT, **_attributes(scheme.granularity)
     )
 
 
@@ -87,14 +94,14 @@ def _nvfp4(nodes: LinearNodes, linear: QuantizedLinear, codes: ir.Value) -> ir.V
     assert second is not None
     granularity = linear.weight_scheme.granularity
     first = nodes.scale(
-        "weight_scale", turned(linear.weight_scale, granularity), torch.float8_e4m3fn
+        Part.WEIGHT_SCALE, turned(linear.weight_scale, granularity), torch.float8_e4m3fn
     )
-    whole = nodes.scale("weight_second_scale", second, torch.float32)
-    step = nodes.op("DequantizeLinear", [first, whole], "DequantizeWeightScale")
+    whole = nodes.scale(Part.WEIGHT_SECOND_SCALE, second, torch.float32)
+    step = nodes.op("DequantizeLinear", [first, whole], Label.DEQUANTIZE_WEIGHT_SCALE)
     values = nodes.op(
-        "DequantizeLinear", [codes, step], "DequantizeWeight", **_attributes(granularity)
+        "DequantizeLinear", [codes, step], Label.DEQUANTIZE_WEIGHT, **_attributes(granularity)
     )
-    return nodes.op("Cast", [values], "CastWeight", to=int(nodes.dtype))
+    return nodes.op("Cast", [values], Label.CAST_WEIGHT, to=int(nodes.dtype))
 
 
 def _mxfp8(nodes: LinearNodes, linear: QuantizedLinear, codes: ir.Value) -> ir.Value:
@@ -106,5 +113,9 @@ def _mxfp8(nodes: LinearNodes, linear: QuantizedLinear, codes: ir.Value) -> ir.V
         """frexp gives m 2^e with m = 1/2, so that the power of two has exponent e - 1."""
         return (torch.frexp(scales)[1] - 1 + E8M0_BIAS).to(torch.uint8).contiguous()
 
-    stored = nodes.lazy(f"{nodes.name}.weight_scale", scales.shape, ir.DataType.UINT8, exponents)
-    return mxfp8_values(nodes, codes, stored, "DequantizeWeight", axis=0, size=granularity.size)
+    stored = nodes.lazy(
+        initializer_name(nodes.name, Part.WEIGHT_SCALE), scales.shape, ir.DataType.UINT8, exponents
+    )
+    return mxfp8_values(
+        nodes, codes, stored, Label.DEQUANTIZE_WEIGHT, axis=0, size=granularity.size
+    )

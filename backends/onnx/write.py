@@ -11,10 +11,13 @@ from onnx_ir.passes import common as passes
 from backends.base import WriteOptions
 from backends.onnx.attention import lower_attention
 from backends.onnx.cache import quantize_cache
+from backends.onnx.cache_length import leave_room
 from backends.onnx.embeddings import lower_embeddings
 from backends.onnx.experts import lower_experts, with_experts_apart
+from backends.onnx.file_names import GENAI_DTYPES
 from backends.onnx.genai import write_genai_config
 from backends.onnx.lower import lower
+from backends.onnx.names import CACHE_METADATA_KEY, METADATA_KEY
 from backends.onnx.prefix import move_positions
 from backends.onnx.residual import fuse_residual_norms
 from backends.onnx.rotary import fuse_rotary
@@ -27,9 +30,6 @@ from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 from calib.progress import Progress, silent
 from calib.schemes import tensor_scheme_to_dict
-
-METADATA_KEY = "rotq.linears"
-CACHE_METADATA_KEY = "rotq.cache"
 
 
 def write(model: QuantizedModel, path: Path, options: WriteOptions) -> None:
@@ -45,7 +45,7 @@ def write(model: QuantizedModel, path: Path, options: WriteOptions) -> None:
         model, target, last_logits=options.logits == "last", shared_buffer=shared, progress=progress
     )
     save(graph, path, max_shard_bytes=options.max_shard_bytes, progress=progress)
-    if target.compute_dtype == "float32":
+    if target.compute_dtype in GENAI_DTYPES:
         write_genai_config(model, path.name, path.parent, shared_buffer=shared)
 
 
@@ -69,6 +69,8 @@ def build(
     tables = [table.name for table in wiring_of(model.config).embeddings]
     if model.prefix is not None:
         move_positions(graph.graph, model.prefix)
+
+    # placeholders become operators; experts first, for they hold linears that are placeholders too
     lower_experts(graph, model.config, routed=target.routed_experts)
     if target.rotary:
         fuse_rotary(graph)
@@ -76,26 +78,35 @@ def build(
         quantize_cache(graph, model.cache)
     if shared_buffer:
         share_buffer(graph, single=model.prefix is None)
+    elif target.counts_by_mask:
+        leave_room(graph)
     lower_attention(graph, model.prefix)
     lower_embeddings(graph, model.linears, tables, integer_rows=target.integer_rows)
+
+    # only now weights come in
     fill(graph, model.floats)
     lower(graph, with_experts_apart(model), target)
     if shared_buffer:
         fuse_residual_norms(graph)
+
     passes.RemoveUnusedNodesPass()(graph)
     passes.RemoveUnusedOpsetsPass()(graph)
     passes.TopologicalSortPass()(graph)
     # the experts of a layer share a rotation, and with it the names of its nodes
     passes.NameFixPass()(graph)
     passes.ClearMetadataAndDocStringPass()(graph)  # which rule rewrote what
+
+    # what is no tensor, for whoever reads the graph back
     graph.graph.name = str(model.config["model_type"])
     graph.producer_name, graph.producer_version = "rotq", model.provenance.versions.get("rotq", "")
     entries = {name: linear.description() for name, linear in model.linears.items()}
     graph.metadata_props[METADATA_KEY] = json.dumps(entries)
+
     if model.cache is not None:
         cache = {
             "scheme": tensor_scheme_to_dict(model.cache.scheme),
             "layers": list(model.cache.key_scale),
         }
         graph.metadata_props[CACHE_METADATA_KEY] = json.dumps(cache)
+
     return graph

@@ -7,16 +7,38 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from backends.base import RuntimeMissing, RuntimeModel, StoredTensor, WriteOptions
+from backends.base import (
+    Reason,
+    Request,
+    RuntimeMissing,
+    RuntimeModel,
+    StoredTensor,
+    WriteOptions,
+)
+from backends.rules import Limits
+from backends.safetensors.file_names import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    MAX_SHARD_BYTES,
+    WEIGHTS_FILE,
+    WEIGHTS_SHARDS,
+)
 from backends.safetensors.targets import TARGETS
 
 if TYPE_CHECKING:
     from backends.safetensors.read import Bundle
     from backends.torch_model import TorchModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
-    from calib.schemes import LinearScheme, TensorScheme
+
+_OF_BUNDLES = Limits(
+    options={
+        "logits": "a bundle holds weights; which logits are computed is up to whoever loads it",
+        "kv_buffer": "a bundle holds weights; how a cache is kept is up to whoever loads it",
+    }
+)
+"""What no target of a bundle can be written with."""
 
 
 class SafetensorsBackend:
@@ -24,36 +46,16 @@ class SafetensorsBackend:
 
     name = "safetensors"
     targets = tuple(TARGETS)
+    contract = 2
 
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
+    def refusals(self, request: Request) -> list[Reason]:
         """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].refusal(scheme)
-
-    def warning(self, scheme: LinearScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].warning(scheme)
-
-    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].cache_refusal(scheme)
-
-    def rotation_refusal(self, kind: str, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].rotation_refusal(kind)
-
-    def logits_refusal(self, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return "a bundle holds weights; which logits are computed is up to whoever loads it"
-
-    def kv_buffer_refusal(self, target: str) -> str | None:
-        """See :class:`~backends.base.Backend`."""
-        return "a bundle holds weights; how a cache is kept is up to whoever loads it"
-
-    def model_refusal(
-        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
-    ) -> tuple[str, str] | None:
-        """See :class:`~backends.base.Backend`."""
-        return TARGETS[target].layout().model_refusal(config, linears)
+        target = TARGETS[request.target]
+        reasons = target.limits.reasons(request) + _OF_BUNDLES.reasons(request)
+        if request.config is not None:
+            refusal = target.layout().model_refusal(request.config, request.linears)
+            reasons += [] if refusal is None else [refusal]
+        return reasons
 
     def compute_dtype(self, target: str) -> None:
         """The checkpoint's own: a bundle holds weights, and whoever loads it computes."""
@@ -63,6 +65,14 @@ class SafetensorsBackend:
         from backends.safetensors.bundle import write_bundle
 
         write_bundle(model, TARGETS[options.target].layout(), folder, options)
+
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        """See :class:`~backends.base.ListsFiles`."""
+        target = TARGETS[request.target]
+        limit = request.max_shard_bytes or MAX_SHARD_BYTES
+        weights = WEIGHTS_FILE if nbytes <= limit else WEIGHTS_SHARDS
+        quantized = target.quantized_files if request.linears else ()
+        return (weights, INDEX_FILE, *target.files, *quantized, MANIFEST_FILE)
 
     def load(self, folder: Path, target: str, *, exact: bool) -> RuntimeModel:
         """See :class:`~backends.base.Backend`. Without a library of the target's own that can run

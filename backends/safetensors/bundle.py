@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from backends.base import WriteOptions
+from backends.safetensors.file_names import INDEX_FILE, MAX_SHARD_BYTES
 from backends.safetensors.layout import Entry, Layout
 from backends.safetensors.manifest import (
     FORMAT_VERSION,
@@ -29,11 +30,8 @@ from calib.rotations.files import TENSORS as ROTATIONS_TENSORS
 from calib.rotations.files import save_rotations
 from calib.schemes import tensor_scheme_to_dict
 
-INDEX_FILE = "model.safetensors.index.json"
 ROTATION_FILES = (ROTATIONS_MANIFEST, ROTATIONS_TENSORS)
 _PATTERN = "model{suffix}.safetensors"
-_MAX_SHARD_BYTES = 5 * 10**9
-"""What the hub's own tools split at."""
 
 
 def write_bundle(
@@ -50,7 +48,7 @@ def write_bundle(
         entries,
         get_storage_size=lambda entry: entry.nbytes,
         filename_pattern=_PATTERN,
-        max_shard_size=options.max_shard_bytes or _MAX_SHARD_BYTES,
+        max_shard_size=options.max_shard_bytes or MAX_SHARD_BYTES,
     )
     done = 0
 
@@ -90,12 +88,12 @@ def sha256(path: Path) -> str:
 
 
 def _unique(entries: Iterable[Entry]) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
+    by_key: dict[str, Entry] = {}
     for entry in entries:
-        if entry.key in found:
+        if entry.key in by_key:
             raise ValueError(f"the layout has two tensors for the key '{entry.key}'")
-        found[entry.key] = entry
-    return found
+        by_key[entry.key] = entry
+    return by_key
 
 
 def _manifest(
@@ -110,6 +108,7 @@ def _manifest(
         cache = CacheEntry(
             scheme=tensor_scheme_to_dict(model.cache.scheme), layers=list(model.cache.key_scale)
         )
+
     return Manifest(
         format_version=FORMAT_VERSION,
         rotq=version("rotq"),

@@ -13,34 +13,36 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def differences(
-    found: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    actual: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     expected: Mapping[str, tuple[torch.dtype, Sequence[int]]],
 ) -> str:
-    """What ``found`` lacks, has too much or has in another dtype, rank or shape than ``expected``;
+    """What ``actual`` lacks, has too much or has in another dtype, rank or shape than ``expected``;
     empty if nothing.
 
     Keys that differ in one number alone, as those of equal layers do, are named together:
     ``h.{0-11}.ln_1.weight``.
     """
     problems: dict[str, list[str]] = {}
-    for key in expected.keys() - found.keys():
+    for key in expected.keys() - actual.keys():
         problems.setdefault("missing", []).append(key)
-    for key in found.keys() - expected.keys():
+    for key in actual.keys() - expected.keys():
         problems.setdefault("unexpected", []).append(key)
-    for key in found.keys() & expected.keys():
-        (dtype, shape), (wanted, wanted_shape) = found[key], expected[key]
+
+    for key in actual.keys() & expected.keys():
+        (dtype, shape), (expected_dtype, expected_shape) = actual[key], expected[key]
         complaints = []
-        if dtype != wanted:
-            complaints.append(f"dtype {dtype_name(dtype)} instead of {dtype_name(wanted)}")
-        if len(shape) != len(wanted_shape):
+        if dtype != expected_dtype:
+            complaints.append(f"dtype {dtype_name(dtype)} instead of {dtype_name(expected_dtype)}")
+        if len(shape) != len(expected_shape):
             complaints.append(
-                f"rank {len(shape)} {list(shape)} instead of {len(wanted_shape)}"
-                f" {list(wanted_shape)}"
+                f"rank {len(shape)} {list(shape)} instead of {len(expected_shape)}"
+                f" {list(expected_shape)}"
             )
-        elif list(shape) != list(wanted_shape):
-            complaints.append(f"shape {list(shape)} instead of {list(wanted_shape)}")
+        elif list(shape) != list(expected_shape):
+            complaints.append(f"shape {list(shape)} instead of {list(expected_shape)}")
         if complaints:
             problems.setdefault(" and ".join(complaints), []).append(key)
+
     # what is missing or too much explains the rest, so it comes first
     order = sorted(problems, key=lambda what: (what not in ("missing", "unexpected"), what))
     return "; ".join(f"{what}: {', '.join(grouped(problems[what]))}" for what in order)
@@ -49,6 +51,7 @@ def differences(
 def grouped(keys: Iterable[str]) -> list[str]:
     """``keys`` with those that differ in their first number alone put together, sorted."""
     members: dict[tuple[str, str], list[int]] = {}
+
     single = []
     for key in keys:
         match = _NUMBER.search(key)
@@ -56,6 +59,7 @@ def grouped(keys: Iterable[str]) -> list[str]:
             single.append(key)
         else:
             members.setdefault((key[: match.start()], key[match.end() :]), []).append(int(match[0]))
+
     return sorted(
         [
             *single,

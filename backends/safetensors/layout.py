@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.schemes import LinearScheme
 
@@ -63,6 +63,7 @@ def in_parts(
     for start in range(0, length, step):
         stop = min(start + step, length)
         result.narrow(axis, start * each, (stop - start) * each).copy_(make(slice(start, stop)))
+
     return result
 
 
@@ -73,8 +74,13 @@ class Layout(Protocol):
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
-        """See :meth:`backends.base.Backend.model_refusal`."""
+    ) -> Reason | None:
+        """Why a bundle cannot hold this model, and what to do; else ``None``.
+
+        Args:
+            config: Hugging Face config as a dictionary.
+            linears: how what is quantized is, by module name: linears, experts, embeddings.
+        """
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """Every tensor of the bundle, each key once, in an order that does not change; nothing is

@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from backends.base import ContentKind
+from backends.safetensors.file_names import MANIFEST_FILE
 from calib.errors import BackendError
 
-MANIFEST_FILE = "rotq_bundle.json"
 FORMAT_VERSION = 1
 _CHECKSUM = "sha256"
 _HINT = "export the model again, or copy the folder again"
@@ -116,11 +116,13 @@ class Manifest(_Entry):
                 f"'{folder}' is not a bundle of rotq: it holds no {MANIFEST_FILE}",
                 hint="`rotq export --backend safetensors -o DIR` writes one",
             )
+
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BackendError(f"'{path}' is damaged: {error}", hint=_HINT) from error
+
         if version != FORMAT_VERSION:
             raise BackendError(
                 f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
@@ -130,6 +132,7 @@ class Manifest(_Entry):
             raise BackendError(
                 f"'{path}' is damaged or was edited: its checksum does not fit", hint=_HINT
             )
+
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -124,21 +124,22 @@ class Names:
         Raises:
             KeyError: some of a layer's experts are missing.
         """
-        found: dict[str, Tensor] = {}
-        taken: set[str] = set()
+        stacked: dict[str, Tensor] = {}
+        gathered_keys: set[str] = set()
         for parameter, spec in self.experts.items():
             experts = [self.expert_modules(spec, expert) for expert in range(self.wiring.experts)]
             keys = {f"{module}.weight" for modules in experts for module in modules}
             if keys & tensors.keys():
-                found[parameter] = torch.stack(
+                stacked[parameter] = torch.stack(
                     [
                         torch.cat([tensors[f"{module}.weight"] for module in modules])
                         for modules in experts
                     ]
                 )
-                taken |= keys
-        return found | {
-            self.source(key): tensor for key, tensor in tensors.items() if key not in taken
+                gathered_keys |= keys
+
+        return stacked | {
+            self.source(key): tensor for key, tensor in tensors.items() if key not in gathered_keys
         }
 
     def rows(self, linear: QuantizedLinear) -> Iterator[tuple[str, QuantizedLinear]]:

@@ -50,10 +50,10 @@ class Bundle:
             BackendError: naming everything that is missing, too much, of another dtype, rank or
                 shape.
         """
-        found = {
+        actual = {
             key: (entry.torch_dtype, entry.shape) for key, entry in self.manifest.tensors.items()
         }
-        problems = differences(found, expected)
+        problems = differences(actual, expected)
         if problems:
             raise BackendError(
                 f"the bundle '{self.folder}' of a '{self.manifest.model_type}' model for target "
@@ -85,15 +85,19 @@ def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False
                 f"export it again with --target {target}; --from-artifact needs no new calibration"
             ),
         )
+
+    # files as a whole first, then what their headers say, then tensors when they are used
     _check_files(folder, manifest, verify=verify)
     tensors = _MappedTensors(folder, manifest)
     bundle = Bundle(folder, manifest, tensors)
     expected = {key: (entry.torch_dtype, entry.shape) for key, entry in manifest.tensors.items()}
     problems = _undamaged(bundle, lambda: differences(tensors.forms(), expected))
+
     if problems:
         raise BackendError(
             f"the bundle '{folder}' does not hold what its manifest says: {problems}", hint=_HINT
         )
+
     return bundle
 
 
@@ -104,10 +108,10 @@ def read_linears(bundle: Bundle, layout: Layout) -> Mapping[str, QuantizedLinear
         BackendError: they are not what their descriptions say.
     """
     manifest = bundle.manifest
-    found = _undamaged(
+    linears = _undamaged(
         bundle, lambda: layout.linears(bundle.tensors, manifest.linears, manifest.config)
     )
-    return _undamaged(bundle, lambda: {name: found[name] for name in manifest.linears})
+    return _undamaged(bundle, lambda: {name: linears[name] for name in manifest.linears})
 
 
 def read_cache(bundle: Bundle, layout: Layout) -> QuantizedCache | None:
@@ -125,12 +129,14 @@ def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
     floats = _undamaged(
         bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config)
     )
+
     try:
         scheme, rotations = scheme_named(manifest.scheme), load_rotations(bundle.folder)
     except RotqError as error:
         raise BackendError(
             f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint
         ) from error
+
     return QuantizedModel(
         config=manifest.config,
         scheme=scheme,
@@ -148,7 +154,7 @@ class _MappedTensors(Mapping[str, Tensor]):
     """Tensors of the weight files of a bundle, in the order in which its manifest has them."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        held: dict[str, Any] = {}
+        file_of: dict[str, Any] = {}
         for name in sorted({entry.file for entry in manifest.tensors.values()}):
             try:
                 file: Any = safe_open(folder / name, framework="pt")
@@ -156,9 +162,10 @@ class _MappedTensors(Mapping[str, Tensor]):
                 raise BackendError(
                     f"'{folder / name}' is damaged or truncated: {error}", hint=_HINT
                 ) from error
-            held.update((key, file) for key in file.keys())  # noqa: SIM118 - a handle is no mapping
-        order = [key for key in manifest.tensors if key in held]
-        self._files = {key: held[key] for key in [*order, *held]}
+            # a handle is no mapping
+            file_of.update((key, file) for key in file.keys())  # noqa: SIM118
+        order = [key for key in manifest.tensors if key in file_of]
+        self._files = {key: file_of[key] for key in [*order, *file_of]}
 
     def forms(self) -> dict[str, Form]:
         """Dtype and shape of every tensor, from the headers alone.
@@ -194,6 +201,7 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}")
         elif verify and sha256(path) != entry.sha256:
             problems.append(f"{name} was changed: its checksum does not fit")
+
     listed = {entry.file for entry in manifest.tensors.values()}
     problems += [
         f"{name} is not listed with a checksum" for name in sorted(listed - manifest.files.keys())

@@ -18,28 +18,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from backends.base import Reason
 from backends.safetensors.layout import Entry
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.network.skeleton import expected_tensors
+from calib.network.skeleton import oriented_shapes
 from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 from calib.schemes import LinearScheme, PerBlock, TensorScheme
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _ROTATION_KEY = re.compile(r"(.+)\.rotation\.(signs|factors\.\d+)")
 _SMALLEST_BLOCK = 8
 """TensorRT-RTX 1.7.1 was seen to build blocks of 8 to 256."""
-
-
-def transposed_weights(config: Mapping[str, Any]) -> frozenset[str]:
-    """Keys of the weights that transformers stores ``[in, out]`` (Conv1D)."""
-    return frozenset(spec.weight for spec in wiring_of(config).linears if spec.layout == "conv1d")
 
 
 def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
@@ -49,7 +48,7 @@ def norm_keys(config: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
-def sliding_window(config: Any, layer: int) -> int | None:
+def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
     """How many tokens a layer of a transformers ``config`` sees back, itself included; ``None``:
     all.
 
@@ -69,6 +68,7 @@ def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
     quantized cache alone, whose scales are those of rotated keys: else ``(q R3) (k R3)^T = q k^T``.
     """
     wiring = wiring_of(model.config)
+
     rotations = {}
     for layer in wiring.layers:
         cached = model.rotations.r3(layer) if model.cache is not None else None
@@ -78,6 +78,7 @@ def online_rotations(model: QuantizedModel) -> dict[str, Rotation]:
             rotation = model.rotations.r4(layer, spec.branch)
             if rotation is not None:
                 rotations[spec.name] = rotation
+
     return rotations
 
 
@@ -117,19 +118,16 @@ def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
     embeddings.
     """
     wiring = wiring_of(config)
-    shapes = expected_tensors(wiring.config)
-    widths = {
-        name: shapes[spec.weight][-2 if spec.layout == "conv1d" else -1]
-        for name, spec in wiring.by_name.items()
-    }
+    shapes = oriented_shapes(wiring)
+    widths = {name: shapes[spec.weight][-1] for name, spec in wiring.by_name.items()}
     return widths | {table.name: shapes[table.weight][-1] for table in wiring.embeddings}
 
 
 def block_refusal(
     config: Mapping[str, Any],
     linears: Mapping[str, LinearScheme],
-    reason: Callable[[str, int, TensorScheme], tuple[str, str] | None],
-) -> tuple[str, str] | None:
+    reason: Callable[[str, int, TensorScheme], Reason | None],
+) -> Reason | None:
     """Why blocks of weights do not fit a model, and what to do; ``None`` if they do.
 
     Args:
@@ -144,6 +142,7 @@ def block_refusal(
     }
     if not blocked:
         return None
+
     widths = input_widths(config)
     return next(
         filter(
@@ -158,20 +157,23 @@ def block_size(scheme: TensorScheme) -> int | None:
     return scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else None
 
 
-def uneven(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+def uneven(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     """Why the linear ``name`` of ``width`` input features has no :func:`even_block`, and what to
     do; or ``None``.
     """
     size = block_size(scheme)
     assert size is not None
     common = math.gcd(width, size)
+
     if common == size or (scheme.scale_format == "compute" and common >= _SMALLEST_BLOCK):
         return None
+
     reason = f"blocks of {size} do not divide the {width} input features of '{name}'"
     leave = f"leave the linear in float with --override '{name}=float'"
     if scheme.scale_format != "compute":
-        return f"{reason}, and this format has blocks of no other size", leave
-    return (
+        return Reason(f"{reason}, and this format has blocks of no other size", leave)
+
+    return Reason(
         (
             f"{reason}, and nothing above {common} divides both: a runtime's blocks must divide the"
             " input"
@@ -197,8 +199,9 @@ def even_block(name: str, width: int, scheme: TensorScheme) -> int:
     """
     refusal, size = uneven(name, width, scheme), block_size(scheme)
     if refusal is not None:
-        raise BackendError(refusal[0], hint=refusal[1])
+        raise BackendError(refusal.reason, hint=refusal.hint)
     assert size is not None
+
     return math.gcd(width, size)
 
 

@@ -10,11 +10,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.rules import Rule, first_reason
-from backends.safetensors.compressed_tensors import rules as compressed_tensors
-from backends.safetensors.modelopt import rules as modelopt
-from backends.safetensors.tensorrt import rules as tensorrt
-from backends.safetensors.tripy import rules as tripy
+from backends.facts import (
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    TENSORRT_LLM,
+    TENSORRT_RTX,
+    TRANSFORMERS,
+    TRIPY,
+    VLLM,
+    How,
+    Runtime,
+    stated,
+)
+from backends.rules import Limits, Rule, first_reason
+from backends.safetensors.compressed_tensors import limits as compressed_tensors
+from backends.safetensors.file_names import CONFIG_FILE, QUANT_CONFIG_FILE, STATEMENT_FILE
+from backends.safetensors.modelopt import limits as modelopt
+from backends.safetensors.tensorrt import limits as tensorrt
+from backends.safetensors.tripy import limits as tripy
 from calib.schemes import LinearScheme, TensorScheme
 
 if TYPE_CHECKING:
@@ -29,25 +42,54 @@ class Target:
     """A key layout, and the runtime it is for."""
 
     rules: tuple[Rule, ...]
-    """What it cannot express; the first that applies is the reason."""
+    """What it cannot express."""
     warnings: tuple[Rule, ...]
-    """What it expresses at a price."""
+    """What its readers take at a price."""
     cache_refusal: Callable[[TensorScheme], str | None]
+    """Why it cannot express a KV cache."""
     module: str
     """Subpackage of the layout."""
     layout_class: str
+    of: Runtime
+    """What the rules speak of: the library whose format it is, or the runtime."""
+    readers: tuple[Runtime, ...]
+    """What the warnings speak of, where they name it."""
+    how: How
+    """How the rules are known."""
+    files: tuple[str, ...] = ()
+    """What is written besides weights, index, manifest and what every export has."""
+    quantized_files: tuple[str, ...] = ()
+    """The same, only where something is quantized."""
     has_runner: bool = False
     """Whether the subpackage's ``runner.load`` runs a bundle in a library of the target's own."""
     rotation_refusal: Callable[[str], str | None] = lambda kind: None
     """Why it cannot express rotations of a kind; by default it can express all."""
 
-    def refusal(self, scheme: LinearScheme) -> str | None:
-        """Why this target cannot express a linear of ``scheme``; ``None`` if it can."""
-        return first_reason(self.rules, scheme)
+    @property
+    def limits(self) -> Limits:
+        """The same as answers, with the versions that they speak of where others are installed."""
+        return Limits(
+            linear=self._refusal,
+            slow=self._warning,
+            cache=self._cache_refusal,
+            rotation=self.rotation_refusal,
+        )
 
-    def warning(self, scheme: LinearScheme) -> str | None:
-        """What a linear of ``scheme`` costs on this target; ``None`` if nothing."""
-        return first_reason(self.warnings, scheme)
+    def named_in(self, warning: str) -> list[Runtime]:
+        """The readers that a warning names; where it names none, it speaks of what the rules do."""
+        return [reader for reader in self.readers if reader.name in warning] or [self.of]
+
+    def _refusal(self, scheme: LinearScheme) -> str | None:
+        reason = first_reason(self.rules, scheme)
+        return None if reason is None else stated(reason, [self.of])
+
+    def _warning(self, scheme: LinearScheme) -> str | None:
+        reason = first_reason(self.warnings, scheme)
+        return None if reason is None else stated(reason, self.named_in(reason))
+
+    def _cache_refusal(self, scheme: TensorScheme) -> str | None:
+        reason = self.cache_refusal(scheme)
+        return None if reason is None else stated(reason, [self.of])
 
     def layout(self) -> Layout:
         """The layout; imports torch."""
@@ -68,9 +110,26 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    "tripy": Target(tripy.RULES, tripy.WARNINGS, tripy.cache_refusal, "tripy", "TripyLayout"),
+    "tripy": Target(
+        tripy.RULES,
+        tripy.WARNINGS,
+        tripy.cache_refusal,
+        "tripy",
+        "TripyLayout",
+        TRIPY,
+        readers=(),
+        how="tested",
+        files=(STATEMENT_FILE,),
+    ),
     "tensorrt": Target(
-        tensorrt.RULES, tensorrt.WARNINGS, tensorrt.cache_refusal, "tensorrt", "TensorRTLayout"
+        tensorrt.RULES,
+        tensorrt.WARNINGS,
+        tensorrt.cache_refusal,
+        "tensorrt",
+        "TensorRTLayout",
+        TENSORRT_RTX,
+        readers=(),
+        how="tried",
     ),
     "modelopt": Target(
         modelopt.RULES,
@@ -78,6 +137,11 @@ TARGETS: Mapping[str, Target] = {
         modelopt.cache_refusal,
         "modelopt",
         "ModelOptLayout",
+        MODELOPT,
+        readers=(VLLM, TENSORRT_LLM),
+        how="format",
+        files=(CONFIG_FILE,),
+        quantized_files=(QUANT_CONFIG_FILE,),
         rotation_refusal=modelopt.rotation_refusal,
     ),
     "compressed-tensors": Target(
@@ -86,6 +150,10 @@ TARGETS: Mapping[str, Target] = {
         compressed_tensors.cache_refusal,
         "compressed_tensors",
         "CompressedTensorsLayout",
+        COMPRESSED_TENSORS,
+        readers=(VLLM, TRANSFORMERS),
+        how="format",
+        files=(CONFIG_FILE,),
         has_runner=True,
     ),
 }

@@ -71,22 +71,22 @@ def write_tensors(path: Path, entries: Sequence[Entry], written: Callable[[], No
             )
 
         pending: list[Future[Any]] = []
-        held = 0
+        bytes_before = 0
         for entry in ordered:
-            if held + entry.nbytes > _HELD_BYTES:
+            if bytes_before + entry.nbytes > _HELD_BYTES:
                 _finish(pending)
             hand_over(_bytes(entry))
-            held = entry.nbytes
+            bytes_before = entry.nbytes
             written()
         _finish(pending)
     return digest.hexdigest()
 
 
-def _consume(take: Callable[[memoryview], object], held: list[memoryview]) -> None:
+def _consume(take: Callable[[memoryview], object], handed_over: list[memoryview]) -> None:
     """Give ``take`` what is held and let go of it: a thread keeps its arguments for longer than its
     job takes.
     """
-    take(held.pop())
+    take(handed_over.pop())
 
 
 def _finish(jobs: list[Future[Any]]) -> None:
@@ -100,6 +100,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
     # transformers asks for the framework that wrote the file
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
+
     for entry in entries:
         end = start + entry.nbytes
         table[entry.key] = {
@@ -108,8 +109,10 @@ def _header(entries: Sequence[Entry]) -> bytes:
             "data_offsets": [start, end],
         }
         start = end
+
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+
     return len(text).to_bytes(8, "little") + text
 
 

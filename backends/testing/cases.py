@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.base import Backend, WriteOptions
+from backends.asking import expressible, refusal_of, refused_rotations
+from backends.base import Backend, Request, WriteOptions
 from backends.testing.models import FAMILIES, tiny_model
 from calib.architectures import Kind
 from calib.artifact import QuantizedModel
@@ -88,27 +89,33 @@ def cases(
         accepted = [
             name
             for name, linear in linear_schemes().items()
-            if backend.refusal(linear, target) is None
+            if expressible(backend, target, [linear], None)
         ]
         if not accepted:
             continue
+
+        # models are asked for with a scheme that the target takes, so that they alone are refused
         linears = {"some.linear": linear_schemes()[accepted[0]]}
         tried = [
             family
             for family in families
-            if backend.model_refusal(FAMILIES[family]().to_dict(), linears, target) is None
+            if refusal_of(
+                backend, Request(target, linears=linears, config=FAMILIES[family]().to_dict())
+            )
+            is None
         ]
         if first in tried:
             yield Case(target, "float", first)
             yield from (Case(target, scheme, first) for scheme in accepted)
         yield from (Case(target, accepted[0], family) for family in others if family in tried)
-        kinds = tuple(kind for kind in _ONLINE if backend.rotation_refusal(kind, target) is None)
+        refused = refused_rotations(backend, target, _ONLINE)
+        kinds = tuple(kind for kind in _ONLINE if kind not in refused)
         if first in tried and online and kinds != _FOLDED:
             yield Case(target, accepted[0], first, kinds)
         if first in tried and len(accepted) > 1:
             yield Case(target, accepted[0], first, overrides=(("*.down_proj", _preset(accepted)),))
         for kv, scheme in KV_SCHEMES.items():
-            if first in tried and backend.cache_refusal(scheme, target) is None:
+            if first in tried and expressible(backend, target, [], scheme):
                 yield Case(target, accepted[0], first, kv=kv)
 
 

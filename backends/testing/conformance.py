@@ -10,17 +10,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import filter as filter_names
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from backends.base import Backend, Fusion, RuntimeMissing, RuntimeModel
+from backends.asking import expressible
+from backends.base import (
+    CONTRACT_VERSION,
+    OLDEST_CONTRACT,
+    Backend,
+    Dtype,
+    Fusion,
+    ListsFiles,
+    Reason,
+    Request,
+    RuntimeMissing,
+    RuntimeModel,
+)
 from backends.testing.cases import Case, cases, linear_schemes, state_of, tree, write
 from backends.testing.models import FAMILIES, token_rows
 from backends.testing.running import (
@@ -44,13 +58,7 @@ from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "modelopt")
 """What listing backends must not import: each of them takes seconds."""
 _METHODS = (
-    "refusal",
-    "warning",
-    "cache_refusal",
-    "rotation_refusal",
-    "logits_refusal",
-    "kv_buffer_refusal",
-    "model_refusal",
+    "refusals",
     "compute_dtype",
     "write",
     "load",
@@ -60,6 +68,8 @@ _METHODS = (
     "read_cache",
     "contents",
 )
+_OF_EVERY_EXPORT = ("rotations.json", "rotations.safetensors")
+"""Files that a backend may write and need not list."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +146,8 @@ class BackendConformance:
     def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
         """One test for each case that the backend accepts."""
         if "case" in metafunc.fixturenames and cls is not BackendConformance:
-            found = list(cases(cls.create(), cls.families, online=cls.online, targets=cls.targets))
-            metafunc.parametrize("case", found, ids=[case.id for case in found])
+            tried = list(cases(cls.create(), cls.families, online=cls.online, targets=cls.targets))
+            metafunc.parametrize("case", tried, ids=[case.id for case in tried])
 
     @pytest.fixture
     def backend(self) -> Backend:
@@ -168,47 +178,48 @@ class BackendConformance:
         for target in backend.targets:
             assert backend.compute_dtype(target) in (None, *LINEAR)
 
-    def test_reasons_are_one_line_and_always_the_same(self, backend: Backend) -> None:
-        """``rotq backends`` prints them in a table."""
+    def test_it_was_written_for_this_contract(self, backend: Backend) -> None:
+        """``contract`` is a number of a version that this rotq takes."""
+        assert OLDEST_CONTRACT <= backend.contract <= CONTRACT_VERSION
+
+    def test_nothing_speaks_against_nothing(self, backend: Backend) -> None:
+        """Of what is not asked, nothing is said."""
         for target in backend.targets:
-            for name, scheme in linear_schemes().items():
-                for ask in (backend.refusal, backend.warning):
-                    _check_reason(
-                        ask(scheme, target), self.create(), ask.__name__, scheme, target, name
-                    )
-            for name, cache in KV_SCHEMES.items():
-                _check_reason(
-                    backend.cache_refusal(cache, target),
-                    self.create(),
-                    "cache_refusal",
-                    cache,
-                    target,
-                    name,
-                )
-            for kind in SPACE_OF:
-                _check_reason(
-                    backend.rotation_refusal(kind, target),
-                    self.create(),
-                    "rotation_refusal",
-                    kind,
-                    target,
-                    kind,
-                )
+            assert list(backend.refusals(Request(target))) == []
+
+    def test_reasons_are_one_line_and_always_the_same(self, backend: Backend) -> None:
+        """``rotq backends`` prints them in a table. Each is about something that was asked."""
+        for target in backend.targets:
+            for request in _requests(target):
+                _check_reasons(backend, self.create(), request)
+
             linears = {"a": LINEAR_SCHEMES["int8"]}
             for family in self.families:
-                reason = backend.model_refusal(FAMILIES[family]().to_dict(), linears, target)
-                assert reason is None or (len(reason) == 2 and all(reason))
+                config = FAMILIES[family]().to_dict()
+                _check_reasons(
+                    backend, self.create(), Request(target, linears=linears, config=config)
+                )
 
     def test_reasons_are_given_without_importing_a_framework(self, backend: Backend) -> None:
         """``rotq backends`` asks every installed backend, and answers at once."""
         kind = type(backend)
-        code = (
-            f"import sys; from {kind.__module__} import {kind.__qualname__} as B; b = B();from"
-            " calib.schemes import KV_SCHEMES, LINEAR_SCHEMES;[(b.refusal(s, t), b.warning(s, t))"
-            " for s in LINEAR_SCHEMES.values() for t in b.targets];[b.cache_refusal(s, t) for s in"
-            " KV_SCHEMES.values() for t in b.targets];[b.rotation_refusal(k, t) for k in ('r1',"
-            f" 'r2', 'r3', 'r4') for t in b.targets];sys.exit(', '.join(set({HEAVY}) &"
-            " set(sys.modules)) or 0)"
+        code = "\n".join(
+            [
+                "import sys",
+                f"from {kind.__module__} import {kind.__qualname__} as B",
+                "from backends.base import Request",
+                "from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES",
+                "backend = B()",
+                "for target in backend.targets:",
+                "    backend.refusals(Request(target, linears=LINEAR_SCHEMES))",
+                "    for cache in KV_SCHEMES.values():",
+                "        backend.refusals(Request(target, cache=cache))",
+                "    backend.refusals(Request(target, rotations=('r1', 'r2', 'r3', 'r4')))",
+                "    backend.refusals(Request(target, logits='last', kv_buffer='shared'))",
+                "    backend.refusals(Request(target, dtype='bfloat16'))",
+                "    getattr(backend, 'files', lambda request, nbytes: ())(Request(target), 0)",
+                f"sys.exit(', '.join(set({HEAVY}) & set(sys.modules)) or 0)",
+            ]
         )
         environment = {
             **os.environ,
@@ -229,7 +240,7 @@ class BackendConformance:
         """
         for target in backend.targets:
             assert any(
-                backend.refusal(scheme, target) is None for scheme in linear_schemes().values()
+                expressible(backend, target, [scheme], None) for scheme in linear_schemes().values()
             ), target
 
     def test_writing_touches_nothing_else(
@@ -239,6 +250,7 @@ class BackendConformance:
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         before = state_of(case.model(backend.compute_dtype(case.target)))
+
         trees = []
         for name in ("one", "two"):
             folder = tmp_path / name
@@ -250,12 +262,33 @@ class BackendConformance:
         assert not list((tmp_path / "elsewhere").iterdir())
         assert trees[0] == trees[1], "the same model must give the same bytes"
 
+    def test_files_are_those_that_it_lists(self, written: Written) -> None:
+        """Where the backend lists its files beforehand, all are there and no others are; rotations,
+        which every export has, are not counted.
+        """
+        if not isinstance(written.backend, ListsFiles):
+            return
+        model = written.model
+        request = Request(
+            written.case.target,
+            linears=model.schemes(),
+            cache=None if model.cache is None else model.cache.scheme,
+            rotations=tuple(model.rotations.kinds()),
+        )
+        size = sum(path.stat().st_size for path in written.folder.rglob("*") if path.is_file())
+        listed = written.backend.files(request, size)
+
+        names = tree(written.folder).keys() - {*_OF_EVERY_EXPORT}
+        assert all(any(fnmatchcase(name, pattern) for pattern in listed) for name in names), names
+        missing = [pattern for pattern in listed if not filter_names(names, pattern)]
+        assert not missing
+
     def test_linears_are_read_back_to_the_last_bit(self, written: Written) -> None:
         """Stored values as they are; scales in the dtype that the target has them in."""
-        found = written.backend.read_linears(written.folder, written.case.target)
-        assert list(found) == list(written.model.linears)
+        linears = written.backend.read_linears(written.folder, written.case.target)
+        assert list(linears) == list(written.model.linears)
         for name, expected in written.model.linears.items():
-            linear = found[name]
+            linear = linears[name]
             assert linear.description() == expected.description(), name
             assert torch.equal(_bits(linear.weight), _bits(expected.weight)), f"{name}.weight"
             for key, tensor in expected.tensors().items():
@@ -266,19 +299,19 @@ class BackendConformance:
 
     def test_the_cache_is_read_back(self, written: Written) -> None:
         """Scales by layer, or ``None`` where the cache is in float."""
-        found, expected = (
+        actual, expected = (
             written.backend.read_cache(written.folder, written.case.target),
             written.model.cache,
         )
-        assert (found is None) == (expected is None)
-        if found is not None and expected is not None:
-            assert found.scheme == expected.scheme
-            for scales, wanted in (
-                (found.key_scale, expected.key_scale),
-                (found.value_scale, expected.value_scale),
+        assert (actual is None) == (expected is None)
+        if actual is not None and expected is not None:
+            assert actual.scheme == expected.scheme
+            for scales, scales_written in (
+                (actual.key_scale, expected.key_scale),
+                (actual.value_scale, expected.value_scale),
             ):
-                assert scales.keys() == wanted.keys()
-                for layer, tensor in wanted.items():
+                assert scales.keys() == scales_written.keys()
+                for layer, tensor in scales_written.items():
                     _check_part(f"cache scale of layer {layer}", scales[layer], tensor)
 
     def test_contents_are_everything(self, written: Written) -> None:
@@ -300,11 +333,11 @@ class BackendConformance:
         """Where the runtime tells how it executes them, the count is right and the names are those
         of the model.
         """
-        found = written.backend.fusion(written.folder, written.case.target)
-        assert found is None or isinstance(found, Fusion)
-        if found is not None:
-            assert found.quantized == len(written.model.linears)
-            assert set(found.unfused) <= written.model.linears.keys()
+        fusion = written.backend.fusion(written.folder, written.case.target)
+        assert fusion is None or isinstance(fusion, Fusion)
+        if fusion is not None:
+            assert fusion.quantized == len(written.model.linears)
+            assert set(fusion.unfused) <= written.model.linears.keys()
 
     def test_each_linear_computes_what_the_artifact_says(self, written: Written) -> None:
         """On identical inputs, taken from the runtime itself."""
@@ -313,9 +346,9 @@ class BackendConformance:
         except RuntimeMissing as error:
             pytest.skip(error.message)
         names = list(written.model.linears)
-        found = probed.probe(token_rows(12)[0][None], names)
-        assert list(found) == names
-        for name, (entering, leaving) in found.items():
+        probes = probed.probe(token_rows(12)[0][None], names)
+        assert list(probes) == names
+        for name, (entering, leaving) in probes.items():
             linear = written.reference.get_submodule(name)
             assert isinstance(linear, ReferenceLinear)
             expected = linear.matmul(linear.quantize(entering.float()))
@@ -355,6 +388,7 @@ class BackendConformance:
             folder.mkdir()
             write(backend, case, folder)
             _DAMAGE[damage](folder)
+
             for name, opener in _openers(backend, folder, case.target).items():
                 with pytest.raises(BackendError) as caught:
                     opener()
@@ -363,14 +397,42 @@ class BackendConformance:
                 assert "\n" not in caught.value.message, f"{name} says it in more than one line"
 
 
-def _check_reason(
-    reason: str | None, again: Backend, ask: str, scheme: Any, target: str, name: str
-) -> None:
-    where = f"{ask} of {name} for {target}"
-    assert reason is None or (isinstance(reason, str) and reason.strip() and "\n" not in reason), (
-        where
-    )
-    assert getattr(again, ask)(scheme, target) == reason, where
+def _requests(target: str) -> Iterator[Request]:
+    """What is asked of a target where no model is known: one thing at a time."""
+    for name, scheme in linear_schemes().items():
+        yield Request(target, linears={name: scheme})
+    for cache in KV_SCHEMES.values():
+        yield Request(target, cache=cache)
+    for kind in SPACE_OF:
+        yield Request(target, rotations=(kind,))
+    yield Request(target, logits="last")
+    yield Request(target, kv_buffer="shared")
+    for dtype in get_args(Dtype):
+        yield Request(target, dtype=dtype)
+
+
+def _check_reasons(backend: Backend, again: Backend, request: Request) -> None:
+    reasons = list(backend.refusals(request))
+    assert list(again.refusals(request)) == reasons, request
+
+    asked = {
+        "linear": {*request.linears},
+        "rotation": {*request.rotations},
+        "option": {*request.options()},
+        "cache": set() if request.cache is None else {""},
+        "model": set() if request.config is None else {""},
+    }
+    for reason in reasons:
+        assert isinstance(reason, Reason), request
+        assert reason.name in asked[reason.about], f"it was not asked about {reason}"
+        assert reason.severity in ("refused", "slow"), reason
+        assert reason.reason.strip(), reason
+        assert "\n" not in reason.reason + reason.hint, reason
+        if reason.about == "model":
+            assert reason.hint, f"it says what is wrong and not what to do: {reason}"
+
+    subjects = [(reason.about, reason.name) for reason in reasons if reason.about != "model"]
+    assert len(set(subjects)) == len(subjects), f"it says more than one thing of one: {reasons}"
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -380,15 +442,15 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
-def _check_part(name: str, found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None, f"{name} is missing"
-    assert found.shape == expected.shape, (
-        f"{name}: {list(found.shape)} instead of {list(expected.shape)}"
+def _check_part(name: str, actual: Tensor | None, expected: Tensor) -> None:
+    assert actual is not None, f"{name} is missing"
+    assert actual.shape == expected.shape, (
+        f"{name}: {list(actual.shape)} instead of {list(expected.shape)}"
     )
-    if not found.dtype.is_floating_point:
-        assert torch.equal(found, expected.to(found.dtype)), name
+    if not actual.dtype.is_floating_point:
+        assert torch.equal(actual, expected.to(actual.dtype)), name
         return
-    assert torch.equal(found.double(), expected.to(found.dtype).double()), name
+    assert torch.equal(actual.double(), expected.to(actual.dtype).double()), name
 
 
 def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
@@ -397,23 +459,23 @@ def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
     return ("weight_second_scale", "input_scale") if own else ("weight_second_scale",)
 
 
-def _check_second_scale(name: str, found: Tensor | None, expected: Tensor) -> None:
+def _check_second_scale(name: str, actual: Tensor | None, expected: Tensor) -> None:
     """A target may hold the inverse, and inverting twice rounds twice: by up to half an eps
     each.
     """
-    assert found is not None, f"{name} is missing"
-    assert found.shape == expected.shape == ()
+    assert actual is not None, f"{name} is missing"
+    assert actual.shape == expected.shape == ()
     eps = torch.finfo(torch.float32).eps
-    assert abs(found.double() - expected.double()) <= eps * (1 + eps) * expected.double(), name
+    assert abs(actual.double() - expected.double()) <= eps * (1 + eps) * expected.double(), name
 
 
 def _elements(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _one_per_target(found: Any) -> list[Case]:
+def _one_per_target(tried: Iterable[Case]) -> list[Case]:
     chosen: dict[str, Case] = {}
-    for case in found:
+    for case in tried:
         if case.scheme != "float":
             chosen.setdefault(case.target, case)
     return list(chosen.values())

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import hadamard_rotations
 from calib.schemes import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 VOCABULARY = 97
 # Widths are multiples of 128: a target may ask for whole blocks, and some ask for that one.
@@ -47,25 +50,29 @@ _GPT2 = {
 }
 
 
-def _llama() -> Any:
+def _llama() -> PretrainedConfig:
     from transformers import LlamaConfig  # here, because it takes seconds to import
 
     return LlamaConfig(**_SIZES)
 
 
-def _qwen2() -> Any:
+def _qwen2() -> PretrainedConfig:
     from transformers import Qwen2Config
 
     return Qwen2Config(**_SIZES, tie_word_embeddings=True)
 
 
-def _gpt2() -> Any:
+def _gpt2() -> PretrainedConfig:
     from transformers import GPT2Config
 
     return GPT2Config(**_GPT2)
 
 
-FAMILIES: Mapping[str, Callable[[], Any]] = {"llama": _llama, "qwen2": _qwen2, "gpt2": _gpt2}
+FAMILIES: Mapping[str, Callable[[], PretrainedConfig]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "gpt2": _gpt2,
+}
 """Configs by family: grouped-query attention; biases and tied embeddings; LayerNorm, Conv1D and a
 fused qkv.
 """
@@ -104,10 +111,11 @@ def tiny_model(
     fused = fuse(_state(config), wiring, rotations, dtype=dtype)
     quantization = resolve(scheme, wiring, overrides=dict(overrides), kv=kv)
     loop = forward_loop_over(length_batches(token_rows(9, 12, 7, 9), 4))
+
     return quantize_model(fused, quantization, loop, _PROVENANCE)
 
 
-def _state(config: Any) -> dict[str, Tensor]:
+def _state(config: PretrainedConfig) -> dict[str, Tensor]:
     """Random weights by checkpoint key, large enough that each of them moves the logits."""
     generator = torch.Generator().manual_seed(0)
     network = build_on_meta(config)

@@ -65,7 +65,9 @@ def padded(runtime: RuntimeModel, rows: Sequence[Tensor]) -> list[Tensor]:
         [nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in rows]
     )
     logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
-    return [found[longest - row.numel() :] for row, found in zip(rows, logits, strict=True)]
+    return [
+        row_logits[longest - row.numel() :] for row, row_logits in zip(rows, logits, strict=True)
+    ]
 
 
 def distance(actual: Tensor, reference: Tensor) -> float:
@@ -83,6 +85,6 @@ def check_close(actual: Tensor, reference: Tensor, bound: float, what: str) -> N
         raise AssertionError(
             f"{what}: shape {list(actual.shape)} instead of {list(reference.shape)}"
         )
-    found = distance(actual, reference)
-    if not found <= bound:  # also if it is NaN
-        raise AssertionError(f"{what}: relative L2 {found:.1e}, more than {bound:.0e}")
+    error = distance(actual, reference)
+    if not error <= bound:  # also if it is NaN
+        raise AssertionError(f"{what}: relative L2 {error:.1e}, more than {bound:.0e}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calib.architectures.architecture import Architecture, Refusal
+from calib.architectures.groups import merged_linears, reading_groups
 from calib.architectures.lookup import architecture_for, supported_model_types
 from calib.architectures.spec import (
     KINDS,
@@ -33,6 +34,8 @@ __all__ = [
     "Space",
     "Wiring",
     "architecture_for",
+    "merged_linears",
+    "reading_groups",
     "supported_model_types",
     "wiring_for",
     "wiring_of",

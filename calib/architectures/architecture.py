@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from calib.architectures.spec import EmbeddingSpec, LinearSpec, NormSpec
+from calib.architectures.spec import KINDS, EmbeddingSpec, Kind, LinearSpec, NormSpec
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,8 @@ class Architecture:
     """Whether a layer has experts instead of a plain MLP."""
     experts: str | None = None
     """Module that holds the 3-D expert parameters."""
+
+    @property
+    def offered(self) -> tuple[Kind, ...]:
+        """The kinds of rotations that are not refused for this family."""
+        return tuple(kind for kind in KINDS if kind not in self.rotations_refused)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from calib.architectures import Wiring
+from calib.architectures.wiring import Wiring
 from calib.schemes import LinearScheme
 
 

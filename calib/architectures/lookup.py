@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from calib.architectures.architecture import Architecture
 from calib.architectures.table import ARCHITECTURES
 from calib.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _BY_MODEL_TYPE = {model_type: entry for entry in ARCHITECTURES for model_type in entry.model_types}
 
@@ -16,7 +19,22 @@ def supported_model_types() -> list[str]:
     return sorted(_BY_MODEL_TYPE)
 
 
-def architecture_for(config: Any) -> Architecture:
+def architecture_named(model_type: str) -> Architecture:
+    """The table entry for a ``model_type`` alone, where no config says what of it can be folded.
+
+    Raises:
+        UnsupportedModelError: it is not in the table.
+    """
+    if model_type not in _BY_MODEL_TYPE:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not in the architecture table; supported are:"
+            f" {', '.join(supported_model_types())}",
+            hint="use a model of a supported family; rotq never guesses how a model is wired",
+        )
+    return _BY_MODEL_TYPE[model_type]
+
+
+def architecture_for(config: PreTrainedConfig) -> Architecture:
     """The table entry for a transformers config. There is no default entry: a wrong mapping damages
     a model silently.
 
@@ -28,13 +46,7 @@ def architecture_for(config: Any) -> Architecture:
             is quantized already, or has a feature that cannot be folded.
     """
     model_type = getattr(config, "model_type", None) or "unknown"
-    supported = ", ".join(supported_model_types())
-    if model_type not in _BY_MODEL_TYPE:
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} is not in the architecture table; supported are:"
-            f" {supported}",
-            hint="use a model of a supported family; rotq never guesses how a model is wired",
-        )
+    entry = architecture_named(model_type)
     if not type(config).__module__.startswith("transformers."):
         raise UnsupportedModelError(
             f"model_type {model_type!r} is loaded with code of its own ({type(config).__module__}),"
@@ -47,11 +59,14 @@ def architecture_for(config: Any) -> Architecture:
             " quantization_config)",
             hint="start from the floating-point checkpoint that it was made from",
         )
-    entry = _BY_MODEL_TYPE[model_type]
+
     for refusal in entry.refusals:
         if refusal.when(config):
             raise UnsupportedModelError(
                 f"this {model_type} model cannot be folded: {refusal.reason}",
-                hint=f"use a model without that feature; supported families are: {supported}",
+                hint=(
+                    "use a model without that feature; supported families are:"
+                    f" {', '.join(supported_model_types())}"
+                ),
             )
     return entry

@@ -79,8 +79,8 @@ class LinearSpec:
     norm: str | None = None
     """Norm whose output this linear reads."""
     layout: Literal["linear", "conv1d", "experts"] = "linear"
-    """``linear`` stores ``[out, in]``, ``conv1d`` ``[in, out]``, ``experts`` ``[experts, out,
-    in]``.
+    """How the module tree stores the weight: ``linear`` ``[out, in]``, ``conv1d`` ``[in, out]``,
+    ``experts`` ``[experts, out, in]``.
     """
     parts: tuple[Part, ...] = ()
     """The projections of a fused linear, in the order of its output features."""

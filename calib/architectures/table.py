@@ -8,10 +8,13 @@ mirrors.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from calib.architectures.architecture import Architecture, Refusal
 from calib.architectures.spec import EmbeddingSpec, LinearSpec, NormSpec, Part, Space
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LAYER = "model.layers.{i}"
 _ATTENTION = f"{_LAYER}.self_attn"
@@ -81,7 +84,7 @@ def _dense_only(specs: tuple[LinearSpec, ...]) -> tuple[LinearSpec, ...]:
     return tuple(replace(spec, layers="dense") for spec in specs)
 
 
-def _qwen_sparse(config: Any, layer: int) -> bool:
+def _qwen_sparse(config: PreTrainedConfig, layer: int) -> bool:
     """Qwen2MoeDecoderLayer: every ``decoder_sparse_step``-th layer has experts, but for those
     listed.
     """

@@ -128,6 +128,14 @@ class Wiring:
         return tuple(spec.name for spec in self.linears if spec.layout == "experts")
 
     @cached_property
+    def turned_weights(self) -> frozenset[str]:
+        """Keys of the weights that the module tree stores ``[in, out]`` (GPT-2's Conv1D).
+
+        Everywhere else a weight is ``[out, in]``; see :mod:`calib.network.layout`.
+        """
+        return frozenset(spec.weight for spec in self.linears if spec.layout == "conv1d")
+
+    @cached_property
     def norm_names(self) -> tuple[str, ...]:
         """Module names of the norms whose gain :func:`calib.fusing.fuse` folds away, the final norm
         last.

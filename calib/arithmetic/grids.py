@@ -25,11 +25,17 @@ from calib.arithmetic.rounding import (
     round_e4m3_scale,
     round_to_format,
 )
-from calib.arithmetic.scales import convert_to_scale
+from calib.arithmetic.scales import scale_of
 from calib.errors import QuantizationError
-from calib.schemes import Granularity, NumberFormat, PerBlock, PerChannel, PerTensor, TensorScheme
-
-_E4M3_MAX = 448.0
+from calib.schemes import (
+    FLOAT8,
+    Granularity,
+    NumberFormat,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    TensorScheme,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,21 @@ def grid_of(
     Raises:
         QuantizationError: limits that are not finite, or a scale that overflows ``dtype``.
     """
-    amax = torch.maximum(low.abs(), high.abs())
+    if scheme.symmetric:
+        return symmetric_grid(torch.maximum(low.abs(), high.abs()), scheme, dtype)
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    levels = scheme.format.qmax - scheme.format.qmin
+    scale = scale_of(high - low, levels, dtype)
+    zero = torch.round(scheme.format.qmin - low / scale.double()).clamp(
+        scheme.format.qmin, scheme.format.qmax
+    )
+    return Grid(scale, zero.to(dtype))
+
+
+def symmetric_grid(amax: Tensor, scheme: TensorScheme, dtype: torch.dtype = torch.float32) -> Grid:
+    """The grid of a symmetric scheme from the largest magnitude of each group, any shape; see
+    :func:`grid_of`.
+    """
     match scheme.scale_format:
         case "e4m3":
             return two_level_grid(amax, amax.max(), scheme.format)
@@ -98,15 +118,8 @@ def grid_of(
             _check_finite(amax)
             exponent = e8m0_exponent(amax, scheme.format, floor=scheme.scale_format == "e8m0-floor")
             return Grid(torch.exp2(exponent.float()))
-    if scheme.symmetric:
-        return Grid(convert_to_scale(amax, scheme.format.maxbound, dtype=dtype).reshape(amax.shape))
-    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    levels = scheme.format.qmax - scheme.format.qmin
-    scale = convert_to_scale(high - low, levels, dtype=dtype).reshape(low.shape)
-    zero = torch.round(scheme.format.qmin - low / scale.double()).clamp(
-        scheme.format.qmin, scheme.format.qmax
-    )
-    return Grid(scale, zero.to(dtype))
+        case _:
+            return Grid(scale_of(amax, scheme.format.maxbound, dtype))
 
 
 def two_level_grid(block_amax: Tensor, amax: Tensor, fmt: NumberFormat) -> Grid:
@@ -117,7 +130,14 @@ def two_level_grid(block_amax: Tensor, amax: Tensor, fmt: NumberFormat) -> Grid:
         amax: largest magnitude of the tensor ``[]``.
         fmt: the format of the elements.
     """
-    return grid_under(block_amax, convert_to_scale(amax, fmt.maxbound * _E4M3_MAX), fmt)
+    return grid_under(block_amax, second_level_scale(amax, fmt), fmt)
+
+
+def second_level_scale(amax: Tensor, fmt: NumberFormat) -> Tensor:
+    """The float32 scale of NVFP4's block scales, for a tensor whose largest magnitude is ``amax``
+    ``[]``.
+    """
+    return scale_of(amax, fmt.maxbound * FLOAT8.maxbound)
 
 
 def grid_under(block_amax: Tensor, second: Tensor, fmt: NumberFormat) -> Grid:

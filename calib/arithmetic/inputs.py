@@ -20,7 +20,8 @@ from calib.arithmetic.grids import (
     grid_of,
     grid_under,
     round_to_grid,
-    two_level_grid,
+    second_level_scale,
+    symmetric_grid,
     weight_limits,
 )
 from calib.errors import QuantizationError
@@ -65,6 +66,7 @@ def input_steps(
         if not isinstance(scheme.granularity, PerTensor | PerCluster):
             raise _no_such(scheme.granularity)
         return scale, zero_point
+
     match scheme.granularity:
         case PerToken():
             grid = grid_of(*torch.aminmax(x, dim=-1, keepdim=True), scheme)
@@ -94,11 +96,17 @@ def input_grid(low: Tensor, high: Tensor, scheme: TensorScheme, dtype: torch.dty
         Scale and zero point; for NVFP4 the second-level scale stands in ``scale``.
     """
     if scheme.scale_format == "e4m3":
-        amax = torch.maximum(low.abs(), high.abs())
-        second = two_level_grid(amax, amax, scheme.format).second_level
-        assert second is not None
-        return Grid(second)
+        return symmetric_input_grid(torch.maximum(low.abs(), high.abs()), scheme, dtype)
     return grid_of(low, high, scheme, dtype)
+
+
+def symmetric_input_grid(amax: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
+    """:func:`input_grid` of a symmetric scheme, of which the largest magnitude ``[]`` is all that
+    has to be known.
+    """
+    if scheme.scale_format == "e4m3":
+        return Grid(second_level_scale(amax, scheme.format))
+    return symmetric_grid(amax, scheme, dtype)
 
 
 def _rowwise(values: Tensor, x: Tensor) -> Tensor:

@@ -20,10 +20,9 @@ import math
 import torch
 from torch import Tensor
 
-from calib.schemes import NumberFormat
+from calib.schemes import FLOAT8, NumberFormat
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E4M3_MAX = 448.0
 _E4M3_TINY = 2.0**-9
 """The smallest positive E4M3 number; a scale below it would be stored as zero."""
 _SIGN = 8
@@ -81,7 +80,7 @@ def decode(stored: Tensor, fmt: NumberFormat) -> Tensor:
 
 def round_e4m3_scale(scale: Tensor) -> Tensor:
     """Positive scales rounded to positive E4M3 numbers, held in float32."""
-    return scale.float().clamp(_E4M3_TINY, _E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return scale.float().clamp(_E4M3_TINY, FLOAT8.maxbound).to(torch.float8_e4m3fn).float()
 
 
 def e8m0_exponent(amax: Tensor, fmt: NumberFormat, *, floor: bool) -> Tensor:

@@ -44,6 +44,11 @@ def convert_to_scale(
 
     Source: ``convert_to_scale`` of the nanoGPT example in NVIDIA's TensorRT-Incubator.
     """
+    return scale_of(amax, maxbound, dtype).squeeze()
+
+
+def scale_of(amax: Tensor, maxbound: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """:func:`convert_to_scale` in the shape of ``amax``."""
     if not maxbound > 0:
         raise QuantizationError(f"maxbound must be positive, got {maxbound}")
     if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
@@ -51,9 +56,7 @@ def convert_to_scale(
             "amax must be finite and >= 0 to become a scale; the statistics hold NaN, Inf or a"
             " negative value"
         )
-    scale = (
-        (amax.detach().double() / maxbound).clamp(min=torch.finfo(dtype).tiny).to(dtype).squeeze()
-    )
+    scale = (amax.detach().double() / maxbound).clamp(min=torch.finfo(dtype).tiny).to(dtype)
     if not bool(torch.isfinite(scale).all()):
         raise QuantizationError(
             f"a scale overflows {dtype}: the largest amax is {float(amax.max()):.4g}"

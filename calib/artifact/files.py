@@ -8,7 +8,6 @@ generation config, tokenizer). Loading is by memory map: a tensor is read when i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,28 @@ from torch import Tensor
 
 from calib.artifact.model import (
     LINEAR_PARTS,
+    OPTIONAL_PARTS,
     Provenance,
     QuantizedCache,
     QuantizedLinear,
     QuantizedModel,
 )
 from calib.artifact.prefix import load_prefix, save_prefix
+from calib.artifact.side_files import copy_side_files, side_files
 from calib.errors import CheckpointError
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
-    scheme_named,
+    scheme_from_dict,
+    scheme_to_dict,
     tensor_scheme_from_dict,
     tensor_scheme_to_dict,
 )
 
 MANIFEST = "quantized_model.json"
-FORMAT_VERSION = 2
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files of a checkpoint folder that every output carries, where they exist."""
+FORMAT_VERSION = 3
+"""Raised whenever a reader of the version before would misread a folder. 3: the whole scheme, not
+its name; float weights of linears [out, in].
+"""
 
 
 def save_artifact(model: QuantizedModel, folder: Path) -> None:
@@ -55,7 +47,9 @@ def save_artifact(model: QuantizedModel, folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(
-        dict(_tensors(model)), folder, filename_pattern="quantized_model{suffix}.safetensors"
+        dict(artifact_tensors(model)),
+        folder,
+        filename_pattern="quantized_model{suffix}.safetensors",
     )
     save_description(model, folder)
 
@@ -65,7 +59,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "config": model.config,
-        "scheme": model.scheme.name,
+        "scheme": scheme_to_dict(model.scheme),
         "dtype": str(model.dtype).removeprefix("torch."),
         "linears": {name: linear.description() for name, linear in model.linears.items()},
         "cache": None
@@ -77,7 +71,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
         "smoothing": list(model.smoothing),
         "kept": dict(model.kept),
         "provenance": vars(model.provenance),
-        "tensors": sorted(key for key, _ in _tensors(model)),
+        "tensors": sorted(key for key, _ in artifact_tensors(model)),
     }
     save_rotations(model.rotations, folder)
     if model.prefix is not None:
@@ -91,7 +85,7 @@ def load_artifact(folder: Path) -> QuantizedModel:
     """Open a saved model by memory map.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete, corrupt, or written by a newer rotq.
+        CheckpointError: the folder is missing, incomplete, corrupt, or of another format version.
         RotationError: its rotations are.
     """
     manifest = _read_manifest(folder)
@@ -105,8 +99,10 @@ def load_artifact(folder: Path) -> QuantizedModel:
         ) from error
 
 
-def _tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
-    yield from model.floats.items()
+def artifact_tensors(model: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a saved model, by the key under which it is stored."""
+    for key, tensor in model.floats.items():
+        yield key, tensor.contiguous()
     for linear in model.linears.values():
         yield from linear.tensors().items()
     if model.cache is not None:
@@ -129,9 +125,10 @@ def _from_manifest(
         parts |= {cache_key(layer, part) for layer in cache.key_scale for part in ("key", "value")}
     smoothing = {group: tensors[smoothing_key(group)] for group in manifest["smoothing"]}
     parts |= {smoothing_key(group) for group in smoothing}
+
     return QuantizedModel(
         config=manifest["config"],
-        scheme=scheme_named(manifest["scheme"]),
+        scheme=scheme_from_dict(manifest["scheme"]),
         dtype=getattr(torch, manifest["dtype"]),
         linears=linears,
         floats={key: tensors[key] for key in tensors if key not in parts},
@@ -148,7 +145,7 @@ def _from_manifest(
 def _read_linear(
     name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> QuantizedLinear:
-    optional = {part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]}
+    optional = {part: tensors.get(f"{name}.{part}") for part in OPTIONAL_PARTS}
     return QuantizedLinear(
         name=name,
         weight=tensors[f"{name}.weight"],
@@ -187,17 +184,6 @@ def _provenance(values: Mapping[str, Any]) -> Provenance:
     return Provenance(**{**values, **tables})
 
 
-def side_files(folder: Path) -> dict[str, Path]:
-    """The :data:`SIDE_FILES` that exist in ``folder``."""
-    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
-
-
-def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy ``files`` into ``folder`` under their own names."""
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
@@ -205,6 +191,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"'{folder}' is not a quantized model: it holds no {MANIFEST}",
             hint="`rotq calibrate -o DIR` writes one",
         )
+
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
@@ -213,9 +200,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
         ) from error
     if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
         raise CheckpointError(
-            f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
-            hint="use the rotq that wrote it, or a newer one",
+            f"'{path}' has format version {version}, written by"
+            f" {'an older' if older else 'a newer'} rotq; this one reads version {FORMAT_VERSION}",
+            hint="run `rotq calibrate` again" if older else "use the rotq that wrote it",
         )
     return manifest
 
@@ -245,7 +234,8 @@ class ShardedTensors(Mapping[str, Tensor]):
                 raise CheckpointError(
                     f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
                 ) from error
-            self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118 - a handle is no mapping
+            # a handle is no mapping
+            self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118
 
     def __getitem__(self, key: str) -> Tensor:
         tensor: Tensor = self._shards[key].get_tensor(key)

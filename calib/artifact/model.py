@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,29 @@ from calib.schemes import (
     tensor_scheme_to_dict,
 )
 
-LINEAR_PARTS = (
-    "weight",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_second_scale",
-    "weight_order",
-    "bias",
-    "input_scale",
-    "input_zero_point",
-)
+
+class LinearPart(NamedTuple):
+    """A tensor of a :class:`QuantizedLinear`."""
+
+    kind: Literal["quantized weight", "scale", "zero point", "float weight", "other"]
+    by_row: bool = False
+    """It has a row for each output; scales and zero points unless there is one per tensor."""
+
+
+PARTS: Mapping[str, LinearPart] = {
+    "weight": LinearPart("quantized weight", by_row=True),
+    "weight_scale": LinearPart("scale", by_row=True),
+    "weight_zero_point": LinearPart("zero point", by_row=True),
+    "weight_second_scale": LinearPart("scale"),
+    "weight_order": LinearPart("other"),
+    "bias": LinearPart("float weight", by_row=True),
+    "input_scale": LinearPart("scale"),
+    "input_zero_point": LinearPart("zero point"),
+}
 """Tensors of a :class:`QuantizedLinear`; they are stored under its name, a dot and theirs."""
+LINEAR_PARTS = tuple(PARTS)
+OPTIONAL_PARTS = LINEAR_PARTS[2:]
+"""Those that a linear may be without."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ class QuantizedModel:
         linears: by module name, in topological order; an embedding that was asked for is one of
             them.
         floats: every other tensor of the model by its checkpoint key: embeddings, norms, float
-            linears.
+            linears, whose weights are ``[out, in]`` as well.
         kept: linears left in float, with the reason.
         rotations: all rotations, folded and online.
         provenance: where it came from.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calib.capture.reservoir import TokenReservoir, token_keys
 from calib.capture.result import Provenance, Samples, SiteStatistics
-from calib.capture.sites import CHUNK_TOKENS, CaptureConfig, Site
+from calib.capture.sites import CHUNK_TOKENS, CaptureConfig, SiteLike
 from calib.capture.statistics import ChannelAccumulator, CovarianceAccumulator
 from calib.capture.storage import Capture
 from calib.capture.workspace import Workspace, accumulator_device, wide
@@ -66,16 +66,15 @@ class Collector:
 
     Args:
         config: how much is kept.
-        sites: the R1 and R2 sites, each of which every batch must reach.
+        sites: the R1 and R2 sites.
         num_kv_heads: key/value heads of each layer.
         head_dim: width of a head.
     """
 
     def __init__(
-        self, config: CaptureConfig, sites: Sequence[Site], num_kv_heads: int, head_dim: int
+        self, config: CaptureConfig, sites: Sequence[SiteLike], num_kv_heads: int, head_dim: int
     ) -> None:
         self._config = config
-        self._sites = tuple(sites)
         self._kv = num_kv_heads
         self._head_dim = head_dim
         self._r1: _Space | None = None
@@ -84,7 +83,6 @@ class Collector:
         self._r2_layers = sorted({site.layer for site in sites if site.rotation == "r2"})
         self._r2_store = torch.empty(0)
         self._r2_channels: dict[int, ChannelAccumulator] = {}
-        self._reached: set[str] = set()
         self._digests: dict[int, bytes] = {}
         self._seen = 0
         self._tokens: _Tokens | None = None
@@ -97,7 +95,7 @@ class Collector:
         for ids, keep, row_id in zip(batch.input_ids, batch.keep, batch.row_ids, strict=True):
             self._digests[row_id] = row_digest(ids[keep])
 
-    def observe(self, site: Site, x: Tensor) -> None:
+    def observe(self, site: SiteLike, x: Tensor) -> None:
         """Add the activation ``x`` [rows, length, n], or [rows · length, n], of ``site`` for the
         running batch.
 
@@ -113,8 +111,7 @@ class Collector:
                 " token of the batch",
                 hint="The architecture table must name a module that reads every token.",
             )
-        self._reached.add(site.module)
-        x = x.reshape(tokens.positions, x.shape[-1])
+        x = x.detach().reshape(tokens.positions, x.shape[-1])
         keys = token_keys(self._config.seed, site.module, tokens.rows, tokens.places)
         for first in range(0, len(keys), CHUNK_TOKENS):
             part = slice(first, first + CHUNK_TOKENS)
@@ -127,7 +124,7 @@ class Collector:
             )
             space.reservoir.offer(chunk, absmax, keys[part])
 
-    def _observe_r1(self, site: Site, x: Tensor) -> _Space:
+    def _observe_r1(self, site: SiteLike, x: Tensor) -> _Space:
         width = x.shape[1]
         if self._r1 is None:
             store = torch.empty((self._config.reservoir_tokens, width), dtype=x.dtype)
@@ -145,7 +142,7 @@ class Collector:
         self._r1.covariance.update(chunk, self._workspace)
         return self._r1
 
-    def _observe_r2(self, site: Site, x: Tensor) -> _Space:
+    def _observe_r2(self, site: SiteLike, x: Tensor) -> _Space:
         width = self._kv * self._head_dim
         if x.shape[1] % width:
             raise UnsupportedModelError(
@@ -158,6 +155,7 @@ class Collector:
             # stay on the heap.
             shape = (len(self._r2_layers), self._config.r2_tokens, x.shape[1])
             self._r2_store = torch.empty(shape, dtype=x.dtype)
+
         if site.layer not in self._r2:
             store = self._r2_store[self._r2_layers.index(site.layer)]
             self._r2[site.layer] = self._space(self._kv, self._head_dim, x, store)
@@ -174,23 +172,6 @@ class Collector:
         massive = self._config.massive_tokens(len(store))
         covariance = CovarianceAccumulator(groups, channels, accumulator_device(x))
         return _Space(covariance, TokenReservoir(store, massive))
-
-    def require_reached(self) -> None:
-        """Check, after a batch, that every site has been observed.
-
-        Raises:
-            UnsupportedModelError: one has not; the message names it.
-        """
-        missing = [site.module for site in self._sites if site.module not in self._reached]
-        if missing:
-            raise UnsupportedModelError(
-                f"the model never calls '{missing[0]}'"
-                + (f" and {len(missing) - 1} more" if missing[1:] else ""),
-                hint=(
-                    "The architecture table does not fit this checkpoint, or its implementation"
-                    " bypasses the module."
-                ),
-            )
 
     def finish(self, model: str) -> Capture:
         """Turn what was gathered into a :class:`~calib.capture.storage.Capture`; the collector is
@@ -255,10 +236,11 @@ class Collector:
             stack.weights[index] = kept.weights.repeat_interleave(group)
             channels = self._r2_channels[layer].result()
             layers[layer] = SiteStatistics(channels, space.covariance.finish(), stack.layer(index))
+
         return layers, stack
 
 
-def _finite_absmax(x: Tensor, site: Site, tokens: _Tokens, first: int) -> NDArray[np.float64]:
+def _finite_absmax(x: Tensor, site: SiteLike, tokens: _Tokens, first: int) -> NDArray[np.float64]:
     """The largest absolute value of each token of ``x`` [T, n]: the T tokens of the batch from
     number ``first`` on.
     """

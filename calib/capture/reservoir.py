@@ -112,6 +112,7 @@ class TokenReservoir:
         candidates = self._candidates(absmax, keys)
         if len(candidates) == 0:
             return
+
         all_keys = np.concatenate([self._keys[: self._filled], keys[candidates]])
         all_absmax = np.concatenate([self._absmax[: self._filled], absmax[candidates]])
         massive, others = self._select(all_keys, all_absmax)

@@ -1,31 +1,30 @@
 """Running the model and streaming its activations into statistics and reservoirs.
 
-The hooks look at an activation while the model runs, add it to the statistics of its site and let
-it go: nothing grows with the number of tokens. Hooks are removed however the run ends.
+An activation is looked at while the model runs, added to the statistics of its site and let go:
+nothing grows with the number of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calib.capture.collector import Collector
 from calib.capture.fingerprint import model_fingerprint
-from calib.capture.sites import CaptureConfig, Site
+from calib.capture.sites import CaptureConfig, SiteLike
 from calib.capture.storage import Capture
 from calib.data.batches import Batch
 from calib.data.forward_loop import evaluating
 from calib.errors import UnsupportedModelError
+from calib.modules.watch import watching
 from calib.progress import Progress, silent, track
 
 
 def capture(
     model: nn.Module,
-    sites: Sequence[Site],
+    sites: Sequence[SiteLike],
     batches: Iterable[Batch],
     *,
     num_kv_heads: int,
@@ -51,52 +50,26 @@ def capture(
 
     Raises:
         DataError: there is no batch.
-        UnsupportedModelError: a site names no module, is never reached, or sees a tensor that does
-            not fit.
-        QuantizationError: an activation holds NaN or Inf; the message names the module.
+        CheckpointError: a site names a module that does not exist.
+        UnsupportedModelError: there is no site, or one sees a tensor that does not fit.
+        QuantizationError: a site is never reached, or an activation holds NaN or Inf; the message
+            names the module.
     """
-    wanted = [site for site in sites if site.rotation in ("r1", "r2")]
-    if not wanted:
+    captured = [site for site in sites if site.rotation in ("r1", "r2")]
+    if not captured:
         raise UnsupportedModelError(
             "no R1 or R2 site to capture", hint="Use --rotate with r1 or r2."
         )
-    collector = Collector(config or CaptureConfig(), wanted, num_kv_heads, head_dim)
+    collector = Collector(config or CaptureConfig(), captured, num_kv_heads, head_dim)
     # The head reads nothing that a rotation is trained on, and its logits are the largest tensor of
     # a forward pass.
     body = getattr(model, "base_model", model)
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None
-    with evaluating(model), ExitStack() as hooks, torch.no_grad():
-        for site in wanted:
-            module = _find(model, site)
-            hook = _Hook(collector, site)
-            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    looks = {site.module: partial(collector.observe, site) for site in captured}
+    with evaluating(model), watching(model, inputs=looks, optional=True) as watch:
         for batch in track(batches, "capture", total, progress):
             collector.begin(batch)
             body(**batch.model_inputs(device), use_cache=False)
-            collector.require_reached()
+            watch.require_reached()  # after the first batch already: capturing takes long
     return collector.finish(model_fingerprint(model))
-
-
-def _find(model: nn.Module, site: Site) -> nn.Module:
-    try:
-        return model.get_submodule(site.module)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"the model has no module '{site.module}' to capture for {site.rotation.upper()}",
-            hint="The architecture table does not fit this checkpoint.",
-        ) from error
-
-
-class _Hook:
-    """The forward pre-hook of one site."""
-
-    def __init__(self, collector: Collector, site: Site) -> None:
-        self._collector = collector
-        self._site = site
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is None:
-            raise UnsupportedModelError(f"'{self._site.module}' is called without a tensor")
-        self._collector.observe(self._site, x.detach())

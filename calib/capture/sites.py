@@ -12,7 +12,7 @@ from calib.errors import DataError
 Rotation = Literal["r1", "r2"]
 
 
-class Site(Protocol):
+class SiteLike(Protocol):
     """One activation to capture: the input of a module.
 
     An ``"r1"`` site sees the residual space ``[..., hidden]`` (q_proj and up_proj inputs; q, k and
@@ -37,7 +37,7 @@ class Site(Protocol):
 
 @dataclass(frozen=True)
 class CaptureSite:
-    """The plain :class:`Site`."""
+    """The plain :class:`SiteLike`."""
 
     module: str
     layer: int

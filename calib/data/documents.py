@@ -1,4 +1,4 @@
-"""Reading documents, as plain strings, from local files and from hub data sets.
+"""Reading rows, and documents as plain strings, from local files and from hub data sets.
 
 Local files work with nothing but the standard library, except parquet; hub data sets need the
 ``datasets`` extra.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,21 @@ BLOCK_CHARACTERS = 8192
 """Rows of a windows-layout data set are single lines; they are gathered into documents of at least
 this many characters (about one window of 2048 tokens), so that a split of documents keeps running
 text together."""
+
+
+CHAT_COLUMN = "messages"
+"""The column that is read where no text column was asked for and there is none: conversations."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value of the column that is read."""
+
+    where: str
+    """File and line, or data set, for messages."""
+    column: str
+    value: object
+    """Text, or the messages of a conversation."""
 
 
 def read_documents(
@@ -52,34 +67,64 @@ def read_documents(
             optional library is not installed.
     """
     resolved = resolve_source(source)
-    if isinstance(resolved, LocalFile):
-        rows = _read_file(resolved.path, text_column or "text")
-    else:
-        known = replace(
-            resolved, split=split or resolved.split, text_column=text_column or resolved.text_column
-        )
-        rows = _read_hub(known)
-        if known.layout == "windows":
-            rows = _blocks(rows, known.joiner)
-        if limit is None and known.streamed:
+    texts: Iterator[str] = map(text_of, rows_of(resolved, text_column, split=split))
+    if isinstance(resolved, HubDataset):
+        if resolved.layout == "windows":
+            texts = _blocks(texts, resolved.joiner)
+        if limit is None and resolved.streamed:
             limit = STREAMED_DOCUMENTS
-    documents = list(islice((row for row in rows if row.strip()), limit))
+    documents = list(islice((text for text in texts if text.strip()), limit))
     if not documents:
-        raise DataError(
-            f"'{source}' holds no text",
-            hint="Give a source with at least one document that is not blank.",
-        )
+        raise no_text(source)
     return documents
 
 
-def _read_file(path: Path, column: str) -> Iterator[str]:
-    if not path.is_file():
+def rows_of(
+    source: LocalFile | HubDataset, column: str | None = None, *, split: str | None = None
+) -> Iterator[Row]:
+    """Read the rows of ``source`` in their order, blank ones as well.
+
+    Args:
+        source: of :func:`calib.data.sources.resolve_source`.
+        column: as ``text_column`` of :func:`read_documents`; by default also ``messages``, where
+            there is that and no text.
+        split: as there.
+
+    Raises:
+        DataError: while the rows are read, as :func:`read_documents`.
+    """
+    if isinstance(source, HubDataset):
+        yield from _read_hub(replace(source, split=split or source.split), column)
+        return
+    if not source.path.is_file():
         raise DataError(
-            f"calibration file '{path}' does not exist",
+            f"calibration file '{source.path}' does not exist",
             hint="Check the path given as --calib-dataset.",
         )
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    return readers[path.suffix.lower()](path, column)
+    yield from readers[source.path.suffix.lower()](source.path, column)
+
+
+def text_of(row: Row) -> str:
+    """The text of ``row``.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    if not isinstance(row.value, str):
+        raise DataError(
+            f"{row.where}: '{row.column}' holds {type(row.value).__name__}, not text",
+            hint="Give a field whose values are strings.",
+        )
+    return row.value
+
+
+def no_text(source: str) -> DataError:
+    """What is raised of a source that holds none."""
+    return DataError(
+        f"'{source}' holds no text",
+        hint="Give a source with at least one document that is not blank.",
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -98,34 +143,39 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
-    del column  # a line of text has no columns
-    for _, line in _lines(path):
-        yield line.rstrip("\r\n")
+def _read_txt(path: Path, column: str | None) -> Iterator[Row]:
+    if column is not None:
+        raise DataError(
+            f"'{path}' is plain text and has no column '{column}'",
+            hint="Leave --calib-column out, or give a .jsonl or .parquet file.",
+        )
+    for number, line in _lines(path):
+        yield Row(f"'{path}' line {number}", "text", line.rstrip("\r\n"))
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    hint = f'Every line must be a JSON object such as {{"{column}": "..."}}.'
+def _read_jsonl(path: Path, wanted: str | None) -> Iterator[Row]:
+    hint = f'Every line must be a JSON object such as {{"{wanted or "text"}": "..."}}.'
     for number, line in _lines(path):
         if not line.strip():
             continue
+        where = f"'{path}' line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"'{path}' line {number} is not JSON: {error.msg}", hint=hint
-            ) from error
+            raise DataError(f"{where} is not JSON: {error.msg}", hint=hint) from error
         if not isinstance(record, dict):
-            raise DataError(f"'{path}' line {number} is not a JSON object", hint=hint)
+            raise DataError(f"{where} is not a JSON object", hint=hint)
+        column = _column(wanted, "text", record)
         if column not in record:
             fields = ", ".join(map(str, record)) or "none"
             raise DataError(
-                f"'{path}' line {number} has no field '{column}' (it has: {fields})", hint=hint
+                f"{where} has no field '{column}' (it has: {fields})",
+                hint=f"{hint} --calib-column names another field.",
             )
-        yield _text(record[column], f"'{path}' line {number}", column)
+        yield Row(where, column, record[column])
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, wanted: str | None) -> Iterator[Row]:
     parquet = _optional("pyarrow.parquet", f"reading '{path}'")
     try:
         table = parquet.ParquetFile(path)
@@ -133,17 +183,19 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         raise DataError(
             f"'{path}' is not a readable parquet file: {error}", hint="Check the file."
         ) from error
-    if column not in table.schema_arrow.names:
+    names = table.schema_arrow.names
+    column = _column(wanted, "text", names)
+    if column not in names:
         raise DataError(
-            f"'{path}' has no column '{column}' (it has: {', '.join(table.schema_arrow.names)})",
-            hint="Rename the column, or name the one that holds the text.",
+            f"'{path}' has no column '{column}' (it has: {', '.join(names)})",
+            hint="Name the column that holds the text: --calib-column.",
         )
     for batch in table.iter_batches(columns=[column]):
         for value in batch.column(0).to_pylist():
-            yield _text(value, f"'{path}'", column)
+            yield Row(f"'{path}'", column, value)
 
 
-def _read_hub(known: HubDataset) -> Iterator[str]:
+def _read_hub(known: HubDataset, wanted: str | None) -> Iterator[Row]:
     datasets = _optional("datasets", f"reading the hub data set '{known.hub_id}'")
     options: dict[str, Any] = dict(known.load_options)
     if known.config is not None:
@@ -155,18 +207,19 @@ def _read_hub(known: HubDataset) -> Iterator[str]:
                 hint="Choose one of these splits.",
             )
         options["data_files"] = {known.split: known.files[known.split]}
+
     try:
         rows = datasets.load_dataset(
             known.hub_id, split=known.split, streaming=known.streamed, **options
         )
         for row in rows:
-            if known.text_column not in row:
+            column = _column(wanted, known.text_column, row)
+            if column not in row:
                 raise DataError(
-                    f"'{known.hub_id}' has no column '{known.text_column}' (it has:"
-                    f" {', '.join(row)})",
-                    hint="Name the column that holds the text.",
+                    f"'{known.hub_id}' has no column '{column}' (it has: {', '.join(row)})",
+                    hint="Name the column that holds the text: --calib-column.",
                 )
-            yield _text(row[known.text_column], f"'{known.hub_id}'", known.text_column)
+            yield Row(f"'{known.hub_id}'", column, row[column])
     except DataError:
         raise
     # The library passes on errors of its own, of its file systems and of HTTP clients, which share
@@ -179,6 +232,12 @@ def _read_hub(known: HubDataset) -> Iterator[str]:
                 " .jsonl file."
             ),
         ) from error
+
+
+def _column(wanted: str | None, default: str, names: Collection[str]) -> str:
+    if wanted is None and default not in names and CHAT_COLUMN in names:
+        return CHAT_COLUMN
+    return wanted or default
 
 
 def _blocks(rows: Iterator[str], joiner: str) -> Iterator[str]:
@@ -195,15 +254,6 @@ def _blocks(rows: Iterator[str], joiner: str) -> Iterator[str]:
             block, size = [], 0
     if block:
         yield joiner.join(block)
-
-
-def _text(value: object, where: str, column: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: '{column}' holds {type(value).__name__}, not text",
-            hint="Give a field whose values are strings.",
-        )
-    return value
 
 
 def _optional(module: str, purpose: str) -> ModuleType:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from calib.data.batches import Batch, length_batches
-from calib.data.tokens import Tokenizer, calibration_rows, clamp_seqlen
+from calib.data.rows import calibration_rows
+from calib.data.tokens import Tokenizer, clamp_seqlen
 from calib.errors import DataError, QuantizationError
 from calib.progress import Progress, silent, track
 

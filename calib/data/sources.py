@@ -24,11 +24,19 @@ hundreds, while a full pass over one shard of C4 would take 350 000."""
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A text file on this machine."""
+    """A text file on this machine. Its layout is decided by its rows."""
 
     path: Path
-    layout: Layout = "documents"
-    joiner: str = "\n\n"
+
+    @property
+    def layout(self) -> Layout | None:
+        """None: no file says how it wants to be cut."""
+        return None
+
+    @property
+    def joiner(self) -> str:
+        """What stands between rows where they are joined: a .txt file becomes what it was."""
+        return "\n" if self.path.suffix.lower() == ".txt" else "\n\n"
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class HubDataset:
         config: the configuration of the data set, or None for its only one.
         split: the split read by default.
         text_column: the column that holds the text.
-        layout: how rows become token rows: ``"documents"`` or ``"windows"``.
+        layout: how rows become token rows: ``"documents"`` or ``"windows"``; None: their lengths
+            decide.
         joiner: what stands between rows where they are joined, as in published perplexities.
         streamed: whether rows are fetched as they are read, rather than the whole data set first.
         load_options: further arguments of ``datasets.load_dataset``.
@@ -52,7 +61,7 @@ class HubDataset:
     config: str | None = None
     split: str = "train"
     text_column: str = "text"
-    layout: Layout = "documents"
+    layout: Layout | None = None
     joiner: str = "\n\n"
     streamed: bool = True
     load_options: dict[str, str] = field(default_factory=dict)
@@ -79,12 +88,15 @@ KNOWN_SOURCES: dict[str, HubDataset] = {
     ),
     "c4": HubDataset(
         "allenai/c4",
+        layout="documents",
         files={
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
     ),
-    "cnn_dailymail": HubDataset("abisee/cnn_dailymail", config="3.0.0", text_column="article"),
+    "cnn_dailymail": HubDataset(
+        "abisee/cnn_dailymail", config="3.0.0", text_column="article", layout="documents"
+    ),
 }
 """The data sets known by name. The layouts of wikitext2 and ptb are those of GPTQ, so that
 perplexities compare.

@@ -14,19 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+from torch import Tensor
+
+from calib.data.tokens import row_digest
 from calib.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class DocumentSplits:
-    """Documents of the three splits, each in the order of the source."""
+class Splits(Generic[T]):
+    """Documents or token rows of the three splits, each in the order of the source."""
 
-    train: list[str]
-    gate: list[str]
-    evaluation: list[str]
+    train: list[T]
+    gate: list[T]
+    evaluation: list[T]
 
 
 def split_documents(
@@ -35,7 +41,7 @@ def split_documents(
     seed: int,
     gate: float = 0.15,
     evaluation: float | Sequence[str] = 0.15,
-) -> DocumentSplits:
+) -> Splits[str]:
     """Split ``documents`` into disjoint train, gate and evaluation sets.
 
     Args:
@@ -53,39 +59,81 @@ def split_documents(
         DataError: the fractions are not positive with a sum below 1, or there are too few different
             documents.
     """
-    texts = _not_blank(documents)
-    own = None if isinstance(evaluation, (int, float)) else _not_blank(evaluation)
+    own = evaluation if isinstance(evaluation, (int, float)) else _not_blank(evaluation)
+    return _split(
+        _not_blank(documents),
+        _content,
+        gate,
+        own,
+        seed,
+        "documents",
+        "Give a source with more documents (one per line in a .txt file), or --calib-layout"
+        " windows.",
+    )
+
+
+def split_windows(
+    windows: Iterable[Tensor],
+    *,
+    seed: int,
+    gate: float = 0.15,
+    evaluation: float | Sequence[Tensor] = 0.15,
+) -> Splits[Tensor]:
+    """Split token rows [tokens] as :func:`split_documents` does documents.
+
+    Raises:
+        DataError: as there.
+    """
+    own = evaluation if isinstance(evaluation, (int, float)) else list(evaluation)
+    return _split(
+        list(windows),
+        row_digest,
+        gate,
+        own,
+        seed,
+        "windows",
+        "Give a longer text, or cut it into shorter windows with --seqlen.",
+    )
+
+
+def _split(
+    items: list[T],
+    content: Callable[[T], bytes],
+    gate: float,
+    evaluation: float | list[T],
+    seed: int,
+    what: str,
+    hint: str,
+) -> Splits[T]:
+    own = None if isinstance(evaluation, (int, float)) else evaluation
     fractions = [gate, evaluation] if isinstance(evaluation, (int, float)) else [gate]
     if min(fractions) <= 0 or sum(fractions) >= 1:
         raise DataError(
-            f"cannot split documents by the fractions {fractions}",
+            f"cannot split {what} by the fractions {fractions}",
             hint=(
                 "Every fraction must be positive, and together they must leave something for"
                 " training."
             ),
         )
-    excluded = set(map(_content, own or []))
-    unique = sorted(
-        {_content(text) for text in texts} - excluded, key=lambda content: _rank(content, seed)
-    )
+
+    excluded = set(map(content, own or []))
+    unique = sorted({content(item) for item in items} - excluded, key=lambda key: _rank(key, seed))
     ends = list(
         itertools.accumulate(max(1, round(fraction * len(unique))) for fraction in fractions)
     )
     if len(unique) <= ends[-1] or own == []:
         raise DataError(
-            f"{len(unique)} different documents for training and {0 if own is None else len(own)}"
+            f"{len(unique)} different {what} for training and {0 if own is None else len(own)}"
             " of evaluation text are too few for three splits",
-            hint="Give a source with more documents (one per line in a .txt file).",
+            hint=hint,
         )
 
-    def select(contents: list[bytes]) -> list[str]:
+    def select(contents: list[bytes]) -> list[T]:
         chosen = set(contents)
-        return [text for text in texts if _content(text) in chosen]
+        return [item for item in items if content(item) in chosen]
 
     held = select(unique[ends[0] : ends[-1]]) if own is None else own
-    return DocumentSplits(
-        train=select(unique[ends[-1] :]), gate=select(unique[: ends[0]]), evaluation=held
-    )
+    return Splits(train=select(unique[ends[-1] :]), gate=select(unique[: ends[0]]), evaluation=held)
 
 
 def _not_blank(texts: Iterable[str]) -> list[str]:

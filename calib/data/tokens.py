@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from calib.data.documents import read_documents
-from calib.data.sources import Layout, resolve_source
+from calib.data.sources import Layout
 from calib.errors import DataError
 
 MINIMUM_TOKENS = 2
@@ -37,14 +36,16 @@ def tokenize(
     seed: int,
     layout: Layout = "documents",
     joiner: str = "\n\n",
+    templated: bool = False,
+    bos: bool = True,
 ) -> list[Tensor]:
     """Cut ``documents`` into at most ``nsamples`` token rows, chosen at random by ``seed``.
 
     Layout ``"documents"`` gives one row per document, cut off after ``seqlen`` tokens, each with
     the tokenizer's own special tokens: what the model sees when it is used. Layout ``"windows"``
-    joins all documents with ``joiner``, tokenizes once and cuts the result into consecutive windows
-    of exactly ``seqlen`` tokens; this is what GPTQ and most published perplexities do. A text
-    shorter than one window gives a single shorter row.
+    joins all documents with ``joiner`` and cuts the tokens into consecutive windows of exactly
+    ``seqlen``, each begun by the token that the tokenizer puts before a text, where it puts one. A
+    text shorter than one window gives a single shorter row.
 
     Args:
         documents: the texts.
@@ -54,6 +55,9 @@ def tokenize(
         seed: chooses the rows; the same seed gives the same rows in the same order.
         layout: see above.
         joiner: what stands between documents in layout ``"windows"``.
+        templated: the texts hold their special tokens already, written out by a chat template.
+        bos: whether every window begins as a text does. False: only the first, as GPTQ and most
+            published perplexities cut.
 
     Returns:
         Rows of shape [tokens], int64, 2 ≤ tokens ≤ ``seqlen``.
@@ -69,12 +73,19 @@ def tokenize(
     generator = random.Random(seed)
     texts = list(documents)
     if layout == "windows":
-        return _windows(_encode(joiner.join(texts), tokenizer), seqlen, nsamples, generator)
+        text = joiner.join(texts)
+        windows = cut_windows(text, tokenizer, seqlen, templated=templated, bos=bos)
+        if not windows:
+            tokens = encode(text, tokenizer, special=not templated)
+            if tokens.numel() < MINIMUM_TOKENS:
+                raise _too_short(tokens.numel(), "in the whole text")
+            return [tokens]
+        return generator.sample(windows, min(nsamples, len(windows)))
     generator.shuffle(texts)
     rows: list[Tensor] = []
     found = 0
     for text in texts:
-        row = _encode(text, tokenizer)[:seqlen]
+        row = encode(text, tokenizer, special=not templated)[:seqlen]
         found += row.numel()
         if row.numel() >= MINIMUM_TOKENS:
             rows.append(row)
@@ -84,34 +95,43 @@ def tokenize(
         raise _too_short(
             found, f"in {len(texts)} documents, none with {MINIMUM_TOKENS} tokens or more"
         )
+
     return rows
 
 
-def calibration_rows(
-    source: str,
-    tokenizer: Tokenizer,
-    *,
-    seqlen: int,
-    nsamples: int,
-    seed: int,
-    layout: Layout | None = None,
-) -> list[Tensor]:
-    """Read ``source`` and :func:`tokenize` it, in the layout that the source has by default unless
-    one is given.
-
-    Raises:
-        DataError: as :func:`~calib.data.documents.read_documents` and :func:`tokenize`.
+def encode(text: str, tokenizer: Tokenizer, *, special: bool = True) -> Tensor:
+    """The token ids [tokens] of ``text``, int64; with the tokenizer's ``special`` tokens around
+    it.
     """
-    resolved = resolve_source(source)
-    return tokenize(
-        read_documents(source),
-        tokenizer,
-        seqlen=seqlen,
-        nsamples=nsamples,
-        seed=seed,
-        layout=layout or resolved.layout,
-        joiner=resolved.joiner,
-    )
+    # verbose=False: a joined corpus is longer than the model's positions on purpose, and is cut
+    # into windows next.
+    found = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def cut_windows(
+    text: str, tokenizer: Tokenizer, seqlen: int, *, templated: bool = False, bos: bool = True
+) -> list[Tensor]:
+    """Cut ``text`` into consecutive windows of exactly ``seqlen`` tokens; the rest at its end is
+    left out. Arguments as of :func:`tokenize`.
+    """
+    tokens = encode(text, tokenizer, special=not templated)
+    first = _before_a_text(tokens, tokenizer) if bos and not templated else tokens[:0]
+    content = tokens[first.numel() :]
+    size = seqlen - first.numel()
+    count = content.numel() // size if size > 0 else 0
+    return [
+        torch.cat([first, content[index * size : (index + 1) * size]]) for index in range(count)
+    ]
+
+
+def _before_a_text(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """What ``tokens`` of a text begin with because every text does: they share it with those of no
+    text.
+    """
+    empty = encode("", tokenizer)[: tokens.numel()]
+    differ = (empty != tokens[: empty.numel()]).nonzero()
+    return empty[: int(differ[0])] if differ.numel() else empty
 
 
 def clamp_seqlen(seqlen: int, config: object) -> int:
@@ -147,24 +167,6 @@ def combine_digests(digests: Iterable[bytes]) -> str:
     ``digests``.
     """
     return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _encode(text: str, tokenizer: Tokenizer) -> Tensor:
-    # verbose=False: a joined corpus is longer than the model's positions on purpose, and is cut
-    # into windows next.
-    return torch.tensor(
-        tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"], dtype=torch.int64
-    )
-
-
-def _windows(tokens: Tensor, seqlen: int, nsamples: int, generator: random.Random) -> list[Tensor]:
-    if tokens.numel() < MINIMUM_TOKENS:
-        raise _too_short(tokens.numel(), "in the whole text")
-    count = tokens.numel() // seqlen
-    if count == 0:
-        return [tokens]
-    chosen = generator.sample(range(count), min(nsamples, count))
-    return [tokens[index * seqlen : (index + 1) * seqlen].clone() for index in chosen]
 
 
 def _too_short(found: int, where: str) -> DataError:

@@ -16,7 +16,7 @@ from calib.arithmetic.grids import weight_limits
 from calib.errors import QuantizationError
 from calib.fake_quant.fake_quantize import Role
 from calib.fake_quant.qconfig import QConfig, TensorQConfig
-from calib.network.modules import is_conv1d
+from calib.modules.paths import is_conv1d
 from calib.schemes import PerCluster, PerTensor, TensorScheme
 
 

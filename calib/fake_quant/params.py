@@ -96,6 +96,7 @@ def load_observer_params(
             unmatched.append(Unmatched(name, f"limits of shape {shape} do not fit {expected}"))
             continue
         quantizers[name].load_observer_params(params)
+
     return unmatched
 
 

@@ -13,7 +13,7 @@ from calib.fake_quant.linears import fake_quantize_linear
 from calib.fake_quant.modes import check_modes
 from calib.fake_quant.qconfig import QConfig
 from calib.fake_quant.states import FakeQuantState
-from calib.network.modules import get_submodule, is_linear, linears_but_head
+from calib.modules.paths import get_submodule, is_linear, linears_but_head
 
 _NAMED = 5
 """Modules that a message names before it only counts."""

@@ -46,7 +46,8 @@ def round_learned_step(x: Tensor, step: Tensor, fmt: NumberFormat, gradient_scal
         fmt: an integer format.
         gradient_scale: g.
     """
-    result: Tensor = _RoundLearnedStep.apply(x, step, fmt, gradient_scale)  # type: ignore[no-untyped-call]
+    apply = _RoundLearnedStep.apply
+    result: Tensor = apply(x, step, fmt, gradient_scale)  # type: ignore[no-untyped-call]
     return result
 
 

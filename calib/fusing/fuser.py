@@ -42,7 +42,8 @@ class FusedModel:
 
     state: Mapping[str, Tensor]
     """Every tensor of the model, in ``dtype``, on the CPU: held, or computed on every access
-    (``fuse(lazy=True)``).
+    (``fuse(lazy=True)``). Weights of linears are ``[out, in]``, and those of a module tree
+    :class:`calib.network.layout.StockTensors`.
     """
     wiring: Wiring
     """That of the model, with a copy of its config: ``tie_word_embeddings=False``, ``dtype`` set.
@@ -132,6 +133,7 @@ class _Fuser:
         state: Mapping[str, Tensor] = self._lazy_state(linears, folds)
         if not lazy:
             state = self._computed(state, linears, progress)
+
         config = deepcopy(self.wiring.config)
         config.tie_word_embeddings = False
         config.dtype = self.dtype
@@ -255,7 +257,7 @@ class _Fuser:
         return result
 
     def _weight(self, spec: LinearSpec, fold: FoldedNorm | None) -> Tensor:
-        """The weight in its stored layout.
+        """The weight ``[out, in]``, of experts ``[experts, out, in]``.
 
         Of the output head a block of rows at a time: nothing mixes them, as they leave the model.
         """
@@ -269,21 +271,19 @@ class _Fuser:
         return self._rotated(stored, spec, fold)
 
     def _rotated(self, stored: Tensor, spec: LinearSpec, fold: FoldedNorm | None) -> Tensor:
-        weight = stored.to(self.device, torch.float64)
-        weight = weight.mT if spec.layout == "conv1d" else weight
+        weight = _upright(spec, stored.to(self.device, torch.float64))
         weight = weight if fold is None else weight * fold.gain
         weight = rotate_weight(weight, spec, self.on_device, self.wiring.sizes)
-        weight = weight.mT if spec.layout == "conv1d" else weight
-        return self._rounded(spec.weight, weight)
+        # the memory stays in the order of the module tree, which takes it without a copy
+        return _upright(spec, self._rounded(spec.weight, _upright(spec, weight)))
 
     def _bias(self, spec: LinearSpec, name: str, fold: FoldedNorm | None) -> Tensor:
-        """The bias, with what the linear takes of its norm's: ``c + b W^T`` with the weight as it
-        is stored.
+        """The bias, with what the linear takes of its norm's: ``c + b W^T`` with the weight of
+        the checkpoint.
         """
         bias = self._read(name) if name in self.expected else None
         if fold is not None and fold.shift is not None:
-            stored = self.source.read(spec.weight)
-            stored = stored.mT if spec.layout == "conv1d" else stored
+            stored = _upright(spec, self.source.read(spec.weight))
             parts = [
                 rows.to(self.device, torch.float64) @ fold.shift
                 for rows in torch.split(stored, _ROWS)
@@ -291,3 +291,8 @@ class _Fuser:
             bias = torch.cat(parts) if bias is None else bias + torch.cat(parts)
         assert bias is not None  # _lazy_state names no other
         return self._rounded(name, rotate_bias(bias, spec, self.on_device, self.wiring.sizes))
+
+
+def _upright(spec: LinearSpec, weight: Tensor) -> Tensor:
+    """From a checkpoint's orientation to ``[out, in]``, and back."""
+    return weight.mT if spec.layout == "conv1d" else weight

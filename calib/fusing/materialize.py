@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from calib.fusing.fuser import FusedModel
+from calib.network.layout import StockTensors
 from calib.network.online import attach_online
 from calib.network.prefix import attach_prefix, compute_prefix
 from calib.network.skeleton import accept_biases, build_on_meta, fill_buffers
@@ -22,7 +23,7 @@ def materialize(fused: FusedModel, *, device: torch.device | str = "cpu") -> Any
     their memory.
     """
     model = unloaded(fused)
-    model.load_state_dict(fused.state, assign=True)
+    model.load_state_dict(StockTensors(fused.state, fused.wiring), assign=True)
     return model.to(device)
 
 

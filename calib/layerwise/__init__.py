@@ -4,9 +4,9 @@ memory.
 
 from __future__ import annotations
 
-from calib.layerwise.blocks import Block, linear_groups
-from calib.layerwise.protocol import Calibrator
+from calib.layerwise.blocks import Block
+from calib.layerwise.protocol import BlockQuantizer
 from calib.layerwise.runner import CalibrationRunner
 from calib.layerwise.shards import ShardStore
 
-__all__ = ["Block", "CalibrationRunner", "Calibrator", "ShardStore", "linear_groups"]
+__all__ = ["Block", "BlockQuantizer", "CalibrationRunner", "ShardStore"]

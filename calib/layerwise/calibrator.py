@@ -9,6 +9,7 @@ here, and nothing compared: both would need the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +19,13 @@ from torch.nn import functional
 from calib.architectures.experts import with_parameters
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.arithmetic.scales import convert_to_scale
-from calib.artifact import LINEAR_PARTS, Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.artifact import (
+    OPTIONAL_PARTS,
+    Provenance,
+    QuantizedCache,
+    QuantizedLinear,
+    QuantizedModel,
+)
 from calib.artifact.files import (
     ShardedTensors,
     cache_key,
@@ -30,10 +37,13 @@ from calib.data.batches import Batch
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel
 from calib.layerwise import Block, CalibrationRunner
-from calib.layerwise.protocol import Run
+from calib.layerwise.protocol import RunBlock
+from calib.layerwise.runner import DEFAULT_MAX_MEMORY
+from calib.modules.paths import weight_of
+from calib.network.layout import StockTensors, oriented
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import Calibrator
-from calib.quantizing.observation import Observed, Wanted, observe
+from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
 from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import Smoothing
@@ -43,7 +53,7 @@ from calib.smoothing.smooth import smooth_groups
 
 class BlockCalibrator:
     """Quantizes the linears of one block after the other; see
-    :class:`calib.layerwise.protocol.Calibrator`.
+    :class:`calib.layerwise.protocol.BlockQuantizer`.
     """
 
     def __init__(
@@ -77,11 +87,11 @@ class BlockCalibrator:
     def needs_data(self) -> bool:
         """Whether any block has to be run."""
         return self._smoothing is not None or bool(
-            self._calibrator.wanted(list(self._calibrator.quantization.linears))
+            self._calibrator.watchlist(list(self._calibrator.quantization.linears))
         )
 
     def calibrate(
-        self, block: Block, names: Sequence[str], run: Run
+        self, block: Block, names: Sequence[str], run: RunBlock
     ) -> Mapping[str, QuantizedLinear]:
         """Quantize those of ``names`` that are to be quantized."""
         if block.index not in self._extra:
@@ -90,18 +100,8 @@ class BlockCalibrator:
                 self._smooth(block, run, self._smoothing)
             self._observe_cache(block, run)
         chosen = [name for name in names if name in self._calibrator.quantization.linears]
-        wanted = self._calibrator.wanted(chosen, caches=False)
-        local = Wanted(
-            inputs={block.local(name): scheme for name, scheme in wanted.inputs.items()},
-            observer=wanted.observer,
-            moments=[block.local(name) for name in wanted.moments],
-        )
-        seen = observe(block.module, local, run)
-        observed = Observed(
-            limits={f"{block.name}.{name}": limits for name, limits in seen.limits.items()},
-            moments={f"{block.name}.{name}": moment for name, moment in seen.moments.items()},
-        )
-        state = _state(block)
+        observed = self._observe(block, chosen, run)
+        state = self._state(block)
         return {name: self._calibrator.quantized(name, state, observed) for name in chosen}
 
     def tensors(self, quantized: QuantizedLinear) -> Mapping[str, Tensor]:
@@ -121,12 +121,7 @@ class BlockCalibrator:
         self, quantized: QuantizedLinear, linear: nn.Module, w_quant: bool, a_quant: bool
     ) -> Callable[[Tensor], Tensor]:
         """The linear as the quantized model computes it, in the dtype of the block."""
-        weight = (
-            linear.weight
-            if self._calibrator.fused.wiring.by_name[quantized.name].layout != "conv1d"
-            else linear.weight.T
-        )
-        assert isinstance(weight, Tensor)
+        weight = weight_of(linear)
         used = quantized.values().to(weight) if w_quant else weight
         scale = (
             None
@@ -146,38 +141,82 @@ class BlockCalibrator:
 
         return compute
 
+    def _observe(self, block: Block, names: Sequence[str], run: RunBlock) -> Observed:
+        """What has to be seen of the linears ``names``, by their names in the model."""
+        watchlist = self._calibrator.watchlist(names, caches=False)
+        local = Watchlist(
+            inputs={block.local(name): scheme for name, scheme in watchlist.inputs.items()},
+            observer=watchlist.observer,
+            moments=[block.local(name) for name in watchlist.moments],
+        )
+        observed = observe(block.module, local, run)
+        return Observed(
+            amax={f"{block.name}.{name}": amax for name, amax in observed.amax.items()},
+            limits={f"{block.name}.{name}": limits for name, limits in observed.limits.items()},
+            moments={f"{block.name}.{name}": moment for name, moment in observed.moments.items()},
+        )
+
     def _layer(self, name: str) -> int | None:
         spec = self._calibrator.fused.wiring.by_name.get(name)
         return None if spec is None else spec.layer
 
-    def _smooth(self, block: Block, run: Run, method: Smoothing) -> None:
+    def _smooth(self, block: Block, run: RunBlock, method: Smoothing) -> None:
         fused = self._calibrator.fused
         schemes = with_parameters(self._calibrator.quantization.linears, fused.wiring)
         groups = groups_of(fused.wiring, fused.rotations, schemes, block.index)
         statistics = observe_channels(
             block.module, groups, run, moments=method.needs_moment, prefix=f"{block.name}."
         )
-        state = _state(block)
+        state = self._state(block)
         rows = smooth_groups(state, groups, method, statistics, schemes, fused.wiring)
+        stock = StockTensors(state, fused.wiring)
         block.module.load_state_dict(
-            {block.local(key): tensor for key, tensor in state.items()}, assign=True
+            {block.local(key): tensor for key, tensor in stock.items()}, assign=True
         )
         self._extra[block.index] |= {
             smoothing_key(row.name): row.scales for row in rows if row.scales is not None
         }
 
-    def _observe_cache(self, block: Block, run: Run) -> None:
+    def _state(self, block: Block) -> dict[str, Tensor]:
+        """The tensors of a block by their names in the model."""
+        fused = self._calibrator.fused
+        state = block.module.state_dict(prefix=f"{block.name}.")
+        return oriented(state, fused.wiring)
+
+    def _observe_cache(self, block: Block, run: RunBlock) -> None:
         scheme = self._calibrator.quantization.cache
         if scheme is None:
             return
         attention = block.local(self._calibrator.attentions()[block.index])
-        wanted = Wanted({}, "min_max", caches={block.index: attention})
-        keys, values = observe(block.module, wanted, run).caches[block.index]
+        watchlist = Watchlist({}, "min_max", caches={block.index: attention})
+        keys, values = observe(block.module, watchlist, run).caches[block.index]
         for part, amax in (("key", keys), ("value", values)):
             scale = convert_to_scale(
                 amax, scheme.format.maxbound, dtype=self._calibrator.fused.dtype
             )
             self._extra[block.index][cache_key(block.index, part)] = scale
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """How :func:`quantize_blockwise` walks the blocks."""
+
+    device: torch.device | str = "cpu"
+    """Where blocks run."""
+    asym: bool = False
+    """Calibrate each linear on what the quantized ones before it give."""
+    w_quant: bool = True
+    """With ``asym``, round the weights of those."""
+    a_quant: bool = True
+    """With ``asym``, round the inputs of those."""
+    max_memory: int = DEFAULT_MAX_MEMORY
+    """Bytes of hidden states held in memory."""
+    resume: bool = False
+    """Go on with what the work folder holds."""
+    resumable: bool = True
+    """Write all hidden states to disk, so that a later run can go on."""
+    depends_on: Mapping[str, str] = field(default_factory=dict)
+    """What the result depends on beside the model, the batches and all this, by name."""
 
 
 def quantize_blockwise(
@@ -190,14 +229,7 @@ def quantize_blockwise(
     *,
     smoothing: Smoothing | None = None,
     files: Mapping[str, Path] | None = None,
-    device: torch.device | str = "cpu",
-    asym: bool = False,
-    w_quant: bool = True,
-    a_quant: bool = True,
-    max_memory: int,
-    resume: bool = False,
-    resumable: bool = True,
-    settings: Mapping[str, str] | None = None,
+    walk: WalkSettings | None = None,
     progress: Progress = silent,
 ) -> QuantizedModel:
     """Quantize a model block by block into ``folder``, with no more than a block of it in memory.
@@ -211,14 +243,7 @@ def quantize_blockwise(
         folder: empty folder that becomes the saved model, on the same disk as ``work``.
         smoothing: what moves outliers from inputs into weights, if anything.
         files: side files of the checkpoint, copied into the result.
-        device: where blocks run.
-        asym: calibrate each linear on what the quantized ones before it give.
-        w_quant: with ``asym``, round the weights of those.
-        a_quant: with ``asym``, round the inputs of those.
-        max_memory: bytes of hidden states held in memory.
-        resume: go on with what ``work`` holds.
-        resumable: write all hidden states to disk, so that a later run can go on.
-        settings: what the result depends on beside all this.
+        walk: how the blocks are walked; :class:`WalkSettings` by default.
         progress: called after every block.
 
     Returns:
@@ -227,19 +252,21 @@ def quantize_blockwise(
     Raises:
         QuantizationError, OutputError, CheckpointError: as the parts do.
     """
+    walk = walk or WalkSettings()
     calibrator = BlockCalibrator(fused, quantization, smoothing)
     runner = CalibrationRunner(
         fused,
-        batches if asym or calibrator.needs_data else [],
+        batches if walk.asym or calibrator.needs_data else [],
         calibrator,
         work,
-        max_memory=max_memory,
-        resume=resume,
-        resumable=resumable,
-        settings=settings,
+        max_memory=walk.max_memory,
+        resume=walk.resume,
+        resumable=walk.resumable,
+        settings=walk.depends_on,
         progress=progress,
     )
-    runner.layerwise_calibration(device, asym, w_quant, a_quant)
+    runner.layerwise_calibration(walk.device, walk.asym, walk.w_quant, walk.a_quant)
+
     for path in runner.shards.paths():
         (folder / path.name).hardlink_to(path)
     model = _assembled(fused, quantization, ShardedTensors(folder), provenance, files or {})
@@ -264,7 +291,7 @@ def _assembled(
             online_rotation=calibrator.online(name),
             weight=tensors[f"{name}.weight"],
             weight_scale=tensors[f"{name}.weight_scale"],
-            **{part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]},
+            **{part: tensors.get(f"{name}.{part}") for part in OPTIONAL_PARTS},
         )
         for name, scheme in quantization.linears.items()
     }
@@ -275,6 +302,7 @@ def _assembled(
             for part in ("key", "value")
         )
         cache = QuantizedCache(quantization.cache, keys, values)
+
     start = smoothing_key("")
     scales = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
     parts = {key for linear in linears.values() for key in linear.tensors()} | {
@@ -287,8 +315,3 @@ def _assembled(
     )
     floats = {key: tensors[key] for key in tensors if key not in parts}
     return calibrator.model(linears, floats, cache, provenance, files, smoothing=scales)
-
-
-def _state(block: Block) -> dict[str, Tensor]:
-    """The tensors of a block by their names in the model."""
-    return block.module.state_dict(prefix=f"{block.name}.")

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from calib.data.batches import Batch
 from calib.layerwise.modules import computing, on_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class BlockCall:
 
 
 @torch.no_grad()
-def enter(model: Any, blocks: Sequence[nn.Module], batch: Batch) -> tuple[Tensor, list[BlockCall]]:
+def enter(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Batch
+) -> tuple[Tensor, list[BlockCall]]:
     """Run ``model`` on the CPU with blocks that pass their input through.
 
     Args:

@@ -15,17 +15,17 @@ Q = TypeVar("Q")
 """A quantized linear, as the calibrator represents it."""
 
 
-class Run(Protocol):
+class RunBlock(Protocol):
     """Runs every calibration batch through a block, without gradients."""
 
     def __call__(self, module: nn.Module | None = None) -> None:
         """Run ``module``, a copy of the block perhaps; by default the block itself."""
 
 
-class Calibrator(Protocol[Q]):
+class BlockQuantizer(Protocol[Q]):
     """Quantizes linears whose inputs it may watch."""
 
-    def calibrate(self, block: Block, names: Sequence[str], run: Run) -> Mapping[str, Q]:
+    def calibrate(self, block: Block, names: Sequence[str], run: RunBlock) -> Mapping[str, Q]:
         """Quantize the linears ``names`` (paths in the model) of ``block``.
 
         It may call ``run`` as often as it wants with hooks on the modules of the block, which must

@@ -21,16 +21,18 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from calib.architectures.groups import reading_groups
 from calib.data.batches import Batch
 from calib.errors import CheckpointError, DataError
 from calib.fusing import FusedModel, unloaded
 from calib.layerwise.activations import Activations
-from calib.layerwise.blocks import Block, linear_groups, outside_blocks
+from calib.layerwise.blocks import Block, outside_blocks
 from calib.layerwise.calls import BlockCall, enter
 from calib.layerwise.modules import loaded
-from calib.layerwise.protocol import Calibrator, Q
+from calib.layerwise.protocol import BlockQuantizer, Q
 from calib.layerwise.shards import ShardStore
 from calib.layerwise.walk import Replay, calibrate_at_once, calibrate_in_turn
+from calib.network.layout import StockTensors, oriented
 from calib.progress import Progress, silent, track
 
 DEFAULT_MAX_MEMORY = 2 << 30
@@ -50,7 +52,7 @@ class CalibrationRunner(Generic[Q]):
         self,
         fused: FusedModel,
         batches: Sequence[Batch],
-        calibrator: Calibrator[Q],
+        calibrator: BlockQuantizer[Q],
         work: Path,
         *,
         max_memory: int = DEFAULT_MAX_MEMORY,
@@ -85,6 +87,7 @@ class CalibrationRunner(Generic[Q]):
                 "layer-wise calibration takes batches without padding",
                 hint="batch rows of equal length together",
             )
+
         self._fused = fused
         self._batches = list(batches)
         self._calibrator = calibrator
@@ -99,6 +102,7 @@ class CalibrationRunner(Generic[Q]):
         self._progress = progress
         self._layers = fused.wiring.sizes.layers
         self._model: Any = unloaded(fused)
+        self._stock = StockTensors(fused.state, fused.wiring)
         self._calls: dict[torch.Size, list[BlockCall]] = {}
         self._inputs: Activations | None = None
         self.shards = ShardStore(work, resume=resume)
@@ -161,7 +165,7 @@ class CalibrationRunner(Generic[Q]):
         blocks = [self._model.get_submodule(self._name(index)) for index in range(self._layers)]
         head = f"{self._fused.wiring.head.name}."
         names = [name for name in self._outside() if not name.startswith(head)]
-        with loaded(self._model, self._fused.state, names):
+        with loaded(self._model, self._stock, names):
             for batch in self._batches:
                 if have and batch.input_ids.shape in self._calls:
                     continue
@@ -175,9 +179,10 @@ class CalibrationRunner(Generic[Q]):
         assert self._inputs is not None  # layerwise_calibration prepares
         name = self._name(index)
         own = [key for key in self._fused.state if key.startswith(f"{name}.")]
-        groups = linear_groups(self._fused.wiring, index)
+        groups = reading_groups(self._fused.wiring, index)
         outputs = self._activations(index + 1) if index + 1 < self._layers else None
-        with loaded(self._model, self._fused.state, own):
+
+        with loaded(self._model, self._stock, own):
             block = Block(index, name, self._model.get_submodule(name).to(device))
             calls = [self._calls[batch.input_ids.shape][index] for batch in self._batches]
             replay = Replay(block, self._inputs, calls, device)
@@ -199,7 +204,10 @@ class CalibrationRunner(Generic[Q]):
         """What is stored of a block: its float tensors as the calibrator has left them, and the
         quantized linears.
         """
-        state = block.module.state_dict(prefix=f"{block.name}.")
+        state = oriented(
+            block.module.state_dict(prefix=f"{block.name}."),
+            self._fused.wiring,
+        )
         replaced = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
         # the 3-D parameter that an expert belongs to
         replaced |= {name.rpartition(".")[0] for name in quantized}

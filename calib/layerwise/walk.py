@@ -15,7 +15,7 @@ from calib.layerwise.activations import Activations
 from calib.layerwise.blocks import Block
 from calib.layerwise.calls import BlockCall
 from calib.layerwise.modules import computing
-from calib.layerwise.protocol import Calibrator, Q
+from calib.layerwise.protocol import BlockQuantizer, Q
 from calib.network.observe_experts import experts_as_modules
 
 
@@ -44,7 +44,7 @@ class Replay:
 
 
 def calibrate_at_once(
-    calibrator: Calibrator[Q],
+    calibrator: BlockQuantizer[Q],
     replay: Replay,
     groups: Sequence[Sequence[str]],
     outputs: Activations | None,
@@ -54,24 +54,24 @@ def calibrate_at_once(
     They are kept the first time that the calibrator runs the block: one that needs one pass costs
     one.
     """
-    wanted = outputs is not None
+    missing = outputs is not None  # outputs are still to be computed
 
     def run(module: nn.Module | None = None) -> None:
-        nonlocal wanted
-        keep = wanted and (module is None or module is replay.block.module)
+        nonlocal missing
+        keep = missing and (module is None or module is replay.block.module)
         replay(module, outputs=outputs if keep else None)
-        wanted = wanted and not keep
+        missing = missing and not keep
 
     quantized = calibrator.calibrate(
         replay.block, [name for group in groups for name in group], run
     )
-    if wanted:
+    if missing:
         replay(outputs=outputs)
     return dict(quantized)
 
 
 def calibrate_in_turn(
-    calibrator: Calibrator[Q],
+    calibrator: BlockQuantizer[Q],
     replay: Replay,
     groups: Sequence[Sequence[str]],
     outputs: Activations | None,

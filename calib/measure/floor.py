@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -32,7 +33,8 @@ from calib.arithmetic.rounding import neighbours, round_to_format
 from calib.artifact import QuantizedModel
 from calib.measure.perplexity import LogitsFunction, model_logits
 from calib.measure.reference import ReferenceLinear, build_reference
-from calib.network.kv_cache import CacheRounding, watched_caches
+from calib.modules.watch import watching
+from calib.network.kv_cache import CacheRounding, attached_caches
 from calib.schemes import NumberFormat
 
 _QUOTIENT_ULPS = 2
@@ -93,15 +95,21 @@ def split_sum_floor(
 
 
 def naive_floor(
-    quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False
+    quantized: QuantizedModel,
+    reference: nn.Module,
+    rows: Sequence[Tensor],
+    *,
+    last: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> float:
-    """Relative L2 of logits over ``rows`` of the naive path in the artifact's dtype against the
-    float32 reference.
+    """Relative L2 of logits over ``rows`` of the naive path in ``dtype`` against the float32
+    reference.
+
+    ``dtype`` is the artifact's unless another is given: a runtime may compute in a shorter one of
+    its own accord.
     """
-    naive, plain = (
-        _logits_of(build_reference(quantized, dtype=quantized.dtype), last),
-        _logits_of(reference, last),
-    )
+    naive = _logits_of(build_reference(quantized, dtype=dtype or quantized.dtype), last)
+    plain = _logits_of(reference, last)
     difference = Difference()
     for row in rows:
         difference.add(naive(row.unsqueeze(0)), plain(row.unsqueeze(0)))
@@ -118,29 +126,30 @@ def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor], *, last: bool =
     logits = _logits_of(reference, last)
     difference = Difference()
     for row in rows:
-        ties: dict[_Site, _Tie] = {}
+        ties: dict[_Place, _Tie] = {}
 
-        def find(site: _Site, x: Tensor, steps: _Steps, ties: dict[_Site, _Tie] = ties) -> None:
-            ties[site] = _nearest_tie(x, *steps)
+        def find(place: _Place, x: Tensor, steps: _Steps, ties: dict[_Place, _Tie] = ties) -> None:
+            ties[place] = _nearest_tie(x, *steps)
 
-        plain = _watched(reference, find, lambda: logits(row.unsqueeze(0)))  # noqa: B023 - runs at once
+        run = partial(logits, row.unsqueeze(0))
+        plain = _watched(reference, find, run)
         if not ties:
             return 0.0
         nearest = min(tie.distance for tie in ties.values())
 
         def flip(
-            site: _Site,
+            place: _Place,
             x: Tensor,
             steps: _Steps,
-            ties: dict[_Site, _Tie] = ties,
+            ties: dict[_Place, _Tie] = ties,
             nearest: float = nearest,
         ) -> None:
-            tie = ties.get(site)  # an expert that only the flip sends a token to has none
+            tie = ties.get(place)  # an expert that only the flip sends a token to has none
             # q, k and v read one input: it flips for all of them
             if tie is not None and tie.distance == nearest:
                 x.view(-1)[tie.index] = tie.other
 
-        difference.add(_watched(reference, flip, lambda: logits(row.unsqueeze(0))), plain)  # noqa: B023
+        difference.add(_watched(reference, flip, run), plain)
     return difference.value
 
 
@@ -165,6 +174,7 @@ def settled(linear: ReferenceLinear, x: Tensor, found: Tensor) -> tuple[Tensor, 
     found_steps = _input_steps(linear, x)
     if found_steps is None:
         return expected, 0
+
     steps, zero, fmt = found_steps
     ratio, here, other = _around(x, steps, zero, fmt)
     near = (ratio - (here + other) / 2).abs() <= _QUOTIENT_ULPS * torch.finfo(
@@ -190,9 +200,9 @@ def _logits_of(model: nn.Module, last: bool) -> LogitsFunction:
     return (lambda ids: logits(ids)[:, -1:]) if last else logits
 
 
-_Site = tuple[nn.Module, str]
-"""A place where values are rounded: a linear's ``input``, or the ``key`` or ``value`` of an
-attention.
+_Place = tuple[str, str]
+"""A place where values are rounded: the name of a linear with ``input``, or that of an attention
+with ``key`` or ``value``.
 """
 _Steps = tuple[Tensor, Tensor | None, NumberFormat]
 """Scale and zero point of every value there, and the format that it is rounded to."""
@@ -248,34 +258,38 @@ def _input_steps(linear: ReferenceLinear, x: Tensor) -> _Steps | None:
 
 
 def _watched(
-    reference: nn.Module, look: Callable[[_Site, Tensor, _Steps], None], run: Callable[[], Tensor]
+    reference: nn.Module, look: Callable[[_Place, Tensor, _Steps], None], run: Callable[[], Tensor]
 ) -> Tensor:
     """``run()`` while whatever is rounded is passed to ``look`` first, as a copy that it may
     change.
     """
 
-    def input_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        assert isinstance(module, ReferenceLinear)
-        x = args[0].clone(memory_format=torch.contiguous_format)
-        steps = _input_steps(module, x)
-        assert steps is not None  # hooked for its sake
-        look((module, "input"), x, steps)
-        return (x, *args[1:])
+    def at_input(name: str, linear: ReferenceLinear, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        steps = _input_steps(linear, x)
+        assert steps is not None  # watched for its sake
+        look((name, "input"), x, steps)
+        return x
 
-    def cache_look(module: nn.Module, rounding: CacheRounding, key: Tensor, value: Tensor) -> None:
-        look((module, "key"), key, (rounding.key_scale, None, rounding.scheme.format))
-        look((module, "value"), value, (rounding.value_scale, None, rounding.scheme.format))
+    def at_cache(
+        name: str, rounding: CacheRounding, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        key, value = (part.clone(memory_format=torch.contiguous_format) for part in (key, value))
+        look((name, "key"), key, (rounding.key_scale, None, rounding.scheme.format))
+        look((name, "value"), value, (rounding.value_scale, None, rounding.scheme.format))
+        return key, value
 
-    linears = [module for module in reference.modules() if isinstance(module, ReferenceLinear)]
-    seen = [
-        module
-        for module in linears
-        if module.rotation is None and module.source.input_scheme is not None
-    ]
-    handles = [linear.register_forward_pre_hook(input_hook) for linear in seen]
-    try:
-        with watched_caches(reference, cache_look):
-            return run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    inputs = {
+        name: partial(at_input, name, module)
+        for name, module in reference.named_modules()
+        if isinstance(module, ReferenceLinear)
+        and module.rotation is None
+        and module.source.input_scheme is not None
+    }
+    caches = {
+        name: partial(at_cache, name, rounding)
+        for name, rounding in attached_caches(reference).items()
+    }
+    # an expert may see no token in a row
+    with watching(reference, inputs=inputs, caches=caches, optional=True):
+        return run()

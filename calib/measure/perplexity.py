@@ -134,6 +134,7 @@ def compare_logits(
             divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).sum())
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             tokens += wanted.numel()
+
     scored = _some(tokens)
     return Comparison(
         reference=Perplexity(nll_reference / scored, tokens),

@@ -28,11 +28,12 @@ from torch.nn import functional
 from calib.architectures import wiring_of
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.artifact import QuantizedLinear, QuantizedModel
-from calib.network.attention import attend, registered
+from calib.modules.attention import attend, registered
+from calib.modules.paths import set_submodule
 from calib.network.experts import Experts
 from calib.network.gather_experts import gather_experts
 from calib.network.kv_cache import attach_cache
-from calib.network.modules import set_submodule
+from calib.network.layout import StockTensors
 from calib.network.online import attach_online
 from calib.network.prefix import attach_prefix
 from calib.network.skeleton import build_skeleton
@@ -116,7 +117,8 @@ def build_reference(
             rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
             modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum, dtype=dtype)
     gather_experts(modules, floats, wiring, model.rotations)
-    network = build_skeleton(model.config, floats, skip=set(modules))
+    stock = StockTensors(floats, wiring)
+    network = build_skeleton(model.config, stock, skip=set(modules))
     for name, module in modules.items():
         set_submodule(network, name, module)
     within = (
@@ -132,11 +134,13 @@ def build_reference(
         for module in network.modules():
             if type(module) is nn.Linear:
                 module.__class__ = _SplitLinear
-        network.set_attn_implementation(registered(_SPLIT_ATTENTION, _split_attention))  # type: ignore[operator]
+        split = registered(_SPLIT_ATTENTION, _split_attention)
+        network.set_attn_implementation(split)  # type: ignore[operator]
     if model.prefix is not None:  # within what rounds the cache: it stays in float
         attach_prefix(network, wiring, model.prefix.to(dtype))
     if model.cache is not None:
         attach_cache(network, wiring, model.cache)
+
     return network.eval()
 
 

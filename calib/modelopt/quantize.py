@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import modelopt.torch.quantization as mtq
-import torch
 from torch import Tensor, nn
 
 from calib.errors import DataError, QuantizationError
 from calib.modelopt.config import config_of, modelopt_calibrates, modelopt_config
-from calib.network.modules import get_submodule, linears_but_head, set_submodule
+from calib.modules.paths import get_submodule, linears_but_head, set_submodule
+from calib.modules.watch import Run, not_finite, refuse_unreached, require_finite, watching
 from calib.schemes import LinearScheme, TensorScheme, scheme_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-ForwardLoop = Callable[[nn.Module], None]
 
 
 def modelopt_quantize(
     model: nn.Module,
     quant_mode: str,
     *,
-    forward_loop: ForwardLoop | None = None,
+    forward_loop: Run | None = None,
     modules: Sequence[str] | None = None,
 ) -> nn.Module:
     """Quantize and calibrate ``model`` in place with ModelOpt.
@@ -71,9 +69,7 @@ def modelopt_quantize(
     return quantized
 
 
-def input_amax(
-    model: nn.Module, inputs: Mapping[str, TensorScheme], run: ForwardLoop
-) -> dict[str, Tensor]:
+def input_amax(model: nn.Module, inputs: Mapping[str, TensorScheme], run: Run) -> dict[str, Tensor]:
     """The largest magnitude that enters each linear of ``inputs`` while ``run`` runs the model, as
     ModelOpt sees it.
 
@@ -123,18 +119,9 @@ def read_input_amax(model: nn.Module, modules: Sequence[str]) -> dict[str, Tenso
             all are named.
     """
     collected = {name: _amax(get_submodule(model, name)) for name in modules}
-    unreached = [name for name, amax in collected.items() if amax is None]
-    if unreached:
-        raise QuantizationError(
-            f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
-            hint=(
-                "use more calibration rows (--nsamples), or check that the model runs these layers"
-            ),
-        )
+    refuse_unreached([name for name, amax in collected.items() if amax is None])
     found = {name: amax for name, amax in collected.items() if amax is not None}
-    broken = [name for name, amax in found.items() if not bool(torch.isfinite(amax))]
-    if broken:
-        raise _not_finite(", ".join(broken))
+    require_finite(found)
     return found
 
 
@@ -157,32 +144,14 @@ def _calibrated_inputs(schemes: Mapping[str, LinearScheme]) -> list[str]:
 @contextmanager
 def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Name what is not finite, in weights before ModelOpt runs and in inputs where it asserts."""
-    linears: dict[str, Any] = {name: get_submodule(model, name) for name in names}
-    damaged = [
-        name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())
-    ]
-    if damaged:
-        raise _not_finite(f"the weights of {', '.join(damaged)}")
-    entered: list[str] = []
-    watch = [
-        linear.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
-        for name, linear in linears.items()
-    ]
-    try:
-        with torch.no_grad():
+    weights = {name: cast(Tensor, get_submodule(model, name).weight) for name in names}
+    require_finite(weights, of="the weights of ")
+    with watching(model, inputs=dict.fromkeys(names, _pass), optional=True) as watch:
+        try:
             yield
-    except AssertionError as error:  # ModelOpt asserts that what it collects is finite
-        raise _not_finite(f"the input of {entered[-1] if entered else 'a linear'}") from error
-    finally:
-        for handle in watch:
-            handle.remove()
+        except AssertionError as error:  # ModelOpt asserts that what it collects is finite
+            raise not_finite(f"the input of {watch.last or 'a linear'}") from error
 
 
-def _not_finite(where: str) -> QuantizationError:
-    return QuantizationError(
-        f"calibration found NaN or Inf in {where}",
-        hint=(
-            "check the checkpoint's weights; a model that overflows in its dtype needs --dtype"
-            " bfloat16 or float32"
-        ),
-    )
+def _pass(x: Tensor) -> None:
+    """ModelOpt's own quantizers look."""

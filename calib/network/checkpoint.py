@@ -147,6 +147,7 @@ def _local_folder(path_or_id: str | os.PathLike[str]) -> Path | None:
         raise CheckpointError(
             f"there is no model folder {text}", hint="check the path, or pass a hub id: owner/name"
         )
+
     return None
 
 
@@ -239,6 +240,7 @@ def _open_sharded(folder: Path) -> dict[str, Any]:
                     " again"
                 ),
             )
+
     return {tensor: shards[shard] for tensor, shard in weight_map.items()}
 
 

@@ -1,21 +1,13 @@
-"""The quantized KV cache: looking at keys and values where attention takes them from the cache, and
-rounding them.
+"""The quantized KV cache: observing keys and values, and rounding them.
 
-Keys are seen after RoPE and R3, values after R2: what a runtime stores. One static scale each for a
-layer is applied element by element, so rounding what attention reads is the same as rounding what
-is written.
-
-transformers calls attention through a registry of functions. An attention module with quantizers is
-switched to a function that passes keys and values through them and then on to the scaled dot
-product.
+One static scale each for a layer is applied element by element, so rounding what attention reads is
+the same as rounding what is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +16,14 @@ from calib.architectures import Wiring
 from calib.arithmetic.grids import round_to_grid
 from calib.artifact import QuantizedCache
 from calib.errors import QuantizationError
-from calib.network.attention import registered
-from calib.network.modules import get_submodule
+from calib.modules.cached_attention import attach, attached_to
+from calib.modules.paths import get_submodule
+from calib.modules.watch import Run, require_finite, watching
 from calib.schemes import TensorScheme
-
-_PREFIX = "rotq_cache_"
-_ATTRIBUTE = "_rotq_cache"
-Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def observe_caches(
-    model: nn.Module, attentions: Mapping[int, str], run: Callable[[nn.Module], None]
+    model: nn.Module, attentions: Mapping[int, str], run: Run
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Largest magnitude of keys and values while ``run`` runs the model.
 
@@ -50,42 +39,31 @@ def observe_caches(
         QuantizationError: an attention module that was never reached, or keys or values with NaN or
             Inf.
     """
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def look(layer: int) -> Transform:
-        def transform(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            amax = tuple(x.detach().abs().amax().float().cpu() for x in (key, value))
-            before = seen.get(layer, (torch.zeros(()), torch.zeros(())))
-            seen[layer] = (torch.maximum(before[0], amax[0]), torch.maximum(before[1], amax[1]))
-            return key, value
-
-        return transform
-
-    with _attached({get_submodule(model, name): look(layer) for layer, name in attentions.items()}):
+    observed = {name: _Magnitudes() for name in attentions.values()}
+    with watching(model, caches=observed, optional=True) as watch:
         run(model)
-    unreached = [name for layer, name in attentions.items() if layer not in seen]
+    unreached = [name for name in observed if name not in watch.reached]
     if unreached:
         raise QuantizationError(
             f"calibration never reached the attention of {', '.join(unreached)}",
             hint="this attention bypasses transformers' interface: leave --kv out",
         )
-    for layer, amax in seen.items():
-        if not all(bool(torch.isfinite(part)) for part in amax):
-            raise QuantizationError(
-                f"keys or values of layer {layer} hold NaN or Inf",
-                hint="try --dtype bfloat16 or float32",
-            )
-    return seen
+    require_finite(
+        {name: torch.stack(magnitudes.amax) for name, magnitudes in observed.items()},
+        of="keys or values of ",
+    )
+    return {layer: observed[name].amax for layer, name in attentions.items()}
 
 
-def attach_cache(model: nn.Module, wiring: Wiring, cache: QuantizedCache) -> None:
-    """Let every attention module of ``model`` round keys and values as ``cache`` says, for good."""
-    transforms = {}
-    for layer, key_scale in cache.key_scale.items():
-        name = wiring.attention(layer)
-        rounding = CacheRounding(cache.scheme, key_scale.float(), cache.value_scale[layer].float())
-        transforms[get_submodule(model, name)] = rounding
-    _attach(transforms)
+class _Magnitudes:
+    """The largest magnitude of keys and of values so far."""
+
+    def __init__(self) -> None:
+        self.amax = (torch.zeros(()), torch.zeros(()))
+
+    def __call__(self, key: Tensor, value: Tensor) -> None:
+        amax = [x.detach().abs().amax().float().cpu() for x in (key, value)]
+        self.amax = (torch.maximum(self.amax[0], amax[0]), torch.maximum(self.amax[1], amax[1]))
 
 
 @dataclass(frozen=True)
@@ -105,85 +83,23 @@ class CacheRounding:
         )
 
 
-@contextmanager
-def watched_caches(
-    model: nn.Module, look: Callable[[nn.Module, CacheRounding, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """While this lasts, ``look`` gets copies of keys and values before they are rounded, and may
-    change them.
+def attach_cache(model: nn.Module, wiring: Wiring, cache: QuantizedCache) -> None:
+    """Let every attention module of ``model`` round keys and values as ``cache`` says, for good."""
+    roundings = {}
+    for layer, key_scale in cache.key_scale.items():
+        name = wiring.attention(layer)
+        rounding = CacheRounding(cache.scheme, key_scale.float(), cache.value_scale[layer].float())
+        roundings[get_submodule(model, name)] = rounding
+    attach(roundings)
 
-    Args:
-        model: a model that :func:`attach_cache` was called on, or any other, which has nothing to
-            look at.
-        look: called with the attention module, what it rounds with, keys and values ``[B, kv_heads,
-            T, head_dim]``.
+
+def attached_caches(model: nn.Module) -> dict[str, CacheRounding]:
+    """What :func:`attach_cache` attached to ``model``, by attention module; nothing to any other
+    model.
     """
-    before = {
-        module: found
-        for module in model.modules()
-        if isinstance(found := _transform(module), CacheRounding)
+    transforms = {name: attached_to(module) for name, module in model.named_modules()}
+    return {
+        name: transform
+        for name, transform in transforms.items()
+        if isinstance(transform, CacheRounding)
     }
-
-    def watched(module: nn.Module, rounding: CacheRounding) -> Transform:
-        def transform(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            key, value = (
-                part.clone(memory_format=torch.contiguous_format) for part in (key, value)
-            )
-            look(module, rounding, key, value)
-            return rounding(key, value)
-
-        return transform
-
-    try:
-        for module, rounding in before.items():
-            setattr(module, _ATTRIBUTE, watched(module, rounding))
-        yield
-    finally:
-        for module, rounding in before.items():
-            setattr(module, _ATTRIBUTE, rounding)
-
-
-def _transform(module: nn.Module) -> Transform | None:
-    found: Transform | None = getattr(module, _ATTRIBUTE, None)
-    return found
-
-
-@contextmanager
-def _attached(transforms: Mapping[Any, Transform]) -> Iterator[None]:
-    before = {module: module.config._attn_implementation for module in transforms}
-    _attach(transforms)
-    try:
-        yield
-    finally:
-        for module, implementation in before.items():
-            delattr(module, _ATTRIBUTE)
-            module.config._attn_implementation = implementation
-
-
-def _attach(transforms: Mapping[Any, Transform]) -> None:
-    """Attention modules share their config with the model, whose masks must suit the function: so
-    it is registered.
-    """
-    for module, transform in transforms.items():
-        setattr(module, _ATTRIBUTE, transform)
-        inner = module.config._attn_implementation
-        if not inner.startswith(_PREFIX):
-            module.config._attn_implementation = _rounding_attention(inner)
-
-
-def _rounding_attention(inner: str) -> str:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = _PREFIX + inner
-    attend = ALL_ATTENTION_FUNCTIONS[inner]
-
-    def function(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        transform = _transform(module)
-        if transform is not None:
-            key, value = transform(key, value)
-        result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, *args, **kwargs)
-        return result
-
-    return registered(name, function, masks=inner)

@@ -9,8 +9,8 @@ largest integer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from calib.architectures.experts import expert_index
 from calib.errors import QuantizationError
+from calib.modules.paths import set_submodule
+from calib.modules.watch import Run, watching
 from calib.network.experts import Experts
-from calib.network.modules import get_submodule, set_submodule
 from calib.network.online import rotation_of_experts
 
 _SHOWN = 3
@@ -54,27 +55,22 @@ def experts_as_modules(module: nn.Module, names: Collection[str]) -> Iterator[di
 
 
 def count_tokens(
-    module: nn.Module, experts: Collection[str], run: Callable[[nn.Module], None]
+    module: nn.Module, experts: Mapping[str, Experts], run: Run
 ) -> dict[str, tuple[int, ...]]:
     """How many tokens each expert sees while ``run(module)`` runs.
 
     Args:
         module: what ``run`` runs.
-        experts: paths of the :class:`Experts` in it.
+        experts: the :class:`Experts` in it by path, as :func:`experts_as_modules` yields them.
         run: feeds batches without padding to the model.
 
     Returns:
         Tokens by expert, for every path.
     """
-    seen: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for path in experts:
-            found = get_submodule(module, path)
-            assert isinstance(found, Experts)  # experts_as_modules put it there
-            seen[path] = torch.zeros(len(found.down_proj), dtype=torch.int64)
-            hooks.callback(found.register_forward_pre_hook(_counting(seen[path])).remove)
+    counts = {path: _Count(len(found.down_proj)) for path, found in experts.items()}
+    with watching(module, calls=counts, optional=True):
         run(module)
-    return {path: tuple(count.tolist()) for path, count in seen.items()}
+    return {path: tuple(count.tokens.tolist()) for path, count in counts.items()}
 
 
 def check_reached(names: Collection[str], tokens: Mapping[str, tuple[int, ...]]) -> None:
@@ -99,6 +95,7 @@ def check_reached(names: Collection[str], tokens: Mapping[str, tuple[int, ...]])
     missing = sum(map(len, empty.values()))
     if not missing:
         return
+
     others = sorted(
         (tokens[path][e], e, path)
         for path, experts in wanted.items()
@@ -146,11 +143,12 @@ def _unfused(experts: Any) -> Experts:
     ).eval()
 
 
-def _counting(count: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Forward pre-hook: adds what it sees to ``count`` ``[E]``."""
+class _Count:
+    """Tokens ``[E]`` that routes sent to each of some experts."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        _, top_k_index, _ = args
-        count.add_(torch.bincount(top_k_index.flatten().cpu(), minlength=len(count)))
+    def __init__(self, experts: int) -> None:
+        self.tokens = torch.zeros(experts, dtype=torch.int64)
 
-    return hook
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        routed = top_k_index.flatten().cpu()
+        self.tokens.add_(torch.bincount(routed, minlength=len(self.tokens)))

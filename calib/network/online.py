@@ -55,6 +55,7 @@ def attach_online(model: nn.Module, wiring: Wiring, rotations: RotationSet) -> N
             "online rotations are attached to this model already",
             hint="materialize the fused model again",
         )
+
     model._rotq_online = True  # type: ignore[assignment]
     sizes = wiring.sizes
     for layer in range(sizes.layers):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from calib.architectures import Wiring
 from calib.artifact.prefix import Prefix
 from calib.errors import QuantizationError
-from calib.network.attention import registered
+from calib.modules.attention import registered
 
 _NAME = "rotq_prefix_"
 _ATTRIBUTE = "_rotq_prefix"

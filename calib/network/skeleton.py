@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from calib.architectures import wiring_of
+from calib.architectures import Wiring, wiring_of
 from calib.errors import CheckpointError
-from calib.network.attention import attention_implementation
-from calib.network.modules import set_submodule
+from calib.modules.attention import attention_implementation
+from calib.modules.paths import set_submodule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _KEPT_TEMPLATES = 4
 """Module trees without weights that are kept: a run has its model in one or two dtypes."""
@@ -25,7 +25,7 @@ _TEMPLATES: dict[tuple[type, str, torch.dtype | None, str | None], Any] = {}
 _MIXED = "the folder mixes files of two models, or was edited after it was written"
 
 
-def portable_config(config: Any) -> dict[str, Any]:
+def portable_config(config: PreTrainedConfig) -> dict[str, Any]:
     """A Hugging Face config as a dictionary that says nothing of the machine it was loaded on."""
     values: dict[str, Any] = config.to_dict()
     values.pop("_name_or_path", None)
@@ -50,6 +50,16 @@ def expected_tensors(config: PreTrainedConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in template.state_dict().items()}
 
 
+def oriented_shapes(wiring: Wiring) -> dict[str, tuple[int, ...]]:
+    """:func:`expected_tensors` with the weights of linears ``[out, in]``, as
+    :class:`~calib.fusing.FusedModel` has them.
+    """
+    return {
+        name: tuple(reversed(shape)) if name in wiring.turned_weights else tuple(shape)
+        for name, shape in expected_tensors(wiring.config).items()
+    }
+
+
 def _template(config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:
     """The module tree of ``config``, built once: a copy of it takes an eighth of the time.
 
@@ -72,7 +82,7 @@ def _template(config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:
 
 
 @torch.no_grad()
-def fill_buffers(model: Any) -> None:
+def fill_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their
     values, on the CPU.
 
@@ -142,7 +152,7 @@ def build_skeleton(
     return model.eval().requires_grad_(False)
 
 
-def _head_bias(model: Any) -> list[str]:
+def _head_bias(model: PreTrainedModel) -> list[str]:
     """What the bias of the output head is called."""
     head = model.get_output_embeddings()
     return [f"{name}.bias" for name, module in model.named_modules() if module is head]

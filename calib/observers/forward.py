@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from calib.errors import QuantizationError
-from calib.network.modules import get_submodule
+from calib.modules.watch import Run, watching
 from calib.observers.observer import Observer
 from calib.observers.registry import observer_named
 from calib.observers.statistics import Limits
@@ -20,7 +18,7 @@ def observe_inputs(
     model: nn.Module,
     modules: Sequence[str],
     factory: Callable[[str], Observer],
-    run: Callable[[nn.Module], None],
+    run: Run,
 ) -> dict[str, Observer]:
     """Show the input of each of ``modules`` to an observer of its own while ``run`` runs the model.
 
@@ -40,32 +38,9 @@ def observe_inputs(
         QuantizationError: an input holds NaN or Inf, or a module was never reached; both are named.
         CheckpointError: one of ``modules`` does not exist.
     """
-    linears = {name: get_submodule(model, name) for name in modules}
     observers = {name: factory(name) for name in modules}
-    handles = [
-        linear.register_forward_pre_hook(_hook(name, observers[name]), with_kwargs=True)
-        for name, linear in linears.items()
-    ]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    unreached = [name for name, observer in observers.items() if not observer.count]
-    if len(unreached) == len(observers) > 0:
-        raise QuantizationError(
-            f"the forward loop reached none of {len(unreached)} modules, such as '{unreached[0]}':"
-            " it ran no batch",
-            hint="Give calibration rows, and run the model that is to be observed.",
-        )
-    if unreached:
-        raise QuantizationError(
-            f"calibration never reached {len(unreached)} module(s): {', '.join(unreached)}",
-            hint=(
-                "Use more calibration rows (--nsamples), or check that the model runs these layers."
-            ),
-        )
+    with watching(model, inputs={name: each.observe for name, each in observers.items()}):
+        run(model)
     return observers
 
 
@@ -73,7 +48,7 @@ def input_limits(
     model: nn.Module,
     inputs: Mapping[str, TensorScheme],
     observer: str,
-    run: Callable[[nn.Module], None],
+    run: Run,
 ) -> dict[str, Limits]:
     """What the inputs of linears range over, in the eyes of one observer.
 
@@ -107,12 +82,3 @@ def observe_named(observer: Observer, name: str, x: Tensor) -> None:
         observer.observe(x)
     except QuantizationError as error:
         raise QuantizationError(f"'{name}': {error.message}", hint=error.hint) from error
-
-
-def _hook(
-    name: str, observer: Observer
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observe_named(observer, f"{name} (input)", args[0] if args else next(iter(kwargs.values())))
-
-    return hook

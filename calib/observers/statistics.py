@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from calib.errors import QuantizationError
+from calib.errors import NotFiniteError, QuantizationError
 
 Limits = tuple[Tensor, Tensor]
 """Least and greatest value of each group that shares a scale, float64: shape ``[]``, or one of a
@@ -48,11 +48,11 @@ def finite_limits(x: Tensor, reduce: Reduce = torch.aminmax) -> Limits:
     both.
 
     Raises:
-        QuantizationError: ``x`` holds NaN or Inf.
+        NotFiniteError: ``x`` holds NaN or Inf.
     """
     low, high = (limit.cpu().double() for limit in reduce(x.detach()))
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise QuantizationError(
+        raise NotFiniteError(
             "an observed tensor holds NaN or Inf",
             hint=(
                 "The model overflows in its dtype (try bfloat16 or float32), or its weights are"

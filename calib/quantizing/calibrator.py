@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,19 +14,23 @@ from torch import Tensor, nn
 
 from calib.architectures import Space, Wiring
 from calib.architectures.experts import expert_index
+from calib.architectures.groups import merged_linears
 from calib.arithmetic.grids import Grid
-from calib.arithmetic.inputs import input_grid
+from calib.arithmetic.inputs import input_grid, symmetric_input_grid
 from calib.arithmetic.scales import convert_to_scale
 from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import DataError, QuantizationError
 from calib.fusing import FusedModel, materialize
-from calib.network.skeleton import expected_tensors, portable_config
+from calib.modules.watch import Run
+from calib.network.skeleton import oriented_shapes, portable_config
 from calib.progress import Progress, silent, track
-from calib.quantizing.kept import kept_reasons
-from calib.quantizing.observation import Observed, Run, Wanted, observe
+from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
-from calib.schemes import PerBlock, TensorScheme
+from calib.schemes import PerBlock
 from calib.weights.algorithms import algorithm_named
+
+KEPT_HEAD = "output head: float unless asked for"
+KEPT_ROUTER = "router or gate: decides which experts run, and is tiny"
 
 
 def quantize_model(
@@ -58,13 +63,14 @@ def quantize_model(
     calibrator = Calibrator(fused, quantization)
     calibrator.check_blocks()
     observed = Observed()
-    wanted = calibrator.wanted(list(quantization.linears))
-    if wanted:
+    watchlist = calibrator.watchlist(list(quantization.linears))
+    if watchlist:
         if forward_loop is None:
             raise DataError("this quantization needs calibration data", hint="pass a forward loop")
         network: nn.Module = materialize(fused, device=device)
-        observed = observe(network, wanted, forward_loop)
+        observed = observe(network, watchlist, forward_loop)
         del network
+
     names = track(quantization.linears, "round weights", len(quantization.linears), progress)
     linears = {name: calibrator.quantized(name, fused.state, observed) for name in names}
     replaced = calibrator.replaced(linears)
@@ -93,7 +99,7 @@ class Calibrator:
         """See :func:`check_blocks`."""
         check_blocks(self.quantization, self.fused.wiring)
 
-    def wanted(self, names: Sequence[str], *, caches: bool = True) -> Wanted:
+    def watchlist(self, names: Sequence[str], *, caches: bool = True) -> Watchlist:
         """What has to be observed to quantize the linears ``names``, and the cache of every layer
         with ``caches``.
         """
@@ -104,7 +110,7 @@ class Calibrator:
             for name in names
             if (scheme := linears[name].input) is not None and scheme.needs_calibration
         }
-        return Wanted(
+        return Watchlist(
             inputs=inputs,
             observer=self.quantization.observer,
             moments=[
@@ -134,11 +140,12 @@ class Calibrator:
                 algorithm = algorithm_named("rtn")
             amax = self._shared_amax(name, state) if scheme.weight.scale_format == "e4m3" else None
             rounded = algorithm.round(weight, moment, scheme.weight, self.fused.dtype, amax=amax)
-            seen = self._input_grid(scheme.input, observed.limits.get(name))
+            grid = self._input_grid(name, observed)
         except QuantizationError as error:
             raise QuantizationError(
                 f"no valid scale for '{name}': {error.message}", hint=error.hint
             ) from error
+
         return QuantizedLinear(
             name=name,
             weight=rounded.stored,
@@ -146,12 +153,12 @@ class Calibrator:
             weight_scheme=scheme.weight,
             bias=state.get(f"{name}.bias"),
             input_scheme=scheme.input,
-            input_scale=None if seen is None else seen.scale,
+            input_scale=None if grid is None else grid.scale,
             online_rotation=self.online(name),
             weight_zero_point=rounded.grid.zero_point,
             weight_second_scale=rounded.grid.second_level,
             weight_order=rounded.order,
-            input_zero_point=None if seen is None else seen.zero_point,
+            input_zero_point=None if grid is None else grid.zero_point,
         )
 
     def replaced(self, linears: Collection[str]) -> set[str]:
@@ -204,14 +211,11 @@ class Calibrator:
         )
 
     def _weight(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        """The weight ``[out, in]``; transformers' Conv1D stores the transpose, and an expert may be
-        a slice.
-        """
+        """The weight ``[out, in]``; an expert may be a slice."""
         spec = self.fused.wiring.by_name.get(name)
         if spec is not None and spec.weight in state and spec.layout == "experts":
             return state[spec.weight][expert_index(name)]
-        stored = state[f"{name}.weight"]
-        return stored.T if spec is not None and spec.layout == "conv1d" else stored
+        return state[f"{name}.weight"]
 
     def _shared_amax(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         """Largest magnitude in the weights of ``name`` and of those that runtimes merge with it,
@@ -221,35 +225,30 @@ class Calibrator:
         one second level of scales. ModelOpt's export gives them one as well
         (``preprocess_linear_fusion``).
         """
-        merged = [other for other in self.quantization.linears if self._are_merged(name, other)]
+        linears = self.quantization.linears
+        beside = [
+            other
+            for other in self._merged.get(name, (name,))
+            if other in linears and linears[other].weight == linears[name].weight
+        ]
         return torch.stack(
-            [self._weight(other, state).detach().abs().amax().float() for other in merged]
+            [self._weight(other, state).detach().abs().amax().float() for other in beside]
         ).amax()
 
-    def _are_merged(self, name: str, other: str) -> bool:
-        """Whether runtimes make one matrix of two linears: both read the residual stream within one
-        module.
-        """
-        if name == other:
-            return True
-        if name.rpartition(".")[0] != other.rpartition(".")[0]:
-            return False
-        specs, linears = (
-            [self.fused.wiring.by_name.get(each) for each in (name, other)],
-            self.quantization.linears,
-        )
-        beside = all(
-            spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL
-            for spec in specs
-        )
-        return beside and linears[name].weight == linears[other].weight
+    @cached_property
+    def _merged(self) -> dict[str, tuple[str, ...]]:
+        return merged_linears(self.fused.wiring)
 
-    def _input_grid(
-        self, scheme: TensorScheme | None, limits: tuple[Tensor, Tensor] | None
-    ) -> Grid | None:
-        if scheme is None or limits is None:
+    def _input_grid(self, name: str, observed: Observed) -> Grid | None:
+        """The calibrated part of what the input of ``name`` is rounded to, if there is one."""
+        scheme = self.quantization.linears[name].input
+        if scheme is None:
             return None
-        return input_grid(*limits, scheme, self.fused.dtype)
+        if name in observed.amax:
+            return symmetric_input_grid(observed.amax[name], scheme, self.fused.dtype)
+        if name in observed.limits:
+            return input_grid(*observed.limits[name], scheme, self.fused.dtype)
+        return None
 
     def online(self, name: str) -> str | None:
         """Name of the online rotation that acts on the input of a linear, if one does."""
@@ -271,15 +270,14 @@ def check_blocks(quantization: Quantization, wiring: Wiring) -> None:
     Raises:
         QuantizationError: naming every linear whose width is not.
     """
-    shapes, specs = expected_tensors(wiring.config), wiring.by_name
+    shapes, specs = oriented_shapes(wiring), wiring.by_name
     bad: dict[str, tuple[int, int]] = {}
     for name, scheme in quantization.linears.items():
         granularity = scheme.weight.granularity
         if scheme.weight.scale_format == "compute" or not isinstance(granularity, PerBlock):
             continue
         spec = specs.get(name)  # an embedding has none
-        conv1d = spec is not None and spec.layout == "conv1d"
-        width = shapes[f"{name}.weight" if spec is None else spec.weight][0 if conv1d else -1]
+        width = shapes[f"{name}.weight" if spec is None else spec.weight][-1]
         if width % granularity.size:
             bad[name if spec is None else spec.name] = (width, granularity.size)
     if bad:
@@ -291,6 +289,19 @@ def check_blocks(quantization: Quantization, wiring: Wiring) -> None:
                 " fixed blocks"
             ),
         )
+
+
+def kept_reasons(fused: FusedModel, quantized: Collection[str]) -> dict[str, str]:
+    """Why each linear that is not in ``quantized`` stays in float, by module name.
+
+    A 3-D expert parameter is quantized where its experts are, which have names of their own.
+    """
+    head = fused.wiring.head.name
+    return {
+        spec.name: KEPT_HEAD if spec.name == head else KEPT_ROUTER
+        for spec in fused.wiring.linears
+        if spec.name not in quantized and f"{spec.name}.0" not in quantized
+    }
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

@@ -9,20 +9,23 @@ misses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from calib.modules.watch import Run
 from calib.schemes import TensorScheme
 
-Run = Callable[[nn.Module], None]
-"""Runs the module it is given over all calibration data."""
+if TYPE_CHECKING:
+    from calib.network.experts import Experts
+
 Limits = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Watchlist:
     """What to look at."""
 
     inputs: Mapping[str, TensorScheme]
@@ -42,9 +45,11 @@ class Wanted:
 class Observed:
     """What was seen."""
 
+    amax: dict[str, Tensor] = field(default_factory=dict)
+    """Largest magnitude ``[]`` of each input that ModelOpt observed."""
     limits: dict[str, Limits] = field(default_factory=dict)
-    """Least and greatest value of each input ``[]``; per cluster, those of each channel's cluster
-    ``[in]``.
+    """Least and greatest value of each other input ``[]``; per cluster, those of each channel's
+    cluster ``[in]``.
     """
     moments: dict[str, Tensor] = field(default_factory=dict)
     """``E[x^T x]`` ``[in, in]`` of each input."""
@@ -56,99 +61,101 @@ class Observed:
     """
 
 
-def observe(module: nn.Module, wanted: Wanted, run: Run) -> Observed:
-    """Run ``module`` once over the calibration data and look at all that is ``wanted``.
+def observe(module: nn.Module, watchlist: Watchlist, run: Run) -> Observed:
+    """Run ``module`` once over the calibration data and look at all that is on ``watchlist``.
 
     Raises:
         QuantizationError: an input that was never reached, or one that holds NaN or Inf.
     """
-    found = Observed()
-    if not wanted:
-        return found
+    observed = Observed()
+    if not watchlist:
+        return observed
     from calib.network.observe_experts import experts_as_modules
 
-    with experts_as_modules(module, {*wanted.inputs, *wanted.moments}) as experts:
-        _observe(
-            module, wanted, _with_tokens(run, wanted, tuple(experts), found), tuple(experts), found
-        )
-    return found
+    with experts_as_modules(module, {*watchlist.inputs, *watchlist.moments}) as experts:
+        counted = _with_tokens(run, watchlist, experts, observed)
+        _observe(module, watchlist, counted, experts, observed)
+    return observed
 
 
 def _observe(
-    module: nn.Module, wanted: Wanted, run: Run, experts: tuple[str, ...], found: Observed
+    module: nn.Module,
+    watchlist: Watchlist,
+    run: Run,
+    experts: Mapping[str, Experts],
+    observed: Observed,
 ) -> None:
-    """The nested observers around ``run``; ``experts`` are the modules whose linears ModelOpt is
-    not to observe.
-    """
+    """The nested observers around ``run``; ModelOpt is not to observe linears in ``experts``."""
     from calib.modelopt.config import modelopt_calibrates
 
-    plain = wanted.observer == "min_max"
     inside = tuple(f"{path}." for path in experts)
     by_modelopt = {
-        name: what
-        for name, what in wanted.inputs.items()
-        if plain and modelopt_calibrates(what) and not name.startswith(inside)
+        name: scheme
+        for name, scheme in watchlist.inputs.items()
+        if watchlist.observer == "min_max"
+        and modelopt_calibrates(scheme)
+        and not name.startswith(inside)
     }
-    rest = {name: what for name, what in wanted.inputs.items() if name not in by_modelopt}
-    inner = _with_caches(
-        _with_moments(_with_observers(run, rest, wanted.observer, found), wanted, found),
-        wanted,
-        found,
-    )
+    rest = {name: scheme for name, scheme in watchlist.inputs.items() if name not in by_modelopt}
+
+    inner = _with_observers(run, rest, watchlist.observer, observed)
+    inner = _with_moments(inner, watchlist, observed)
+    inner = _with_caches(inner, watchlist, observed)
     if not by_modelopt:
         inner(module)
         return
     from calib.modelopt.quantize import input_amax  # modelopt takes seconds to import
 
-    amax = input_amax(module, by_modelopt, inner)
-    found.limits.update({name: (-value, value) for name, value in amax.items()})
+    observed.amax.update(input_amax(module, by_modelopt, inner))
 
 
-def _with_tokens(run: Run, wanted: Wanted, experts: tuple[str, ...], found: Observed) -> Run:
+def _with_tokens(
+    run: Run, watchlist: Watchlist, experts: Mapping[str, Experts], observed: Observed
+) -> Run:
     if not experts:
         return run
     from calib.network.observe_experts import check_reached, count_tokens
 
     def counting(module: nn.Module) -> None:
-        found.tokens.update(count_tokens(module, experts, run))
-        check_reached({*wanted.inputs, *wanted.moments}, found.tokens)
+        observed.tokens.update(count_tokens(module, experts, run))
+        check_reached({*watchlist.inputs, *watchlist.moments}, observed.tokens)
 
     return counting
 
 
 def _with_observers(
-    run: Run, inputs: Mapping[str, TensorScheme], observer: str, found: Observed
+    run: Run, inputs: Mapping[str, TensorScheme], observer: str, observed: Observed
 ) -> Run:
     if not inputs:
         return run
     from calib.observers import input_limits
 
     def observing(module: nn.Module) -> None:
-        found.limits.update(input_limits(module, inputs, observer, run))
+        observed.limits.update(input_limits(module, inputs, observer, run))
 
     return observing
 
 
-def _with_moments(run: Run, wanted: Wanted, found: Observed) -> Run:
-    if not wanted.moments:
+def _with_moments(run: Run, watchlist: Watchlist, observed: Observed) -> Run:
+    if not watchlist.moments:
         return run
     from calib.weights.moments import observe_moments
 
     def observing(module: nn.Module) -> None:
-        moments = observe_moments(module, wanted.moments, run)
+        moments = observe_moments(module, watchlist.moments, run)
         # shared by what reads one tensor
         matrices = {id(moment): moment.result() for moment in moments.values()}
-        found.moments.update({name: matrices[id(moment)] for name, moment in moments.items()})
+        observed.moments.update({name: matrices[id(moment)] for name, moment in moments.items()})
 
     return observing
 
 
-def _with_caches(run: Run, wanted: Wanted, found: Observed) -> Run:
-    if not wanted.caches:
+def _with_caches(run: Run, watchlist: Watchlist, observed: Observed) -> Run:
+    if not watchlist.caches:
         return run
     from calib.network.kv_cache import observe_caches
 
     def observing(module: nn.Module) -> None:
-        found.caches.update(observe_caches(module, wanted.caches, run))
+        observed.caches.update(observe_caches(module, watchlist.caches, run))
 
     return observing

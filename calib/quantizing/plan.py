@@ -72,7 +72,7 @@ def customised(
         QuantizationError: a control that this scheme does not have.
     """
     controls = (block_size, weight_symmetric, activation_symmetric, activation_granularity)
-    weight, activation = scheme.weight, scheme.activation
+    weight = scheme.weight
     if weight is None:
         if any(control is not None for control in controls):
             raise QuantizationError(
@@ -82,6 +82,7 @@ def customised(
                 ),
             )
         return scheme
+
     if block_size is not None:
         if block_size < 1:
             raise QuantizationError(
@@ -95,26 +96,32 @@ def customised(
         weight = replace(weight, granularity=PerBlock(block_size))
     if weight_symmetric is not None:
         weight = replace(weight, symmetric=weight_symmetric)
+    activation = _customised_activation(scheme, activation_symmetric, activation_granularity)
+    return replace(scheme, weight=weight, activation=activation)
+
+
+def _customised_activation(
+    scheme: Scheme, symmetric: bool | None, granularity: str | None
+) -> TensorScheme | None:
+    activation = scheme.activation
     if activation is None:
-        if activation_symmetric is not None or activation_granularity is not None:
+        if symmetric is not None or granularity is not None:
             raise QuantizationError(
                 f"'{scheme.name}' leaves activations in float",
                 hint="choose a scheme that quantizes them, such as int8",
             )
-        return replace(scheme, weight=weight)
-    if activation_granularity is not None:
+        return None
+
+    if granularity is not None:
         if activation.scale_format != "compute":
             raise QuantizationError(
                 f"the format of '{scheme.name}' fixes the blocks of activations",
                 hint="choose int8 or w4a4 instead",
             )
-        granularity = _activation_granularity(activation_granularity)
-        activation = replace(
-            activation, granularity=granularity, dynamic=isinstance(granularity, PerToken)
-        )
-    if activation_symmetric is not None:
-        activation = replace(activation, symmetric=activation_symmetric)
-    return replace(scheme, weight=weight, activation=activation)
+        group = _activation_granularity(granularity)
+        activation = replace(activation, granularity=group, dynamic=isinstance(group, PerToken))
+
+    return activation if symmetric is None else replace(activation, symmetric=symmetric)
 
 
 def resolve(
@@ -146,10 +153,16 @@ def resolve(
             scheme that quantizes its input, or some experts of a 3-D parameter left in float and
             others not.
     """
+    if kv is not None and kv not in KV_SCHEMES:
+        raise QuantizationError(
+            f"unknown KV cache format '{kv}'", hint=f"use one of: {', '.join(KV_SCHEMES)}"
+        )
+
     specs = wiring.quantizable
     decoder = list(specs)
     embeddings = [table.name for table in wiring.embeddings]
     outside = [*embeddings, wiring.head.name]
+
     chosen: dict[str, LinearScheme | None] = dict.fromkeys(decoder, scheme.linear)
     overridden: set[str] = set()
     for pattern, name in (overrides or {}).items():
@@ -163,19 +176,10 @@ def resolve(
         chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
         overridden.update(matched)
     _check_experts(chosen, specs)
-    for table in embeddings:
-        found = chosen.get(table)
-        if found is not None and found.input is not None:
-            raise QuantizationError(
-                f"the embedding '{table}' has no input to quantize",
-                hint="give it a weight-only scheme",
-            )
-    if kv is not None and kv not in KV_SCHEMES:
-        raise QuantizationError(
-            f"unknown KV cache format '{kv}'", hint=f"use one of: {', '.join(KV_SCHEMES)}"
-        )
+    _check_embeddings(chosen, embeddings)
+
     order = [*embeddings, *decoder, wiring.head.name]
-    linears = {name: what for name in order if (what := chosen.get(name)) is not None}
+    linears = {name: linear for name in order if (linear := chosen.get(name)) is not None}
     return Quantization(
         scheme=scheme,
         linears=linears,
@@ -192,6 +196,16 @@ def resolve(
 
 def _matches(pattern: str, name: str, specs: Mapping[str, LinearSpec]) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(specs[name].name, pattern)
+
+
+def _check_embeddings(chosen: Mapping[str, LinearScheme | None], embeddings: Sequence[str]) -> None:
+    for table in embeddings:
+        linear = chosen.get(table)
+        if linear is not None and linear.input is not None:
+            raise QuantizationError(
+                f"the embedding '{table}' has no input to quantize",
+                hint="give it a weight-only scheme",
+            )
 
 
 def _check_experts(

@@ -62,6 +62,7 @@ def import_rotations(paths: Iterable[str | os.PathLike[str]], wiring: Wiring) ->
     result = RotationSet(rotations)
     if not result:
         raise RotationError("the given files hold no rotation", hint=_HINT)
+
     result.validate(wiring)
     for kind in result.kinds():
         layers = {rotation.layer for rotation in result.values() if rotation.kind == kind}

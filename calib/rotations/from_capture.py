@@ -9,15 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calib.architectures import KINDS, Wiring
+from calib.architectures import Wiring
 from calib.capture.result import Samples
 from calib.capture.storage import Capture
-from calib.errors import RotationError
 from calib.progress import Progress, silent
 from calib.rotations.joint import unit_rows, with_weight_rows
-from calib.rotations.rotation_set import Rotation, RotationSet, fused_rotation, hadamard_rotation
+from calib.rotations.rotation_set import (
+    Rotation,
+    RotationSet,
+    check_offered,
+    fused_rotation,
+    online_rotations,
+)
 from calib.rotations.selection import CandidateError, CandidateName, Judge, select
-from calib.rotations.train import TrainConfig, TrainResult, train_rotation
+from calib.rotations.train import TrainResult, train_rotation
+from calib.rotations.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -106,44 +112,6 @@ def train_rotations(
             ]
         table += chosen.table
     return TrainedRotations(RotationSet([*rotations, *online_rotations(wiring, kinds)]), table)
-
-
-def check_offered(kinds: Collection[str], wiring: Wiring) -> None:
-    """Refuse what the architecture refuses.
-
-    Raises:
-        RotationError: with the reason.
-    """
-    for kind in kinds:
-        reason = wiring.refusal(kind)
-        if reason is not None:
-            raise RotationError(
-                f"{kind.upper()} is refused for {wiring.family}: {reason}",
-                hint=f"leave {kind} out of --rotate",
-            )
-
-
-def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
-    """The online Hadamards among ``kinds``: R3 of order ``head_dim``, R4 of the width each down
-    projection reads.
-    """
-    sizes = wiring.sizes
-    rotations: list[Rotation] = []
-    for layer in range(sizes.layers):
-        if "r3" in kinds:
-            rotations.append(hadamard_rotation("r3", sizes.head_dim, layer=layer))
-        if "r4" in kinds:
-            widths = {spec.branch: wiring.ffn_width(spec) for spec in wiring.ffn_readers(layer)}
-            rotations += [
-                hadamard_rotation("r4", width, layer=layer, branch=name)
-                for name, width in widths.items()
-            ]
-    return rotations
-
-
-def ordered_kinds(kinds: Collection[str]) -> str:
-    """``kinds`` as ``--rotate`` writes them: ``r1,r2,r4``, or ``none``."""
-    return ",".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
 def choose(

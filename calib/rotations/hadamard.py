@@ -150,6 +150,7 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
             f" {tuple(x.shape)}",
             hint="pass activations with channels last",
         )
+
     n = x.shape[-1]
     leading = x.shape[:-1]
     if seed is not None:

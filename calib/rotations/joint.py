@@ -88,6 +88,7 @@ def with_weight_rows(samples: Samples, rows: Samples, *, share: float = 1.0) -> 
         raise RotationError(
             f"share {share} of the weights is not positive", hint="leave the rows out instead"
         )
+
     x = samples.values.float()
     appended = unit_rows(rows)
     dims = (-1, -2) if x.dim() == 2 else (-1, -2, -3)

@@ -191,6 +191,7 @@ def make_objective(
     quantizer = scheme
     if name == "range":
         return Objective("range", lambda y: _range(y, quantizer))
+
     return Objective("scheme", lambda y: _quantizer_loss(y, quantizer))
 
 

@@ -288,6 +288,7 @@ class MonotoneStepper:
         loss = bound.loss
         if not bool(torch.isfinite(loss).all()):
             return loss  # for the caller to refuse; there is no polar factor of NaN
+
         raw = self._problem.pulled_back(x, bound.slope)
         unit = bound.unit
         del bound  # as large as the batch: make room for the next one

@@ -86,6 +86,7 @@ def polar_factor(a: Tensor, *, tolerance: float) -> Tensor:
     x: Tensor = a @ ((axes * root.unsqueeze(-2)) @ axes.mT)
     if _deviation(x) <= tolerance:
         return x
+
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(3):
         gram = x.mT @ x
@@ -150,6 +151,7 @@ def project_orthogonal(matrix: Tensor) -> Tensor:
         raise RotationError(
             "the rotation holds NaN or Inf", hint="lower the learning rate or check the activations"
         )
+
     x = matrix if matrix.dtype == torch.float32 else matrix.double()
     for _ in range(6):
         residual = x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

@@ -25,7 +25,7 @@ def residual_rows(state: Mapping[str, Tensor], wiring: Wiring) -> Samples | None
     if there is none.
 
     Args:
-        state: tensors of the norm-folded model by their names in the module tree.
+        state: tensors of the norm-folded model.
         wiring: that of the model.
     """
     parts = [_rows(weight) for weight in _weights(state, wiring, Space.RESIDUAL)]
@@ -44,7 +44,7 @@ def value_rows(state: Mapping[str, Tensor], wiring: Wiring) -> Samples | None:
     entries of one token do in captured samples.
 
     Args:
-        state: tensors of the norm-folded model by their names in the module tree.
+        state: tensors of the norm-folded model.
         wiring: that of the model.
     """
     sizes = wiring.sizes
@@ -65,7 +65,7 @@ def _weights(state: Mapping[str, Tensor], wiring: Wiring, space: Space) -> list[
     topological order.
     """
     return [
-        state[spec.weight].T if spec.layout == "conv1d" else state[spec.weight]
+        state[spec.weight]
         for spec in wiring.linears
         if spec.reads is space and spec.quantizable and spec.layout != "experts"
     ]

@@ -7,13 +7,13 @@ Row-vector convention: a rotation ``Q`` takes an activation ``x`` to ``x Q``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from calib.architectures import SPACE_OF, Dimensions, Kind, Space, Wiring
+from calib.architectures import KINDS, SPACE_OF, Dimensions, Kind, Space, Wiring
 from calib.errors import RotationError
 from calib.rotations.hadamard import apply_hadamard, hadamard_matrix
 from calib.rotations.starts import hadamard_start
@@ -59,6 +59,7 @@ class Rotation:
             raise RotationError(
                 f"{self.name} acts on the {SPACE_OF[self.kind]} space, not on {self.space}"
             )
+
         if (self.matrix is None) == (self.order is None):
             raise RotationError(
                 f"{self.name} needs either a matrix or the order of a Hadamard matrix, not both"
@@ -134,7 +135,7 @@ def hadamard_rotation(
 
 
 def hadamard_rotations(
-    wiring: Wiring, kinds: Iterable[Kind], *, seed: int | None = 0
+    wiring: Wiring, kinds: Iterable[str], *, seed: int | None = 0
 ) -> RotationSet:
     """Hadamard rotations of the given kinds for every layer: a start for R1 and R2, and all there
     is to R3 and R4.
@@ -142,35 +143,75 @@ def hadamard_rotations(
     On a model with LayerNorm, R1 is the Hadamard matrix reflected so that it fixes the all-ones
     vector.
 
+    Args:
+        wiring: that of the model.
+        kinds: which of r1, r2, r3, r4.
+        seed: of the signs of R1 and R2, ``None`` for no signs; see :func:`online_rotations` for R3
+            and R4.
+
     Raises:
         RotationError: a kind is refused for this architecture.
     """
-    wanted = set(kinds)
-    sizes = wiring.sizes
+    kinds, sizes = set(kinds), wiring.sizes
     rotations: list[Rotation] = []
-    if "r1" in wanted and wiring.layer_norm:
+
+    if "r1" in kinds and wiring.layer_norm:
         matrix = hadamard_start(sizes.hidden, seed, fix_ones=True)
-        rotations.append(
-            fused_rotation("r1", matrix, origin=f"Hadamard that fixes ones, seed {seed}")
-        )
-    elif "r1" in wanted:
+        origin = f"Hadamard that fixes ones, seed {seed}"
+        rotations.append(fused_rotation("r1", matrix, origin=origin))
+    elif "r1" in kinds:
         rotations.append(hadamard_rotation("r1", sizes.hidden, seed=seed))
-    for layer in range(sizes.layers):
-        per_head: tuple[Kind, ...] = ("r2", "r3")
+
+    if "r2" in kinds:
         rotations += [
-            hadamard_rotation(kind, sizes.head_dim, layer=layer, seed=seed)
-            for kind in per_head
-            if kind in wanted
+            hadamard_rotation("r2", sizes.head_dim, layer=layer, seed=seed)
+            for layer in range(sizes.layers)
         ]
-        if "r4" in wanted:
-            for spec in wiring.ffn_readers(layer):
-                width = wiring.ffn_width(spec)
-                rotations.append(
-                    hadamard_rotation("r4", width, layer=layer, seed=seed, branch=spec.branch)
-                )
+    rotations += online_rotations(wiring, kinds)
+
     result = RotationSet(rotations)
     result.validate(wiring)
     return result
+
+
+def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
+    """The online Hadamards among ``kinds``: R3 of order ``head_dim``, R4 of the width each down
+    projection reads.
+
+    They are made here and nowhere else. They have no signs: those would cost a product of their own
+    in every layer of an exported graph, each time it runs.
+    """
+    sizes = wiring.sizes
+    rotations: list[Rotation] = []
+    for layer in range(sizes.layers):
+        if "r3" in kinds:
+            rotations.append(hadamard_rotation("r3", sizes.head_dim, layer=layer))
+        if "r4" in kinds:
+            rotations += [
+                hadamard_rotation("r4", wiring.ffn_width(spec), layer=layer, branch=spec.branch)
+                for spec in wiring.ffn_readers(layer)
+            ]
+    return rotations
+
+
+def check_offered(kinds: Collection[str], wiring: Wiring) -> None:
+    """Refuse what the architecture refuses.
+
+    Raises:
+        RotationError: with the reason.
+    """
+    for kind in kinds:
+        reason = wiring.refusal(kind)
+        if reason is not None:
+            raise RotationError(
+                f"{kind.upper()} is refused for {wiring.family}: {reason}",
+                hint=f"leave {kind} out of --rotate",
+            )
+
+
+def ordered_kinds(kinds: Collection[str]) -> str:
+    """``kinds`` as ``--rotate`` writes them: ``r1,r2,r4``, or ``none``."""
+    return ",".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
 def _name(kind: Kind, layer: int | None) -> str:
@@ -252,6 +293,7 @@ class RotationSet(Mapping[str, Rotation]):
             reason = wiring.refusal(kind)
             if reason is not None:
                 raise RotationError(f"{kind.upper()} is refused for {wiring.family}: {reason}")
+
         for rotation in self.values():
             if rotation.layer is not None and rotation.layer >= sizes.layers:
                 raise RotationError(

@@ -184,6 +184,7 @@ def make_start(
             " model must keep fixed",
             hint="use start 'pca-hadamard'",
         )
+
     return pca_ones_start(moment, seed)
 
 

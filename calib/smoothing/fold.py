@@ -28,8 +28,8 @@ def fold_scales(
     """Divide the writer of ``group`` by ``s`` and multiply its readers by it.
 
     Args:
-        state: tensors by their names in the module tree, of a whole model or of one block; changed
-            tensors are replaced by new ones in the same dtype, never written into.
+        state: tensors of a fused model, or those of one block of it; changed tensors are replaced
+            by new ones in the same dtype, never written into.
         group: one of :func:`~calib.smoothing.groups.smoothing_groups` of a model whose norms are
             folded.
         s: ``[group.width]``, positive. A scale of 1 leaves every bit of its channel.
@@ -59,12 +59,7 @@ def fold_scales(
     columns = group.expanded(s)
     for spec in group.readers:
         weight = state[spec.weight]
-        factors = columns.to(weight.device)
-        _store(
-            state,
-            spec.weight,
-            weight.double() * (factors[:, None] if spec.layout == "conv1d" else factors),
-        )
+        _store(state, spec.weight, weight.double() * columns.to(weight.device))
     return s
 
 
@@ -91,9 +86,8 @@ def _divide_rows(
         if name is None or name not in state:
             continue
         divided = state[name].to(torch.float64, copy=True)
-        outputs = divided.mT if spec.layout == "conv1d" and divided.dim() == 2 else divided
         for part, factors in zip(rows, parts, strict=True):
-            outputs[part] /= factors.to(outputs.device).reshape(-1, *[1] * (outputs.dim() - 1))
+            divided[part] /= factors.to(divided.device).reshape(-1, *[1] * (divided.dim() - 1))
         _store(state, name, divided)
 
 
@@ -104,4 +98,4 @@ def _store(state: MutableMapping[str, Tensor], name: str, values: Tensor) -> Non
             f"tensor {name} does not fit {rounded.dtype} once its smoothing scale is folded",
             hint="calibrate in bfloat16 or float32: --dtype bfloat16, or leave smoothing out",
         )
-    state[name] = rounded.contiguous()
+    state[name] = rounded

@@ -24,12 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from calib.architectures import Dimensions, LinearSpec, NormSpec, Space, Wiring
 from calib.rotations.rotation_set import RotationSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _HEAD = "output head: the final norm is left as it is"
 _EXPERTS = "fused expert parameters: each expert's down projection would need a scale of its own"
@@ -133,6 +136,7 @@ def smoothing_groups(
                 }
     if layer is None:
         reasons[wiring.head.name] = _HEAD
+
     return groups, reasons
 
 
@@ -149,7 +153,7 @@ def groups_of(
     return [group for group in groups if any(name in quantized for name in group.reader_names)]
 
 
-def _has_gain(config: Any) -> bool:
+def _has_gain(config: PreTrainedConfig) -> bool:
     # OPT may have norms without parameters
     return bool(getattr(config, "layer_norm_elementwise_affine", True))
 
@@ -183,11 +187,16 @@ def _value_group(
 
 
 def _ffn_group(
-    spec: LinearSpec, specs: Sequence[LinearSpec], width: int, config: Any, rotations: RotationSet
+    spec: LinearSpec,
+    specs: Sequence[LinearSpec],
+    width: int,
+    config: PreTrainedConfig,
+    rotations: RotationSet,
 ) -> SmoothingGroup | str:
     assert spec.layer is not None  # the head reads no ffn space
     if rotations.r4(spec.layer, spec.branch) is not None:
         return "the online rotation R4 in front of it mixes the channels"
+
     parent = spec.name.rpartition(".")[0]
     writers = [
         one for one in specs if _writes(one, Space.FFN) and one.name.rpartition(".")[0] == parent

@@ -4,18 +4,15 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib.errors import QuantizationError
-from calib.network.modules import get_submodule
+from calib.modules.watch import Run, require_finite, watching
 from calib.smoothing.groups import SmoothingGroup
-from calib.weights.moments import observe_moments
+from calib.weights.moments import Moment, observe_moments
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class GroupInputs:
 def observe_channels(
     model: nn.Module,
     groups: Sequence[SmoothingGroup],
-    run: Callable[[nn.Module], None],
+    run: Run,
     *,
     moments: bool = False,
     prefix: str = "",
@@ -63,57 +60,33 @@ def observe_channels(
             Inf.
     """
     names = [group.observed_at.removeprefix(prefix) for group in groups]
-    watched = {name: _Channels() for name in names}
+    channels = {name: _Channels() for name in names}
 
-    def watch(model: nn.Module) -> None:
-        with ExitStack() as hooks, torch.no_grad():
-            for name, channels in watched.items():
-                module = get_submodule(model, name)
-                hooks.callback(module.register_forward_pre_hook(channels, with_kwargs=True).remove)
+    def watched(model: nn.Module) -> None:
+        with watching(model, inputs=channels):
             run(model)
 
-    found = observe_moments(model, names, watch) if moments else {}
-    if not moments:
-        watch(model)
-    _check(watched)
+    found: Mapping[str, Moment] = {}
+    if moments:
+        found = observe_moments(model, names, watched)
+    else:
+        watched(model)
+    require_finite({name: statistics.amax for name, statistics in channels.items()})
     return {
-        group.name: watched[name].result(found[name].result() if moments else None)
+        group.name: channels[name].result(found[name].result() if moments else None)
         for name, group in zip(names, groups, strict=True)
     }
 
 
-def _check(watched: Mapping[str, _Channels]) -> None:
-    unreached = [name for name, channels in watched.items() if not channels.tokens]
-    if unreached:
-        raise QuantizationError(
-            f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
-            hint=(
-                "use more calibration rows (--nsamples), or check that the model runs these layers"
-            ),
-        )
-    broken = [
-        name for name, channels in watched.items() if not bool(torch.isfinite(channels.amax).all())
-    ]
-    if broken:
-        raise QuantizationError(
-            f"calibration found NaN or Inf in the input of {', '.join(broken)}",
-            hint=(
-                "check the checkpoint's weights; if the model overflows in its dtype, use --dtype"
-                " bfloat16 or float32"
-            ),
-        )
-
-
 class _Channels:
-    """Forward pre-hook of one module, and what it has seen of its input ``[..., in]``."""
+    """What has been seen of the input ``[..., in]`` of one module."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.amax = torch.zeros((), dtype=torch.float64)
         self._sum = torch.zeros((), dtype=torch.float64)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    def __call__(self, x: Tensor) -> None:
         magnitude = x.detach().reshape(-1, x.shape[-1]).abs()
         if not magnitude.shape[0]:
             return

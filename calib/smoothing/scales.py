@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from calib.architectures import LinearSpec
 from calib.arithmetic.grids import expand, expand_grid, round_to_grid, weight_grid, weight_limits
 from calib.errors import QuantizationError
 from calib.schemes import LinearScheme, PerTensor, PerToken, TensorScheme
@@ -66,11 +65,11 @@ class Chosen:
         return None if before is None else self.errors[self.setting] / before if before > 0 else 1.0
 
 
-def reader_weight(spec: LinearSpec, stored: Tensor) -> Tensor:
-    """The stored weight of ``spec`` as ``[out, in]``, a view; the experts of a 3-D parameter one
-    below the other.
+def reader_weight(weight: Tensor) -> Tensor:
+    """The weight of a reader as ``[out, in]``, a view; the experts of a 3-D parameter one below the
+    other.
     """
-    return stored.mT if spec.layout == "conv1d" else stored.reshape(-1, stored.shape[-1])
+    return weight.reshape(-1, weight.shape[-1]) if weight.dim() == 3 else weight
 
 
 def column_amax(weights: Sequence[Tensor]) -> Tensor:

@@ -144,10 +144,11 @@ def smooth_groups(
             f"there are no statistics to smooth {', '.join(missing)} by",
             hint="observe every group that is smoothed",
         )
+
     rows: list[SmoothingRow] = []
     for group in track(wanted, "smooth", len(wanted), progress):
         quantized = [spec for spec in group.readers if spec.name in schemes]
-        weights = [reader_weight(spec, state[spec.weight]).to(device) for spec in quantized]
+        weights = [reader_weight(state[spec.weight]).to(device) for spec in quantized]
         linear_schemes = [schemes[spec.name] for spec in quantized]
         chosen = _choose(group, method, statistics[group.name], weights, linear_schemes)
         folded = fold_scales(state, group, group.largest(chosen.scales), wiring)

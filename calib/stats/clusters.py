@@ -96,6 +96,7 @@ def cluster_channels(features: Tensor, k: int, seed: int = 0) -> Tensor:
         raise QuantizationError(
             "the features of a channel are NaN or infinite; they cannot be clustered"
         )
+
     features = features.detach().cpu().double()
     spread = features.std(dim=0, correction=0)
     # What differs by rounding alone must not be blown up to unit variance.

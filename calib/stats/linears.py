@@ -16,7 +16,7 @@ from calib.architectures import LinearSpec
 from calib.capture.workspace import Workspace, accumulator_device
 from calib.data.batches import Batch
 from calib.errors import QuantizationError
-from calib.network.modules import get_submodule
+from calib.modules.paths import get_submodule, weight_of
 from calib.progress import Progress, silent
 from calib.stats.moments import MomentAccumulator, MomentStatistics, float64_chunks
 from calib.stats.observe import observe
@@ -95,8 +95,7 @@ def matrix_moments(matrix: Tensor) -> MomentStatistics:
 
 def linear_weight(model: nn.Module, spec: LinearSpec) -> Tensor:
     """The weight of a linear as ``[out, in]``, however it is stored: a view."""
-    weight = get_submodule(model, spec.name).get_parameter("weight").detach()
-    return weight.T if spec.layout == "conv1d" else weight
+    return weight_of(get_submodule(model, spec.name)).detach()
 
 
 def _finite(what: str, moments: MomentStatistics) -> MomentStatistics:

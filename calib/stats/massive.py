@@ -17,6 +17,7 @@ taken that leave the least.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ from calib.fusing import FusedModel, materialize, with_prefix
 
 MASSIVE = 64.0
 """Times the median: PrefixQuant's threshold."""
-_LOOK_TOKENS = 2048
-"""How many calibration tokens are looked at: a massive token is in every row, or it does not set the
-scale."""
-_LOOK_LENGTH = 256
+_LOOK_TOKENS, _LOOK_LENGTH = 1024, 64
+"""How many calibration tokens are looked at, and of each row: what is massive whatever it is stands
+at the beginning."""
 _CANDIDATES = 2
 """How many of the most frequent massive tokens are tried beside those that begin a text."""
-_WORTH = 2.0
-"""A further token is taken where it leaves at most this part of the ratio."""
+_WORTH = math.log(2)
+"""A further token is taken where it takes at least this from the sum of the logarithms of the
+ratios: where it halves one of them."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,7 @@ def massive_inputs(
         m = torch.cat(parts)
         unit = m.median().clamp(min=torch.finfo(torch.float32).tiny)
         massive = tuple(ids[m > MASSIVE * unit].tolist()) if m.numel() == ids.numel() else ()
-        inputs.setdefault(
-            m.numpy().tobytes(), MassiveInput(name, float(m.max() / unit), massive)
-        )
+        inputs.setdefault(m.numpy().tobytes(), MassiveInput(name, float(m.max() / unit), massive))
     return sorted(inputs.values(), key=lambda each: -each.ratio)
 
 
@@ -138,12 +137,13 @@ def choose_prefix(
     Args:
         fused: the folded model, without a prefix.
         rows: calibration rows, int64 ``[tokens]``; the first 2048 tokens are looked at.
-        starts: ids that begin a text for this tokenizer (BOS, end of text), tried first.
+        starts: ids that are tried first: what begins or ends a text for this tokenizer, and marks
+            such as the newline, which make good sinks.
         limit: the most tokens that the prefix may have.
         device: where the model is run.
 
     Returns:
-        No token where none is massive, or where no candidate halves the largest ratio.
+        No token where none is massive, or where no candidate halves a ratio of those that are.
     """
     names = fused.wiring.linear_names
     look = _some(rows)
@@ -157,6 +157,7 @@ def choose_prefix(
     vocabulary = int(fused.config.vocab_size)
     candidates = [token for token in dict.fromkeys([*starts, *frequent]) if token < vocabulary]
 
+    massive = [each.name for each in before if each.ratio > MASSIVE]
     tokens: tuple[int, ...] = ()
     after = before
     # PrefixQuant's count: how many tokens of a row are massive, at the input that has the most
@@ -170,14 +171,17 @@ def choose_prefix(
             )
             for token in candidates
         }
-        token, left = min(tried.items(), key=lambda item: item[1][0].ratio)
-        if left[0].ratio * _WORTH > after[0].ratio:
+        token, left = min(tried.items(), key=lambda item: _weight(item[1], massive))
+        if _weight(after, massive) - _weight(left, massive) < _WORTH:
             break
         tokens, after = (*tokens, token), left
-        if after[0].ratio <= MASSIVE:
-            break
 
     return PrefixChoice(tokens, tuple(before), _same_order(before, after))
+
+
+def _weight(inputs: Sequence[MassiveInput], names: Sequence[str]) -> float:
+    """The sum of the logarithms of the ratios of ``names``."""
+    return sum(math.log(each.ratio) for each in inputs if each.name in names)
 
 
 def _same_order(

@@ -72,7 +72,7 @@ class WeightAlgorithm(ABC):
     def _round(
         self,
         weight: Tensor,
-        moment: Any,
+        moment: Tensor | None,
         scheme: TensorScheme,
         dtype: torch.dtype,
         amax: Tensor | None,
@@ -93,7 +93,7 @@ class Rtn(WeightAlgorithm):
     def _round(
         self,
         weight: Tensor,
-        moment: Any,
+        moment: Tensor | None,
         scheme: TensorScheme,
         dtype: torch.dtype,
         amax: Tensor | None,
@@ -120,7 +120,7 @@ class Mse(WeightAlgorithm):
     def _round(
         self,
         weight: Tensor,
-        moment: Any,
+        moment: Tensor | None,
         scheme: TensorScheme,
         dtype: torch.dtype,
         amax: Tensor | None,
@@ -150,13 +150,14 @@ class Gptq(WeightAlgorithm):
     def _round(
         self,
         weight: Tensor,
-        moment: Any,
+        moment: Tensor | None,
         scheme: TensorScheme,
         dtype: torch.dtype,
         amax: Tensor | None,
     ) -> Rounded:
         from calib.weights.gptq import gptq
 
+        assert moment is not None  # it is needed, and round() has checked it
         return gptq(weight, moment, scheme, dtype, amax=amax, **vars(self))
 
 
@@ -180,13 +181,14 @@ class AdaRound(WeightAlgorithm):
     def _round(
         self,
         weight: Tensor,
-        moment: Any,
+        moment: Tensor | None,
         scheme: TensorScheme,
         dtype: torch.dtype,
         amax: Tensor | None,
     ) -> Rounded:
         from calib.weights.adaround import adaround
 
+        assert moment is not None  # it is needed, and round() has checked it
         return adaround(weight, moment, scheme, dtype, **vars(self))
 
 
@@ -209,6 +211,7 @@ def algorithm_named(spec: str) -> WeightAlgorithm:
             f"unknown weight algorithm '{name}'",
             hint=f"the algorithms are: {', '.join(ALGORITHMS)}",
         )
+
     known = {field.name: type(field.default) for field in fields(kind)}
     values: dict[str, Any] = {}
     for part in rest.split(",") if colon else ():

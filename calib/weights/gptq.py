@@ -155,6 +155,7 @@ def _gptq(
         )
         grid = clip_grid(weight, scheme, dtype, importance=importance, amax=amax)
         nearest.append(on_grid(weight, grid, scheme))
+
     groups: _FixedGroups | _MovingGroups
     if order is None and isinstance(scheme.granularity, PerBlock):
         groups = _MovingGroups(amax, scheme, scheme.granularity.size, dtype, importance)

@@ -9,15 +9,14 @@ chunks is kept in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from calib.errors import QuantizationError, UnsupportedModelError
-from calib.network.modules import get_submodule
+from calib.modules.watch import Run, require_finite, watching
 
 _CHUNK_TOKENS = 2048
 _BLOCK = 512
@@ -69,9 +68,7 @@ class Moment:
         return self._matrix.cpu()
 
 
-def observe_moments(
-    model: nn.Module, modules: Sequence[str], run: Callable[[nn.Module], None]
-) -> dict[str, Moment]:
+def observe_moments(model: nn.Module, modules: Sequence[str], run: Run) -> dict[str, Moment]:
     """The second moments of the inputs of ``modules`` while ``run(model)`` runs.
 
     Modules that read the very same tensor (q, k and v; gate and up) get the same :class:`Moment`,
@@ -91,37 +88,10 @@ def observe_moments(
         UnsupportedModelError: modules share their input in one call and not in another.
     """
     observer = _Observer()
-    with ExitStack() as hooks, torch.no_grad():
-        for name in modules:
-            module = get_submodule(model, name)
-            hooks.callback(
-                module.register_forward_pre_hook(observer.hook(name), with_kwargs=True).remove
-            )
+    with watching(model, inputs={name: partial(observer.observe, name) for name in modules}):
         run(model)
-    unreached = [
-        name
-        for name in modules
-        if name not in observer.leaders or not observer.moments[observer.leaders[name]].tokens
-    ]
-    if unreached:
-        raise QuantizationError(
-            f"calibration never reached {len(unreached)} linear(s): {', '.join(unreached)}",
-            hint=(
-                "use more calibration rows (--nsamples), or check that the model runs these layers"
-            ),
-        )
     moments = {name: observer.moments[observer.leaders[name]] for name in modules}
-    broken = [
-        name for name, moment in moments.items() if not bool(torch.isfinite(moment.result()).all())
-    ]
-    if broken:
-        raise QuantizationError(
-            f"calibration found NaN or Inf in the input of {', '.join(broken)}",
-            hint=(
-                "The checkpoint is damaged, or overflows in its dtype: try --dtype bfloat16 or"
-                " float32."
-            ),
-        )
+    require_finite({name: moment.result() for name, moment in moments.items()})
     return moments
 
 
@@ -140,20 +110,8 @@ class _Observer:
         # same.
         self._last: tuple[Tensor, int, str] | None = None
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """The forward pre-hook of the module ``name``."""
-
-        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(
-                (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
-            )
-            if x is None:
-                raise UnsupportedModelError(f"'{name}' is called without a tensor")
-            self._observe(name, x)
-
-        return observe
-
-    def _observe(self, name: str, x: Tensor) -> None:
+    def observe(self, name: str, x: Tensor) -> None:
+        """Take in the input ``x`` of the module ``name``, unless it was taken in already."""
         leader = name if self._last is None or not _same(x, *self._last[:2]) else self._last[2]
         if self.leaders.setdefault(name, leader) != leader:
             raise UnsupportedModelError(

@@ -92,8 +92,8 @@ for name, function, summary, examples in (
     app.command(name, cls=Command, short_help=summary, epilog="\n".join(examples))(function)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         from exporter.environment import installed_version
 
         typer.echo(f"rotq {installed_version('rotq') or '(not installed)'}")

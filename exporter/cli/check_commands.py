@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from exporter.cli.options import TalkFlags
 from exporter.cli.resolve import check_device
 from exporter.cli.results import parity_exit_code, print_exported
 from exporter.cli.session import print_json, running, set_up
+
+if TYPE_CHECKING:
+    from exporter.commands.evaluate import EvalResult
 
 VERIFY_EXAMPLES = (
     "rotq verify out/demo",
@@ -96,6 +99,7 @@ def evaluate(
         raise DataError(
             f"the text file '{text}' does not exist", hint="give a readable file to --text"
         )
+
     with running(talk) as progress:
         from exporter.commands.evaluate import evaluate as run
 
@@ -108,6 +112,11 @@ def evaluate(
             device=device,
             progress=progress,
         )
+    _print_evaluation(result, source, text, talk)
+
+
+def _print_evaluation(result: EvalResult, source: str, text: str | None, talk: TalkFlags) -> None:
+    """Write the result to stdout: the document, the figure alone, or a sentence."""
     if talk.json_output:
         print_json({"source": source, "text": text, **asdict(result)})
     elif talk.quiet:
@@ -120,13 +129,11 @@ def evaluate(
 
 def _check_exported(folder: Path) -> None:
     # Before torch is imported: a mistyped path should not take ten seconds to be refused.
+    from exporter.reporting.exported import is_export, what_to_give
     from exporter.reporting.report import REPORT_FILE
 
-    if not (folder / REPORT_FILE).is_file():
-        inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
+    if not is_export(folder):
         raise CheckpointError(
             f"'{folder}' is not an exported folder: it has no {REPORT_FILE}",
-            hint=f"give one of {', '.join(inside)}"
-            if inside
-            else "give what 'rotq export -o' wrote",
+            hint=what_to_give(folder, "'rotq export -o'"),
         )

@@ -75,6 +75,7 @@ def exit_code_of(run: Callable[[], object]) -> int:
             raise
         _say(*known, error)
         return FAILED
+
     return _flush(DONE)
 
 

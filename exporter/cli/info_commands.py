@@ -22,20 +22,20 @@ def backends(talk: TalkFlags) -> None:
     from backends.registry import available
 
     set_up(talk)
-    found = available()
-    broken = [info for info in found if info.error is not None]
+    registered = available()
+    broken = [info for info in registered if info.error is not None]
     if talk.json_output:
-        print_json([asdict(info) for info in found])
+        print_json([asdict(info) for info in registered])
     else:
         from exporter.console import output_console, show_backends
 
-        show_backends(output_console(), [info for info in found if info.error is None])
+        show_backends(output_console(), [info for info in registered if info.error is None])
     for info in broken:
         typer.echo(
             f"warning: backend '{info.name}' of {info.distribution} does not load: {info.error}",
             err=True,
         )
-    if not found:
+    if not registered:
         typer.echo("warning: no backend is installed; reinstall rotq", err=True)
 
 

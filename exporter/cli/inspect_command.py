@@ -39,40 +39,36 @@ def inspect(
         from exporter.commands.inspect import inspect_folder
 
         progress("inspect", 0, 1)
-        found = inspect_folder(folder)
+        inspection = inspect_folder(folder)
         progress("inspect", 1, 1)
-    for what, names in found.edited.items():
+    for what, names in inspection.edited.items():
         typer.echo(f"warning: {what} since the export: {', '.join(names)}", err=True)
     if talk.json_output:
         print_json(
             {
-                **asdict(found),
-                "schemes": found.schemes,
-                "unfused": found.unfused,
-                "nbytes": found.nbytes,
+                **asdict(inspection),
+                "schemes": inspection.schemes,
+                "unfused": inspection.unfused,
+                "nbytes": inspection.nbytes,
             }
         )
     elif talk.quiet:
-        typer.echo(found.nbytes)
+        typer.echo(inspection.nbytes)
     else:
         from exporter.console import output_console
         from exporter.console.show_inspection import show_inspection
 
-        show_inspection(output_console(), found, every=talk.verbose)
+        show_inspection(output_console(), inspection, every=talk.verbose)
 
 
 def _check_folder(folder: Path) -> None:
     # Before torch is imported: a mistyped path should not take ten seconds to be refused.
+    from exporter.reporting.exported import is_export, what_to_give
     from exporter.reporting.report import REPORT_FILE
 
-    if not any((folder / name).is_file() for name in (REPORT_FILE, "quantized_model.json")):
-        inside = sorted(str(path.parent) for path in folder.glob(f"*/{REPORT_FILE}"))
+    if not is_export(folder) and not (folder / "quantized_model.json").is_file():
         raise CheckpointError(
             f"'{folder}' holds nothing that rotq wrote: neither {REPORT_FILE} nor"
             " quantized_model.json",
-            hint=(
-                f"give one of {', '.join(inside)}"
-                if inside
-                else "give what 'rotq export' or 'rotq calibrate' wrote"
-            ),
+            hint=what_to_give(folder, "'rotq export' or 'rotq calibrate'"),
         )

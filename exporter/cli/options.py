@@ -1,17 +1,15 @@
-"""The options that commands share, in groups, and the recipe keys that they override.
+"""The options that commands share, in groups.
 
 A field left at ``None`` (or ``False``) was not given: the recipe decides.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-
-from exporter.cli.errors import UsageError
 
 MODEL = "Model"
 QUANTIZATION = "Quantization"
@@ -20,43 +18,6 @@ ROTATION = "Rotation"
 RUN = "Run"
 OUTPUT = "Output"
 DANGEROUS = "Dangerous"
-
-RECIPE_KEYS = {
-    "model": "model",
-    "revision": "revision",
-    "trust_remote_code": "trust_remote_code",
-    "device": "device",
-    "dtype": "dtype",
-    "backend": "backend",
-    "target": "target",
-    "logits": "logits",
-    "kv_buffer": "kv_buffer",
-    "max_shard_size": "max_shard_size",
-    "scheme": "scheme",
-    "kv": "kv",
-    "override": "overrides",
-    "block_size": "weights.block_size",
-    "weight_algorithm": "weights.algorithm",
-    "observer": "activations.observer",
-    "smoothing": "smoothing",
-    "layerwise": "layerwise.enabled",
-    "asym": "layerwise.asym",
-    "max_memory": "layerwise.max_memory",
-    "calib_dataset": "calibration.dataset",
-    "nsamples": "calibration.nsamples",
-    "seqlen": "calibration.seqlen",
-    "batch_size": "calibration.batch_size",
-    "eval_dataset": "evaluation.dataset",
-    "seed": "seed",
-    "rotate": "rotate",
-    "r1_lr": "rotation.r1.lr",
-    "r1_epochs": "rotation.r1.epochs",
-    "r2_lr": "rotation.r2.lr",
-    "r2_epochs": "rotation.r2.epochs",
-    "rotations": "rotation.files",
-}
-"""Recipe key by field. ``rotation_optimizer`` sets two keys and is dealt with by :func:`overrides`.
-"""
 
 
 @dataclass(frozen=True)
@@ -249,6 +210,22 @@ class DataFlags:
             "--calib-dataset", help="Hub name or .txt/.jsonl/.parquet file.", rich_help_panel=DATA
         ),
     ] = None
+    calib_column: Annotated[
+        str | None,
+        typer.Option(
+            "--calib-column",
+            help="Field with the text or messages; default: text, else messages.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    calib_layout: Annotated[
+        Literal["auto", "documents", "windows"] | None,
+        typer.Option(
+            "--calib-layout",
+            help="A row is a document, or a window of joined text; auto: by their lengths.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
     nsamples: Annotated[
         int | None, typer.Option("--nsamples", help="Calibration rows.", rich_help_panel=DATA)
     ] = None
@@ -275,6 +252,12 @@ class EvalDataFlag:
             "--eval-dataset",
             help="As --calib-dataset; default: rows held back.",
             rich_help_panel=DATA,
+        ),
+    ] = None
+    eval_column: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-column", help="As --calib-column, for --eval-dataset.", rich_help_panel=DATA
         ),
     ] = None
 
@@ -405,51 +388,3 @@ class TalkFlags:
             rich_help_panel=OUTPUT,
         ),
     ] = False
-
-
-def overrides(*groups: Any) -> dict[str, Any]:
-    """The recipe values, by dotted key, that were given as options."""
-    values: dict[str, Any] = {}
-    for group in groups:
-        for field in fields(group):
-            value = getattr(group, field.name)
-            if value is None or value is False or value == []:
-                continue
-            if field.name == "override":
-                value = _patterns_and_schemes(value)
-            elif field.name == "target":
-                value = value[0] if len(value) == 1 else value
-            elif isinstance(value, list):
-                value = [str(item) for item in value]
-            if field.name == "rotation_optimizer":
-                values["rotation.r1.optimizer"] = values["rotation.r2.optimizer"] = value
-            elif field.name in RECIPE_KEYS:
-                values[RECIPE_KEYS[field.name]] = value
-    return values
-
-
-def _patterns_and_schemes(texts: list[str]) -> dict[str, str]:
-    """In the order given; a pattern that is given twice stands where it was given last."""
-    found: dict[str, str] = {}
-    for text in texts:
-        pattern, scheme = _pattern_and_scheme(text)
-        found.pop(pattern, None)
-        found[pattern] = scheme
-    return found
-
-
-def _pattern_and_scheme(text: str) -> tuple[str, str]:
-    pattern, equals, scheme = text.rpartition("=")
-    if not (pattern and equals and scheme):
-        raise UsageError(
-            f"--override '{text}' is not PATTERN=SCHEME", hint="for example '*.down_proj=float'"
-        )
-    return pattern, scheme
-
-
-def option_of(key: str) -> str:
-    """The option that overrides the recipe key ``key``, for messages."""
-    if key.endswith(".optimizer"):
-        return "--rotation-optimizer"
-    field = next(name for name, dotted in RECIPE_KEYS.items() if dotted == key)
-    return "--" + field.replace("_", "-")

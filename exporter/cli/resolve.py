@@ -10,51 +10,23 @@ from typing import TYPE_CHECKING, Any
 from calib.errors import OutputError, RecipeError
 from calib.schemes import KV_SCHEMES, SCHEMES
 from exporter.cli.errors import UsageError
-from exporter.cli.options import OutputFlags, ResumeFlags, option_of
+from exporter.cli.options import OutputFlags, ResumeFlags
+from exporter.cli.overrides import option_of
 
 if TYPE_CHECKING:
     from exporter.recipe import Recipe
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
-FIXED_BY_ARTIFACT = (
-    "scheme",
-    "overrides",
-    "kv",
-    "weights.block_size",
-    "weights.algorithm",
-    "activations.observer",
-    "smoothing",
-    "layerwise.enabled",
-    "layerwise.asym",
-    "layerwise.max_memory",
-    "rotate",
-    "rotation.files",
-    "revision",
-    "seed",
-    "calibration.dataset",
-    "calibration.nsamples",
-    "calibration.seqlen",
-    "calibration.batch_size",
-    "rotation.r1.optimizer",
-    "rotation.r1.lr",
-    "rotation.r1.epochs",
-    "rotation.r2.lr",
-    "rotation.r2.epochs",
-)
-"""Decided once a model is quantized: an option that says otherwise while re-exporting is refused,
-not ignored.
-"""
-
 
 def resolve(
-    source: str | None, given: Mapping[str, Any], from_artifact: Path | None = None
+    source: str | None, flags: Mapping[str, Any], from_artifact: Path | None = None
 ) -> Recipe:
     """The recipe of a run: options over recipe file over defaults.
 
     Args:
         source: ``--recipe``.
-        given: what options override (:func:`exporter.cli.options.overrides`).
+        flags: what options override (:func:`exporter.cli.overrides.overrides`).
         from_artifact: a quantized model to start from; without ``--recipe``, the recipe saved with
             it applies.
 
@@ -62,10 +34,10 @@ def resolve(
         UsageError: an option is at fault.
         RotqError: the recipe is at fault.
     """
-    from exporter.recipe import RECIPE_FILE, load_recipe
+    from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 
     if from_artifact is not None:
-        fixed = [option_of(key) for key in FIXED_BY_ARTIFACT if key in given]
+        fixed = [option_of(key) for key in flags if Recipe.scope(key).fixed_by_artifact]
         if fixed:
             raise UsageError(
                 f"{fixed[0]} has no effect with --from-artifact: the artifact is quantized already",
@@ -75,16 +47,16 @@ def resolve(
             source = str(from_artifact / RECIPE_FILE)
             # What it was calibrated in is no wish for what it is written in: targets have dtypes of
             # their own.
-            given = {"dtype": "auto", **given}
-    _check_names(given)
+            flags = {"dtype": "auto", **flags}
+    _check_names(flags)
     try:
-        recipe = load_recipe(source, given)
+        recipe = load_recipe(source, flags)
     except RecipeError as error:
         load_recipe(source)  # raises again if the file itself is at fault
         raise UsageError(
-            _in_terms_of_options(error.message, given), hint="'rotq export --help' describes it"
+            _in_terms_of_options(error.message, flags), hint="'rotq export --help' describes it"
         ) from error
-    _check_consistency(recipe, given)
+    _check_consistency(recipe, flags)
     return recipe
 
 
@@ -120,7 +92,7 @@ def check_output(output: OutputFlags, resume: ResumeFlags | None = None) -> Path
     return output.output
 
 
-def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = True) -> None:
+def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = True) -> None:
     """Refuse a backend or target that does not exist, and, to ``write``, what it cannot express of
     the recipe.
 
@@ -129,20 +101,13 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
         BackendError: the recipe does, or the target cannot express the scheme, the cache or the
             rotations.
     """
-    from backends.registry import (
-        available,
-        check_cache,
-        check_kv_buffer,
-        check_logits,
-        check_rotations,
-        check_target,
-        get_backend,
-    )
-    from exporter.recipe import asked_for
+    from backends.asking import check
+    from backends.base import Request
+    from backends.registry import available, get_backend, target_of
     from exporter.run.quantizing import customised_scheme
 
     backends = {info.name: info for info in available()}
-    if "backend" in given and recipe.backend not in backends:
+    if "backend" in flags and recipe.backend not in backends:
         raise UsageError(
             f"unknown --backend '{recipe.backend}'",
             hint=f"installed: {', '.join(backends) or 'none'}",
@@ -151,20 +116,23 @@ def check_backend(recipe: Recipe, given: Mapping[str, Any], *, write: bool = Tru
     unknown = [
         target for target in recipe.targets if target is not None and target not in backend.targets
     ]
-    if "target" in given and unknown:
+    if "target" in flags and unknown:
         raise UsageError(
             f"backend '{recipe.backend}' has no --target '{unknown[0]}'",
             hint=f"its targets are: {', '.join(backend.targets)}",
         )
     linear = customised_scheme(recipe).linear
     for name in recipe.targets if write else ():
-        target = check_target(
-            backend, {} if linear is None else {f"scheme '{recipe.scheme}'": linear}, name
+        request = Request(
+            target_of(backend, name),
+            linears={} if linear is None else {recipe.scheme: linear},
+            cache=KV_SCHEMES[recipe.kv] if recipe.kv else None,
+            rotations=recipe.rotate.certain,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
+            dtype=recipe.dtype,
         )
-        check_cache(backend, KV_SCHEMES[recipe.kv] if recipe.kv else None, target)
-        check_rotations(backend, target, asked_for(recipe.rotate))
-        check_logits(backend, target, recipe.logits)
-        check_kv_buffer(backend, target, recipe.kv_buffer)
+        check(backend, request, called=f"scheme '{recipe.scheme}'")
 
 
 def check_device(device: str) -> None:
@@ -179,24 +147,24 @@ def check_device(device: str) -> None:
         )
 
 
-def _check_names(given: Mapping[str, Any]) -> None:
-    scheme = given.get("scheme")
+def _check_names(flags: Mapping[str, Any]) -> None:
+    scheme = flags.get("scheme")
     if scheme is not None and scheme not in SCHEMES:
         raise UsageError(
             f"unknown --scheme '{scheme}'", hint=f"the schemes are: {', '.join(SCHEMES)}"
         )
-    check_device(given.get("device", "auto"))
+    check_device(flags.get("device", "auto"))
 
 
-def _check_consistency(recipe: Recipe, given: Mapping[str, Any]) -> None:
+def _check_consistency(recipe: Recipe, flags: Mapping[str, Any]) -> None:
     """Refuse what would be silently ignored or fail late."""
     for kind, training in (("r1", recipe.rotation.r1), ("r2", recipe.rotation.r2)):
-        if f"rotation.{kind}.lr" in given and training.optimizer == "monotone":
+        if f"rotation.{kind}.lr" in flags and training.optimizer == "monotone":
             raise UsageError(
                 f"--{kind}-lr has no effect: the monotone optimizer has no learning rate",
                 hint=f"add --rotation-optimizer qr, or leave --{kind}-lr out",
             )
-    if "layerwise.max_memory" in given and not recipe.layerwise.enabled:
+    if "layerwise.max_memory" in flags and not recipe.layerwise.enabled:
         raise UsageError(
             "--max-memory has no effect without --layerwise",
             hint="add --layerwise, or leave it out",
@@ -211,7 +179,7 @@ def _check_consistency(recipe: Recipe, given: Mapping[str, Any]) -> None:
         )
 
 
-def _in_terms_of_options(message: str, given: Mapping[str, Any]) -> str:
-    for key in given:
+def _in_terms_of_options(message: str, flags: Mapping[str, Any]) -> str:
+    for key in flags:
         message = message.replace(f"recipe key '{key}'", option_of(key))
     return message

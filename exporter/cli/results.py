@@ -72,7 +72,8 @@ def targets_for(recipe: Recipe, rotations: Collection[str]) -> list[tuple[str, s
         recipe: its scheme, overrides and cache.
         rotations: kinds of rotations that it has.
     """
-    from backends.registry import available, expressible, get_backend
+    from backends.asking import expressible
+    from backends.registry import available, get_backend
     from calib.schemes import KV_SCHEMES, scheme_named
     from exporter.run.quantizing import customised_scheme
 
@@ -80,11 +81,11 @@ def targets_for(recipe: Recipe, rotations: Collection[str]) -> list[tuple[str, s
     presets = [customised_scheme(recipe), *map(scheme_named, recipe.overrides.values())]
     linears = [preset.linear for preset in presets if preset.linear is not None]
     cache = None if recipe.kv is None else KV_SCHEMES[recipe.kv]
-    found = [
+    able = [
         (name, target)
         for name in sorted(names, key=lambda name: name != recipe.backend)
         for backend in [get_backend(name)]
         for target in backend.targets
         if expressible(backend, target, linears, cache, rotations)
     ]
-    return sorted(found, key=lambda pair: pair[1] not in recipe.targets)
+    return sorted(able, key=lambda pair: pair[1] not in recipe.targets)

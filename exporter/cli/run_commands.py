@@ -25,14 +25,14 @@ from exporter.cli.options import (
     SchemeFlag,
     TalkFlags,
     WritingFlags,
-    overrides,
 )
+from exporter.cli.overrides import overrides
 from exporter.cli.resolve import check_backend, check_output, resolve
 from exporter.cli.results import parity_exit_code, print_exported, targets_for
 from exporter.cli.session import print_json, running, set_up
 
 if TYPE_CHECKING:
-    from exporter.planning.plan import Goal
+    from exporter.planning.stages import Goal
     from exporter.recipe import Recipe
     from exporter.run.options import RunOptions
 
@@ -100,9 +100,9 @@ def export(
     """
     set_up(talk)
     options = _run_options(outputs, resuming, verify=not no_verify, from_artifact=from_artifact)
-    given = overrides(models, backends, writing, schemes, quantization, rotations, data, evaluation)
-    recipe = resolve(recipes.recipe, given, from_artifact)
-    check_backend(recipe, given)
+    flags = overrides(models, backends, writing, schemes, quantization, rotations, data, evaluation)
+    recipe = resolve(recipes.recipe, flags, from_artifact)
+    check_backend(recipe, flags)
     if _announced_only(recipe, options, "export", outputs, talk):
         return
     with running(talk) as progress:
@@ -169,9 +169,9 @@ def calibrate(
     """
     set_up(talk)
     options = _run_options(outputs, resuming)
-    given = overrides(models, backends, schemes, quantization, rotations, data)
-    recipe = resolve(recipes.recipe, given)
-    check_backend(recipe, given, write=False)
+    flags = overrides(models, backends, schemes, quantization, rotations, data)
+    recipe = resolve(recipes.recipe, flags)
+    check_backend(recipe, flags, write=False)
     if _announced_only(recipe, options, "calibrate", outputs, talk):
         return
     with running(talk) as progress:

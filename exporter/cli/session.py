@@ -49,6 +49,7 @@ def set_up(talk: TalkFlags) -> None:
     """
     if talk.verbose and talk.quiet:
         raise UsageError("-v/--verbose and -q/--quiet exclude each other", hint="give one of them")
+
     handler = _StderrHandler()
     handler.setFormatter(
         logging.Formatter("%(levelname)s %(name)s: %(message)s" if talk.verbose else "%(message)s")
@@ -59,6 +60,7 @@ def set_up(talk: TalkFlags) -> None:
         logging.getLogger(name).setLevel(level)
     if talk.verbose:
         return
+
     handler.addFilter(_OwnOrSevere())
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:  # -W and PYTHONWARNINGS are asked for, and win

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from calib.architectures import KINDS
 from exporter.recipe import EMBEDDED, Recipe
 
 if TYPE_CHECKING:
-    from exporter.planning.plan import Goal
+    from exporter.planning.stages import Goal
     from exporter.run.options import RunOptions
 
 
@@ -21,16 +22,18 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
         shown["model"] = _model(recipe)
     if recipe.trust_remote_code:
         shown["trust remote code"] = "yes: the model's own Python code runs"
+
     if goal == "export":
         shown |= _writing(recipe)
     if goal != "capture":
         shown["scheme"] = recipe.scheme
         if goal != "rotate":
             shown |= _finer_controls(recipe)
+
     if options.from_artifact is None:
         if goal != "capture":
-            shown["rotate"] = (
-                "r1,r2" if goal == "rotate" and recipe.rotate == "auto" else recipe.rotate
+            shown["rotate"] = str(
+                recipe.rotate.folded(KINDS) if goal == "rotate" else recipe.rotate
             )
             if recipe.rotation.files:
                 shown["rotations"] = ", ".join(recipe.rotation.files)
@@ -39,6 +42,7 @@ def settings(recipe: Recipe, options: RunOptions, goal: Goal) -> dict[str, str]:
             f"{text}, {data.nsamples} rows of up to {data.seqlen} tokens, batches of"
             f" {data.batch_size}"
         )
+
     if options.from_capture is not None:
         shown["capture"] = f"reused from {options.from_capture}"
     shown["device"] = f"{recipe.device}, dtype {recipe.dtype}, seed {recipe.seed}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from calib.architectures import KINDS
 from exporter.cli.command import with_flags
 from exporter.cli.errors import UsageError
 from exporter.cli.options import (
@@ -22,8 +23,8 @@ from exporter.cli.options import (
     RotationFlags,
     SchemeFlag,
     TalkFlags,
-    overrides,
 )
+from exporter.cli.overrides import overrides
 from exporter.cli.resolve import check_output, resolve
 from exporter.cli.session import print_json, running, set_up
 
@@ -125,8 +126,8 @@ def _announce(recipe: Recipe, options: RunOptions, talk: TalkFlags) -> None:
 
     typer.echo("rotq stats", err=True)
     shown = settings(recipe, options, "calibrate")
-    if recipe.rotate == "auto":
-        shown["rotate"] = "r1,r2,r4, as far as the model takes them"
+    if recipe.rotate.auto:
+        shown["rotate"] = f"{recipe.rotate.sets(KINDS)[-1]}, as far as the model takes them"
     show_settings(error_console(), shown)
 
 

@@ -19,11 +19,12 @@ from calib.errors import CheckpointError
 from calib.measure.perplexity import LogitsFunction, Perplexity, model_logits, perplexity
 from calib.measure.reference import build_reference
 from calib.network.checkpoint import load_config, open_checkpoint
+from calib.network.original import load_network
 from calib.progress import Progress, silent, track
 from exporter.parity import runtime_logits
 from exporter.recipe import EMBEDDED
-from exporter.reporting.report import REPORT_FILE, Report
-from exporter.run.device import resolve_device
+from exporter.reporting.exported import is_export, read_report
+from exporter.run.inputs import resolve_device
 from exporter.source import embedded_folder, load_tokenizer
 
 DEFAULT_WINDOW = 2048
@@ -70,55 +71,55 @@ def evaluate(
         RotqError: the model or the text cannot be read.
     """
     folder = embedded_folder() if source == EMBEDDED else Path(source)
-    if (folder / REPORT_FILE).is_file():
-        logits, config, where = _exported(folder)
+    if is_export(folder):
+        scored = _exported(folder)
     elif (folder / MANIFEST).is_file():
-        logits, config, where = _artifact(folder, device)
+        scored = _artifact(folder, device)
     else:
-        logits, config, where = _checkpoint(source, folder, device)
-    tokenizer = load_tokenizer(where[1])
-    window = clamp_seqlen(window or DEFAULT_WINDOW, config)
+        scored = _checkpoint(folder if source == EMBEDDED else source, device)
+    tokenizer = load_tokenizer(scored.folder)
+    window = clamp_seqlen(window or DEFAULT_WINDOW, scored.config)
     documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
+
     nll, tokens = 0.0, 0
     for document in track(documents, "eval", len(documents), progress):
         row = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
         if row.numel() < 2:
             continue
-        found = perplexity(logits, [row], window=window, stride=stride or window)
-        nll, tokens = nll + found.nll * found.tokens, tokens + found.tokens
+        part = perplexity(scored.logits, [row], window=window, stride=stride or window)
+        nll, tokens = nll + part.nll * part.tokens, tokens + part.tokens
     if not tokens:
         raise CheckpointError(
             "the evaluation text holds no token to predict", hint="give a longer text with --text"
         )
     mean = Perplexity(nll / tokens, tokens)
-    return EvalResult(mean.value, mean.nll, tokens, where[0])
+    return EvalResult(mean.value, mean.nll, tokens, scored.runtime)
 
 
-def _exported(folder: Path) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
-    report = Report.load(folder)
+@dataclass(frozen=True)
+class _Scored:
+    """A model that gives logits, wherever it runs."""
+
+    logits: LogitsFunction
+    config: Any
+    runtime: str
+    folder: Path
+    """Where its tokenizer is."""
+
+
+def _exported(folder: Path) -> _Scored:
+    report = read_report(folder)
     runtime = get_backend(report.backend).load(folder, report.target, exact=False)
-    return runtime_logits(runtime), load_config(folder), (runtime.runtime, folder)
+    return _Scored(runtime_logits(runtime), load_config(folder), runtime.runtime, folder)
 
 
-def _artifact(folder: Path, device: str) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
+def _artifact(folder: Path, device: str) -> _Scored:
     model = build_reference(load_artifact(folder)).to(resolve_device(device))
-    return model_logits(model), model.config, ("torch, fake-quantized", folder)
+    return _Scored(model_logits(model), model.config, "torch, fake-quantized", folder)
 
 
-def _checkpoint(
-    source: str, folder: Path, device: str
-) -> tuple[LogitsFunction, Any, tuple[str, Path]]:
-    from transformers import AutoModelForCausalLM
-
-    path = folder if source == EMBEDDED else source
-    config = load_config(path)
-    checkpoint = open_checkpoint(path)
-    assert checkpoint.folder is not None  # it was opened from files
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, config=config, dtype=torch.float32
-    )
-    return (
-        model_logits(model.to(resolve_device(device)).eval()),
-        config,
-        ("torch", checkpoint.folder),
-    )
+def _checkpoint(source: str | Path, device: str) -> _Scored:
+    config, folder = load_config(source), open_checkpoint(source).folder
+    assert folder is not None  # it was opened from files
+    model = load_network(folder, config, device=resolve_device(device))
+    return _Scored(model_logits(model), config, "torch", folder)

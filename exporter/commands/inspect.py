@@ -15,22 +15,12 @@ from pathlib import Path
 
 from backends.base import Backend, Fusion, RuntimeMissing, StoredTensor
 from backends.registry import get_backend
-from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel, load_artifact
+from calib.artifact import PARTS, QuantizedCache, QuantizedLinear, QuantizedModel, load_artifact
 from calib.errors import RotqError
 from calib.schemes import LinearScheme, linear_words
-from exporter.commands.verify import edited_files, read_export
-from exporter.reporting.report import REPORT_FILE, Report, RotationSummary
-from exporter.run.rotations import rotation_summaries
-
-_PARTS = {
-    "weight": "quantized weight",
-    "weight_scale": "scale",
-    "weight_second_scale": "scale",
-    "input_scale": "scale",
-    "weight_zero_point": "zero point",
-    "input_zero_point": "zero point",
-    "bias": "float weight",
-}
+from exporter.reporting.describe import rotation_summaries
+from exporter.reporting.exported import edited_files, is_export, read_export
+from exporter.reporting.report import Report, RotationSummary
 
 
 @dataclass(frozen=True)
@@ -114,9 +104,7 @@ def inspect_folder(folder: Path) -> Inspection:
         CheckpointError, BackendError: the folder is incomplete or damaged; where its files are not
             those that were exported, that is a finding instead.
     """
-    if (folder / REPORT_FILE).is_file():
-        return _exported(folder)
-    return _calibrated(folder)
+    return _exported(folder) if is_export(folder) else _calibrated(folder)
 
 
 def _exported(folder: Path) -> Inspection:
@@ -127,6 +115,7 @@ def _exported(folder: Path) -> Inspection:
     contents: tuple[StoredBytes, ...] = ()
     cache: QuantizedCache | None = None
     fusion, note, unreadable = None, "", ""
+
     try:
         contents = stored_bytes(backend.contents(folder, report.target))
         cache = backend.read_cache(folder, report.target)
@@ -136,6 +125,7 @@ def _exported(folder: Path) -> Inspection:
         if not edited:
             raise
         unreadable = error.message
+
     return Inspection(
         folder=str(folder),
         what="exported",
@@ -182,10 +172,10 @@ def _calibrated(folder: Path) -> Inspection:
 
 def _fusion(backend: Backend, report: Report, folder: Path) -> tuple[Fusion | None, str]:
     try:
-        found = backend.fusion(folder, report.target)
+        fusion = backend.fusion(folder, report.target)
     except RuntimeMissing as error:
         return None, error.message
-    return found, "the runtime does not tell how it executes them" if found is None else ""
+    return fusion, "the runtime does not tell how it executes them" if fusion is None else ""
 
 
 def _entries(
@@ -205,11 +195,12 @@ def _entries(
 
 def stored_bytes(tensors: Iterable[StoredTensor]) -> tuple[StoredBytes, ...]:
     """``tensors`` by kind and dtype, the largest share first."""
-    found: dict[tuple[str, str], list[int]] = {}
+    sizes_of: dict[tuple[str, str], list[int]] = {}
     for tensor in tensors:
-        found.setdefault((tensor.kind, tensor.dtype), []).append(tensor.nbytes)
+        sizes_of.setdefault((tensor.kind, tensor.dtype), []).append(tensor.nbytes)
     rows = [
-        StoredBytes(kind, dtype, len(sizes), sum(sizes)) for (kind, dtype), sizes in found.items()
+        StoredBytes(kind, dtype, len(sizes), sum(sizes))
+        for (kind, dtype), sizes in sizes_of.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.nbytes))
 
@@ -220,8 +211,8 @@ def _tensors(model: QuantizedModel) -> Iterable[StoredTensor]:
         yield StoredTensor(key, "float weight", _dtype(tensor), tuple(tensor.shape), tensor.nbytes)
     for linear in model.linears.values():
         for key, tensor in linear.tensors().items():
-            kind = _PARTS.get(key.rpartition(".")[2], "other")
-            yield StoredTensor(key, kind, _dtype(tensor), tuple(tensor.shape), tensor.nbytes)  # type: ignore[arg-type]
+            kind = PARTS[key.rpartition(".")[2]].kind
+            yield StoredTensor(key, kind, _dtype(tensor), tuple(tensor.shape), tensor.nbytes)
 
 
 def _dtype(tensor: object) -> str:

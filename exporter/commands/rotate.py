@@ -6,46 +6,40 @@ compared with those of the original.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from calib.artifact.files import copy_side_files
-from calib.errors import CheckpointError, RotationError, UnsupportedModelError
-from calib.fusing import FusedModel, fuse, materialize
-from calib.network.attention import attention_implementation
-from calib.progress import Progress, silent, track
+from calib.architectures import Kind
+from calib.artifact.side_files import copy_side_files
+from calib.errors import RotationError, UnsupportedModelError
+from calib.fusing import FusedModel, materialize
+from calib.progress import Progress, silent
 from calib.rotations.files import save_rotations
 from calib.rotations.foreign import export_dartquant
+from calib.rotations.from_capture import TrainedRotations
+from calib.rotations.rotate import FOLDED, Rotate
 from calib.rotations.rotation_set import RotationSet
-from exporter.commands.export import Run
 from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
+from exporter.parity.fold import check_folder
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import CARD_FILE, render_rotated_card, source_license
-from exporter.reporting.describe import package_versions
-from exporter.reporting.report import (
-    COMPARED_ROWS,
-    ModelSummary,
-    ParityRow,
-    RotateReport,
-    RotationGateRow,
-)
+from exporter.reporting.describe import package_versions, rotation_summaries, source_summary
+from exporter.reporting.report import COMPARED_ROWS, ParityRow, RotateReport, RotationGateRow
+from exporter.run.destination import Destination
+from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
-from exporter.run.rotations import kinds_of, rotation_summaries
+from exporter.run.quantizing import warn_of_slow_choices
+from exporter.run.rotations import imported_rotations, trained_rotations
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WorkDir
 from exporter.source import Source
 
-FLOAT32_BOUND = 1e-5
-"""Relative L2 of logits: the fold is exact, and rounding to float32 alone costs about 3e-7."""
-ROUNDING_FACTOR = 2.0
-"""In a shorter dtype: how much farther from the float32 original the folder may be than the
-original in that dtype. The rotated weights are rounded, where the original's are stored exactly:
-one more error of the size of those that rounding activations makes anyway."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -63,8 +57,8 @@ def rotate(
     options: RunOptions,
     *,
     write_dartquant: bool = False,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> RotateResult:
     """Write the rotated float checkpoint.
@@ -84,144 +78,86 @@ def rotate(
     """
     _refuse_online(recipe)
     check_output(options.output, options.overwrite)
+    clock = Stopwatch(progress)
+    warn_of_slow_choices(recipe)
+
     # Rotations are trained in float32 whatever is written, so that one capture serves every dtype.
-    run = Run(recipe.model_copy(update={"dtype": "float32"}), options, model, tokenizer, progress)
-    source = run.source
-    kinds = _kinds(recipe, source, run.given)
-    found = run.rotations(kinds)
-    dtype = _stored_dtype(recipe, source)
-    with run.stage("fuse"):
-        fused = fuse(
-            source.checkpoint,
-            source.wiring,
-            found.rotations,
-            dtype=dtype,
-            device=run.device,
-            progress=progress,
-        )
+    training = recipe.model_copy(update={"dtype": "float32"})
+    inputs = open_inputs(training, Destination.of(recipe), model, tokenizer)
+    work = WorkDir.of(options, inputs)
+    imported = imported_rotations(recipe, inputs.source)
+    kinds = _kinds(inputs, imported)
+    rows = inputs.rows(clock)
+    trained = trained_rotations(kinds, inputs, imported, rows.train, options, work, clock)
+
+    source, dtype = inputs.source, _stored_dtype(recipe, inputs.source)
+    with clock.stage("fuse"):
+        fused = source.fuse(trained.rotations, dtype=dtype, device=inputs.device, progress=progress)
     if fused.refusals:
         raise UnsupportedModelError(
             f"a stock folder cannot hold the rotated model: {'; '.join(fused.refusals)}",
             hint="`rotq export` can write it; or try --dtype float32",
         )
+
     with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-        with run.stage("write"):
+        with clock.stage("write"):
             _write(fused, source, recipe, folder)
             if write_dartquant:
-                export_dartquant(found.rotations, folder)
-        with run.stage("compare"):
-            parity = compare_folder(
-                folder, source, run.rows.evaluation[:COMPARED_ROWS], dtype, run.device, progress
-            )
-        report = RotateReport(
-            model=ModelSummary(
-                source=source.name,
-                model_type=source.config.model_type,
-                parameters=source.parameters(),
-                fingerprint=run.fingerprint,
-            ),
-            dtype=str(dtype).removeprefix("torch."),
-            scheme=recipe.scheme,
-            rotate=",".join(found.rotations.kinds()) or "none",
-            rotations=rotation_summaries(found.rotations),
-            rotation_gate=[RotationGateRow.model_validate(asdict(row)) for row in found.table],
-            parity=parity,
-            seconds=run.seconds,
-            versions=package_versions(),
-        )
+                export_dartquant(trained.rotations, folder)
+        with clock.stage("compare"):
+            compared = rows.evaluation[:COMPARED_ROWS]
+            parity = check_folder(folder, source, compared, dtype, inputs.device, progress)
+        report = _report(recipe, source, trained, dtype, parity, clock)
         card = render_rotated_card(recipe, report, source_license(recipe))
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         report.save(folder)
-    return RotateResult(options.output, recipe, found.rotations, report)
+    return RotateResult(options.output, recipe, trained.rotations, report)
 
 
-def compare_folder(
-    folder: Path,
+def _report(
+    recipe: Recipe,
     source: Source,
-    rows: Sequence[Tensor],
+    trained: TrainedRotations,
     dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress = silent,
-) -> list[ParityRow]:
-    """Relative L2 of the logits of a written folder against the original in float32.
-
-    Args:
-        folder: a checkpoint folder, loaded with ``AutoModelForCausalLM``.
-        source: the original.
-        rows: token rows ``[tokens]``.
-        dtype: what the folder is stored and run in.
-        device: where both run.
-        progress: called after every row.
-
-    Raises:
-        RotationError: a figure misses its bound, or the folder lacks or has too many tensors.
-    """
-    original, rotated = (
-        source.original(device),
-        _reload(folder, attention_implementation(source.config), dtype, device),
-    )
-    short = dtype is not torch.float32
-    rounded = _parameters_in(deepcopy(original), dtype) if short else None
-    lost = {"rotated": 0.0, "original": 0.0}
-    power = 0.0
-    with torch.no_grad():
-        for row in track(rows, "compare", len(rows), progress):
-            ids = row.unsqueeze(0).to(device)
-            wanted = original(input_ids=ids).logits.double()
-            power += float(wanted.square().sum())
-            lost["rotated"] += float(
-                (rotated(input_ids=ids).logits.double() - wanted).square().sum()
-            )
-            if rounded is not None:
-                lost["original"] += float(
-                    (rounded(input_ids=ids).logits.double() - wanted).square().sum()
-                )
-    errors = {name: (value / power) ** 0.5 for name, value in lost.items()}
-    name = str(dtype).removeprefix("torch.")
-    bound = ROUNDING_FACTOR * errors["original"] if short else FLOAT32_BOUND
-    figures = [_row(f"rotated folder in {name}, original in float32", errors["rotated"], bound)]
-    if short:
-        figures.append(_row(f"original in {name}, original in float32", errors["original"], None))
-    if not errors["rotated"] <= bound:
-        raise RotationError(
-            "the rotated folder does not compute what the original does: relative L2 of logits "
-            f"{errors['rotated']:.3g}, bound {bound:.3g}",
-            hint="this should not happen: please report it, with the model and the recipe",
-        )
-    return figures
-
-
-def _row(name: str, measured: float, bound: float | None) -> ParityRow:
-    passed = None if bound is None else measured <= bound
-    return ParityRow(
-        rung=1, name=name, metric="relative L2", measured=measured, bound=bound, passed=passed
+    parity: list[ParityRow],
+    clock: Stopwatch,
+) -> RotateReport:
+    return RotateReport(
+        model=source_summary(source),
+        dtype=str(dtype).removeprefix("torch."),
+        scheme=recipe.scheme,
+        rotate=str(Rotate.of(trained.rotations.kinds())),
+        rotations=rotation_summaries(trained.rotations),
+        rotation_gate=[RotationGateRow.model_validate(asdict(row)) for row in trained.table],
+        parity=parity,
+        seconds=clock.seconds,
+        versions=package_versions(),
     )
 
 
 def _refuse_online(recipe: Recipe) -> None:
-    online = sorted({"r3", "r4"} & set(recipe.rotate.split(",")))
-    if online:
-        rest = ",".join(kind for kind in recipe.rotate.split(",") if kind not in online) or "r1,r2"
-        raise RotationError(
-            f"a stock folder cannot carry {' and '.join(kind.upper() for kind in online)}: online"
-            " rotations are computed at run time, and the model code that loads the folder does"
-            " not know of them",
-            hint=(
-                f"give --rotate {rest}, or write a graph that holds them with `rotq export"
-                " --backend onnx`"
-            ),
-        )
+    online = [kind for kind in recipe.rotate.certain if kind not in FOLDED]
+    if not online:
+        return
+    folded = Rotate.of(set(recipe.rotate.certain) - set(online))
+    rest = folded if folded.certain else Rotate.of(FOLDED)
+    raise RotationError(
+        f"a stock folder cannot carry {' and '.join(kind.upper() for kind in online)}: online"
+        " rotations are computed at run time, and the model code that loads the folder does"
+        " not know of them",
+        hint=(
+            f"give --rotate {rest}, or write a graph that holds them with `rotq export"
+            " --backend onnx`"
+        ),
+    )
 
 
-def _kinds(recipe: Recipe, source: Source, given: RotationSet) -> list[str]:
-    if recipe.rotate == "auto":
-        kinds = [kind for kind in ("r1", "r2") if source.wiring.refusal(kind) is None]
-    else:
-        kinds = kinds_of(recipe.rotate)
-    unused = set(given.kinds()) - set(kinds)
+def _kinds(inputs: Inputs, imported: RotationSet) -> tuple[Kind, ...]:
+    kinds = inputs.recipe.rotate.folded(inputs.offered).certain
+    unused = Rotate.of(set(imported.kinds()) - set(kinds)).certain
     if unused:
         raise RotationError(
-            f"the given files hold {', '.join(kind.upper() for kind in sorted(unused))}, which this"
+            f"the given files hold {', '.join(kind.upper() for kind in unused)}, which this"
             " run leaves out",
             hint="a stock folder carries R1 and R2; name those that the files hold with --rotate",
         )
@@ -243,29 +179,3 @@ def _write(fused: FusedModel, source: Source, recipe: Recipe, folder: Path) -> N
     copy_side_files(source.files, folder)
     save_rotations(fused.rotations, folder)
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-
-
-def _reload(folder: Path, attention: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
-    wrong = sorted({str(key) for names in info.values() for key in names})
-    if wrong:
-        raise CheckpointError(
-            "transformers does not load the rotated folder as it was written:"
-            f" {', '.join(wrong[:4])}",
-            hint="this should not happen: please report it, with the model and the recipe",
-        )
-    network: nn.Module = model.to(device).eval()
-    return network
-
-
-def _parameters_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` in ``dtype`` as from_pretrained gives it: buffers such as rotary frequencies stay
-    in float32.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model

@@ -8,15 +8,12 @@ norms' gains into what rotations do.
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,30 +23,39 @@ from calib.data.tokens import token_hash
 from calib.fusing import FusedModel, materialize
 from calib.progress import Progress, silent
 from calib.rotations.from_capture import TrainedRotations
+from calib.rotations.rotate import Rotate
 from calib.rotations.rotation_set import RotationSet
-from calib.schemes import LinearScheme, PerCluster
+from calib.schemes import LinearScheme, PerCluster, Scheme
 from calib.stats.clusters import NO_FUSED_KERNEL, cluster_linears
 from calib.stats.damage import LinearDamage, linear_damage
 from calib.stats.linears import LinearMoments, linear_moments
 from calib.stats.moments import MomentStatistics
-from exporter.commands.export import Run
 from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
 from exporter.recipe import RECIPE_FILE, Recipe
-from exporter.reporting.describe import package_versions
-from exporter.reporting.report import (
-    CalibrationSummary,
-    ModelSummary,
-    RotationGateRow,
-    RotationSummary,
+from exporter.reporting.describe import package_versions, rotation_summaries, source_summary
+from exporter.reporting.report import CalibrationSummary, RotationGateRow
+from exporter.reporting.stats import (
+    STATS_FORMAT_VERSION,
+    ClusterSummary,
+    LinearRow,
+    PhaseFigures,
+    StatsReport,
+    TensorFigures,
 )
+from exporter.run.destination import Destination
+from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
-from exporter.run.rotations import candidate_sets, kinds_of, rotation_summaries
+from exporter.run.quantizing import warn_of_slow_choices
+from exporter.run.rotations import candidate_sets, imported_rotations, trained_rotations
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WorkDir
 
-STATS_FILE = "stats.json"
-TABLE_FILE = "stats.csv"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
 TENSORS_FILE = "stats.safetensors"
-STATS_FORMAT_VERSION = 1
 
 logger = logging.getLogger(__name__)
 
@@ -62,92 +68,6 @@ _CHANNELS = {
     "skewness": "skewness",
     "kurtosis": "kurtosis",
 }
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorFigures(_Frozen):
-    """The input, the output or the weight of one linear, all channels together."""
-
-    absmax: float
-    std: float
-    kurtosis: float
-    """3 for a normal distribution; 0 for a constant tensor."""
-    outliers: float
-    """Share of the values whose magnitude is above 6 standard deviations, 0 to 1."""
-    peak: float | None
-    """Largest magnitude of a channel over that of the median channel; none where the median channel
-    is dead.
-    """
-
-
-class PhaseFigures(_Frozen):
-    """One linear, before or after rotation."""
-
-    damage: float
-    """Relative squared error of the output."""
-    input_error: float
-    """Relative squared error of the input; 0 where the scheme leaves inputs in float."""
-    weight_error: float
-    """Relative squared error of the weight, rounded to nearest."""
-    input: TensorFigures
-    output: TensorFigures
-    weight: TensorFigures
-
-
-class LinearRow(_Frozen):
-    """One linear."""
-
-    linear: str
-    reads: str
-    """The space of its input: ``residual``, ``value`` or ``ffn``."""
-    in_features: int
-    out_features: int
-    before: PhaseFigures
-    after: PhaseFigures | None
-    """``None`` where nothing is rotated."""
-
-    @property
-    def damage(self) -> float:
-        """What the rows are sorted by: after rotation where there is one, else before."""
-        return (self.after or self.before).damage
-
-
-class ClusterSummary(_Frozen):
-    """How input channels were clustered."""
-
-    clusters: int
-    jointly: bool
-    warning: str
-
-
-class StatsReport(_Frozen):
-    """The content of ``stats.json``."""
-
-    format_version: int = STATS_FORMAT_VERSION
-    model: ModelSummary
-    scheme: str
-    rotate: str
-    clusters: ClusterSummary | None
-    calibration: CalibrationSummary
-    rotations: list[RotationSummary]
-    rotation_gate: list[RotationGateRow]
-    linears: list[LinearRow]
-    """The most damaged first."""
-    seconds: dict[str, float] = Field(default_factory=dict)
-    versions: dict[str, str]
-
-    def save(self, folder: Path) -> None:
-        """Write ``stats.json`` and ``stats.csv`` into ``folder``."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
-        (folder / STATS_FILE).write_text(text + "\n", encoding="utf-8")
-        rows = [_flat(row.model_dump(mode="json")) for row in self.linears]
-        with (folder / TABLE_FILE).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 @dataclass(frozen=True)
@@ -173,8 +93,8 @@ def stats(
     options: RunOptions,
     *,
     jointly: bool = False,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> StatsResult:
     """Measure every decoder linear before and after rotation, and write what was found.
@@ -193,15 +113,23 @@ def stats(
         RotqError: a known failure; nothing was written then.
     """
     check_output(options.output, options.overwrite)
-    run = Run(_in_float32(recipe), options, model, tokenizer, progress)
-    if _clusters(run) is not None:
+    clock = Stopwatch(progress)
+    warn_of_slow_choices(recipe)
+    inputs = open_inputs(_in_float32(recipe), Destination.of(recipe), model, tokenizer)
+    work = WorkDir.of(options, inputs)
+    if _clusters(inputs.scheme) is not None:
         logger.warning("%s", NO_FUSED_KERNEL)
-    kinds = kinds_of(candidate_sets(run.recipe, run.source, run.given)[-1])
-    measured = {"before": _measure(run, run.fuse(RotationSet()), jointly)}
-    trained = run.rotations(kinds)
+    imported = imported_rotations(recipe, inputs.source)
+    kinds = candidate_sets(inputs, imported)[-1].certain
+    rows = inputs.rows(clock).train
+    passes = _Passes(inputs, inputs.quantization().linears, rows, jointly)
+
+    measured = {"before": passes.measure(inputs.fuse(RotationSet(), clock), clock)}
+    trained = trained_rotations(kinds, inputs, imported, rows, options, work, clock)
     if trained.rotations:
-        measured["after"] = _measure(run, run.fuse(trained.rotations), jointly)
-    report = _report(run, trained, measured, jointly)
+        measured["after"] = passes.measure(inputs.fuse(trained.rotations, clock), clock)
+
+    report = _report(passes, trained, measured, clock)
     with atomic_folder(options.output, overwrite=options.overwrite) as folder:
         save_file(
             _tensors(measured),
@@ -213,32 +141,78 @@ def stats(
     return StatsResult(options.output, recipe, report)
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """What every model is measured on, and for."""
+
+    inputs: Inputs
+    schemes: Mapping[str, LinearScheme]
+    rows: Sequence[Tensor]
+    jointly: bool
+    """Whether linears that read the same channels are clustered at once."""
+
+    @property
+    def specs(self) -> list[LinearSpec]:
+        """The decoder's linears."""
+        source = self.inputs.source
+        names = set(source.wiring.linear_names)
+        return [spec for spec in source.wiring.linears if spec.name in names]
+
+    def measure(self, fused: FusedModel, clock: Stopwatch) -> _Measured:
+        """Two passes over the calibration rows: the limits and moments first, then what depends on
+        them.
+        """
+        recipe, specs = self.inputs.recipe, self.specs
+        network = materialize(fused, device=self.inputs.device)
+        k = _clusters(self.inputs.scheme)
+        batches = length_batches(self.rows, recipe.calibration.batch_size)
+
+        with clock.stage("statistics"):
+            moments = linear_moments(network, specs, batches, progress=clock.progress)
+            labels: dict[str, Tensor] = {}
+            if k is not None:
+                inputs = {name: moment.input for name, moment in moments.items()}
+                clustered = [spec for spec in specs if _is_clustered(self.schemes.get(spec.name))]
+                labels = cluster_linears(
+                    inputs, clustered, k, jointly=self.jointly, seed=recipe.seed
+                )
+            damage = linear_damage(
+                network,
+                specs,
+                moments,
+                self.schemes,
+                batches,
+                clusters=labels,
+                progress=clock.progress,
+            )
+        return _Measured(moments, damage, labels)
+
+
 def _report(
-    run: Run, trained: TrainedRotations, measured: Mapping[str, _Measured], jointly: bool
+    passes: _Passes,
+    trained: TrainedRotations,
+    measured: Mapping[str, _Measured],
+    clock: Stopwatch,
 ) -> StatsReport:
-    clusters = _clusters(run)
+    inputs, rows = passes.inputs, passes.rows
+    clusters = _clusters(inputs.scheme)
     return StatsReport(
-        model=ModelSummary(
-            source=run.source.name,
-            model_type=run.source.config.model_type,
-            parameters=run.source.parameters(),
-            fingerprint=run.fingerprint,
-        ),
-        scheme=run.recipe.scheme,
-        rotate=",".join(trained.rotations.kinds()) or "none",
+        model=source_summary(inputs.source),
+        scheme=inputs.recipe.scheme,
+        rotate=str(Rotate.of(trained.rotations.kinds())),
         clusters=None
         if clusters is None
-        else ClusterSummary(clusters=clusters, jointly=jointly, warning=NO_FUSED_KERNEL),
+        else ClusterSummary(clusters=clusters, jointly=passes.jointly, warning=NO_FUSED_KERNEL),
         calibration=CalibrationSummary(
-            dataset=run.recipe.calibration.dataset,
-            rows=len(run.rows.train),
-            tokens=sum(row.numel() for row in run.rows.train),
-            sha256=token_hash(run.rows.train),
+            dataset=inputs.recipe.calibration.dataset,
+            rows=len(rows),
+            tokens=sum(row.numel() for row in rows),
+            sha256=token_hash(rows),
         ),
         rotations=rotation_summaries(trained.rotations),
         rotation_gate=[RotationGateRow.model_validate(asdict(row)) for row in trained.table],
-        linears=_rows(_specs(run), measured),
-        seconds=run.seconds,
+        linears=_rows(passes.specs, measured),
+        seconds=clock.seconds,
         versions=package_versions(),
     )
 
@@ -248,35 +222,10 @@ def _in_float32(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"dtype": "float32"}) if recipe.dtype == "auto" else recipe
 
 
-def _clusters(run: Run) -> int | None:
+def _clusters(scheme: Scheme) -> int | None:
     """The clusters of ``activations.granularity: cluster:K``."""
-    granularity = run.scheme.activation and run.scheme.activation.granularity
+    granularity = scheme.activation and scheme.activation.granularity
     return granularity.clusters if isinstance(granularity, PerCluster) else None
-
-
-def _specs(run: Run) -> list[LinearSpec]:
-    names = set(run.source.wiring.linear_names)
-    return [spec for spec in run.source.wiring.linears if spec.name in names]
-
-
-def _measure(run: Run, fused: FusedModel, jointly: bool) -> _Measured:
-    """Two passes over the calibration rows: the limits and moments first, then what depends on
-    them.
-    """
-    network = materialize(fused, device=run.device)
-    specs, schemes, k = _specs(run), run.quantization.linears, _clusters(run)
-    batches = length_batches(run.rows.train, run.recipe.calibration.batch_size)
-    with run.stage("statistics"):
-        moments = linear_moments(network, specs, batches, progress=run.progress)
-        labels: dict[str, Tensor] = {}
-        if k is not None:
-            inputs = {name: found.input for name, found in moments.items()}
-            clustered = [spec for spec in specs if _is_clustered(schemes.get(spec.name))]
-            labels = cluster_linears(inputs, clustered, k, jointly=jointly, seed=run.recipe.seed)
-        damage = linear_damage(
-            network, specs, moments, schemes, batches, clusters=labels, progress=run.progress
-        )
-    return _Measured(moments, damage, labels)
 
 
 def _is_clustered(scheme: LinearScheme | None) -> bool:
@@ -333,25 +282,14 @@ def _tensors(measured: Mapping[str, _Measured]) -> dict[str, Tensor]:
     ``docs/stats.md``.
     """
     tensors = {}
-    for phase, found in measured.items():
-        for name, moments in found.moments.items():
+    for phase, model in measured.items():
+        for name, moments in model.moments.items():
             for part in _PARTS:
                 for key, attribute in _CHANNELS.items():
                     tensors[f"{phase}/{name}/{part}/{key}"] = getattr(
                         getattr(moments, part), attribute
                     ).float()
-        for name, labels in found.labels.items():
+        for name, labels in model.labels.items():
             # joint linears share theirs, a file must not
             tensors[f"{phase}/{name}/clusters"] = labels.clone()
     return tensors
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested figures as the columns of a table: ``after_input_kurtosis``."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}_")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

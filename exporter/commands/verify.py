@@ -15,21 +15,22 @@ from typing import Any
 import torch
 
 from backends.base import Backend
+from backends.cpu import cpu_words
 from backends.registry import get_backend
 from calib.artifact import Provenance, QuantizedModel
 from calib.errors import CheckpointError
-from calib.fusing import FusedModel, fuse
+from calib.fusing import FusedModel
 from calib.progress import Progress, silent
-from calib.quantizing.kept import kept_reasons
+from calib.quantizing.calibrator import kept_reasons
 from calib.rotations.files import load_rotations
 from calib.schemes import scheme_named
 from calib.smoothing.smooth import fold_all
-from exporter.output import sha256_tree
 from exporter.parity import Subject, check_parity
-from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
+from exporter.recipe import Recipe
 from exporter.reporting.describe import CONFIG_FILE, load_smoothing
-from exporter.reporting.report import REPORT_FILE, Report, parity_status
-from exporter.run.dtypes import dtype_of
+from exporter.reporting.exported import check_unchanged, read_export
+from exporter.reporting.report import Report, parity_status
+from exporter.run.destination import Destination
 from exporter.source import Source, open_source, read_rows
 
 
@@ -50,17 +51,20 @@ def verify(
     """
     report, recipe = read_export(folder)
     check_unchanged(folder, report)
+
     changes: dict[str, Any] = {"model": model or recipe.model}
     if rows is not None:
         changes["evaluation"] = recipe.evaluation.model_copy(update={"nsamples": rows})
     recipe = recipe.model_copy(update=changes)
+
     source = open_source(recipe)
-    if source.fingerprint() != report.model.fingerprint:
+    if source.fingerprint != report.model.fingerprint:
         raise CheckpointError(
             f"'{source.name}' is not the model that '{folder}' was exported from: the fingerprint"
             " of its weights differs",
             hint="name the original with -m/--model",
         )
+
     start = time.perf_counter()
     backend = get_backend(report.backend)
     fused, quantized = read_back(folder, report, recipe, source, backend)
@@ -78,10 +82,12 @@ def verify(
         ),
         progress,
     )
+
     report = report.model_copy(
         update={
             "parity": parity,
             "status": parity_status(parity),
+            "cpu": cpu_words(),
             "seconds": {**report.seconds, "verify": time.perf_counter() - start},
         }
     )
@@ -95,16 +101,13 @@ def read_back(
     """The rotated float model and the quantized model, from what ``folder`` holds and the original
     weights.
     """
-    rotations = load_rotations(folder)
+    rotations, smoothing = load_rotations(folder), load_smoothing(folder)
     linears = backend.read_linears(folder, report.target)
-    dtype = getattr(
-        torch, report.dtype or dtype_of(recipe, backend, report.target, lambda: source.dtype)
-    )
-    smoothing = load_smoothing(folder)
-    fused = fold_all(
-        fuse(source.checkpoint, source.wiring, rotations, dtype=dtype),
-        smoothing,
-    )
+    destination = Destination(backend, (report.target,))
+    name = report.dtype or destination.common_dtype(recipe.dtype, lambda: source.dtype)
+    dtype = getattr(torch, name)
+    fused = fold_all(source.fuse(rotations, dtype=dtype), smoothing)
+
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
         config=_read_config(folder),
@@ -138,47 +141,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     return config
-
-
-def read_export(folder: Path) -> tuple[Report, Recipe]:
-    """Report and recipe of an exported folder.
-
-    Raises:
-        CheckpointError: one is missing or damaged.
-    """
-    try:
-        return Report.load(folder), load_recipe(folder / RECIPE_FILE)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"'{folder}' is not a complete export ({REPORT_FILE}, {RECIPE_FILE}): {reason}",
-            hint="export the model again",
-        ) from error
-
-
-def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
-    """Names of files that are ``missing`` from the folder or ``changed`` since it was exported."""
-    found = sha256_tree(folder, exclude=(REPORT_FILE,))
-    missing = sorted(report.checksums.keys() - found.keys())
-    changed = sorted(
-        name
-        for name in report.checksums.keys() & found.keys()
-        if report.checksums[name] != found[name]
-    )
-    return {what: names for what, names in (("missing", missing), ("changed", changed)) if names}
-
-
-def check_unchanged(folder: Path, report: Report) -> None:
-    """Refuse a folder that is not what was exported.
-
-    Raises:
-        CheckpointError: naming the files.
-    """
-    problems = [
-        f"{what}: {', '.join(names)}" for what, names in edited_files(folder, report).items()
-    ]
-    if problems:
-        raise CheckpointError(
-            f"'{folder}' is not what was exported ({'; '.join(problems)})",
-            hint="export the model again, or restore the files",
-        )

@@ -41,16 +41,17 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
         console,
         f"size: {summary.size_words(report.layers.bytes_before, report.layers.bytes_after)}",
     )
+
     calibration = report.calibration
     show_line(
         console,
-        f"calibration: {calibration.rows} rows, {calibration.tokens:,} tokens of"
-        f" {calibration.dataset}",
+        f"calibration: {summary.calibration_words(calibration)} of {calibration.dataset}",
     )
     show_rotation_gate(console, report.rotation_gate)
     show_table(console, summary.gate_table(report))
     for line in summary.gate_findings(report):
         show_line(console, line)
+
     show_table(console, summary.rotation_table(report))
     if not report.rotations:
         show_line(console, "rotations: none")
@@ -60,6 +61,7 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     show_table(console, summary.seconds_table(report))
     for warning in report.warnings:
         show_line(console, f"warning: {warning}", "yellow")
+
     verdict = {
         "passed": "parity passed",
         "failed": "PARITY FAILED: do not deploy",
@@ -108,6 +110,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"{summary.source_words(plan.model)}: {plan.model_type}, {plan.parameters:,} parameters, "
         f"{plan.quantized_parameters:,} of them to be quantized",
     )
+
     stages = tuple(
         (stage.name, stage.detail, human_seconds(stage.seconds)) for stage in plan.stages
     )
@@ -115,6 +118,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     show_table(
         console, Table("Plan", ("stage", "what", "time"), (*stages, total), right=frozenset({2}))
     )
+
     show_line(
         console,
         f"weights: {human_bytes(plan.bytes_before)} -> about {human_bytes(plan.bytes_after)}",
@@ -137,16 +141,18 @@ def show_evaluation(console: Console, result: EvalResult) -> None:
     )
 
 
-def show_environment(console: Console, found: Environment) -> None:
+def show_environment(console: Console, environment: Environment) -> None:
     """Print the environment, aligned."""
     settings = {
-        "python": f"{found.python} ({found.executable})",
-        "system": found.system,
-        "cpu": f"{found.cpu}, {found.cores} cores",
-        "memory": "unknown" if found.memory_bytes is None else human_bytes(found.memory_bytes),
-        "cuda": "; ".join(found.cuda_devices) or "none",
-        **{name: version or "not installed" for name, version in found.versions.items()},
-        **found.variables,
+        "python": f"{environment.python} ({environment.executable})",
+        "system": environment.system,
+        "cpu": f"{environment.cpu}, {environment.cores} cores",
+        "memory": "unknown"
+        if environment.memory_bytes is None
+        else human_bytes(environment.memory_bytes),
+        "cuda": "; ".join(environment.cuda_devices) or "none",
+        **{name: version or "not installed" for name, version in environment.versions.items()},
+        **environment.variables,
     }
     show_settings(console, settings)
 

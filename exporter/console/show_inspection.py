@@ -17,50 +17,50 @@ KERNELS_SHOWN = 12
 """Operators in the table unless -v asks for all."""
 
 
-def show_inspection(console: Console, found: Inspection, *, every: bool) -> None:
+def show_inspection(console: Console, inspection: Inspection, *, every: bool) -> None:
     """Print the tables.
 
     Args:
         console: where.
-        found: what to print.
+        inspection: what to print.
         every: all linears and kernels, one by one.
     """
-    where = f" for {found.backend}, target {found.target}," if found.backend else ""
+    where = f" for {inspection.backend}, target {inspection.target}," if inspection.backend else ""
     show_line(
         console,
-        f"{summary.source_words(found.model)}: {found.model_type}, {found.parameters:,} parameters,"
-        f" {found.what}{where} as {found.scheme}, float parts in"
-        f" {found.dtype or 'an unknown dtype'}",
+        f"{summary.source_words(inspection.model)}: {inspection.model_type},"
+        f" {inspection.parameters:,} parameters, {inspection.what}{where} as {inspection.scheme},"
+        f" float parts in {inspection.dtype or 'an unknown dtype'}",
     )
-    show_table(console, _schemes(found))
-    for line in summary.kept_lines(found.kept):
+
+    show_table(console, _schemes(inspection))
+    for line in summary.kept_lines(inspection.kept):
         show_line(console, line)
-    show_line(console, f"KV cache: {found.cache or 'float'}")
-    show_table(console, summary.rotation_table(found))
-    if not found.rotations:
+    show_line(console, f"KV cache: {inspection.cache or 'float'}")
+    show_table(console, summary.rotation_table(inspection))
+    if not inspection.rotations:
         show_line(console, "rotations: none")
     if every:
-        show_table(console, _linears(found))
-    _show_fusion(console, found, None if every else KERNELS_SHOWN)
-    show_table(console, _contents(found))
-    show_line(
-        console,
-        f"total: {summary.size_words(found.bytes_before, found.nbytes)} (float checkpoint -> this)",
-    )
-    _show_state(console, found)
+        show_table(console, _linears(inspection))
+
+    _show_fusion(console, inspection, None if every else KERNELS_SHOWN)
+    show_table(console, _contents(inspection))
+    size = summary.size_words(inspection.bytes_before, inspection.nbytes)
+    show_line(console, f"total: {size} (float checkpoint -> this)")
+    _show_state(console, inspection)
 
 
-def _show_fusion(console: Console, found: Inspection, most: int | None) -> None:
-    if found.fusion_note:
-        show_line(console, f"kernels: unknown: {found.fusion_note}")
+def _show_fusion(console: Console, inspection: Inspection, most: int | None) -> None:
+    if inspection.fusion_note:
+        show_line(console, f"kernels: unknown: {inspection.fusion_note}")
         return
-    known = [linear for linear in found.linears if linear.fused is not None]
+    known = [linear for linear in inspection.linears if linear.fused is not None]
     if known:
         fused = sum(linear.fused is True for linear in known)
         show_line(console, f"{fused} of {len(known)} quantized linears run in integer kernels")
-    for name in found.unfused[:most]:
+    for name in inspection.unfused[:most]:
         show_line(console, f"  dequantized on every run: {name}", "yellow")
-    kernels = sorted(found.kernels.items(), key=lambda item: -item[1])
+    kernels = sorted(inspection.kernels.items(), key=lambda item: -item[1])
     rows = tuple((name, str(count)) for name, count in kernels[:most])
     show_table(
         console,
@@ -68,39 +68,41 @@ def _show_fusion(console: Console, found: Inspection, most: int | None) -> None:
     )
 
 
-def _show_state(console: Console, found: Inspection) -> None:
-    for what, names in found.edited.items():
+def _show_state(console: Console, inspection: Inspection) -> None:
+    for what, names in inspection.edited.items():
         show_line(console, f"{what} since the export: {', '.join(names)}", "bold red")
-    if found.unreadable:
-        show_line(console, f"cannot be read any further: {found.unreadable}", "bold red")
-    if found.what == "exported" and not found.edited:
-        show_line(console, f"checksums: all files are as exported; parity: {found.status}", "green")
+    if inspection.unreadable:
+        show_line(console, f"cannot be read any further: {inspection.unreadable}", "bold red")
+    if inspection.what == "exported" and not inspection.edited:
+        show_line(
+            console, f"checksums: all files are as exported; parity: {inspection.status}", "green"
+        )
 
 
-def _schemes(found: Inspection) -> Table:
-    rows = tuple((words, str(count)) for words, count in found.schemes.items())
+def _schemes(inspection: Inspection) -> Table:
+    rows = tuple((words, str(count)) for words, count in inspection.schemes.items())
     return Table("Quantized linears", ("how", "count"), rows, frozenset({1}))
 
 
-def _linears(found: Inspection) -> Table:
+def _linears(inspection: Inspection) -> Table:
     fused = {True: "integer kernel", False: "dequantized on every run", None: ""}
     rows = tuple(
         (linear.name, linear.scheme, linear.online_rotation or "", fused[linear.fused])
-        for linear in found.linears
+        for linear in inspection.linears
     )
     return Table("Linears", ("linear", "how", "online rotation", "runs as"), rows)
 
 
-def _contents(found: Inspection) -> Table:
+def _contents(inspection: Inspection) -> Table:
     rows = tuple(
         (
             part.kind,
             part.dtype,
             str(part.tensors),
             human_bytes(part.nbytes),
-            f"{part.nbytes / max(1, found.nbytes):.1%}",
+            f"{part.nbytes / max(1, inspection.nbytes):.1%}",
         )
-        for part in found.contents
+        for part in inspection.contents
     )
     return Table(
         "Stored", ("kind", "dtype", "tensors", "size", "share"), rows, frozenset({2, 3, 4})

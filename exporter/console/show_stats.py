@@ -12,7 +12,7 @@ from exporter.reporting import summary
 from exporter.reporting.summary import Table
 
 if TYPE_CHECKING:
-    from exporter.commands.stats import LinearRow, PhaseFigures, StatsReport
+    from exporter.reporting.stats import LinearRow, PhaseFigures, StatsReport
 
 _FIGURES = ("damage", "input error", "weight error", "kurtosis", "outliers")
 """Kurtosis and outliers are those of the input; ``stats.csv`` has all figures."""
@@ -53,14 +53,14 @@ def damage_table(report: StatsReport, rows: list[LinearRow]) -> Table:
     """One row for each linear; every figure before and, where something is rotated, after."""
     rotated = report.rotate != "none"
     clusters = report.clusters
-    how = (
+    measured = (
         f"{report.scheme}, activations by {clusters.clusters} clusters"
         if clusters
         else report.scheme
     )
     header = [title for name in _FIGURES for title in ((name, "after") if rotated else (name,))]
     return Table(
-        f"Damage ({how}): relative squared error of outputs"
+        f"Damage ({measured}): relative squared error of outputs"
         + (", before and after rotation" * rotated),
         ("linear", *header),
         tuple((row.linear, *_cells(row)) for row in rows),

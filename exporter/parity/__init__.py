@@ -1,12 +1,13 @@
 """Does the export still compute the same? Three rungs, each with its own figure and bound.
 
 1. The original float model against the rotated one: relative L2 of logits, at most 1e-5 in float32.
-  The fold is exact.
+   The fold is exact.
 2. The torch fake-quant reference, computed from the artifact alone, against the export *run in its
    runtime*. Each linear on identical inputs: at most 1e-5. End to end, where something is rounded
    to integers on the way, flips amplify, so the bound is twice the floor
    (:mod:`calib.measure.floor`) of the same run; where nothing is, it is 1e-5. A graph in float16 or
-   bfloat16 may lose twice what the same fake-quant loses in torch in that dtype.
+   bfloat16 may lose twice what the same fake-quant loses in torch in that dtype, and so may a
+   default session that was asked and computes in such a dtype of its own accord.
 3. The original float model against the export: KL divergence, top-1 agreement, perplexity. This is
    quality; the scheme says how much it may cost.
 

@@ -7,12 +7,14 @@ held against the last ``n`` positions of what is expected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backends.base import RuntimeModel
+from calib.architectures import wiring_of
 from calib.measure.floor import Difference
 from calib.measure.perplexity import LogitsFunction
 
@@ -22,6 +24,28 @@ PADDED_ROWS = 3
 
 Pass = Callable[[RuntimeModel, LogitsFunction, Sequence[Tensor]], float]
 """Relative L2 of a runtime's logits against the reference's over token rows."""
+
+
+def steady_length(config: Mapping[str, Any]) -> int | None:
+    """Up to how many tokens a model rotates queries and keys by the same frequencies; ``None``:
+    always.
+
+    Beyond that (longrope, dynamic NTK) a text in a longer batch, and one that grew from its cache,
+    are not the same text alone: transformers does not make them so either.
+    """
+    found = wiring_of(config).config
+    parameters = getattr(found, "rope_parameters", None) or {}
+    by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
+    limits = {
+        "longrope": lambda rope: rope["original_max_position_embeddings"],
+        "dynamic": lambda rope: found.max_position_embeddings,
+    }
+    steady = [
+        int(limits[rope["rope_type"]](rope))
+        for rope in by_layer_type or [parameters]
+        if rope.get("rope_type") in limits
+    ]
+    return min(steady, default=None)
 
 
 def prefill(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:
@@ -37,9 +61,9 @@ def decode(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tens
     """A short prefill, then one token at a time from the cache."""
     length = min(_DECODE_PREFIX + DECODE_STEPS, max(row.numel() for row in rows))
     ids = torch.stack([row[:length] for row in rows if row.numel() >= length][:_DECODE_ROWS])
-    found = _stepped(runtime, ids, min(_DECODE_PREFIX, length - 1))
+    stepped = _stepped(runtime, ids, min(_DECODE_PREFIX, length - 1))
     difference = Difference()
-    for row, logits in zip(ids, found, strict=True):
+    for row, logits in zip(ids, stepped, strict=True):
         difference.add(logits, reference(row.unsqueeze(0))[0, -logits.shape[0] :])
     return difference.value
 
@@ -52,16 +76,18 @@ def padded(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tens
         row[: max(2, row.numel() * (index + 1) // PADDED_ROWS)]
         for index, row in enumerate(rows[:PADDED_ROWS])
     ]
+
     longest = max(row.numel() for row in cut)
     ids = torch.stack([nn.functional.pad(row, (longest - row.numel(), 0)) for row in cut])
     mask = torch.stack(
         [nn.functional.pad(torch.ones_like(row), (longest - row.numel(), 0)) for row in cut]
     )
+
     logits, _ = runtime.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     difference = Difference()
-    for row, found in zip(cut, logits, strict=True):
-        real = min(row.numel(), found.shape[0])
-        difference.add(found[-real:], reference(row.unsqueeze(0))[0, -real:])
+    for row, computed in zip(cut, logits, strict=True):
+        real = min(row.numel(), computed.shape[0])
+        difference.add(computed[-real:], reference(row.unsqueeze(0))[0, -real:])
     return difference.value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from calib.measure.perplexity import compare_logits, model_logits
 from exporter.parity.passes import runtime_logits
-from exporter.parity.rows import NO_ORIGINAL, not_run, row
+from exporter.parity.rows import NO_ORIGINAL, not_run, ran, row
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.reporting.report import ParityRow
 
@@ -23,19 +23,21 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
     rows = subject.rows
     if subject.last:
         rows = [ids[:_STEPPED_TOKENS] for ids in rows[:_STEPPED_ROWS]]
+
     window = max(ids.numel() for ids in rows)
     original = model_logits(subject.source.original(subject.device))
-    found = compare_logits(original, runtime_logits(runtime), rows, window=window, stride=window)
+    scores = compare_logits(original, runtime_logits(runtime), rows, window=window, stride=window)
+
     ratio, bound = (
-        found.candidate.value / found.reference.value,
+        scores.candidate.value / scores.reference.value,
         subject.quantized.scheme.max_perplexity_ratio,
     )
     note = (
-        f"{found.reference.value:.4f} -> {found.candidate.value:.4f} on {found.reference.tokens}"
+        f"{scores.reference.value:.4f} -> {scores.candidate.value:.4f} on {scores.reference.tokens}"
         " tokens"
     )
     return [
-        row(3, _NAME, "KL", found.kl, None, runtime=runtime.runtime),
-        row(3, _NAME, "top-1 agreement", found.top1, None, runtime=runtime.runtime),
-        row(3, _NAME, "perplexity ratio", ratio, bound, note, runtime.runtime),
+        row(3, _NAME, "KL", scores.kl, None, **ran(runtime)),
+        row(3, _NAME, "top-1 agreement", scores.top1, None, **ran(runtime)),
+        row(3, _NAME, "perplexity ratio", ratio, bound, note, **ran(runtime)),
     ]

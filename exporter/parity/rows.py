@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypedDict
 
+from backends.base import DescribedModel, RuntimeModel
 from exporter.reporting.report import ParityRow
 
 NO_ORIGINAL = "the original checkpoint is not at hand (-m/--model names it)"
@@ -18,6 +20,7 @@ def row(
     bound: float | None,
     note: str = "",
     runtime: str = "",
+    session: Mapping[str, str] | None = None,
 ) -> ParityRow:
     """A figure, judged where it has a bound. One that is not finite fails it."""
     finite = math.isfinite(measured)
@@ -30,7 +33,21 @@ def row(
         passed=None if bound is None else finite and measured <= bound,
         note=note if finite else "not finite",
         runtime=runtime,
+        session=dict(session or {}),
     )
+
+
+class Ran(TypedDict):
+    """What ran a figure, as :func:`row` takes it."""
+
+    runtime: str
+    session: Mapping[str, str]
+
+
+def ran(runtime: RuntimeModel) -> Ran:
+    """What ``runtime`` says of itself, and of its session where it was asked."""
+    session = runtime.session if isinstance(runtime, DescribedModel) else {}
+    return {"runtime": runtime.runtime, "session": session}
 
 
 def not_run(rung: Literal[1, 2, 3], name: str, metric: str, reason: str) -> ParityRow:

@@ -9,13 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backends.asking import slow_linears
 from backends.base import RuntimeMissing
 from calib.measure.floor import Difference, settled
 from calib.measure.perplexity import LogitsFunction, model_logits
 from calib.measure.reference import ReferenceLinear, build_reference
-from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound
-from exporter.parity.passes import DECODE_STEPS, PADDED_ROWS, Pass, decode, padded, prefill
-from exporter.parity.rows import not_run, row
+from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound, own_precision_bound
+from exporter.parity.passes import (
+    DECODE_STEPS,
+    PADDED_ROWS,
+    Pass,
+    decode,
+    padded,
+    prefill,
+    steady_length,
+)
+from exporter.parity.rows import not_run, ran, row
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.reporting.report import ParityRow
 
@@ -42,9 +51,15 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         ]
     else:
         bound, floors = end_to_end_bound(subject, reference)
-        rows += floors
+        default, own_floors = own_precision_bound(subject, reference, sessions.default, bound)
+        rows += floors + own_floors
         logits = model_logits(reference)
-        rows += [_end_to_end(sessions, logits, subject.rows, bound, *how) for how in _PASSES]
+        steady = steady_length(subject.quantized.config)
+        cut = [ids[:steady] for ids in subject.rows]
+        for name, run, exact in _PASSES:
+            ids = subject.rows if run is prefill else cut
+            limit = bound if exact else default
+            rows.append(_end_to_end(sessions, logits, ids, limit, name, run, exact))
     return rows + _fusion_rows(subject)
 
 
@@ -54,7 +69,7 @@ def _end_to_end(
     rows: Sequence[Tensor],
     bound: float,
     name: str,
-    how: Pass,
+    run: Pass,
     exact: bool,
 ) -> ParityRow:
     """One pass. What the runtime approximates of its own accord is reported with the reason, and
@@ -63,16 +78,9 @@ def _end_to_end(
     runtime = sessions.exact if exact else sessions.default
     if isinstance(runtime, Missing):
         return not_run(2, _named(name), "relative L2", runtime.reason)
-    measured = how(runtime, reference, rows)
-    return row(
-        2,
-        _named(name),
-        "relative L2",
-        measured,
-        None if runtime.note else bound,
-        runtime.note,
-        runtime.runtime,
-    )
+    measured = run(runtime, reference, rows)
+    judged = None if runtime.note else bound
+    return row(2, _named(name), "relative L2", measured, judged, runtime.note, **ran(runtime))
 
 
 def _named(name: str) -> str:
@@ -94,18 +102,21 @@ def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) ->
     probed = sessions.probed
     if isinstance(probed, Missing):
         return [not_run(2, _LINEARS, "relative L2", probed.reason)]
+
     lost = {name: Difference() for name in linears}
     naive = {name: Difference() for name in linears} if subject.short else {}
     flips = 0
     for ids in subject.rows[:_PROBE_ROWS]:
-        found = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
-        for name, (entering, leaving) in found.items():
+        pairs = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
+        for name, (entering, leaving) in pairs.items():
             x = entering.float()
             expected, flipped = settled(linears[name], x, leaving)
             lost[name].add(leaving, expected)
             flips += flipped
             if naive:
                 naive[name].add(_naive(linears[name], x, subject.quantized.dtype), expected)
+
+    # The worst is the one that comes closest to its bound, or is farthest beyond it.
     bounds = {name: NAIVE_FACTOR * naive[name].value if naive else LINEAR_BOUND for name in linears}
     worst = max(linears, key=lambda name: lost[name].value - bounds[name])
     notes = [f"worst: {worst}"]
@@ -137,12 +148,8 @@ def _fusion_rows(subject: Subject) -> list[ParityRow]:
         return [not_run(2, name, metric, error.message)]
     if fusion is None or not fusion.quantized:
         return []
-    schemes = subject.quantized.schemes()
-    warned = {
-        linear
-        for linear, scheme in schemes.items()
-        if subject.backend.warning(scheme, subject.target) is not None
-    }
+
+    warned = slow_linears(subject.backend, subject.target, subject.quantized.schemes())
     unexpected = [linear for linear in fusion.unfused if linear not in warned]
     notes = [f"{fusion.quantized - len(fusion.unfused)} linears fused"]
     if len(unexpected) < len(fusion.unfused):

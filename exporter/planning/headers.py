@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from calib.artifact.side_files import SIDE_FILES, side_files
 from calib.errors import CheckpointError
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 from exporter.recipe import EMBEDDED
@@ -54,6 +55,8 @@ class CheckpointHeaders:
     source: str
     config: dict[str, Any]
     tensors: tuple[TensorHeader, ...]
+    side_files: tuple[str, ...] = ()
+    """Files that every output carries along."""
 
     @property
     def dtype(self) -> str:
@@ -87,7 +90,12 @@ def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
 
 def read_folder(folder: Path, source: str) -> CheckpointHeaders:
     """Describe a local folder whose weights are ``model.safetensors`` or shards with an index."""
-    return CheckpointHeaders(source, _read_json(folder / "config.json"), _tensors(folder, "model"))
+    return CheckpointHeaders(
+        source,
+        _read_json(folder / "config.json"),
+        _tensors(folder, "model"),
+        tuple(side_files(folder)),
+    )
 
 
 def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
@@ -102,6 +110,7 @@ def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
         shards = sorted(set(map(str, weight_map.values())))
     else:
         shards = [f"{stem}.safetensors"]
+
     for shard in shards:
         if not (folder / shard).is_file():
             raise CheckpointError(
@@ -134,6 +143,7 @@ def read_artifact(folder: Path) -> ArtifactHeaders:
     manifest, rotations = (
         _read_json(each, _NO_ARTIFACT, _AGAIN) for each in (path, folder / "rotations.json")
     )
+
     try:
         linears = {
             name: LinearScheme(
@@ -144,7 +154,12 @@ def read_artifact(folder: Path) -> ArtifactHeaders:
         }
         cache = manifest["cache"]
         return ArtifactHeaders(
-            CheckpointHeaders(str(folder), manifest["config"], _tensors(folder, "quantized_model")),
+            CheckpointHeaders(
+                str(folder),
+                manifest["config"],
+                _tensors(folder, "quantized_model"),
+                tuple(side_files(folder)),
+            ),
             linears,
             None if cache is None else tensor_scheme_from_dict(cache["scheme"]),
             tuple(sorted({rotation["kind"] for rotation in rotations["rotations"]})),
@@ -180,6 +195,7 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
         if length > min(_MAX_HEADER, size - 8):
             raise corrupt
         header = file.read(length)
+
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
@@ -195,7 +211,7 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
 def _read_hub(repo: str, revision: str | None) -> CheckpointHeaders:
     # Importing huggingface_hub's client costs a quarter of a second that local folders need not
     # pay.
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, list_repo_files, try_to_load_from_cache
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -209,7 +225,9 @@ def _read_hub(repo: str, revision: str | None) -> CheckpointHeaders:
         if isinstance(cached, str) and _weights_beside(Path(cached).parent):
             return read_folder(Path(cached).parent, repo)
         config = _read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
-        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision))
+        there = list_repo_files(repo, revision=revision)
+        side = tuple(name for name in SIDE_FILES if name in there)
+        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision), side)
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
         # HfHubHTTPError is an OSError too: the hub answered, and said no.
         if isinstance(error, HfHubHTTPError) and error.response is not None:

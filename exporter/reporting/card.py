@@ -209,6 +209,7 @@ def _body(recipe: Recipe, report: Report) -> str:
             _markdown(summary.gate_table(report)),
             "\n".join(f"* {line}" for line in summary.gate_findings(report)),
         ]
+
     calibration = report.calibration
     parts += [
         "## Parity",
@@ -220,7 +221,7 @@ def _body(recipe: Recipe, report: Report) -> str:
         "\n".join(f"* {line}" for line in summary.runtime_lines(report)),
         "## Calibration",
         (
-            f"{calibration.rows} rows, {calibration.tokens:,} tokens of `{calibration.dataset}`"
+            f"{summary.calibration_words(calibration)} of `{calibration.dataset}`"
             f" (SHA-256 of the token ids `{calibration.sha256}`). Source weights:"
             f" `{report.model.fingerprint}`. Limits of activations: `{calibration.observer}`;"
             f" rounding of weights: `{calibration.weights}`; smoothing: `{calibration.smoothing}`."

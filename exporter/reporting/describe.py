@@ -10,16 +10,20 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from backends.asking import warnings_of
 from backends.base import Backend
-from backends.registry import warnings_of
+from backends.cpu import cpu_words
 from calib.artifact import QuantizedModel
-from calib.artifact.files import copy_side_files
+from calib.artifact.side_files import copy_side_files
 from calib.rotations.files import save_rotations
+from calib.rotations.rotate import Rotate
+from calib.rotations.rotation_set import RotationSet
 from calib.schemes import linear_words
 from exporter.output import sha256_tree
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import write_card
 from exporter.reporting.report import (
+    SMOOTHING_FILE,
     CalibrationSummary,
     GateRow,
     KeptLayer,
@@ -28,12 +32,12 @@ from exporter.reporting.report import (
     ParityRow,
     Report,
     RotationGateRow,
+    RotationSummary,
     parity_status,
 )
-from exporter.run.rotations import rotation_summaries
+from exporter.source import Source
 
 CONFIG_FILE = "config.json"
-SMOOTHING_FILE = "smoothing.safetensors"
 _PACKAGES = (
     "rotq",
     "torch",
@@ -67,7 +71,7 @@ def describe(
         backend=backend.name,
         target=target,
         scheme=quantized.scheme.name,
-        rotate=",".join(quantized.rotations.kinds()) or "none",
+        rotate=str(Rotate.of(quantized.rotations.kinds())),
         dtype=str(quantized.dtype).removeprefix("torch."),
         warnings=warnings_of(backend, target, quantized.schemes()),
         model=ModelSummary(
@@ -88,6 +92,9 @@ def describe(
             dataset=origin.recipe["calibration"]["dataset"],
             rows=origin.calibration_rows,
             tokens=origin.calibration_tokens,
+            channels=max(
+                (linear.weight.shape[-1] for linear in quantized.linears.values()), default=None
+            ),
             observer=origin.recipe["activations"]["observer"],
             weights=origin.recipe["weights"]["algorithm"],
             smoothing=origin.recipe["smoothing"],
@@ -99,6 +106,35 @@ def describe(
         parity=parity,
         seconds=seconds,
         versions=package_versions(),
+        cpu=cpu_words() if parity else "",
+    )
+
+
+def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:
+    """The rows of a report."""
+    return [
+        RotationSummary(
+            name=rotation.name,
+            space=(
+                str(rotation.space)
+                if rotation.layer is None
+                else f"{rotation.space}[{rotation.layer}]"
+            ),
+            order=rotation.order or rotation.dense().shape[-1],
+            online=rotation.online,
+            origin=rotation.origin,
+        )
+        for rotation in rotations.values()
+    ]
+
+
+def source_summary(source: Source) -> ModelSummary:
+    """What a report says of the model that a run started from."""
+    return ModelSummary(
+        source=source.name,
+        model_type=source.config.model_type,
+        parameters=source.parameters(),
+        fingerprint=source.fingerprint,
     )
 
 

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_FILE = "report.json"
 ROTATE_REPORT_FILE = "rotation_report.json"
+SMOOTHING_FILE = "smoothing.safetensors"
+"""The scales that smoothing folded into the weights."""
 REPORT_FORMAT_VERSION = 1
 COMPARED_ROWS = 8
 """Rows on which ``rotq rotate`` compares the folder it wrote with the original."""
@@ -78,6 +80,8 @@ class ParityRow(_Frozen):
     """What ran the export, as its backend calls it; empty where torch alone ran, and where nothing
     did.
     """
+    session: dict[str, str] = Field(default_factory=dict)
+    """Settings of the session that ran it, as it reported them; empty where it reports none."""
 
 
 class KeptLayer(_Frozen):
@@ -119,6 +123,9 @@ class CalibrationSummary(_Frozen):
     dataset: str
     rows: int
     tokens: int
+    channels: int | None = None
+    """Input channels of the widest quantized linear; ``None`` where nothing was quantized, and in
+    reports of versions that did not say."""
     observer: str = "min_max"
     """What turned activations into limits."""
     weights: str = "rtn"
@@ -164,6 +171,8 @@ class Report(_Frozen):
     seconds: dict[str, float]
     """Wall-clock seconds by stage."""
     versions: dict[str, str]
+    cpu: str = ""
+    """What the parity check ran on; empty in reports of versions that did not say."""
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder, by relative path."""
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from exporter.recipe import EMBEDDED
 from exporter.reporting.report import (
+    CalibrationSummary,
     ParityRow,
     Report,
     RotateReport,
@@ -71,6 +72,19 @@ def size_words(before: int, after: int) -> str:
             f" ({after / before:.2f} x larger: 'rotq inspect' says what is stored in which dtype)"
         )
     return f"{human_bytes(before)} -> {human_bytes(after)}{ratio}"
+
+
+def calibration_words(calibration: CalibrationSummary) -> str:
+    """How much text the statistics saw: rows, tokens, and tokens for each channel that they are
+    of.
+    """
+    words = f"{calibration.rows} rows, {calibration.tokens:,} tokens"
+    if calibration.channels:
+        words += (
+            f" ({calibration.tokens / calibration.channels:.1f} for each of the"
+            f" {calibration.channels:,} input channels of the widest linear)"
+        )
+    return words
 
 
 def layer_lines(report: Report) -> list[str]:
@@ -227,11 +241,18 @@ def parity_table(report: Report | RotateReport) -> Table:
 
 def runtime_lines(report: Report) -> list[str]:
     """What ran the export, and what could not be run here."""
-    ran = dict.fromkeys(row.runtime for row in report.parity if row.runtime)
+    ran = dict.fromkeys((row.runtime, _session_words(row)) for row in report.parity if row.runtime)
     missing = dict.fromkeys(
         row.note for row in report.parity if row.rung == 2 and row.measured is None
     )
-    return [f"ran in: {name}" for name in ran] + list(missing)
+    where = [f"on: {report.cpu}"] if report.cpu and ran else []
+    return [f"ran in: {runtime}{session}" for runtime, session in ran] + where + list(missing)
+
+
+def _session_words(row: ParityRow) -> str:
+    """What the session that ran ``row`` reported of itself."""
+    settings = ", ".join(f"{name} {value}" for name, value in row.session.items())
+    return f"; {settings}" if settings else ""
 
 
 def verdict(row: ParityRow) -> str:

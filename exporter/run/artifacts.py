@@ -2,68 +2,143 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from calib.artifact import QuantizedModel, load_artifact
 from calib.errors import CheckpointError, RotqError
-from exporter.recipe import recipe_of_artifact
-from exporter.run.workdir import WALK
-from exporter.run.writing import check_writable
+from exporter.recipe import Recipe, recipe_of_artifact
+from exporter.run.calibrated import Calibrated
+from exporter.run.destination import Destination
+from exporter.run.inputs import Inputs, resolve_device
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WALK, WorkDir
+from exporter.source import Source, load_tokenizer, open_source, read_rows
 
 if TYPE_CHECKING:
-    from exporter.commands.export import Run
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def open_artifact(run: Run, folder: Path, *, write: bool) -> QuantizedModel:
-    """The artifact in ``folder``, of ``run``'s ``--from-artifact`` or of its work folder.
+def open_original(
+    recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Source | None:
+    """The original of an artifact, if it is at hand: an artifact may have travelled without it. The
+    parity check then says what it cannot compare.
+    """
+    try:
+        return open_source(recipe, model, tokenizer)
+    except RotqError:
+        return None
 
-    With ``--from-artifact`` the recipe of ``run`` becomes the one that the artifact was made by,
-    but for what is still to be done: a recipe that says otherwise would describe another model.
+
+def open_artifact(
+    folder: Path,
+    recipe: Recipe,
+    source: Source | None,
+    destination: Destination | None,
+    clock: Stopwatch,
+    *,
+    verify: bool,
+) -> Calibrated:
+    """What ``rotq calibrate`` wrote into ``folder``, for ``--from-artifact``.
+
+    The recipe of the run becomes the one that the artifact was made by, but for what is still to be
+    done: a recipe that says otherwise would describe another model.
 
     Args:
-        run: the run.
-        folder: what ``rotq calibrate`` wrote, or a finished step.
-        write: whether a backend will write it, and so must be able to express it.
+        folder: the artifact.
+        recipe: how it is to be written.
+        source: its original, where it is at hand.
+        destination: what must be able to express it, if anything.
+        clock: times the reading.
+        verify: whether it is to be compared with its original.
 
     Raises:
-        CheckpointError: the artifact is damaged, or made from another model than the one it is to
-            be compared with.
-        BackendError: the target cannot express it.
+        CheckpointError: the artifact is damaged, or made from another model than ``source``.
+        BackendError: a target cannot express it.
     """
-    found, options = load_artifact(folder), run.options
-    if write:
-        cache = None if found.cache is None else found.cache.scheme
-        check_writable(run, found.config, found.schemes(), cache, found.rotations.kinds())
-    if options.from_artifact is not None:
-        if write and options.verify:
-            _check_original(run, found, folder)
-        run.recipe = recipe_of_artifact(found.provenance.recipe, run.recipe, folder)
-    else:
-        _check_original(run, found, folder)
-        assert options.work_dir is not None  # the artifact was found in it
-        # A run may have ended between keeping the artifact and removing what it was made in.
-        shutil.rmtree(options.work_dir / WALK, ignore_errors=True)
-    return found
+    quantized = _checked(load_artifact(folder), recipe, destination)
+    if source is not None:
+        hint = "name the original with -m/--model, or give --no-verify"
+        _check_original(source, quantized, folder, hint)
+    recipe = recipe_of_artifact(quantized.provenance.recipe, recipe, folder)
+    return Calibrated(
+        recipe,
+        quantized,
+        resolve_device(recipe.device),
+        source,
+        evaluation=_evaluation_rows(recipe, quantized, clock) if verify else None,
+        travelled=True,
+    )
 
 
-def _check_original(run: Run, artifact: QuantizedModel, folder: Path) -> None:
+def open_finished(
+    folder: Path,
+    inputs: Inputs,
+    destination: Destination | None,
+    work: WorkDir,
+    clock: Stopwatch,
+    *,
+    verify: bool,
+) -> Calibrated:
+    """The quantized model that an interrupted run has finished in ``folder``.
+
+    Args:
+        folder: of the finished step.
+        inputs: the run, with the settings of the interrupted one.
+        destination: what must be able to express it, if anything.
+        work: where the step was kept.
+        clock: times the reading.
+        verify: whether it is to be compared with its original.
+
+    Raises:
+        CheckpointError: the artifact is damaged, or made from another model.
+        BackendError: a target cannot express it.
+    """
+    quantized = _checked(load_artifact(folder), inputs.recipe, destination)
+    _check_original(inputs.source, quantized, folder, "use another --work-dir")
+    # The run may have ended between keeping the artifact and removing what it was made in.
+    work.remove(WALK)
+    return Calibrated(
+        inputs.recipe,
+        quantized,
+        inputs.device,
+        inputs.source,
+        evaluation=_evaluation_rows(inputs.recipe, quantized, clock) if verify else None,
+    )
+
+
+def _checked(
+    quantized: QuantizedModel, recipe: Recipe, destination: Destination | None
+) -> QuantizedModel:
+    """``quantized``, which every target can express."""
+    if destination is not None:
+        cache = None if quantized.cache is None else quantized.cache.scheme
+        schemes, kinds = quantized.schemes(), quantized.rotations.kinds()
+        destination.check(recipe, quantized.config, schemes, cache, kinds)
+        destination.warn(schemes)
+    return quantized
+
+
+def _check_original(source: Source, quantized: QuantizedModel, folder: Path, hint: str) -> None:
     """Refuse an artifact of other weights than those at hand."""
-    travelled = run.options.from_artifact is not None
-    try:
-        fingerprint = run.fingerprint
-    except RotqError:
-        if travelled:
-            return  # without its original; the parity check says what it cannot compare
-        raise
-    if fingerprint != artifact.provenance.fingerprint:
+    if source.fingerprint != quantized.provenance.fingerprint:
         raise CheckpointError(
-            f"'{run.source.name}' is not the model that '{folder}' was made from: the fingerprint"
+            f"'{source.name}' is not the model that '{folder}' was made from: the fingerprint"
             " of its weights differs",
-            hint=(
-                "name the original with -m/--model, or give --no-verify"
-                if travelled
-                else "use another --work-dir"
-            ),
+            hint=hint,
         )
+
+
+def _evaluation_rows(
+    recipe: Recipe, quantized: QuantizedModel, clock: Stopwatch
+) -> Sequence[Tensor]:
+    """Rows by the tokenizer that travels with the artifact."""
+    with clock.stage("data"):
+        files = quantized.files
+        tokenizer = load_tokenizer(next(iter(files.values())).parent if files else Path())
+        return read_rows(recipe, tokenizer, SimpleNamespace(**quantized.config)).evaluation

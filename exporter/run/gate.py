@@ -21,14 +21,13 @@ from calib.measure.reference import build_reference
 from calib.progress import Progress, track
 from exporter.reporting.report import GateRow
 
-CANDIDATES = ("none", "r1,r2", "r1,r2,r4")
-
 
 @dataclass(frozen=True)
 class Candidate:
     """One set of rotations, fused and quantized."""
 
     rotate: str
+    """What the report calls it."""
     fused: FusedModel
     quantized: QuantizedModel
 
@@ -44,15 +43,16 @@ def choose(
     simplest first.
 
     Args:
-        rotates: candidate sets as ``--rotate`` takes them.
+        rotates: candidate sets, by what the report calls them.
         make: fuses and quantizes one of them. Only the best so far is kept in memory.
         original: logits of the float model.
         rows: held-out token rows.
         progress: called after each candidate.
     """
     best: Candidate | None = None
-    found: list[GateRow] = []
+    table: list[GateRow] = []
     window = max(row.numel() for row in rows)
+
     for rotate in track(rotates, "gate", len(rotates), progress):
         candidate = make(rotate)
         reference = model_logits(build_reference(candidate.quantized))
@@ -60,8 +60,9 @@ def choose(
         row = GateRow(
             rotate=rotate, kl=result.kl, top1=result.top1, perplexity=result.candidate.value
         )
-        if best is None or row.kl < min(other.kl for other in found):
+        if best is None or row.kl < min(other.kl for other in table):
             best = candidate
-        found.append(row)
+        table.append(row)
+
     assert best is not None  # there is at least one candidate
-    return best, [row.model_copy(update={"chosen": row.rotate == best.rotate}) for row in found]
+    return best, [row.model_copy(update={"chosen": row.rotate == best.rotate}) for row in table]

@@ -1,5 +1,4 @@
-"""Layer-wise runs: what a recipe's ``layerwise`` section means, and the walk that produces the
-artifact.
+"""Layer-wise runs: the walk that quantizes block by block.
 
 Nothing that needs the whole model is done: rotations are Hadamard matrices or come from files, and
 no sets of them are compared.
@@ -8,76 +7,74 @@ no sets of them are compared.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from calib.errors import RecipeError
-from exporter.recipe import Recipe, parse_size
+from calib.artifact import QuantizedModel
+from calib.data.batches import length_batches
+from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
+from calib.rotations.rotate import Rotate
+from calib.rotations.rotation_set import RotationSet, check_offered, hadamard_rotations
+from calib.smoothing.methods import smoothing_named
+from exporter.recipe import parse_size
+from exporter.run.calibrating import Calibrating
+from exporter.run.inputs import Inputs
+from exporter.run.options import RunOptions
+from exporter.run.stopwatch import Stopwatch
 
-if TYPE_CHECKING:
-    from calib.artifact import QuantizedModel
-    from exporter.commands.export import Run
 
-
-def check_layerwise(recipe: Recipe) -> None:
-    """Refuse what layer-wise mode cannot do, before anything is read.
+def layerwise_rotations(inputs: Inputs, imported: RotationSet) -> RotationSet:
+    """The rotations that the recipe names: those of ``imported``, and Hadamard matrices.
 
     Raises:
-        RecipeError: with the key and the reason.
+        RotationError: the architecture refuses one.
     """
-    settings = recipe.layerwise
-    if not settings.enabled:
-        if settings.asym:
-            raise RecipeError(
-                "recipe key 'layerwise.asym' has no effect",
-                hint="add --layerwise, or leave --asym out",
-            )
-        return
-    if recipe.rotate == "auto":
-        raise RecipeError(
-            "layer-wise mode cannot compare sets of rotations, which takes the whole model",
-            hint=(
-                "name them: --rotate none, or --rotate r1,r2,r4 for Hadamard matrices or those of"
-                " --rotations"
-            ),
-        )
+    source, kinds = inputs.source, inputs.recipe.rotate.certain
+    check_offered(kinds, source.wiring)
+    missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
+    own = hadamard_rotations(source.wiring, missing, seed=inputs.recipe.seed)
+    return own.merged(imported.of(kinds).values())
 
 
-def quantize_layerwise(run: Run, work: Path, folder: Path) -> QuantizedModel:
+def quantize_layerwise(
+    calibrating: Calibrating,
+    rotations: RotationSet,
+    options: RunOptions,
+    clock: Stopwatch,
+    work: Path,
+    folder: Path,
+) -> QuantizedModel:
     """Quantize block by block into ``folder``.
 
     Args:
-        run: the run; its model is read by memory map.
+        calibrating: what is done, to a model that is read by memory map.
+        rotations: all of them.
+        options: whether the walk is resumed, and whether it can be.
+        clock: times the walk.
         work: folder for shards and hidden states, on the same disk as ``folder``.
         folder: empty folder for the saved model.
     """
-    from calib.data.batches import length_batches
-    from calib.layerwise.calibrator import quantize_blockwise
-    from calib.rotations.rotation_set import hadamard_rotations
-    from calib.smoothing.methods import smoothing_named
-    from exporter.run.rotations import kinds_of
+    inputs = calibrating.inputs
+    recipe, settings = inputs.recipe, inputs.recipe.layerwise
+    fused = inputs.fuse(rotations, clock, lazy=True)
 
-    recipe, settings = run.recipe, run.recipe.layerwise
-    kinds = kinds_of(recipe.rotate)
-    wanted = [kind for kind in kinds if kind not in run.given.kinds()]
-    made = hadamard_rotations(run.source.wiring, wanted, seed=recipe.seed)  # type: ignore[arg-type]
-    fused = run.fuse(made.merged(run.given.of(kinds).values()), lazy=True)
-    with run.stage("calibrate"):
+    with clock.stage("calibrate"):
         return quantize_blockwise(
             fused,
-            run.quantization,
-            length_batches(run.rows.train, recipe.calibration.batch_size),
-            run.provenance(),
+            calibrating.quantization,
+            length_batches(calibrating.rows.train, recipe.calibration.batch_size),
+            calibrating.provenance,
             work,
             folder,
             smoothing=smoothing_named(recipe.smoothing),
-            files=run.source.files,
-            device=run.device,
-            asym=settings.asym,
-            w_quant=settings.quantize_weights,
-            a_quant=settings.quantize_activations,
-            max_memory=parse_size(settings.max_memory),
-            resume=run.options.resume,
-            resumable=run.options.work_dir is not None,
-            settings={"model": run.fingerprint},
-            progress=run.progress,
+            files=inputs.source.files,
+            walk=WalkSettings(
+                device=inputs.device,
+                asym=settings.asym,
+                w_quant=settings.quantize_weights,
+                a_quant=settings.quantize_activations,
+                max_memory=parse_size(settings.max_memory),
+                resume=options.resume,
+                resumable=options.work_dir is not None,
+                depends_on={"model": inputs.source.fingerprint},
+            ),
+            progress=clock.progress,
         )

@@ -1,55 +1,88 @@
-"""What a recipe says of quantization, as the settings that :mod:`calib` takes. Imports no torch."""
+"""What a recipe says of capture and quantization, as the settings that :mod:`calib` takes.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from calib.architectures import Wiring
+from calib.capture.sites import CaptureConfig
 from calib.errors import QuantizationError, RecipeError
 from calib.quantizing.plan import Quantization, customised, resolve
 from calib.schemes import FLOAT, Scheme, scheme_named
 from calib.smoothing.methods import smoothing_named
 from calib.weights.algorithms import algorithm_named
 from exporter.recipe import Recipe
-from exporter.run.layerwise import check_layerwise
 
 if TYPE_CHECKING:
-    pass
+    from calib.architectures import Wiring
 
 logger = logging.getLogger(__name__)
 
 
 def customised_scheme(recipe: Recipe) -> Scheme:
-    """The recipe's scheme with its finer controls.
+    """The recipe's scheme with its finer controls; the same object for the same recipe.
 
     Raises:
         QuantizationError: there is no such scheme, or it does not have a control.
     """
-    return customised(
-        scheme_named(recipe.scheme),
-        block_size=recipe.weights.block_size,
-        weight_symmetric=recipe.weights.symmetric,
-        activation_symmetric=recipe.activations.symmetric,
-        activation_granularity=recipe.activations.granularity,
+    return _customised(
+        recipe.scheme,
+        recipe.weights.block_size,
+        recipe.weights.symmetric,
+        recipe.activations.symmetric,
+        recipe.activations.granularity,
     )
 
 
-def quantization_of(recipe: Recipe, wiring: Wiring) -> Quantization:
+@lru_cache(maxsize=8)
+def _customised(
+    name: str,
+    block_size: int | None,
+    weight_symmetric: bool | None,
+    activation_symmetric: bool | None,
+    activation_granularity: str | None,
+) -> Scheme:
+    # Cached, because the command line asks before torch is imported, and the run after it.
+    return customised(
+        scheme_named(name),
+        block_size=block_size,
+        weight_symmetric=weight_symmetric,
+        activation_symmetric=activation_symmetric,
+        activation_granularity=activation_granularity,
+    )
+
+
+def quantization_of(recipe: Recipe, scheme: Scheme, wiring: Wiring) -> Quantization:
     """What the recipe does to every linear of one model.
+
+    Args:
+        recipe: overrides, observer, weight algorithm and cache.
+        scheme: the recipe's, of :func:`customised_scheme`.
+        wiring: that of the model.
 
     Raises:
         QuantizationError: as :func:`calib.quantizing.plan.resolve`.
     """
     return resolve(
-        customised_scheme(recipe),
+        scheme,
         wiring,
         overrides=recipe.overrides,
         observer=recipe.activations.observer,
         weights=recipe.weights.algorithm,
         kv=recipe.kv,
+    )
+
+
+def capture_config(recipe: Recipe) -> CaptureConfig:
+    """How much of the activations a recipe keeps."""
+    settings = recipe.rotation
+    return CaptureConfig(
+        settings.r1_tokens, settings.r2_tokens, settings.massive_fraction, seed=recipe.seed
     )
 
 
@@ -74,6 +107,30 @@ def check_names(recipe: Recipe) -> None:
     check_layerwise(recipe)
     for pattern, name in recipe.overrides.items():
         _checked(f"overrides.{pattern}", partial(scheme_named, name))
+
+
+def check_layerwise(recipe: Recipe) -> None:
+    """Refuse what layer-wise mode cannot do, before anything is read.
+
+    Raises:
+        RecipeError: with the key and the reason.
+    """
+    settings = recipe.layerwise
+    if not settings.enabled:
+        if settings.asym:
+            raise RecipeError(
+                "recipe key 'layerwise.asym' has no effect",
+                hint="add --layerwise, or leave --asym out",
+            )
+        return
+    if recipe.rotate.auto:
+        raise RecipeError(
+            "layer-wise mode cannot compare sets of rotations, which takes the whole model",
+            hint=(
+                "name them: --rotate none, or --rotate r1,r2,r4 for Hadamard matrices or those of"
+                " --rotations"
+            ),
+        )
 
 
 def warn_of_slow_choices(recipe: Recipe) -> None:

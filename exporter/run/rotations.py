@@ -1,116 +1,39 @@
-"""Which rotations a recipe asks for, and where they come from: files, training, or a Hadamard
-matrix.
-"""
+"""Where the rotations of a run come from: files, training, or a Hadamard matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
+from torch import Tensor
 
+from calib.architectures import Kind
 from calib.capture.storage import Capture
 from calib.errors import RotationError
 from calib.fusing import FusedModel
-from calib.progress import Progress
 from calib.rotations.foreign import import_rotations
-from calib.rotations.from_capture import (
-    TrainedRotations,
-    check_offered,
-    online_rotations,
-    ordered_kinds,
-    train_rotations,
-)
+from calib.rotations.from_capture import TrainedRotations, train_rotations
 from calib.rotations.objectives import ActivationScheme
 from calib.rotations.readers import residual_rows, value_rows
-from calib.rotations.rotation_set import RotationSet, hadamard_rotations
+from calib.rotations.rotate import GateSet, Rotate, gate_sets, trainable, union
+from calib.rotations.rotation_set import (
+    RotationSet,
+    check_offered,
+    hadamard_rotations,
+    online_rotations,
+)
 from calib.rotations.selection import Judge, integer_quantizer, judge_for
-from calib.rotations.train import TrainConfig
-from calib.schemes import FLOAT, Scheme
+from calib.rotations.train_config import TrainConfig
+from calib.schemes import Scheme
 from exporter.recipe import Recipe, Training
-from exporter.reporting.report import RotationSummary
-from exporter.run.gate import CANDIDATES
-from exporter.run.quantizing import customised_scheme
+from exporter.run.capturing import captured
+from exporter.run.inputs import Inputs
+from exporter.run.options import RunOptions
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WorkDir
 from exporter.source import Source
 
 
-def kinds_of(rotate: str) -> list[str]:
-    """The kinds in what ``--rotate`` takes, but for ``auto``."""
-    return [] if rotate == "none" else rotate.split(",")
-
-
-def candidate_sets(
-    recipe: Recipe, source: Source, given: RotationSet, refused: Collection[str] = ()
-) -> list[str]:
-    """What ``--rotate auto`` compares on this architecture; else the one set that was asked for.
-
-    Where nothing is quantized there is nothing to compare: rotations leave what a float model
-    computes as it is.
-
-    Args:
-        recipe: names the set, or ``auto``.
-        source: the float model.
-        given: rotations from files.
-        refused: kinds that a target cannot express.
-
-    Raises:
-        RotationError: ``given`` holds a rotation that no candidate has.
-    """
-    sets = [recipe.rotate]
-    if recipe.rotate == "auto" and recipe.scheme == FLOAT:
-        sets = ["none"]
-    elif recipe.rotate == "auto":
-        offered = [
-            [
-                kind
-                for kind in kinds_of(rotate)
-                if kind not in refused and source.wiring.refusal(kind) is None
-            ]
-            for rotate in CANDIDATES
-        ]
-        sets = list(dict.fromkeys(map(ordered_kinds, offered)))
-    unused = set(given.kinds()) - {kind for rotate in sets for kind in kinds_of(rotate)}
-    if unused:
-        kinds = ordered_kinds({*unused, *given.kinds()})
-        raise RotationError(
-            f"the given files hold {', '.join(kind.upper() for kind in sorted(unused))}, which"
-            f" --rotate {recipe.rotate} leaves out",
-            hint=f"give --rotate {kinds}, or other files to --rotations",
-        )
-    return sets
-
-
-def gate_sets(
-    candidates: Sequence[str],
-    recipe: Recipe,
-    source: Source,
-    given: RotationSet,
-    trained: RotationSet,
-) -> dict[str, RotationSet]:
-    """The sets that the whole model decides between, the simplest first, by what the report calls
-    them.
-
-    Beside those of :func:`candidate_sets` there is the largest one with random Hadamard matrices in
-    place of what was trained: the error that training lowers is that of one linear, and what the
-    network makes of it may differ.
-
-    Args:
-        candidates: of :func:`candidate_sets`.
-        recipe: its scheme and seed count.
-        source: the float model.
-        given: rotations from files.
-        trained: rotations of all kinds that a set has.
-    """
-    sets = {rotate: trained.of(kinds_of(rotate)) for rotate in candidates}
-    largest = list(sets)[-1]
-    replaced = trainable(kinds_of(largest), given, recipe.scheme)
-    if len(sets) > 1 and replaced:
-        plain = hadamard_rotations(source.wiring, replaced, seed=recipe.seed)  # type: ignore[arg-type]
-        rest = [kind for kind in kinds_of(largest) if kind not in replaced]
-        sets[f"{largest}, Hadamard"] = plain.merged(trained.of(rest).values())
-    return sets
-
-
-def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
+def imported_rotations(recipe: Recipe, source: Source) -> RotationSet:
     """The rotations in the recipe's files, checked against the model.
 
     Raises:
@@ -122,73 +45,95 @@ def given_rotations(recipe: Recipe, source: Source) -> RotationSet:
     return import_rotations(recipe.rotation.files, source.wiring)
 
 
-def trainable(kinds: Collection[str], given: RotationSet, scheme: str) -> list[str]:
-    """Those of ``kinds`` that have to be trained for ``scheme``; for ``float`` none, as nothing
-    says what is better.
+def candidate_sets(
+    inputs: Inputs, imported: RotationSet, refused: Collection[str] = ()
+) -> tuple[Rotate, ...]:
+    """What ``--rotate auto`` compares on this model; else the one set that was asked for.
+
+    Args:
+        inputs: the model, and what is asked for.
+        imported: rotations from files.
+        refused: kinds that a target cannot express.
+
+    Raises:
+        RotationError: ``imported`` holds a rotation that no candidate has.
     """
-    return [] if scheme == FLOAT else _not_given(kinds, given)
+    offered = [kind for kind in inputs.offered if kind not in refused]
+    rotate = inputs.recipe.rotate
+    sets = rotate.sets(offered, quantizes=inputs.quantizes)
+
+    unused = Rotate.of(set(imported.kinds()) - set(union(sets))).certain
+    if unused:
+        raise RotationError(
+            f"the given files hold {', '.join(kind.upper() for kind in unused)}, which"
+            f" --rotate {rotate} leaves out",
+            hint=f"give --rotate {Rotate.of(imported.kinds())}, or other files to --rotations",
+        )
+    return sets
 
 
-def _not_given(kinds: Collection[str], given: RotationSet) -> list[str]:
-    return sorted({"r1", "r2"} & set(kinds) - set(given.kinds()))
+def gate_rotations(
+    sets: Sequence[Rotate], inputs: Inputs, imported: RotationSet, trained: RotationSet
+) -> dict[GateSet, RotationSet]:
+    """The rotations of every set that the whole model decides between, the simplest first.
+
+    Args:
+        sets: of :func:`candidate_sets`.
+        inputs: the model, and the seed of random matrices.
+        imported: rotations from files.
+        trained: rotations of all kinds that a set has.
+    """
+    rotations = {}
+    for candidate in gate_sets(sets, imported.kinds()):
+        rest = set(candidate.rotate.certain) - set(candidate.plain)
+        plain = _hadamards(candidate.plain, inputs)
+        rotations[candidate] = plain.merged(trained.of(rest).values())
+    return rotations
 
 
-def rotations_of(
+def trained_rotations(
     kinds: Collection[str],
-    recipe: Recipe,
-    source: Source,
-    given: RotationSet,
-    statistics: Capture | None,
-    folded: FusedModel | None,
-    *,
-    device: torch.device,
-    progress: Progress,
+    inputs: Inputs,
+    imported: RotationSet,
+    rows: Sequence[Tensor],
+    options: RunOptions,
+    work: WorkDir,
+    clock: Stopwatch,
 ) -> TrainedRotations:
-    """Rotations of the wanted ``kinds``: those of ``given``, trained ones, and Hadamard matrices
-    for R3 and R4.
+    """Rotations of these ``kinds``: those of ``imported``, trained ones, each behind its gate, and
+    Hadamard matrices for R3 and R4.
 
-    For the scheme ``float`` R1 and R2 are Hadamard matrices too.
+    For the scheme ``float`` R1 and R2 are Hadamard matrices too: nothing says what is better.
 
     Args:
         kinds: which of r1, r2, r3, r4.
-        recipe: how to train.
-        source: the float model.
-        given: rotations from files.
-        statistics: what to train on; needed where something is :func:`trainable`.
-        folded: the norm-folded model, whose weights the gate looks at too; needed for weight-only
-            schemes.
-        device: where training runs.
-        progress: called after every step.
+        inputs: the model, and how to train.
+        imported: rotations from files.
+        rows: calibration rows ``[tokens]``, on which statistics are captured where something is
+            trained.
+        options: may name statistics to use again.
+        work: may hold them, and keeps them.
+        clock: times the stages.
 
     Raises:
         RotationError: a kind is refused, or the samples cannot be trained on.
     """
-    check_offered(kinds, source.wiring)
-    wanted = set(kinds) - set(given.kinds())
-    made = TrainedRotations(RotationSet(online_rotations(source.wiring, wanted)))
-    if recipe.scheme == FLOAT:
-        plain = hadamard_rotations(
-            source.wiring,
-            _not_given(kinds, given),  # type: ignore[arg-type]
-            seed=recipe.seed,
-        )
-        made = TrainedRotations(made.rotations.merged(plain.values()))
-    if statistics is not None:
-        settings, scheme = recipe.rotation, customised_scheme(recipe)
-        judge = judge_of(scheme, folded) if settings.select else None
-        quantizer = activation_scheme(scheme) if judge is None else judge.quantizer
-        made = train_rotations(
-            statistics,
-            source.wiring,
-            wanted,
-            r1=_training(settings.r1, quantizer, recipe.seed),
-            r2=_training(settings.r2, quantizer, recipe.seed),
-            held_out=settings.held_out,
-            judge=judge,
-            device=device,
-            progress=progress,
-        )
-    return TrainedRotations(made.rotations.merged(given.of(kinds).values()), made.table)
+    source = inputs.source
+    statistics = folded = None
+    if inputs.quantizes and trainable(kinds, imported.kinds()):
+        statistics = captured(inputs, rows, options, work, clock)
+        folded = inputs.fuse(RotationSet(), clock, lazy=True)
+
+    with clock.stage("train"):
+        check_offered(kinds, source.wiring)
+        missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
+        if statistics is not None:
+            own = _trained(missing, inputs, statistics, folded, clock)
+        else:
+            online = online_rotations(source.wiring, missing)
+            plain = () if inputs.quantizes else trainable(missing)
+            own = TrainedRotations(RotationSet(online).merged(_hadamards(plain, inputs).values()))
+        return TrainedRotations(own.rotations.merged(imported.of(kinds).values()), own.table)
 
 
 def activation_scheme(scheme: Scheme) -> ActivationScheme | None:
@@ -210,29 +155,39 @@ def judge_of(scheme: Scheme, folded: FusedModel | None) -> Judge:
     """
     if folded is None:
         return judge_for(scheme)
-    found = {
+    rows = {
         "r1": residual_rows(folded.state, folded.wiring),
         "r2": value_rows(folded.state, folded.wiring),
     }
-    return judge_for(scheme, {name: rows for name, rows in found.items() if rows is not None})
+    return judge_for(scheme, {name: own for name, own in rows.items() if own is not None})
 
 
-def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:
-    """The rows of a report."""
-    return [
-        RotationSummary(
-            name=rotation.name,
-            space=(
-                str(rotation.space)
-                if rotation.layer is None
-                else f"{rotation.space}[{rotation.layer}]"
-            ),
-            order=rotation.order or rotation.dense().shape[-1],
-            online=rotation.online,
-            origin=rotation.origin,
-        )
-        for rotation in rotations.values()
-    ]
+def _trained(
+    kinds: Collection[str],
+    inputs: Inputs,
+    statistics: Capture,
+    folded: FusedModel | None,
+    clock: Stopwatch,
+) -> TrainedRotations:
+    settings, seed = inputs.recipe.rotation, inputs.recipe.seed
+    judge = judge_of(inputs.scheme, folded) if settings.select else None
+    quantizer = activation_scheme(inputs.scheme) if judge is None else judge.quantizer
+    return train_rotations(
+        statistics,
+        inputs.source.wiring,
+        kinds,
+        r1=_training(settings.r1, quantizer, seed),
+        r2=_training(settings.r2, quantizer, seed),
+        held_out=settings.held_out,
+        judge=judge,
+        device=inputs.device,
+        progress=clock.progress,
+    )
+
+
+def _hadamards(kinds: Sequence[Kind], inputs: Inputs) -> RotationSet:
+    source = inputs.source
+    return hadamard_rotations(source.wiring, kinds, seed=inputs.recipe.seed)
 
 
 def _training(settings: Training, quantizer: ActivationScheme | None, seed: int) -> TrainConfig:

@@ -6,27 +6,21 @@ name: mixing steps of two recipes would give a model that neither describes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from calib.errors import OutputError
 from exporter.output import atomic_folder
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
+from exporter.run.inputs import Inputs
+from exporter.run.options import RunOptions
 
 CAPTURE, ARTIFACT, WALK = "capture", "artifact", "layerwise"
-_FREE = (
-    "backend",
-    "target",
-    "logits",
-    "kv_buffer",
-    "max_shard_size",
-    "evaluation",
-    "layerwise.max_memory",
-)
-"""Settings, and sections of them, that no kept step depends on."""
 
 
 class WorkDir:
@@ -37,6 +31,13 @@ class WorkDir:
             from that run's.
     """
 
+    @classmethod
+    def of(cls, options: RunOptions, inputs: Inputs) -> WorkDir:
+        """That of a run. What is kept was rounded to its dtype, whichever target decided it."""
+        name = str(inputs.dtype).removeprefix("torch.")
+        recipe = inputs.recipe.model_copy(update={"dtype": name})
+        return cls(options.work_dir, recipe, resume=options.resume)
+
     def __init__(self, folder: Path | None, recipe: Recipe, *, resume: bool) -> None:
         self.folder = folder
         if folder is None:
@@ -45,6 +46,7 @@ class WorkDir:
                     "--resume needs the folder to resume from", hint="give --work-dir DIR as well"
                 )
             return
+
         kept = folder / RECIPE_FILE
         if kept.is_file():
             if not resume:
@@ -54,6 +56,7 @@ class WorkDir:
                 )
             _check_same(load_recipe(kept), recipe, folder)
             return
+
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(recipe.to_yaml(), encoding="utf-8")
 
@@ -72,35 +75,55 @@ class WorkDir:
         path.mkdir(exist_ok=True)
         return path
 
-    def keep(self, step: str, save: Any) -> None:
+    def remove(self, step: str) -> None:
+        """Forget a step, if it is there."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / step, ignore_errors=True)
+
+    def keep(self, step: str, save: Callable[[Path], object]) -> None:
         """Keep a step: ``save(folder)`` writes it, and it appears whole or not at all."""
         if self.folder is not None:
             with atomic_folder(self.folder / step) as partial:
                 save(partial)
 
 
-def _check_same(kept: Recipe, wanted: Recipe, folder: Path) -> None:
-    before, now = (
-        dict(_flatten(kept.model_dump(mode="json"))),
-        dict(_flatten(wanted.model_dump(mode="json"))),
+def _check_same(kept: Recipe, recipe: Recipe, folder: Path) -> None:
+    before, now = (dict(_settings(each, each.model_dump(mode="json"))) for each in (kept, recipe))
+    changed = [
+        key
+        for key, value in before.items()
+        if value != now[key] and Recipe.scope(key).fixed_by_work_dir
+    ]
+    if not changed:
+        return
+
+    key = changed[0]
+    more = f" (and {len(changed) - 1} more: {', '.join(changed[1:])})" if len(changed) > 1 else ""
+    raise OutputError(
+        f"cannot resume in '{folder}': {key} was {before[key]} and is now {now[key]}{more}",
+        hint="resume with the settings it was started with, or start in another --work-dir",
     )
-    free = tuple(f"{key}." for key in _FREE)
-    changed = [key for key in before if not f"{key}.".startswith(free) and before[key] != now[key]]
-    if changed:
-        key = changed[0]
-        more = (
-            f" (and {len(changed) - 1} more: {', '.join(changed[1:])})" if len(changed) > 1 else ""
-        )
-        raise OutputError(
-            f"cannot resume in '{folder}': {key} was {yaml.safe_dump(before[key]).splitlines()[0]}"
-            f" and is now {yaml.safe_dump(now[key]).splitlines()[0]}{more}",
-            hint="resume with the settings it was started with, or start in another --work-dir",
-        )
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+def _settings(
+    section: BaseModel, values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Every setting by its dotted key, as text. A mapping is one setting: one pattern more in
+    ``overrides``, or two in another order, is another value of ``overrides``.
+
+    Args:
+        section: the recipe, or a section of it.
+        values: its content as in a file.
+        prefix: of its keys.
+    """
+    for name, field in section:
+        if isinstance(field, BaseModel):
+            yield from _settings(field, values[name], f"{prefix}{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{name}", _on_a_line(values[name])
+
+
+def _on_a_line(value: Any) -> str:
+    """A value as a recipe writes it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=2**31)
+    return text.splitlines()[0]

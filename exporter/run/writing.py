@@ -2,145 +2,91 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from backends.base import WriteOptions
-from backends.registry import (
-    check_expressible,
-    check_kv_buffer,
-    check_logits,
-    check_model,
-    check_rotations,
-    warnings_of,
-)
-from calib.artifact import QuantizedModel, cast_model
-from calib.errors import RotqError
-from calib.fusing import FusedModel
-from calib.schemes import LinearScheme, TensorScheme
-from calib.smoothing.smooth import fold_all
+from calib.artifact import cast_model
 from exporter.parity import Subject, check_parity
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import describe, finish, write_side_files
 from exporter.reporting.report import ParityRow, Report
-from exporter.run.dtypes import dtype_of
-from exporter.source import Source
-
-if TYPE_CHECKING:
-    from exporter.commands.export import Run
-
-logger = logging.getLogger(__name__)
+from exporter.run.calibrated import Calibrated
+from exporter.run.destination import Destination
+from exporter.run.stopwatch import Stopwatch
 
 
-def check_writable(
-    run: Run,
-    config: Mapping[str, Any],
-    linears: Mapping[str, LinearScheme],
-    cache: TensorScheme | None,
-    rotations: Collection[str],
-) -> None:
-    """Refuse what a target of ``run`` cannot express, and warn of what it runs slowly, before the
-    long job.
+def write_targets(
+    calibrated: Calibrated, destination: Destination, folder: Path, clock: Stopwatch
+) -> dict[str, Report]:
+    """Write for every target: the only one into ``folder``, each of several into a folder of its
+    name.
 
     Args:
-        run: names backend and targets.
-        config: Hugging Face config of the model.
-        linears: how each linear is quantized.
-        cache: how the KV cache is, if it is.
-        rotations: kinds of rotations that it has for certain.
-
-    Raises:
-        BackendError: with the reason.
+        calibrated: the model, and what to compare it with.
+        destination: backend and targets.
+        folder: an empty one.
+        clock: what was done before is in the report of every target.
     """
-    for target in run.targets:
-        check_expressible(run.backend, target, linears, cache)
-        check_model(run.backend, target, config, linears)
-        check_rotations(run.backend, target, rotations)
-        check_logits(run.backend, target, run.recipe.logits)
-        check_kv_buffer(run.backend, target, run.recipe.kv_buffer)
-        for warning in warnings_of(run.backend, target, linears):
-            logger.warning("target '%s': %s", target, warning)
+    recipe = calibrated.recipe
+    if len(destination.targets) == 1:
+        (target,) = destination.targets
+        return {target: _write(calibrated, recipe, destination, target, folder, clock)}
 
-
-def write_targets(run: Run, quantized: QuantizedModel, folder: Path) -> dict[str, Report]:
-    """Write for every target of ``run``: the only one into ``folder``, each of several into a
-    folder of its name.
-    """
-    if len(run.targets) == 1:
-        return {run.targets[0]: _write(run, run.recipe, quantized, run.targets[0], folder)}
-    (folder / RECIPE_FILE).write_text(run.recipe.to_yaml(), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     reports = {}
-    before = dict(run.seconds)
-    for target in run.targets:
-        run.seconds = dict(before)
-        (folder / target).mkdir()
-        recipe = run.recipe.model_copy(update={"target": target})
-        reports[target] = _write(run, recipe, quantized, target, folder / target)
+    for target in destination.targets:
+        inner = folder / target
+        inner.mkdir()
+        own = recipe.model_copy(update={"target": target})
+        reports[target] = _write(calibrated, own, destination, target, inner, clock.copy())
     return reports
 
 
 def _write(
-    run: Run, recipe: Recipe, quantized: QuantizedModel, target: str, folder: Path
+    calibrated: Calibrated,
+    recipe: Recipe,
+    destination: Destination,
+    target: str,
+    folder: Path,
+    clock: Stopwatch,
 ) -> Report:
     """Write, check and describe one output folder."""
-    name = dtype_of(
-        recipe, run.backend, target, lambda: str(quantized.dtype).removeprefix("torch.")
-    )
-    quantized = cast_model(quantized, getattr(torch, name))
-    recipe = (
-        recipe.model_copy(update={"dtype": name})
-        if run.backend.compute_dtype(target) is None
-        else recipe
-    )
-    with run.stage("write"):
+    backend, stored = destination.backend, str(calibrated.quantized.dtype).removeprefix("torch.")
+    name = destination.dtype(target, recipe.dtype, lambda: stored)
+    quantized = cast_model(calibrated.quantized, getattr(torch, name))
+    if backend.compute_dtype(target) is None:
+        # Whoever repeats the run from the model has to be told what the artifact was in.
+        recipe = recipe.model_copy(update={"dtype": name})
+
+    with clock.stage("write"):
         options = WriteOptions(
             target,
             logits=recipe.logits,
             kv_buffer=recipe.kv_buffer,
             max_shard_bytes=recipe.max_shard_bytes,
-            progress=run.progress,
+            progress=clock.progress,
         )
-        run.backend.write(quantized, folder, options)
+        backend.write(quantized, folder, options)
         write_side_files(quantized, recipe, folder)
+
     parity: list[ParityRow] = []
-    if run.options.verify:
-        with run.stage("parity"):
-            parity = check_parity(_subject(run, quantized, target, folder), run.progress)
-    report = describe(quantized, parity, folder, run.backend, target, run.seconds)
-    return finish(report, recipe, folder)
-
-
-def _subject(run: Run, quantized: QuantizedModel, target: str, folder: Path) -> Subject:
-    source, fused = _original(run, quantized)
-    return Subject(
-        quantized,
-        run.backend,
-        target,
-        folder,
-        run.rows.evaluation,
-        source=source,
-        fused=fused,
-        device=run.device,
-        last=run.recipe.logits == "last",
-    )
-
-
-def _original(run: Run, quantized: QuantizedModel) -> tuple[Source | None, FusedModel | None]:
-    """The float model before and after rotation, where it is at hand: an artifact may have
-    travelled without it.
-    """
-    try:
-        fused = run.fused
-        if fused is None or fused.dtype != quantized.dtype:
-            fused = fold_all(
-                run.fuse(quantized.rotations, dtype=quantized.dtype), quantized.smoothing
+    if calibrated.evaluation is not None:
+        with clock.stage("parity"):
+            source, fused = calibrated.floats(quantized.dtype, clock)
+            subject = Subject(
+                quantized,
+                backend,
+                target,
+                folder,
+                calibrated.evaluation,
+                source=source,
+                fused=fused,
+                device=calibrated.device,
+                last=recipe.logits == "last",
             )
-        return run.source, fused
-    except RotqError:
-        if run.options.from_artifact is None:
-            raise
-        return None, None
+            parity = check_parity(subject, clock.progress)
+
+    report = describe(quantized, parity, folder, backend, target, clock.seconds)
+    return finish(report, recipe, folder)

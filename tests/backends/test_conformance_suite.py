@@ -16,13 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.base import Backend, Fusion, RuntimeMissing, StoredTensor, WriteOptions
+from backends.base import (
+    Backend,
+    Fusion,
+    Reason,
+    Request,
+    RuntimeMissing,
+    StoredTensor,
+    WriteOptions,
+)
 from backends.testing import BackendConformance
 from backends.testing.cases import Case, cases, write
 from backends.testing.conformance import Written
 from backends.torch_model import TorchModel
 from calib.artifact import QuantizedLinear, QuantizedModel
-from calib.schemes import LinearScheme
 
 PACKAGE = Path(__file__).parents[1] / "third_party_backend"
 
@@ -51,27 +58,82 @@ class Wrapped:
         return getattr(self.inner, name)
 
 
-class SaysItInTwoLines(Wrapped):
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        return "no\nreason"
+class Answers(Wrapped):
+    """Adds to what the sound one says of linears."""
+
+    @staticmethod
+    def reason(name: str) -> Reason:
+        raise NotImplementedError
+
+    def refusals(self, request: Request) -> list[Reason]:
+        reasons: list[Reason] = self.inner.refusals(request)
+        return [*map(self.reason, request.linears), *reasons]
 
 
-class ChangesItsMind(Wrapped):
+class SaysItInTwoLines(Answers):
+    @staticmethod
+    def reason(name: str) -> Reason:
+        return Reason("no\nreason", about="linear", name=name)
+
+
+class ChangesItsMind(Answers):
     count = 0
 
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
+    @staticmethod
+    def reason(name: str) -> Reason:
         ChangesItsMind.count += 1
-        return f"reason {ChangesItsMind.count}"
+        return Reason(f"reason {ChangesItsMind.count}", about="linear", name=name)
+
+
+class SpeaksOfAStranger(Answers):
+    @staticmethod
+    def reason(name: str) -> Reason:
+        return Reason("it is too wide", about="linear", name="a.stranger")
+
+
+class SpeaksOfTheModel(Answers):
+    @staticmethod
+    def reason(name: str) -> Reason:
+        return Reason("it has too many linears", "choose a smaller one")
+
+
+class SaysItTwice(Wrapped):
+    def refusals(self, request: Request) -> list[Reason]:
+        reasons: list[Reason] = self.inner.refusals(request)
+        return [*reasons, *reasons]
 
 
 class RefusesR4(Wrapped):
-    def rotation_refusal(self, kind: str, target: str) -> str | None:
-        return "nothing runs before a linear" if kind == "r4" else None
+    def refusals(self, request: Request) -> list[Reason]:
+        reasons: list[Reason] = self.inner.refusals(request)
+        if "r4" not in request.rotations:
+            return reasons
+        return [*reasons, Reason("nothing runs before a linear", about="rotation", name="r4")]
 
 
-class RefusesAll(Wrapped):
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        return "never"
+class RefusesAll(Answers):
+    @staticmethod
+    def reason(name: str) -> Reason:
+        return Reason("never", about="linear", name=name)
+
+
+class RefusesOfItself(Wrapped):
+    def refusals(self, request: Request) -> list[Reason]:
+        return [Reason("it is not for you", "use another one")]
+
+
+class SpeaksAnOlderContract(Wrapped):
+    contract = 1
+
+
+class ListsTooFew(Wrapped):
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        return ("model.npz",)
+
+
+class ListsTooMany(Wrapped):
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        return (*self.inner.files(request, nbytes), "model.txt")
 
 
 class HasNoTargets(Wrapped):
@@ -251,10 +313,19 @@ class BlamesTheMachine(Opens):
 
 BACKEND_TESTS: dict[str, list[type[Wrapped]]] = {
     "test_it_is_a_backend": [HasNoTargets, LacksAMethod],
-    "test_reasons_are_one_line_and_always_the_same": [SaysItInTwoLines, ChangesItsMind],
+    "test_it_was_written_for_this_contract": [SpeaksAnOlderContract],
+    "test_nothing_speaks_against_nothing": [RefusesOfItself],
+    "test_reasons_are_one_line_and_always_the_same": [
+        SaysItInTwoLines,
+        ChangesItsMind,
+        SaysItTwice,
+        SpeaksOfAStranger,
+        SpeaksOfTheModel,
+    ],
     "test_it_expresses_something": [RefusesAll],
 }
 FOLDER_TESTS: dict[str, list[type[Wrapped]]] = {
+    "test_files_are_those_that_it_lists": [ListsTooFew, ListsTooMany],
     "test_linears_are_read_back_to_the_last_bit": [
         ReadsOneBitOff,
         ReadsAnotherScale,
@@ -304,8 +375,9 @@ class Light(NpzBackend):
     pass
 
 class Heavy(NpzBackend):
-    def refusal(self, scheme, target):
+    def refusals(self, request):
         import torch
+        return super().refusals(request)
 """
 
 
@@ -347,7 +419,13 @@ def test_a_backend_that_writes_wrongly_fails(
         root = tmp_path / name
         root.mkdir()
         if kind is Wrapped:
-            suite_of(kind).test_writing_touches_nothing_else(case, Wrapped(), root, monkeypatch)  # type: ignore[arg-type]
+            suite = suite_of(kind)
+            suite.test_writing_touches_nothing_else(
+                case,
+                Wrapped(),  # type: ignore[arg-type]
+                root,
+                monkeypatch,
+            )
         else:
             with pytest.raises(AssertionError):
                 suite_of(kind).test_writing_touches_nothing_else(case, wrong(), root, monkeypatch)
@@ -356,7 +434,11 @@ def test_a_backend_that_writes_wrongly_fails(
 @pytest.mark.parametrize("wrong", [LeaksItsErrors, BlamesTheMachine])
 def test_a_backend_that_answers_damage_wrongly_fails(wrong: type[Any], tmp_path: Path) -> None:
     (tmp_path / "sound").mkdir()
-    suite_of(Wrapped).test_a_damaged_folder_is_refused(Wrapped(), tmp_path / "sound", "truncated")  # type: ignore[arg-type]
+    suite_of(Wrapped).test_a_damaged_folder_is_refused(
+        Wrapped(),  # type: ignore[arg-type]
+        tmp_path / "sound",
+        "truncated",
+    )
     (tmp_path / "wrong").mkdir()
     with pytest.raises((AssertionError, KeyError)):
         suite_of(wrong).test_a_damaged_folder_is_refused(wrong(), tmp_path / "wrong", "truncated")

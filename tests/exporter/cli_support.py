@@ -135,7 +135,7 @@ def sample_report(status: Status = "passed", **changes: object) -> Report:
             bytes_after=8_650_000,
         ),
         calibration=CalibrationSummary(
-            dataset="embedded", rows=128, tokens=60_000, sha256="c" * 64
+            dataset="embedded", rows=128, tokens=60_000, channels=704, sha256="c" * 64
         ),
         rotations=[
             RotationSummary(name="r1", space="residual", order=256, online=False, origin="trained"),

@@ -1,1 +1,6 @@
-"""The compressed-tensors format, for vLLM and transformers."""
+"""The compressed-tensors format, for vLLM and transformers.
+
+Nothing of it is public: whoever loads such a bundle does so without rotq.
+"""
+
+__all__: list[str] = []

@@ -31,6 +31,7 @@ def quantization_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
     transforms = transform_config(transforms_of(model, names))
     if not model.linears and model.cache is None and not transforms:
         return {}
+
     groups = _groups(model, names)
     formats = {form.compression for form in groups}
     library = require("compressed_tensors.quantization")
@@ -45,6 +46,7 @@ def quantization_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
         ignore=_ignored(model, names) if groups else [],
     )
     base = require("compressed_tensors.base")
+
     return {
         base.COMPRESSION_VERSION_NAME: require("compressed_tensors").__version__,
         base.QUANTIZATION_METHOD_NAME: base.QUANTIZATION_METHOD,
@@ -66,14 +68,16 @@ def _groups(model: QuantizedModel, names: Names) -> dict[Form, list[str]]:
         members.setdefault(form_of(linear), []).extend(
             (name, module) for module in names.modules(name)
         )
+
     inside = Counter(
-        {form: sum(name in names.specs for name, _ in found) for form, found in members.items()}
+        {form: sum(name in names.specs for name, _ in pairs) for form, pairs in members.items()}
     )
     default = inside.most_common(1)[0][0] if inside else None
     groups = {}
-    for form, found in members.items():
-        named = [module for name, module in found if form != default or name not in names.specs]
+    for form, pairs in members.items():
+        named = [module for name, module in pairs if form != default or name not in names.specs]
         groups[form] = [_EVERY_LINEAR, *named] if form == default else named
+
     return groups
 
 
@@ -94,6 +98,6 @@ def _floats(model: QuantizedModel, names: Names) -> Iterator[str]:
 
 def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     """``config.json`` of the checkpoint."""
-    found = quantization_config(model, names)
+    section = quantization_config(model, names)
     config = {**model.config, "dtype": str(model.dtype).removeprefix("torch.")}
-    return {**config, "quantization_config": found} if found else config
+    return {**config, "quantization_config": section} if section else config

@@ -8,15 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
+from backends.base import ContentKind, Reason
 from backends.rows import joined
 from backends.safetensors.compressed_tensors.config import with_quantization
 from backends.safetensors.compressed_tensors.schemes import short_blocks
 from backends.safetensors.compressed_tensors.tensors import linear_from, parts_of
 from backends.safetensors.compressed_tensors.transforms import transform_keys, transforms_of
+from backends.safetensors.file_names import CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.network.layout import StockTensors, oriented
 from calib.schemes import LinearScheme, tensor_scheme_from_dict
 
 _CACHE_PARTS = ("k_scale", "v_scale")
@@ -29,33 +32,38 @@ class CompressedTensorsLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
-        """See :meth:`backends.base.Backend.model_refusal`."""
+    ) -> Reason | None:
+        """See :meth:`backends.safetensors.layout.Layout.model_refusal`."""
         names = Names.of(config)
         table, apart = names.quantized_table(linears), names.experts_apart(linears)
         if table is not None:
-            return (
+            return Reason(
                 f"transformers 5 fails on a checkpoint whose embedding ('{table}') is quantized",
                 f"leave out --override '{table}=...'",
             )
+
         if apart is not None:
-            return (
+            return Reason(
                 f"vLLM wants all experts in one scheme, and those of '{apart}' are left in float",
                 "quantize all experts, or none",
             )
+
         return block_refusal(config, linears, short_blocks)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """See :meth:`backends.safetensors.layout.Layout.entries`."""
         names = Names.of(model.config)
-        for key, tensor in model.floats.items():
+        # linears in float are those of the stock model, which loads them
+        for key, tensor in StockTensors(model.floats, names.wiring).items():
             yield from (
                 _entry(stored, "float weight", part) for stored, part in names.stored(key, tensor)
             )
+
         for linear in model.linears.values():
             transposed = names.transposed(linear.name)
             for module, rows in names.rows(linear):
                 yield from (part.at(module) for part in parts_of(rows, transposed=transposed))
+
         for transform in transforms_of(model, names):
             yield transform.entry(model)
         if model.cache is not None:
@@ -69,7 +77,7 @@ class CompressedTensorsLayout:
         ``quantization_config``.
         """
         config = with_quantization(model, Names.of(model.config))
-        return {"config.json": json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"}
+        return {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"}
 
     def linears(
         self,
@@ -79,7 +87,8 @@ class CompressedTensorsLayout:
     ) -> Mapping[str, QuantizedLinear]:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names, parts = Names.of(config), _by_module(tensors)
-        found = {}
+
+        by_name = {}
         for name, description in described.items():
             rows = []
             for module in names.modules(name):
@@ -87,8 +96,9 @@ class CompressedTensorsLayout:
                 rows.append(
                     linear_from(name, description, stored, transposed=names.transposed(name))
                 )
-            found[name] = joined(rows)
-        return found
+            by_name[name] = joined(rows)
+
+        return by_name
 
     def floats(
         self,
@@ -104,7 +114,8 @@ class CompressedTensorsLayout:
         )
         for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
-        return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+        floats = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+        return oriented(floats, names.wiring)
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -119,7 +130,7 @@ class CompressedTensorsLayout:
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
 
 
-def _entry(key: str, kind: Any, tensor: Tensor) -> Entry:
+def _entry(key: str, kind: ContentKind, tensor: Tensor) -> Entry:
     return Entry(key, kind, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
 
@@ -130,8 +141,8 @@ def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:
 
 def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Last parts of all keys, by what comes before."""
-    found: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for key in tensors:
         module, _, part = key.rpartition(".")
-        found.setdefault(module, []).append(part)
-    return found
+        parts.setdefault(module, []).append(part)
+    return parts

@@ -25,7 +25,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,16 +36,23 @@ from backends.safetensors.names import Names
 from backends.torch_model import cached_pass
 from calib.errors import BackendError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _NVFP4 = "nvfp4-pack-quantized"
 _BFLOAT16_ONLY = (_NVFP4, "mxfp4-pack-quantized", "mxfp8-quantized")
 _HINT = "nothing is to be done: what the file holds is run in torch instead"
 
 
 class TransformersModel:
-    """A bundle in transformers; implements :class:`~backends.base.RuntimeModel`."""
+    """A bundle in transformers; implements ``RuntimeModel`` and ``DescribedModel`` of
+    :mod:`backends.base`.
+    """
 
-    def __init__(self, network: Any, runtime: str, note: str) -> None:
+    def __init__(self, network: PreTrainedModel, runtime: str, note: str) -> None:
         self._network = network
+        self.precision = str(network.dtype).removeprefix("torch.")
+        self.session = {"dtype": self.precision}
         self.runtime = runtime
         self.note = note
 
@@ -116,27 +123,33 @@ def _unread(described: Mapping[str, Any], names: Names) -> str:
             "of experts it loads packed integer weights without zero points alone, all of one"
             " scheme"
         )
+
     if described["kv_cache_scheme"] is not None and not _has_key_projection(names):
         return (
             "of caches it quantizes those of attention with projections of keys of their own alone"
         )
+
     return ""
 
 
 def _note(described: Mapping[str, Any]) -> str:
     """What transformers computes by another convention; empty if nothing."""
     inputs = [group["input_activations"] for group in described["config_groups"].values()]
-    running = [given for given in inputs if given is not None and given["dynamic"] is True]
-    if any(given["type"] == "int" for given in running):
+    running = [
+        entering for entering in inputs if entering is not None and entering["dynamic"] is True
+    ]
+    if any(entering["type"] == "int" for entering in running):
         return (
             "takes half the number of levels, not the largest integer, for scales computed while"
             " running"
         )
-    if any(given["num_bits"] == 4 for given in running):
+
+    if any(entering["num_bits"] == 4 for entering in running):
         return (
             "takes powers of two for the scales of MXFP4 activations that may clip the largest"
             " value of a block"
         )
+
     return ""
 
 
@@ -161,7 +174,7 @@ def _has_key_projection(names: Names) -> bool:
     return any(name.endswith((".k_proj", ".qkv_proj")) for name in names.specs)
 
 
-def _decompress(network: Any, *, exact: bool) -> None:
+def _decompress(network: PreTrainedModel, *, exact: bool) -> None:
     """Dequantize every weight, as the library does before the first pass; where ``exact``, to
     float32.
     """
@@ -175,6 +188,7 @@ def _decompress(network: Any, *, exact: bool) -> None:
         if exact:
             weight = module.weight.data.float() if weight is None else weight
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
     network.hf_quantizer.compressor.remove_decompression_hook(network)
 
 
@@ -193,6 +207,7 @@ def _float32_nvfp4(module: Any) -> Tensor:
         args=module.quantization_scheme.weights,
         global_scale=module.weight_global_scale.data,
     )
+
     return weight
 
 

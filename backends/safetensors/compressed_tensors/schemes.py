@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from backends.base import Reason
 from backends.safetensors.compressed_tensors.library import require
 from backends.safetensors.source import block_size
 from calib.artifact import QuantizedLinear
@@ -75,26 +76,26 @@ class Form:
     @property
     def compression(self) -> Compression:
         """How weights are stored."""
-        weight, given = self.scheme.weight, self.scheme.input
+        weight, entering = self.scheme.weight, self.scheme.input
         if weight.scale_format != "compute":
             return _BLOCK_FORMATS[weight.format.name, weight.scale_format]
         if weight.format.kind == "float":
-            return "naive-quantized" if given is None else "float-quantized"
+            return "naive-quantized" if entering is None else "float-quantized"
         blocked = isinstance(weight.granularity, PerBlock) and not self.whole_rows
         return (
             "pack-quantized"
-            if given is None or blocked or weight.format == INT4
+            if entering is None or blocked or weight.format == INT4
             else "int-quantized"
         )
 
     def group(self, targets: Sequence[str]) -> Any:
         """The library's ``QuantizationScheme`` for the modules ``targets``."""
         schemes = require("compressed_tensors.quantization")
-        given = self.scheme.input
+        entering = self.scheme.input
         return schemes.QuantizationScheme(
             targets=list(targets),
             weights=_arguments(self.scheme.weight, whole_rows=self.whole_rows),
-            input_activations=None if given is None else _arguments(given),
+            input_activations=None if entering is None else _arguments(entering),
             format=self.compression,
         )
 
@@ -115,30 +116,36 @@ def form_of(linear: QuantizedLinear) -> Form:
                 " --weight-algorithm gptq"
             ),
         )
+
     refusal = short_blocks(name, width, linear.weight_scheme)
     if refusal is not None:
-        raise BackendError(refusal[0], hint=refusal[1])
+        raise BackendError(refusal.reason, hint=refusal.hint)
+
     return Form(
         LinearScheme(linear.weight_scheme, linear.input_scheme),
         _whole_rows(width, linear.weight_scheme),
     )
 
 
-def short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+def short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     """Why the blocks of the linear ``name`` of ``width`` input features do not fit, and what to do;
     or ``None``.
     """
     size = block_size(scheme)
     if size is None or width % size == 0 or _whole_rows(width, scheme):
         return None
+
     reason = (
         f"blocks of {size} do not divide the {width} input features of '{name}', and"
         " compressed-tensors has "
     )
     leave = f"leave the linear in float with --override '{name}=float'"
     if scheme.scale_format != "compute":
-        return f"{reason}blocks of no other size for this format", leave
-    return f"{reason}no short blocks", f"choose a --block-size that divides them, or {leave}"
+        return Reason(f"{reason}blocks of no other size for this format", leave)
+
+    return Reason(
+        f"{reason}no short blocks", f"choose a --block-size that divides them, or {leave}"
+    )
 
 
 def _whole_rows(width: int, scheme: TensorScheme) -> bool:
@@ -168,9 +175,11 @@ def _arguments(scheme: TensorScheme, *, whole_rows: bool = False) -> Any:
             arguments["strategy"] = "token"
         case PerTensor():
             arguments["strategy"] = "tensor"
+
     if scheme.scale_format in _SCALE_DTYPES:
         arguments["scale_dtype"] = _SCALE_DTYPES[scheme.scale_format]
     if scheme.scale_format == "e4m3":
         arguments["strategy"] = "tensor_group"
         arguments["dynamic"] = "local" if scheme.dynamic else False
+
     return require("compressed_tensors.quantization").QuantizationArgs(**arguments)

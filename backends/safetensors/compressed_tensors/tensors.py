@@ -98,7 +98,7 @@ def linear_from(
         KeyError: a tensor is missing.
     """
     scheme = tensor_scheme_from_dict(dict(described["weight"]))
-    given = (
+    input_scheme = (
         None if described["input"] is None else tensor_scheme_from_dict(dict(described["input"]))
     )
     weight = _unpacked(tensors, scheme)
@@ -106,19 +106,20 @@ def linear_from(
         weight = weight.T.contiguous()
     scale = _unpacked_scale(tensors["weight_scale"], scheme)
     second, bias = tensors.get("weight_global_scale"), tensors.get("bias")
+
     return QuantizedLinear(
         name=name,
         weight=weight,
         weight_scale=scale,
         weight_scheme=scheme,
         bias=bias,
-        input_scheme=given,
+        input_scheme=input_scheme,
         online_rotation=described["online_rotation"],
         weight_zero_point=_unpacked_zero_points(
             tensors.get("weight_zero_point"), scheme, scale, weight.shape[0]
         ),
         weight_second_scale=None if second is None else second.reciprocal().reshape(()),
-        **_input_from(tensors, given),
+        **_input_from(tensors, input_scheme),
     )
 
 
@@ -130,8 +131,8 @@ def _stored(
     dtype: torch.dtype | None = None,
 ) -> Part:
     """``source`` in another shape and, where ``dtype`` is given, exactly converted to it."""
-    wanted = source.dtype if dtype is None else dtype
-    return Part(name, kind, wanted, shape, lambda: source.to(wanted).reshape(shape).contiguous())
+    stored = source.dtype if dtype is None else dtype
+    return Part(name, kind, stored, shape, lambda: source.to(stored).reshape(shape).contiguous())
 
 
 def _reciprocal(name: str, source: Tensor) -> Part:
@@ -143,6 +144,7 @@ def _weight(
 ) -> Iterator[Part]:
     weight, bits = linear.weight, linear.weight_scheme.format.bits
     rows, columns = weight.shape
+
     if compression in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         yield _packed(weight, columns // 2, torch.uint8, pack_nibbles)
     elif compression == "pack-quantized":
@@ -153,6 +155,7 @@ def _weight(
             "weight_shape", "other", torch.int64, (2,), lambda: torch.tensor([rows, columns])
         )
     elif transposed:
+        # GPT-2's Conv1D is [in, out] in checkpoints
         shape, dtype = (columns, rows), weight.dtype
         read = partial(in_parts, rows, shape, dtype, lambda part: weight[part].T, axis=1)
         yield Part("weight", "quantized weight", dtype, shape, read)

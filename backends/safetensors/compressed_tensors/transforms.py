@@ -68,14 +68,18 @@ def transforms_of(model: QuantizedModel, names: Names) -> list[Transform]:
             " and keys, and the scales of rotated keys would clip plain ones",
             hint="leave r3 out of --rotate, or leave --kv out",
         )
+
     shared: dict[tuple[int | None, int | None], list[tuple[Rotation, str]]] = {}
     for rotation, module in _down_projections(model, names):
         shared.setdefault((rotation.order, rotation.seed), []).append((rotation, module))
+
     return [
         Transform(
-            "R4" if index == 0 else f"R4_{index}", found[0][0], tuple(module for _, module in found)
+            "R4" if index == 0 else f"R4_{index}",
+            sharing[0][0],
+            tuple(module for _, module in sharing),
         )
-        for index, found in enumerate(shared.values())
+        for index, sharing in enumerate(shared.values())
     ]
 
 

@@ -64,7 +64,7 @@ class Algorithm:
     def group(self, block: int | None) -> dict[str, Any]:
         """An entry of ``config_groups`` without its targets."""
         grouping = {"group_size": block} if self.grouped else {}
-        found = (
+        settings = (
             {} if self.inputs is None else {"input_activations": _numbers(*self.inputs) | grouping}
         )
         weights = (
@@ -72,7 +72,7 @@ class Algorithm:
             | grouping
             | ({"strategy": "channel"} if self.per_channel else {})
         )
-        return {**found, "weights": weights}
+        return {**settings, "weights": weights}
 
 
 def _numbers(bits: int, kind: str) -> dict[str, Any]:

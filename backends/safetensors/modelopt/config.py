@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from backends.base import Reason
 from backends.safetensors.modelopt.algorithms import Algorithm
 from backends.safetensors.modelopt.tensors import format_of
 from backends.safetensors.names import Names
@@ -32,10 +33,12 @@ def quant_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
     """
     if not model.linears:
         return {}
+
     layers = _formats(model, names)
     cache = None if model.cache is None else _CACHE_ALGORITHM
     formats = list(dict.fromkeys(layers.values()))
     quantization: dict[str, Any] = {"quant_algo": _MIXED, "kv_cache_quant_algo": cache}
+
     if len(formats) == 1:
         algorithm, block = formats[0]
         quantization |= algorithm.settings(block)
@@ -44,6 +47,7 @@ def quant_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
         quantization["quantized_layers"] = {
             name: algorithm.settings(block) for name, (algorithm, block) in layers.items()
         }
+
     return {"producer": _PRODUCER, "quantization": quantization}
 
 
@@ -53,19 +57,21 @@ def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     written = quant_config(model, names)
     if not written:
         return config
+
     quantization = written["quantization"]
-    found: dict[str, Any] = _groups(_formats(model, names))
+    section: dict[str, Any] = _groups(_formats(model, names))
     if "quantized_layers" in quantization:
-        found["quantized_layers"] = quantization["quantized_layers"]
-    found |= {
+        section["quantized_layers"] = quantization["quantized_layers"]
+    section |= {
         "ignore": quantization.get("exclude_modules", []),
         "quant_algo": quantization["quant_algo"],
     }
     if model.cache is not None:
-        found["kv_cache_scheme"] = _CACHE_SCHEME
+        section["kv_cache_scheme"] = _CACHE_SCHEME
+
     return {
         **config,
-        "quantization_config": found | {"producer": _PRODUCER, "quant_method": "modelopt"},
+        "quantization_config": section | {"producer": _PRODUCER, "quant_method": "modelopt"},
     }
 
 
@@ -74,13 +80,14 @@ def _groups(layers: Mapping[str, _Format]) -> dict[str, Any]:
     each.
     """
     members: dict[_Format, list[str]] = defaultdict(list)
-    for name, found in layers.items():
-        members[found].append(name)
+    for name, form in layers.items():
+        members[form].append(name)
     if len(members) == 1:
         algorithm, block = next(iter(members))
         if not algorithm.names_linears:
             return {}
         return {"config_groups": {"group_0": algorithm.group(block) | {"targets": ["Linear"]}}}
+
     groups = enumerate(members.items())
     return {
         "config_groups": {
@@ -90,21 +97,22 @@ def _groups(layers: Mapping[str, _Format]) -> dict[str, Any]:
     }
 
 
-def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> tuple[str, str] | None:
+def mixed_experts(linears: Mapping[str, LinearScheme], names: Names) -> Reason | None:
     """Why the experts of a layer, which have one entry in the settings, have no one format; else
     ``None``.
     """
-    found: dict[str, LinearScheme] = {}
+    by_module: dict[str, LinearScheme] = {}
     for name, scheme in linears.items():
         module = _module(name, names)
-        if found.setdefault(module, scheme) != scheme:
-            return (
+        if by_module.setdefault(module, scheme) != scheme:
+            return Reason(
                 (
                     f"the experts '{module}' are quantized in several ways, and ModelOpt has one"
                     " format for a layer's"
                 ),
                 "give all experts the same --override",
             )
+
     return None
 
 
@@ -128,13 +136,13 @@ def _floats(model: QuantizedModel, names: Names) -> list[str]:
     """Modules whose weight is a matrix and is not quantized: linears, embeddings, routers, and
     experts as one.
     """
-    found = []
+    modules = []
     for key, tensor in model.floats.items():
         if key in names.experts:
-            found.append(_container(key))
+            modules.append(_container(key))
         elif tensor.dim() == 2 and key.endswith(".weight"):
-            found.append(key.removesuffix(".weight"))
-    return [names.published(name) for name in found]
+            modules.append(key.removesuffix(".weight"))
+    return [names.published(name) for name in modules]
 
 
 def _container(parameter: str) -> str:

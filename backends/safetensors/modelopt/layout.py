@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.base import Reason
 from backends.rows import joined
+from backends.safetensors.file_names import CONFIG_FILE, QUANT_CONFIG_FILE
 from backends.safetensors.layout import Entry
 from backends.safetensors.modelopt.config import mixed_experts, quant_config, with_quantization
-from backends.safetensors.modelopt.rules import rotation_refusal
+from backends.safetensors.modelopt.limits import rotation_refusal
 from backends.safetensors.modelopt.tensors import PARTS, entries_of, linear_from
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal, block_size
-from calib.architectures import Space
+from calib.architectures.groups import merged_linears
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
@@ -38,23 +40,25 @@ class ModelOptLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
-        """See :meth:`backends.base.Backend.model_refusal`."""
+    ) -> Reason | None:
+        """See :meth:`backends.safetensors.layout.Layout.model_refusal`."""
         names = Names.of(config)
         table, apart = names.quantized_table(linears), names.experts_apart(linears)
         if table is not None:
-            return (
+            return Reason(
                 f"no reader of ModelOpt's layout takes a quantized embedding ('{table}')",
                 f"leave out --override '{table}=...'",
             )
+
         if apart is not None:
-            return (
+            return Reason(
                 (
                     f"ModelOpt's layout has all experts in one format, and those of '{apart}' are"
                     " left in float"
                 ),
                 "quantize all experts, or none",
             )
+
         return mixed_experts(linears, names) or block_refusal(config, linears, _short_blocks)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
@@ -66,15 +70,17 @@ class ModelOptLayout:
         _check(model)
         refusal = self.model_refusal(model.config, model.schemes())
         if refusal is not None:
-            raise BackendError(refusal[0], hint=refusal[1])
+            raise BackendError(refusal.reason, hint=refusal.hint)
+
         names = Names.of(model.config)
         for key, tensor in model.floats.items():
             for stored, part in names.stored(key, tensor):
-                yield _float(stored, part, turned=_turned(key, names))
+                yield _float(stored, part)
         merged = _merged(model, names)
         for linear in model.linears.values():
             for module, rows in names.rows(linear):
                 yield from entries_of(rows, module, merged[linear.name], model.dtype)
+
         if model.cache is not None:
             for layer, key_scale in model.cache.key_scale.items():
                 scales = (key_scale, model.cache.value_scale[layer])
@@ -89,8 +95,8 @@ class ModelOptLayout:
         """
         names = Names.of(model.config)
         written, config = quant_config(model, names), with_quantization(model, names)
-        files = {"config.json": _json(config)}
-        return files | ({"hf_quant_config.json": _json(written)} if written else {})
+        files = {CONFIG_FILE: _json(config)}
+        return files | ({QUANT_CONFIG_FILE: _json(written)} if written else {})
 
     def linears(
         self,
@@ -101,7 +107,8 @@ class ModelOptLayout:
         """See :meth:`backends.safetensors.layout.Layout.linears`."""
         names = Names.of(config)
         dtype = _dtype(tensors)
-        found = {}
+
+        by_name = {}
         for name, description in described.items():
             rows = []
             for module in names.modules(name):
@@ -111,8 +118,9 @@ class ModelOptLayout:
                     if f"{module}.{part}" in tensors
                 }
                 rows.append(linear_from(name, description, stored, dtype))
-            found[name] = joined(rows)
-        return found
+            by_name[name] = joined(rows)
+
+        return by_name
 
     def floats(
         self,
@@ -130,11 +138,7 @@ class ModelOptLayout:
         }
         for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
-        found = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
-        return {
-            key: tensor.T.contiguous() if _turned(key, names) else tensor
-            for key, tensor in found.items()
-        }
+        return names.gathered({key: tensors[key] for key in tensors if key not in skipped})
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -152,11 +156,11 @@ class ModelOptLayout:
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
 
 
-def _short_blocks(name: str, width: int, scheme: TensorScheme) -> tuple[str, str] | None:
+def _short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     size = block_size(scheme)
     if size is None or width % size == 0:
         return None
-    return (
+    return Reason(
         (
             f"blocks of {size} do not divide the {width} input features of '{name}', and ModelOpt"
             " has no short blocks"
@@ -182,38 +186,18 @@ def _check(model: QuantizedModel) -> None:
 
 
 def _merged(model: QuantizedModel, names: Names) -> dict[str, list[QuantizedLinear]]:
-    """By linear, those that readers make one matrix of: all that read the residual stream within
-    one module.
-
-    An expert's gate and up are one linear here as well.
-    """
-    groups: dict[str, list[QuantizedLinear]] = {}
-    for name, linear in model.linears.items():
-        groups.setdefault(_group(name, names), []).append(linear)
-    return {name: groups[_group(name, names)] for name in model.linears}
-
-
-def _group(name: str, names: Names) -> str:
-    spec = names.specs.get(name)
-    beside = spec is not None and spec.layout != "experts" and spec.reads is Space.RESIDUAL
-    return name.rpartition(".")[0] if beside else name
+    """By linear, those that readers make one matrix of."""
+    beside = merged_linears(names.wiring)
+    return {
+        name: [
+            model.linears[other] for other in beside.get(name, (name,)) if other in model.linears
+        ]
+        for name in model.linears
+    }
 
 
-def _float(key: str, tensor: Tensor, *, turned: bool) -> Entry:
-    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
-    return Entry(
-        key,
-        "float weight",
-        tensor.dtype,
-        shape,
-        lambda: (tensor.T if turned else tensor).contiguous(),
-    )
-
-
-def _turned(key: str, names: Names) -> bool:
-    """Whether the float tensor ``key`` of the source model is stored transposed."""
-    module, _, part = key.rpartition(".")
-    return part == "weight" and names.transposed(module)
+def _float(key: str, tensor: Tensor) -> Entry:
+    return Entry(key, "float weight", tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
 
 def _cache_keys(names: Names, layer: int) -> tuple[str, ...]:

@@ -45,8 +45,8 @@ def format_of(linear: QuantizedLinear) -> Algorithm:
     Raises:
         BackendError: something of it has no place in the layout.
     """
-    found = algorithm_of(LinearScheme(linear.weight_scheme, linear.input_scheme))
-    if found is None:
+    algorithm = algorithm_of(LinearScheme(linear.weight_scheme, linear.input_scheme))
+    if algorithm is None:
         raise BackendError(
             f"ModelOpt has no format for '{linear.name}'",
             hint="`rotq backends` says which schemes each target takes",
@@ -60,13 +60,15 @@ def format_of(linear: QuantizedLinear) -> Algorithm:
                 " --weight-algorithm gptq"
             ),
         )
+
     rows = linear.weight.shape[0]
     if linear.weight_scheme.format == INT4 and rows % 2:
         raise BackendError(
             f"ModelOpt packs INT4 weights by two outputs, and '{linear.name}' has {rows}",
             hint=f"leave it in float with --override '{linear.name}=float'",
         )
-    return found
+
+    return algorithm
 
 
 def entries_of(
@@ -137,20 +139,23 @@ def linear_from(
         KeyError: a tensor is missing.
     """
     scheme = tensor_scheme_from_dict(dict(described["weight"]))
-    given = (
+    input_scheme = (
         None if described["input"] is None else tensor_scheme_from_dict(dict(described["input"]))
     )
-    seen = None
-    if given is not None and given.needs_calibration:
-        seen = tensors["input_scale"].to(torch.float32 if given.scale_format == "e4m3" else dtype)
+    input_scale = None
+    if input_scheme is not None and input_scheme.needs_calibration:
+        input_scale = tensors["input_scale"].to(
+            torch.float32 if input_scheme.scale_format == "e4m3" else dtype
+        )
+
     return QuantizedLinear(
         name=name,
         weight=_unpacked(tensors["weight"], scheme),
         weight_scale=_unpacked_scales(tensors["weight_scale"], scheme, dtype),
         weight_scheme=scheme,
         bias=tensors.get("bias"),
-        input_scheme=given,
-        input_scale=seen,
+        input_scheme=input_scheme,
+        input_scale=input_scale,
         online_rotation=described["online_rotation"],
         weight_second_scale=tensors["weight_scale_2"] if scheme.scale_format == "e4m3" else None,
     )
@@ -176,6 +181,7 @@ def _weight(linear: QuantizedLinear) -> _Content:
             shape,
             partial(in_parts, rows, shape, torch.uint8, lambda part: pack_nibbles(weight[part])),
         )
+
     return weight.dtype, (rows, columns), weight.contiguous
 
 

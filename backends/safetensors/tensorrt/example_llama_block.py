@@ -15,18 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from backends.base import RuntimeMissing
 from backends.safetensors.source import sliding_window
+from backends.safetensors.tensorrt.api import Network, NetworkTensor
 from backends.safetensors.tensorrt.loader import BundleWeights, open_weights, tensorrt_module
 from backends.safetensors.tensorrt.network import NetworkBuilder
 from calib.architectures import wiring_of
 from calib.errors import BackendError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2")
 _VARYING_ROPE = ("dynamic", "longrope")
@@ -42,7 +48,7 @@ def build_block(
     tokens: int,
     capabilities: Sequence[str] = (),
     refit: bool = False,
-    trt: Any = None,
+    trt: ModuleType | None = None,
 ) -> bytes:
     """Build the engine of one decoder layer.
 
@@ -70,6 +76,7 @@ def build_block(
     # holds what TensorRT does not copy
     block = add_block(network, weights, layer=layer, tokens=tokens)
     config = builder.create_builder_config()
+
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
@@ -78,16 +85,20 @@ def build_block(
         config.set_flag(trt.BuilderFlag.REFIT)
     plan = builder.build_serialized_network(network, config)
     del block
+
     if plan is None:
         raise BackendError(
             f"TensorRT cannot build layer {layer} of '{folder}' for"
             f" {', '.join(capabilities) or 'this GPU'}",
             hint="its log says why; float8 and MXFP8 need SM89, NVFP4 needs SM120",
         )
+
     return bytes(plan)
 
 
-def add_block(network: Any, weights: BundleWeights, *, layer: int, tokens: int) -> NetworkBuilder:
+def add_block(
+    network: Network, weights: BundleWeights, *, layer: int, tokens: int
+) -> NetworkBuilder:
     """Add input, decoder layer and output to an empty network; the arguments of
     :func:`build_block`.
 
@@ -100,16 +111,18 @@ def add_block(network: Any, weights: BundleWeights, *, layer: int, tokens: int) 
         raise BackendError(
             refusal, hint="write yours with backends.safetensors.tensorrt.network.NetworkBuilder"
         )
+
     block = _Block(NetworkBuilder(network, weights), layer, tokens)
     x = network.add_input("hidden_states", block.net.dtype, (tokens, block.config.hidden_size))
     x = block.net.binary("SUM", x, block.attention(block.norm(x, "input_layernorm")))
     x = block.net.binary("SUM", x, block.mlp(block.norm(x, "post_attention_layernorm")))
     x.name = "output"
     network.mark_output(x)
+
     return block.net
 
 
-def run_block(plan: bytes, x: Tensor, trt: Any = None) -> Tensor:
+def run_block(plan: bytes, x: Tensor, trt: ModuleType | None = None) -> Tensor:
     """Run an engine of :func:`build_block`.
 
     Args:
@@ -124,6 +137,7 @@ def run_block(plan: bytes, x: Tensor, trt: Any = None) -> Tensor:
         raise RuntimeMissing(
             "an engine runs on a GPU, and there is none", hint="build here, run there"
         )
+
     trt = trt or tensorrt_module()
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
     context = engine.create_execution_context()
@@ -132,13 +146,15 @@ def run_block(plan: bytes, x: Tensor, trt: Any = None) -> Tensor:
     context.set_tensor_address("hidden_states", x.data_ptr())
     context.set_tensor_address("output", out.data_ptr())
     stream = torch.cuda.current_stream()
+
     if not context.execute_async_v3(stream.cuda_stream):
         raise BackendError("TensorRT could not run the engine", hint="its log says why")
+
     stream.synchronize()
     return out
 
 
-def _refusal(config: Any, layer: int) -> str | None:
+def _refusal(config: PretrainedConfig, layer: int) -> str | None:
     """Why this example does not build a layer of a model, if so."""
     if config.model_type not in _MODEL_TYPES:
         return (
@@ -154,6 +170,7 @@ def _refusal(config: Any, layer: int) -> str | None:
         )
     if not 0 <= layer < config.num_hidden_layers:
         return f"the model has layers 0 to {config.num_hidden_layers - 1}, and no layer {layer}"
+
     return None
 
 
@@ -168,7 +185,7 @@ class _Block:
         wiring = wiring_of(net.weights.bundle.manifest.config)
         self.config, self.sizes = wiring.config, wiring.sizes
 
-    def norm(self, x: Any, name: str) -> Any:
+    def norm(self, x: NetworkTensor, name: str) -> NetworkTensor:
         """``x / rms(x) g`` in float32."""
         net, trt = self.net, self.net.trt
         wide = net.cast(x, trt.DataType.FLOAT)
@@ -180,11 +197,12 @@ class _Block:
             net.binary("SUM", mean.get_output(0), eps), trt.UnaryOperation.SQRT
         )
         scaled = net.cast(net.binary("DIV", wide, root.get_output(0)), net.dtype)
+
         return net.binary(
             "PROD", scaled, net.constant(f"{self.prefix}.{name}.weight", (1, self.sizes.hidden))
         )
 
-    def attention(self, x: Any) -> Any:
+    def attention(self, x: NetworkTensor) -> NetworkTensor:
         """Causal attention over grouped heads ``[K, H / K, T, d]``."""
         net, sizes = self.net, self.sizes
         query = self._heads(net.linear(x, f"{self.prefix}.self_attn.q_proj"), sizes.heads)
@@ -202,9 +220,10 @@ class _Block:
         joined = net.network.add_shuffle(mixed)
         joined.first_transpose = (2, 0, 1, 3)
         joined.reshape_dims = (self.tokens, sizes.heads * sizes.head_dim)
+
         return net.linear(joined.get_output(0), f"{self.prefix}.self_attn.o_proj")
 
-    def mlp(self, x: Any) -> Any:
+    def mlp(self, x: NetworkTensor) -> NetworkTensor:
         """``down(silu(gate x) up x)``; the rotation before ``down`` is the builder's."""
         net = self.net
         gate = net.linear(x, f"{self.prefix}.mlp.gate_proj")
@@ -215,7 +234,7 @@ class _Block:
             f"{self.prefix}.mlp.down_proj",
         )
 
-    def _heads(self, x: Any, count: int) -> Any:
+    def _heads(self, x: NetworkTensor, count: int) -> NetworkTensor:
         """``[T, count d]`` to ``[K, count / K, T, d]``; query head ``k H / K + g`` belongs to key
         head ``k``.
         """
@@ -224,7 +243,7 @@ class _Block:
             x, (self.tokens, kv_heads, count // kv_heads, width), permuted=(1, 2, 0, 3)
         )
 
-    def _rope(self, x: Any) -> Any:
+    def _rope(self, x: NetworkTensor) -> NetworkTensor:
         """``x cos + x P sin`` where ``P`` takes ``(x1, x2)`` to ``(-x2, x1)``."""
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -243,7 +262,7 @@ class _Block:
         turned = net.matmul(x, net.array(turn))
         return net.binary("SUM", net.binary("PROD", x, cosines), net.binary("PROD", turned, sines))
 
-    def _mask(self) -> Any:
+    def _mask(self) -> npt.NDArray[np.float32]:
         """0 where a token sees another, else a score that vanishes in the softmax; float32 ``[1, 1,
         T, T]``.
         """
@@ -252,7 +271,7 @@ class _Block:
         return np.where((back >= 0) & (back < window), 0, _HIDDEN).astype(np.float32)[None, None]
 
 
-def _strongly_typed(trt: Any) -> int:
+def _strongly_typed(trt: ModuleType) -> int:
     """Flags of ``create_network``; newer TensorRT knows no other kind of network, and no flag for
     it.
     """

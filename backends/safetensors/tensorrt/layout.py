@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
 from backends.safetensors.layout import Entry, in_parts
 from backends.safetensors.source import (
     block_refusal,
@@ -62,7 +62,7 @@ class _Names:
     tables: frozenset[str]
     """Embeddings, which are not transposed."""
     upright: frozenset[str]
-    """Weights that Hugging Face has ``[out, in]`` and the bundle transposed."""
+    """Weights that the artifact has ``[out, in]`` and the bundle transposed."""
     attentions: Mapping[int, str]
 
     @classmethod
@@ -70,7 +70,7 @@ class _Names:
         wiring = wiring_of(config)
         return cls(
             frozenset(table.name for table in wiring.embeddings),
-            frozenset(spec.weight for spec in wiring.linears if spec.layout == "linear"),
+            frozenset(spec.weight for spec in wiring.linears if spec.layout != "experts"),
             {layer: wiring.attention(layer) for layer in wiring.layers},
         )
 
@@ -82,7 +82,7 @@ class TensorRTLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
+    ) -> Reason | None:
         """Blocks that do not fit; whoever builds the network builds any model."""
         return block_refusal(config, linears, uneven)
 
@@ -95,6 +95,7 @@ class TensorRTLayout:
             yield Entry(
                 key, "float weight", tensor.dtype, shape, _float_reader(model.floats, key, flip)
             )
+
         for linear in model.linears.values():
             yield from _linear_entries(linear, linear.name not in names.tables)
         if model.cache is not None:
@@ -103,6 +104,7 @@ class TensorRTLayout:
                 yield _held(
                     f"{names.attentions[layer]}.v_scale", "scale", model.cache.value_scale[layer]
                 )
+
         yield from rotation_entries(model)
 
     def files(self, model: QuantizedModel) -> Mapping[str, str]:
@@ -130,11 +132,14 @@ class TensorRTLayout:
     ) -> Mapping[str, Tensor]:
         """See :class:`~backends.safetensors.layout.Layout`."""
         names = _Names.of(config)
-        taken = {f"{name}.{part}" for name in described for part in _PARTS}
-        taken |= {
+        of_linears = {f"{name}.{part}" for name in described for part in _PARTS}
+        of_caches = {
             f"{attention}.{part}_scale" for attention in names.attentions.values() for part in "kv"
         }
-        keys = [key for key in tensors if key not in taken and not is_rotation_key(key)]
+        keys = [
+            key for key in tensors if key not in of_linears | of_caches and not is_rotation_key(key)
+        ]
+
         return {
             key: tensors[key].T.contiguous() if key in names.upright else tensors[key]
             for key in keys
@@ -247,6 +252,7 @@ def _read_linear(
             scale.T if flip else scale, width, scheme.granularity.size
         ).contiguous()
         scale = scale if scheme.scale_format == "compute" else scale.float()
+
     order = tensors.get(f"{name}.input_order")
     return QuantizedLinear(
         name=name,

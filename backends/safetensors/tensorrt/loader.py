@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from backends.base import RuntimeMissing
 from backends.safetensors.differences import grouped
 from backends.safetensors.read import Bundle, open_bundle
+from backends.safetensors.tensorrt.api import ConstantLayer, Engine, Logger, Network, Weights
 from backends.safetensors.tensorrt.layout import unpacked_shape
 from calib.architectures import wiring_of
 from calib.errors import BackendError
@@ -41,7 +43,7 @@ _PACKED = {"int4": "INT4", "float4_e2m1": "FP4"}
 _BITS = {"INT4": 4, "FP4": 4}
 
 
-def tensorrt_module() -> Any:
+def tensorrt_module() -> ModuleType:
     """``tensorrt`` or ``tensorrt_rtx``, whichever is installed.
 
     Raises:
@@ -91,7 +93,7 @@ class BundleWeights:
         forms: what each is to TensorRT, by key.
     """
 
-    trt: Any
+    trt: ModuleType
     bundle: Bundle
     forms: Mapping[str, Form] = field(init=False)
     _held: dict[str, Tensor] = field(default_factory=dict)
@@ -99,12 +101,15 @@ class BundleWeights:
     def __post_init__(self) -> None:
         self.forms = _forms(self.bundle)
 
-    def weights(self, key: str) -> Any:
+    def weights(self, key: str) -> Weights:
         """The ``trt.Weights`` of a tensor, whose memory this object keeps."""
         tensor = self._held.setdefault(key, self.bundle.tensors[key])
         form = self.forms[key]
         count = tensor.numel() * 8 // _BITS[form.dtype] if form.dtype in _BITS else tensor.numel()
-        return self.trt.Weights(getattr(self.trt.DataType, form.dtype), tensor.data_ptr(), count)
+        weights: Weights = self.trt.Weights(
+            getattr(self.trt.DataType, form.dtype), tensor.data_ptr(), count
+        )
+        return weights
 
     def scales(self, linear: str) -> Scales:
         """The scales of a quantized linear, by its name in the source model.
@@ -114,13 +119,13 @@ class BundleWeights:
         """
         self.bundle.manifest.linears[linear]
         tensors = self.bundle.tensors
-        second, given = (
+        second, input_scale = (
             tensors.get(f"{linear}.{part}") for part in ("weight_scale_2", "input_scale")
         )
-        return Scales(tensors[f"{linear}.weight_scale"], second, given)
+        return Scales(tensors[f"{linear}.weight_scale"], second, input_scale)
 
 
-def open_weights(folder: Path | str, trt: Any = None) -> BundleWeights:
+def open_weights(folder: Path | str, trt: ModuleType | None = None) -> BundleWeights:
     """Open the bundle in ``folder`` for TensorRT.
 
     Args:
@@ -135,7 +140,7 @@ def open_weights(folder: Path | str, trt: Any = None) -> BundleWeights:
     return BundleWeights(tensorrt_module() if trt is None else trt, bundle)
 
 
-def fill_network(network: Any, weights: BundleWeights, *, partial: bool = False) -> None:
+def fill_network(network: Network, weights: BundleWeights, *, partial: bool = False) -> None:
     """Set the weights of every constant layer of ``network`` whose name is a key of the bundle.
 
     A constant under another name is the network's own if it has values, and lacks them if it has
@@ -152,18 +157,19 @@ def fill_network(network: Any, weights: BundleWeights, *, partial: bool = False)
             or shape. The network is as it was then.
     """
     layers = _constants(network, weights.trt)
+    # a constant without values waits for some, so it counts whether the bundle knows it or not
     empty = {name for name, layer in layers.items() if _size(layer) == 0}
-    found = {
+    forms = {
         name: Form(layer.get_output(0).dtype.name, tuple(layer.shape))
         for name, layer in layers.items()
         if name in weights.forms or name in empty
     }
-    _check("network", found, weights, partial=partial)
-    for name in found:
+    _check("network", forms, weights, partial=partial)
+    for name in forms:
         layers[name].weights = weights.weights(name)
 
 
-def refit_engine(engine: Any, weights: BundleWeights, logger: Any) -> None:
+def refit_engine(engine: Engine, weights: BundleWeights, logger: Logger) -> None:
     """Give a refittable engine the weights of the bundle, by name. Needs a GPU.
 
     Args:
@@ -178,6 +184,8 @@ def refit_engine(engine: Any, weights: BundleWeights, logger: Any) -> None:
     """
     refitter = weights.trt.Refitter(engine, logger)
     names = list(refitter.get_all_weights())
+
+    # all are compared before the first is set
     wrong = []
     for name in names:
         form = weights.forms.get(name)
@@ -189,6 +197,7 @@ def refit_engine(engine: Any, weights: BundleWeights, logger: Any) -> None:
                 f"{name} is {form} and the engine has {prototype.size} values of"
                 f" {prototype.dtype.name}"
             )
+
     if wrong:
         raise _does_not_fit("engine", "; ".join(wrong), weights)
     if not all(refitter.set_named_weights(name, weights.weights(name)) for name in names):
@@ -197,33 +206,34 @@ def refit_engine(engine: Any, weights: BundleWeights, logger: Any) -> None:
         raise _does_not_fit("engine", "TensorRT could not refit it; its log says why", weights)
 
 
-def _constants(network: Any, trt: Any) -> dict[str, Any]:
-    layers = {}
+def _constants(network: Network, trt: ModuleType) -> dict[str, ConstantLayer]:
+    layers: dict[str, ConstantLayer] = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.CONSTANT:
             layer.__class__ = trt.IConstantLayer  # the bindings return the base class
-            layers[layer.name] = layer
+            layers[layer.name] = cast(ConstantLayer, layer)
     return layers
 
 
-def _size(layer: Any) -> int:
+def _size(layer: ConstantLayer) -> int:
     """Values of a constant layer: numpy has no dtype for some of TensorRT's, which come as
     ``trt.Weights``.
     """
     return int(layer.weights.size)
 
 
-def _check(what: str, found: Mapping[str, Form], weights: BundleWeights, *, partial: bool) -> None:
+def _check(what: str, forms: Mapping[str, Form], weights: BundleWeights, *, partial: bool) -> None:
     problems: dict[str, list[str]] = {}
-    for name, form in found.items():
-        wanted = weights.forms.get(name)
-        if wanted is None:
+    for name, form in forms.items():
+        expected = weights.forms.get(name)
+        if expected is None:
             problems.setdefault("not in the bundle", []).append(name)
-        elif form != wanted:
-            problems.setdefault(f"{form} where the bundle has {wanted}", []).append(name)
-    if not partial and weights.forms.keys() - found.keys():
-        problems["without a constant"] = sorted(weights.forms.keys() - found.keys())
+        elif form != expected:
+            problems.setdefault(f"{form} where the bundle has {expected}", []).append(name)
+
+    if not partial and weights.forms.keys() - forms.keys():
+        problems["without a constant"] = sorted(weights.forms.keys() - forms.keys())
     if problems:
         raise _does_not_fit(
             what,
@@ -259,4 +269,5 @@ def _forms(bundle: Bundle) -> dict[str, Form]:
             )
         else:
             forms[key] = Form(_NAMES[entry.torch_dtype], tuple(entry.shape))
+
     return forms

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.safetensors.source import rotated_modules
+from backends.safetensors.tensorrt.api import DataType, Network, NetworkTensor
 from backends.safetensors.tensorrt.loader import BundleWeights
 from calib.schemes import PerChannel, TensorScheme, tensor_scheme_from_dict
 
@@ -34,7 +35,7 @@ class NetworkBuilder:
         weights: the bundle; it, and this object, must live until the engine is built.
     """
 
-    network: Any
+    network: Network
     weights: BundleWeights
     _arrays: list[npt.NDArray[Any]] = field(default_factory=list)
 
@@ -43,13 +44,13 @@ class NetworkBuilder:
         manifest = self.weights.bundle.manifest
         self._described = manifest.linears
         self._rotated = rotated_modules(manifest.tensors)
-        self.dtype = {
+        self.dtype: DataType = {
             "float32": self.trt.DataType.FLOAT,
             "float16": self.trt.DataType.HALF,
             "bfloat16": self.trt.DataType.BF16,
         }[manifest.dtype]
 
-    def constant(self, key: str, shape: tuple[int, ...] | None = None) -> Any:
+    def constant(self, key: str, shape: tuple[int, ...] | None = None) -> NetworkTensor:
         """The tensor of the bundle under ``key``, as ``shape`` where one is given."""
         values = self.weights.weights(key)
         layer = self.network.add_constant(
@@ -59,17 +60,17 @@ class NetworkBuilder:
         self.network.set_weights_name(values, key)
         return layer.get_output(0)
 
-    def array(self, values: npt.NDArray[Any], dtype: Any = None) -> Any:
+    def array(self, values: npt.NDArray[Any], dtype: DataType | None = None) -> NetworkTensor:
         """A constant that is not in the bundle, cast to ``dtype`` (default: that of the bundle)."""
         self._arrays.append(np.ascontiguousarray(values))  # TensorRT does not copy it
         layer = self.network.add_constant(values.shape, self.trt.Weights(self._arrays[-1]))
         return self.cast(layer.get_output(0), self.dtype if dtype is None else dtype)
 
-    def cast(self, x: Any, dtype: Any) -> Any:
+    def cast(self, x: NetworkTensor, dtype: DataType) -> NetworkTensor:
         """``x`` as ``dtype``."""
         return x if x.dtype == dtype else self.network.add_cast(x, dtype).get_output(0)
 
-    def linear(self, x: Any, name: str) -> Any:
+    def linear(self, x: NetworkTensor, name: str) -> NetworkTensor:
         """The linear ``name`` of the source model, with its rotation, quantization and bias.
 
         Args:
@@ -85,6 +86,7 @@ class NetworkBuilder:
         if rotated in self._rotated:
             x = self.rotate(x, rotated)
         described = self._described.get(name)
+
         if described is None:
             weight = self.constant(f"{name}.weight")
         else:
@@ -95,13 +97,15 @@ class NetworkBuilder:
             if described["input"] is not None:
                 x = self._quantized_input(x, name, tensor_scheme_from_dict(described["input"]))
             weight = self._dequantized_weight(name, tensor_scheme_from_dict(described["weight"]))
+
         out = self.matmul(x, weight)
         if f"{name}.bias" not in self.weights.forms:
             return out
+
         width = self.weights.forms[f"{name}.bias"].shape[0]
         return self.binary("SUM", out, self.constant(f"{name}.bias", (1, width)))
 
-    def rotate(self, x: Any, name: str) -> Any:
+    def rotate(self, x: NetworkTensor, name: str) -> NetworkTensor:
         """The online rotation of the module ``name``; see :mod:`backends.safetensors.source`.
 
         Args:
@@ -115,6 +119,7 @@ class NetworkBuilder:
         x = self.binary("PROD", x, self.constant(f"{name}.rotation.signs", (1, width)))
         rest = int(np.prod(orders))
         done = width // rest
+
         for key, order in zip(keys, orders, strict=True):
             rest //= order
             if rest == 1:
@@ -127,9 +132,12 @@ class NetworkBuilder:
                     self.reshape(x, (-1, done, order, rest)),
                 )
             done *= order
+
         return self.reshape(x, (-1, width))
 
-    def matmul(self, a: Any, b: Any, *, transposed: bool = False) -> Any:
+    def matmul(
+        self, a: NetworkTensor, b: NetworkTensor, *, transposed: bool = False
+    ) -> NetworkTensor:
         """``a b`` or ``a bᵀ``."""
         kinds = self.trt.MatrixOperation
         layer = self.network.add_matrix_multiply(
@@ -137,15 +145,15 @@ class NetworkBuilder:
         )
         return layer.get_output(0)
 
-    def binary(self, operation: str, a: Any, b: Any) -> Any:
+    def binary(self, operation: str, a: NetworkTensor, b: NetworkTensor) -> NetworkTensor:
         """An elementwise operation, by its name in ``trt.ElementWiseOperation``."""
         return self.network.add_elementwise(
             a, b, getattr(self.trt.ElementWiseOperation, operation)
         ).get_output(0)
 
     def reshape(
-        self, x: Any, shape: tuple[int, ...], *, permuted: tuple[int, ...] | None = None
-    ) -> Any:
+        self, x: NetworkTensor, shape: tuple[int, ...], *, permuted: tuple[int, ...] | None = None
+    ) -> NetworkTensor:
         """``x`` as ``shape`` (-1: inferred, 0: kept), and then with its dimensions ``permuted``."""
         layer = self.network.add_shuffle(x)
         layer.reshape_dims = shape
@@ -153,26 +161,31 @@ class NetworkBuilder:
             layer.second_transpose = permuted
         return layer.get_output(0)
 
-    def _quantized_input(self, x: Any, name: str, scheme: TensorScheme) -> Any:
+    def _quantized_input(self, x: NetworkTensor, name: str, scheme: TensorScheme) -> NetworkTensor:
         types = self.trt.DataType
         if scheme.scale_format == "compute":
             scale = self.constant(f"{name}.input_scale")
             kind = types.FP8 if scheme.format.kind == "float" else types.INT8
             quantized = self.network.add_quantize(x, scale, kind).get_output(0)
             return self.network.add_dequantize(quantized, scale, self.dtype).get_output(0)
+
+        # MXFP8: powers of two that TensorRT computes, without a factor of their own
         size: Any = scheme.granularity
         if scheme.scale_format != "e4m3":
             layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP8, types.E8M0)
             return self.network.add_dequantize(
                 layer.get_output(0), layer.get_output(1), self.dtype
             ).get_output(0)
+
+        # NVFP4: the scales that it computes are E4M3 themselves, and the calibrated one is theirs
         second = self.constant(f"{name}.input_scale")
         layer = self.network.add_dynamic_quantize(x, 1, size.size, types.FP4, types.FP8)
         layer.set_input(1, second)
         steps = self.network.add_dequantize(layer.get_output(1), second, self.dtype).get_output(0)
+
         return self.network.add_dequantize(layer.get_output(0), steps, self.dtype).get_output(0)
 
-    def _dequantized_weight(self, name: str, scheme: TensorScheme) -> Any:
+    def _dequantized_weight(self, name: str, scheme: TensorScheme) -> NetworkTensor:
         weight, scale = self.constant(f"{name}.weight"), self.constant(f"{name}.weight_scale")
         if f"{name}.weight_scale_2" in self.weights.forms:
             second = self.constant(f"{name}.weight_scale_2")

@@ -30,6 +30,7 @@ def unpack(packed: Tensor, shape: Sequence[int], *, signed: bool) -> Tensor:
         raise ValueError(
             f"{list(shape)} four-bit values are no {packed.dtype} {list(packed.shape)}"
         )
+
     nibbles = (
         torch.stack([packed & 0xF, packed >> 4], dim=1).reshape(-1)[:count].reshape(tuple(shape))
     )

@@ -5,19 +5,23 @@ fill.
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backends.registry import check_target, get_backend
+from backends.asking import check
+from backends.base import Request
+from backends.registry import get_backend
 from backends.safetensors.differences import grouped
-from backends.safetensors.tripy.layout import TripyLayout, tripy_dtype
-from backends.safetensors.tripy.loader import fill, float_dtype, quantized_modules
+from backends.safetensors.tripy.dtypes import float_dtype, tripy_dtype
+from backends.safetensors.tripy.layout import TripyLayout
+from backends.safetensors.tripy.loader import fill, quantized_modules
 from calib.architectures import Wiring, wiring_for
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import ForwardLoop, forward_loop_over
-from calib.data.tokens import Tokenizer, calibration_rows, clamp_seqlen
+from calib.data.rows import calibration_rows
+from calib.data.tokens import Tokenizer, clamp_seqlen
 from calib.errors import BackendError, CheckpointError
 from calib.fusing import FusedModel
 from calib.fusing.source import SourceTensors
@@ -29,11 +33,15 @@ from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import FLOAT, scheme_named
 
+if TYPE_CHECKING:
+    import nvtripy as tp
+    from transformers import PretrainedConfig
+
 
 def load_quant_weights_from_hf(
-    model: Any,
+    model: tp.Module,
     model_type: str,
-    dtype: Any,
+    dtype: tp.dtype,
     quant_mode: str,
     *,
     tokenizer: Tokenizer | None = None,
@@ -82,18 +90,23 @@ def load_quant_weights_from_hf(
             f"'{quant_mode}' quantizes nothing",
             hint="choose int8-weight-only, int4-weight-only, float8",
         )
-    check_target(get_backend("safetensors"), {quant_mode: scheme.linear}, "tripy")
+
+    request = Request("tripy", linears={quant_mode: scheme.linear})
+    check(get_backend("safetensors"), request, called=quant_mode)
     compute_dtype = float_dtype(dtype)
     quantized = _quantized_linears(model, quant_mode, tripy_dtype(scheme.linear.weight))
     config = load_config(model_type)
     refusal = layout.model_refusal(config.to_dict(), dict.fromkeys(quantized, scheme.linear))
+
     if refusal is not None:
-        raise BackendError(refusal[0], hint=refusal[1])
+        raise BackendError(refusal.reason, hint=refusal.hint)
+
     source = _as_it_is(model_type, config, compute_dtype)
     outside = {source.wiring.head.name} & quantized
     left = set(source.wiring.linear_names) - quantized
     overrides = {**dict.fromkeys(sorted(outside), quant_mode), **dict.fromkeys(sorted(left), FLOAT)}
     loop = None
+
     if not scheme.weight_only:
         rows = calibration_rows(
             dataset_name,
@@ -103,30 +116,33 @@ def load_quant_weights_from_hf(
             seed=seed,
         )
         loop = forward_loop_over(length_batches(rows, batch_size), progress=progress)
+
     artifact = _quantized(source, quant_mode, overrides, loop, device, progress)
     tensors = {entry.key: entry.read() for entry in layout.entries(artifact)}
     described = {name: linear.description() for name, linear in artifact.linears.items()}
+
     return fill(model, tensors, described, f"the '{config.model_type}' model '{model_type}'")
 
 
-def _quantized_linears(model: Any, quant_mode: str, wanted: str) -> set[str]:
+def _quantized_linears(model: tp.Module, quant_mode: str, expected: str) -> set[str]:
     """Names of the linears of ``model`` that are quantized.
 
     Raises:
         BackendError: there are none, or some have another format than ``wanted``: the module was
             built for another mode, and calibrating for this one would be in vain.
     """
-    found = quantized_modules(model)
-    others = [name for name, dtype in found.items() if dtype != wanted]
-    if found and not others:
-        return set(found)
+    dtypes = quantized_modules(model)
+    others = [name for name, dtype in dtypes.items() if dtype != expected]
+    if dtypes and not others:
+        return set(dtypes)
+
     reason = (
         f"quantized otherwise are {', '.join(grouped(others))}"
-        if found
+        if dtypes
         else "none of its linears is quantized"
     )
     raise BackendError(
-        f"the {type(model).__name__} module is not one for '{quant_mode}', which has {wanted}"
+        f"the {type(model).__name__} module is not one for '{quant_mode}', which has {expected}"
         f" weights: {reason}",
         hint=(
             "backends.safetensors.tripy.modules.build.module_for_config(config, dtype, quant_mode)"
@@ -135,7 +151,7 @@ def _quantized_linears(model: Any, quant_mode: str, wanted: str) -> set[str]:
     )
 
 
-def _as_it_is(model_type: str, config: Any, dtype: torch.dtype) -> FusedModel:
+def _as_it_is(model_type: str, config: PretrainedConfig, dtype: torch.dtype) -> FusedModel:
     """The float model in ``dtype`` with nothing folded into it, under the names of the module
     tree.
     """

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
+from backends.safetensors.file_names import STATEMENT_FILE
 from backends.safetensors.layout import Entry, in_parts
 from backends.safetensors.source import (
     block_refusal,
@@ -40,17 +41,16 @@ from backends.safetensors.source import (
     norm_keys,
     original_scales,
     rotation_entries,
-    transposed_weights,
     uneven,
 )
+from backends.safetensors.tripy.dtypes import tripy_dtype
 from backends.safetensors.tripy.models import refusal_of
 from calib.architectures import wiring_of
 from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.schemes import LinearScheme, PerBlock, TensorScheme, tensor_scheme_from_dict
+from calib.schemes import LinearScheme, PerBlock, tensor_scheme_from_dict
 
-STATEMENT_FILE = "tripy.json"
 _PARTS = ("weight", "weight_scale", "input_scale", "input_order", "bias")
 
 
@@ -61,12 +61,12 @@ class TripyLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
+    ) -> Reason | None:
         """No module for the model, a quantized embedding, or blocks that do not fit."""
         wiring = wiring_of(config)
         tables = [table.name for table in wiring.embeddings if table.name in linears]
         if tables:
-            return (
+            return Reason(
                 f"tp.Embedding holds float tables, and {', '.join(tables)} shall be quantized",
                 "leave embeddings in float",
             )
@@ -74,14 +74,11 @@ class TripyLayout:
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
         """Floats, quantized linears, online rotations."""
-        transposed, norms = transposed_weights(model.config), norm_keys(model.config)
+        norms = norm_keys(model.config)
         for key, tensor in model.floats.items():
-            flip = key in transposed
             dtype = torch.float32 if key in norms else tensor.dtype
-            shape = tuple(reversed(tensor.shape)) if flip else tuple(tensor.shape)
-            yield Entry(
-                key, "float weight", dtype, shape, _float_reader(model.floats, key, dtype, flip)
-            )
+            read = _float_reader(model.floats, key, dtype)
+            yield Entry(key, "float weight", dtype, tuple(tensor.shape), read)
         for linear in model.linears.values():
             yield from linear_entries(linear, model.dtype)
         yield from rotation_entries(model)
@@ -110,16 +107,15 @@ class TripyLayout:
         """See :class:`~backends.safetensors.layout.Layout`. Norms become the dtype of the embedding
         again, exactly.
         """
-        transposed, norms = transposed_weights(config), norm_keys(config)
-        dtype = tensors[wiring_of(config).embeddings[0].weight].dtype
+        wiring = wiring_of(config)
+        norms = norm_keys(config)
+        dtype = tensors[wiring.embeddings[0].weight].dtype
         taken = {f"{name}.{part}" for name in described for part in _PARTS}
-        result = {}
-        for key in tensors:
-            if key in taken or is_rotation_key(key):
-                continue
-            tensor = tensors[key].T.contiguous() if key in transposed else tensors[key]
-            result[key] = tensor.to(dtype) if key in norms else tensor
-        return result
+        return {
+            key: tensors[key].to(dtype) if key in norms else tensors[key]
+            for key in tensors
+            if key not in taken and not is_rotation_key(key)
+        }
 
     def cache(
         self, tensors: Mapping[str, Tensor], described: Mapping[str, Any], config: Mapping[str, Any]
@@ -129,13 +125,9 @@ class TripyLayout:
 
 
 def _float_reader(
-    floats: Mapping[str, Tensor], key: str, dtype: torch.dtype, flip: bool
+    floats: Mapping[str, Tensor], key: str, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = floats[key]
-        return (tensor.T if flip else tensor).to(dtype).contiguous()
-
-    return read
+    return lambda: floats[key].to(dtype).contiguous()
 
 
 def linear_entries(linear: QuantizedLinear, dtype: torch.dtype) -> Iterator[Entry]:
@@ -143,6 +135,7 @@ def linear_entries(linear: QuantizedLinear, dtype: torch.dtype) -> Iterator[Entr
     name, granularity = linear.name, linear.weight_scheme.granularity
     out, width = linear.weight.shape
     scale = linear.weight_scale
+
     if isinstance(granularity, PerBlock):
         size = granularity.size
         blocks = (width // even_block(name, width, linear.weight_scheme), out)
@@ -210,6 +203,7 @@ def _read_linear(
         weight = weight.T.contiguous()
         scale = original_scales(scale.T, weight.shape[1], scheme.granularity.size).contiguous()
     order = tensors.get(f"{name}.input_order")
+
     return QuantizedLinear(
         name=name,
         weight=quantize(weight, Grid(scale), scheme),
@@ -239,8 +233,3 @@ def _statement(linear: QuantizedLinear) -> dict[str, Any]:
             else None
         ),
     }
-
-
-def tripy_dtype(scheme: TensorScheme) -> str:
-    """What Tripy calls a format: ``int8``, ``int4`` or ``float8``."""
-    return scheme.format.name.removesuffix("_e4m3")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,37 +16,19 @@ from torch import Tensor
 from backends.base import RuntimeMissing
 from backends.safetensors.differences import differences, grouped
 from backends.safetensors.read import Form, open_bundle
+from backends.safetensors.tripy.dtypes import tripy_name
 from calib.errors import BackendError
+
+if TYPE_CHECKING:
+    import nvtripy as tp
 
 _HINT = (
     "backends.safetensors.tripy.modules.build.module_for_bundle(folder) builds the module that a"
     " bundle fills; or export the model that you have"
 )
-_QUANTIZED = {"int8": "int8", "int4": "int4", "float8_e4m3": "float8"}
-"""Tripy's names of number formats."""
-_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""torch's dtypes of weights and scales, by Tripy's names for them."""
 
 
-def float_dtype(dtype: Any) -> torch.dtype:
-    """torch's dtype for Tripy's dtype of weights and scales.
-
-    Raises:
-        BackendError: ``dtype`` is none of ``tp.float32``, ``tp.float16`` and ``tp.bfloat16``.
-    """
-    found = _FLOATS.get(getattr(dtype, "name", ""))
-    if found is None:
-        raise BackendError(
-            f"weights and scales of a Tripy module cannot be '{dtype}'",
-            hint=(
-                f"choose {', '.join(f'tp.{name}' for name in _FLOATS)}; what is quantized to is the"
-                " mode's concern"
-            ),
-        )
-    return found
-
-
-def load_bundle(model: Any, folder: Path | str) -> Any:
+def load_bundle(model: tp.Module, folder: Path | str) -> Any:
     """Fill a Tripy module with the weights and scales of a bundle.
 
     Args:
@@ -67,7 +49,10 @@ def load_bundle(model: Any, folder: Path | str) -> Any:
 
 
 def fill(
-    model: Any, tensors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]], what: str
+    model: tp.Module,
+    tensors: Mapping[str, Tensor],
+    described: Mapping[str, Mapping[str, Any]],
+    what: str,
 ) -> Any:
     """Fill a Tripy module through ``load_state_dict(strict=True)``.
 
@@ -89,22 +74,28 @@ def fill(
     tp = _nvtripy_of(model)
     state = model.state_dict()
     owners = _modules(model)
+
+    # what the module made itself stays; all the rest must be given, and nothing else may be
     own = _made_by_the_module(state, owners, tensors)
-    found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    expected = _expected({key: value for key, value in state.items() if key not in own}, found)
-    problems = [differences(found, expected), *_other_quantization(owners, described)]
+    forms = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    expected = _expected({key: value for key, value in state.items() if key not in own}, forms)
+    # shapes alone need not show how a linear is quantized
+    problems = [differences(forms, expected), *_other_quantization(owners, described)]
+
     if any(problems):
         raise BackendError(
             f"{what} does not fit the {type(model).__name__} module:"
             f" {'; '.join(filter(None, problems))}",
             hint=_HINT,
         )
+
     loaded = {key: tp.Tensor(tensor.detach().cpu().contiguous()) for key, tensor in tensors.items()}
     model.load_state_dict({**{key: state[key] for key in own}, **loaded}, strict=True)
+
     return model
 
 
-def quantized_modules(model: Any) -> dict[str, str]:
+def quantized_modules(model: tp.Module) -> dict[str, str]:
     """Tripy's name of the quantized dtype of every linear of ``model`` that has one, by name.
 
     Raises:
@@ -117,7 +108,7 @@ def quantized_modules(model: Any) -> dict[str, str]:
     return {name: dtype.name for name, dtype in dtypes.items() if dtype is not None}
 
 
-def _nvtripy_of(model: Any) -> Any:
+def _nvtripy_of(model: tp.Module) -> Any:
     """``nvtripy``, which ``model`` is a module of."""
     try:
         import nvtripy as tp  # here, because the package is optional
@@ -132,16 +123,16 @@ def _nvtripy_of(model: Any) -> Any:
     return tp
 
 
-def _modules(model: Any, prefix: str = "") -> dict[str, Any]:
+def _modules(model: tp.Module, prefix: str = "") -> dict[str, Any]:
     """``model`` and every module in it, by dotted name."""
-    found = {prefix: model}
+    by_name = {prefix: model}
     for name, child in model.named_children():
-        found |= _modules(child, f"{prefix}.{name}" if prefix else name)
-    return found
+        by_name |= _modules(child, f"{prefix}.{name}" if prefix else name)
+    return by_name
 
 
 def _made_by_the_module(
-    state: Mapping[str, Any], owners: Mapping[str, Any], given: Mapping[str, Any]
+    state: Mapping[str, Any], owners: Mapping[str, Any], filled: Mapping[str, Any]
 ) -> set[str]:
     """Keys of tensors that a module set itself and that nobody is to load: they belong to no layer
     of Tripy's own.
@@ -158,7 +149,7 @@ def _made_by_the_module(
     return {
         key
         for key, value in state.items()
-        if key not in given
+        if key not in filled
         and isinstance(value, tp.Tensor)
         and not isinstance(_owner(key, owners), layers)
     }
@@ -173,13 +164,13 @@ def _owner(key: str, owners: Mapping[str, Any]) -> Any:
     return owners[key]
 
 
-def _expected(state: Mapping[str, Any], found: Mapping[str, Form]) -> dict[str, Form]:
+def _expected(state: Mapping[str, Any], forms: Mapping[str, Form]) -> dict[str, Form]:
     """Dtype and shape of what the module takes. Optional parameters count where they are given."""
     from nvtripy.frontend.module.parameter import OptionalParameter
 
     expected: dict[str, Form] = {}
     for key, value in state.items():
-        if isinstance(value, OptionalParameter) and key not in found:
+        if isinstance(value, OptionalParameter) and key not in forms:
             continue
         # Tripy leaves scales per tensor without a shape, and refuses any but [] only when it
         # traces.
@@ -197,7 +188,7 @@ def _other_quantization(
     """
     import nvtripy as tp  # here, because the package is optional
 
-    wanted = {name: _QUANTIZED[entry["weight"]["format"]] for name, entry in described.items()}
+    expected = {name: tripy_name(entry["weight"]["format"]) for name, entry in described.items()}
     wrong: dict[str, list[str]] = {}
     for name, module in owners.items():
         if not hasattr(module, "quant_dtype"):
@@ -207,7 +198,7 @@ def _other_quantization(
             wrong.setdefault(
                 "tp.Linear with int4 blocks its output features, use BlockLinear", []
             ).append(name)
-        elif has != wanted.get(name):
-            text = f"quantized as {has or 'float'} instead of {wanted.get(name, 'float')}"
+        elif has != expected.get(name):
+            text = f"quantized as {has or 'float'} instead of {expected.get(name, 'float')}"
             wrong.setdefault(text, []).append(name)
     return [f"{what}: {', '.join(grouped(names))}" for what, names in sorted(wrong.items())]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from backends.base import Reason
 from calib.architectures.architecture import Refusal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 """Activations of the MLP, as transformers names them."""
@@ -60,7 +64,7 @@ def family_of(model_type: str) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-def refusal_of(config: Any) -> tuple[str, str] | None:
+def refusal_of(config: PretrainedConfig) -> Reason | None:
     """Why the modules cannot run the model of a transformers ``config``, and what to do; ``None``
     if they can.
     """
@@ -68,6 +72,8 @@ def refusal_of(config: Any) -> tuple[str, str] | None:
     known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
     hint = f"there are modules for {known}; `--target tensorrt` writes any dense model"
     if family is None:
-        return f"there is no Tripy module for {config.model_type} models", hint
+        return Reason(f"there is no Tripy module for {config.model_type} models", hint)
     reason = next((refusal.reason for refusal in family.refusals if refusal.when(config)), None)
-    return None if reason is None else (f"the Tripy module cannot run this model: {reason}", hint)
+    if reason is None:
+        return None
+    return Reason(f"the Tripy module cannot run this model: {reason}", hint)

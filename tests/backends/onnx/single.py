@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from backends.onnx.lower import lower
+from backends.onnx.names import METADATA_KEY
 from backends.onnx.placeholders import DOMAIN, LINEAR, MODULE_ATTRIBUTE
 from backends.onnx.targets import TARGETS
-from backends.onnx.write import METADATA_KEY
 from calib.arithmetic.grids import quantize, weight_grid
 from calib.arithmetic.inputs import input_grid
 from calib.artifact import QuantizedLinear, QuantizedModel

@@ -8,7 +8,8 @@ import onnx
 import pytest
 import torch
 
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import MODEL_FILE
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
 from tests.backends.onnx.whole import batch, compare, quantized

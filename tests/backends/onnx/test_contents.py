@@ -8,7 +8,8 @@ from collections import Counter
 import onnx
 
 from backends.base import StoredTensor
-from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import DATA_FILE, MODEL_FILE
 from backends.onnx.files import data_ranges
 from tests.backends.onnx.conftest import Exported
 

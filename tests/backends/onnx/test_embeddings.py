@@ -27,6 +27,7 @@ from calib.schemes import (
     PerTensor,
     TensorScheme,
 )
+from tests.answers import model_refusal
 from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS
 from tests.tolerances import WEIGHT_ONLY
@@ -76,13 +77,14 @@ def test_embeddings_that_have_no_operators_are_refused_before_anything_is_calibr
             name: LinearScheme(scheme, None),
             "model.layers.0.mlp.up_proj": LinearScheme(rows, None),
         }
-        reason, hint = OnnxBackend().model_refusal(config, found, target) or ("", "")
-        assert "rows of int8" in reason
-        assert name in hint
+        refusal = model_refusal(OnnxBackend(), config, found, target)
+        assert refusal is not None
+        assert "rows of int8" in refusal.reason
+        assert name in refusal.hint
         # a linear is no embedding
         linears = {"model.layers.0.mlp.up_proj": LinearScheme(scheme, None)}
-        assert OnnxBackend().model_refusal(config, linears, target) is None
-    assert OnnxBackend().model_refusal(config, {name: LinearScheme(rows, None)}, target) is None
+        assert model_refusal(OnnxBackend(), config, linears, target) is None
+    assert model_refusal(OnnxBackend(), config, {name: LinearScheme(rows, None)}, target) is None
 
 
 def test_an_artifact_with_such_an_embedding_is_not_written(tmp_path: Path) -> None:

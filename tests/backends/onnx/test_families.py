@@ -10,11 +10,13 @@ import pytest
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.experts import ACTIVATIONS
 from backends.onnx.refusals import graph_refusal
+from calib.architectures import Space, wiring_for
 from calib.network.skeleton import portable_config
+from tests.answers import model_refusal
 from tests.backends.onnx.conftest import CASES
 from tests.backends.onnx.whole import compare, quantized
 from tests.tiny import CONFIGS
-from tests.tolerances import WEIGHT_ONLY
+from tests.tolerances import FLIPS, WEIGHT_ONLY
 
 RUN_ELSEWHERE = {
     "llama",
@@ -41,14 +43,44 @@ def test_the_others_are_run_elsewhere() -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in RUN_ELSEWHERE])
 def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> None:
     model = quantized(CONFIGS[name]())
-    assert OnnxBackend().model_refusal(model.config, model.schemes(), "ort") is None
+    assert model_refusal(OnnxBackend(), model.config, model.schemes(), "ort") is None
     assert compare(model, tmp_path).error <= WEIGHT_ONLY
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_one_linear_in_float_is_the_reference(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]()
+    specs = wiring_for(config).layer_linears(0)
+    output = next(spec.name for spec in specs if spec.reads is Space.VALUE)
+    model = quantized(config, overrides={output: "float"})
+    assert f"{output}.weight" in model.floats
+    assert output.replace("0", "1") in model.linears
+    assert compare(model, tmp_path).error <= WEIGHT_ONLY
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides"),
+    [
+        ("int8-weight-only", {"*.attn.c_attn": "float"}),
+        ("int8", {"*.mlp.c_fc": "float"}),
+        ("int4-weight-only", {"*.mlp.c_proj": "float"}),
+        ("float", {}),
+    ],
+    ids=["c_attn", "c_fc", "c_proj", "all"],
+)
+def test_any_linear_of_gpt2_in_float_is_the_reference(
+    scheme: str, overrides: dict[str, str], tmp_path: Path
+) -> None:
+    """They are transposed in checkpoints, and not square."""
+    model = quantized(CONFIGS["gpt2"](), scheme=scheme, overrides=overrides)
+    assert compare(model, tmp_path).error <= (FLIPS if scheme == "int8" else WEIGHT_ONLY)
 
 
 def test_experts_with_an_unknown_activation_are_refused_with_what_is_known() -> None:
     config = portable_config(CONFIGS["mixtral"]())
     assert graph_refusal(config, {}) is None
-    reason, hint = graph_refusal(config | {"hidden_act": "mish"}, {}) or ("", "")
-    assert "'mish'" in reason
-    assert all(name in hint for name in ACTIVATIONS)
+    refusal = graph_refusal(config | {"hidden_act": "mish"}, {})
+    assert refusal is not None
+    assert "'mish'" in refusal.reason
+    assert all(name in refusal.hint for name in ACTIVATIONS)
     assert graph_refusal(portable_config(CONFIGS["llama"]()) | {"hidden_act": "mish"}, {}) is None

@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from backends.base import WriteOptions
-from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import DATA_FILE, MODEL_FILE
 from backends.onnx.files import read_proto
 from calib.errors import BackendError
 from tests.backends.onnx.conftest import Exported

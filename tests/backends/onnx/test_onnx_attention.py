@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backends.onnx.attention import lower_attention
 from backends.onnx.placeholders import ATTENTION, DOMAIN, SCALE_ATTRIBUTE, SOFTCAP_ATTRIBUTE
-from calib.network.attention import attend
+from calib.modules.attention import attend
 from tests.tiny import relative_l2
 from tests.tolerances import SAME_SUMS
 

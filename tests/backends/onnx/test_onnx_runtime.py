@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
 from backends.onnx.feeds import cache_inputs, feeds, whole_row
+from backends.onnx.file_names import MODEL_FILE
 from backends.onnx.runner import OnnxModel
 from calib.errors import BackendError
 from calib.measure.reference import ReferenceLinear

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from backends.asking import refusal_of
+from backends.base import Request
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.targets import TARGETS
 from calib.schemes import KV_SCHEMES, SCHEMES
+from tests.answers import cache_refusal, linear_refusal, linear_warning
 
 BACKEND = OnnxBackend()
 TAKEN = {
@@ -35,13 +38,15 @@ QUANTIZING = {name: scheme.linear for name, scheme in SCHEMES.items() if scheme.
 @pytest.mark.parametrize("target", TARGETS)
 def test_presets_that_are_taken(target: str) -> None:
     assert {
-        name for name, scheme in QUANTIZING.items() if BACKEND.refusal(scheme, target) is None
+        name
+        for name, scheme in QUANTIZING.items()
+        if linear_refusal(BACKEND, scheme, target) is None
     } == TAKEN[target]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_presets_that_are_warned_of_name_what_is_executed_instead(target: str) -> None:
-    warnings = {name: BACKEND.warning(QUANTIZING[name], target) for name in TAKEN[target]}
+    warnings = {name: linear_warning(BACKEND, QUANTIZING[name], target) for name in TAKEN[target]}
     assert {name for name, warning in warnings.items() if warning is not None} == WARNED[target]
     executed = {"ort": "Mul", "openvino": "FullyConnected", "tensorrt": "float16"}[target]
     assert all(executed in warning for warning in warnings.values() if warning is not None)
@@ -49,12 +54,16 @@ def test_presets_that_are_warned_of_name_what_is_executed_instead(target: str) -
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_caches_that_are_taken(target: str) -> None:
-    refusals = {name: BACKEND.cache_refusal(scheme, target) for name, scheme in KV_SCHEMES.items()}
+    refusals = {name: cache_refusal(BACKEND, scheme, target) for name, scheme in KV_SCHEMES.items()}
     assert {name for name, refusal in refusals.items() if refusal is None} == CACHES[target]
 
 
 def test_one_buffer_for_keys_and_values_is_for_onnx_runtime() -> None:
-    assert [target for target in TARGETS if BACKEND.kv_buffer_refusal(target) is None] == ["ort"]
+    assert [
+        target
+        for target in TARGETS
+        if refusal_of(BACKEND, Request(target, kv_buffer="shared")) is None
+    ] == ["ort"]
 
 
 def test_the_graph_is_in_what_the_target_computes_in() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from backends.onnx.packing import members, packed, packs, unpacked
+from backends.onnx.names import members
+from backends.onnx.packing import packed, packs, unpacked
 from calib.arithmetic.grids import quantize, weight_grid
 from calib.artifact import LINEAR_PARTS, QuantizedLinear
 from calib.schemes import INT4, LINEAR_SCHEMES, PerBlock, PerTensor, TensorScheme

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import MODEL_FILE
 from backends.onnx.targets import TARGETS
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from backends.base import ProbedModel, RuntimeMissing, RuntimeModel, WriteOptions
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import MODEL_FILE
 from calib.artifact import cast_model
 from calib.errors import BackendError
 from calib.measure.reference import ReferenceLinear

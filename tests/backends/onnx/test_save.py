@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from backends.base import WriteOptions
-from backends.onnx.backend import DATA_FILE, MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import DATA_FILE, MODEL_FILE
 from backends.onnx.files import data_ranges
 from backends.onnx.save import save
 from calib.progress import silent

@@ -107,7 +107,8 @@ SHARED = {
 def test_linears_that_share_their_input_are_fused_each(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(TARGETS, "ort", replace(TARGETS["ort"], packs=False))  # type: ignore[arg-type]
+    apart = replace(TARGETS["ort"], packs=False)
+    monkeypatch.setitem(TARGETS, "ort", apart)  # type: ignore[arg-type]
     found = kernels(single(schemes()[words]).bytes("ort", copies=3), tmp_path)
     kernel, quantizers = SHARED[words]
     assert (found[kernel], found["QuantizeLinear"]) == (3, quantizers)
@@ -117,7 +118,8 @@ def test_signed_pairs_that_are_merged_would_not_be_fused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why inputs are stored in uint8."""
-    monkeypatch.setitem(TARGETS, "ort", replace(TARGETS["ort"], packs=False, unsigned_inputs=False))  # type: ignore[arg-type]
+    signed = replace(TARGETS["ort"], packs=False, unsigned_inputs=False)
+    monkeypatch.setitem(TARGETS, "ort", signed)  # type: ignore[arg-type]
     found = kernels(single(preset("int8")).bytes("ort", copies=3), tmp_path)
     assert (found["MatMulIntegerToFloat"], found["MatMul"]) == (0, 3)
 

@@ -12,7 +12,8 @@ import torch
 
 from backends.base import WriteOptions
 from backends.onnx import tensorrt_rtx
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import MODEL_FILE
 from backends.onnx.targets import TARGETS
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over

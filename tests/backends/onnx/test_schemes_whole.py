@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from backends.base import WriteOptions
-from backends.onnx.backend import MODEL_FILE, OnnxBackend
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.file_names import MODEL_FILE
 from backends.onnx.runner import OnnxModel
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches

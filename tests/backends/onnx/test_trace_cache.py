@@ -14,10 +14,11 @@ import backends.onnx.trace_cache as module
 from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.trace import TraceRequest, trace
-from backends.onnx.trace_cache import cache_folder, cached_trace, key_of
+from backends.onnx.trace_cache import cached_trace, key_of
+from backends.user_cache import cache_folder
 from calib.network.skeleton import portable_config
 from calib.progress import silent
-from calib.rotations.rotation_set import hadamard_rotations
+from calib.rotations.rotation_set import RotationSet, hadamard_rotation
 from tests.tiny import CONFIGS, make_tiny, quantize_tiny
 
 Count = Callable[[], int]
@@ -109,7 +110,14 @@ def test_a_damaged_entry_is_made_again(
 
 def test_the_key_holds_all_that_a_trace_depends_on_and_nothing_else() -> None:
     tiny = make_tiny(CONFIGS["llama"]())
-    rotations = [hadamard_rotations(tiny.wiring, ["r3"], seed=seed) for seed in (1, 2)]
+    sizes = tiny.wiring.sizes
+    rotations = [
+        RotationSet(
+            hadamard_rotation("r3", sizes.head_dim, layer=layer, seed=seed)
+            for layer in range(sizes.layers)
+        )
+        for seed in (1, 2)
+    ]
     requests = [
         request("llama"),
         request("llama", dtype=torch.float16),

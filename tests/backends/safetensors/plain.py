@@ -9,9 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from backends.base import ContentKind
+from backends.base import ContentKind, Reason
 from backends.safetensors.layout import Entry
-from calib.artifact import LINEAR_PARTS, QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.artifact import (
+    LINEAR_PARTS,
+    OPTIONAL_PARTS,
+    QuantizedCache,
+    QuantizedLinear,
+    QuantizedModel,
+)
 from calib.artifact.files import cache_key
 from calib.schemes import LinearScheme, tensor_scheme_from_dict
 
@@ -31,7 +37,7 @@ class PlainLayout:
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
-    ) -> tuple[str, str] | None:
+    ) -> Reason | None:
         return None
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
@@ -64,7 +70,7 @@ class PlainLayout:
                 if entry["input"] is None
                 else tensor_scheme_from_dict(entry["input"]),
                 online_rotation=entry["online_rotation"],
-                **{part: tensors.get(f"{name}.{part}") for part in LINEAR_PARTS[2:]},
+                **{part: tensors.get(f"{name}.{part}") for part in OPTIONAL_PARTS},
             )
             for name, entry in described.items()
         }

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backends.base import WriteOptions
-from backends.safetensors.bundle import INDEX_FILE, sha256, write_bundle
+from backends.safetensors.bundle import sha256, write_bundle
+from backends.safetensors.file_names import INDEX_FILE, MANIFEST_FILE
 from backends.safetensors.layout import Entry
-from backends.safetensors.manifest import MANIFEST_FILE, _digest
+from backends.safetensors.manifest import _digest
 from backends.safetensors.read import open_bundle, read_cache, read_linears, read_model
 from backends.safetensors.tensor_file import write_tensors
 from calib.artifact import QuantizedCache, QuantizedModel

@@ -25,6 +25,7 @@ from backends.safetensors.targets import TARGETS
 from backends.testing import FAMILIES, tiny_model
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.schemes import LINEAR_SCHEMES, SCHEMES
+from tests.answers import linear_refusal, model_refusal
 
 GOLDEN = Path(__file__).parent / "golden_keys"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,10 +35,10 @@ MODES = [
     (target, scheme, family, dtype)
     for target in TARGETS
     for scheme in LINEAR_SCHEMES
-    if SafetensorsBackend().refusal(LINEAR_SCHEMES[scheme], target) is None
+    if linear_refusal(SafetensorsBackend(), LINEAR_SCHEMES[scheme], target) is None
     for family in FAMILIES
-    if SafetensorsBackend().model_refusal(
-        FAMILIES[family]().to_dict(), {"a": LINEAR_SCHEMES[scheme]}, target
+    if model_refusal(
+        SafetensorsBackend(), FAMILIES[family]().to_dict(), {"a": LINEAR_SCHEMES[scheme]}, target
     )
     is None
     for dtype in DTYPES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.base import RuntimeMissing, WriteOptions
+from backends.base import Request, RuntimeMissing, WriteOptions
 from backends.registry import available, get_backend
 from backends.safetensors.backend import SafetensorsBackend
 from backends.safetensors.targets import TARGETS, Target
@@ -14,6 +14,7 @@ from backends.testing import tiny_model
 from backends.torch_model import TorchModel
 from calib.errors import BackendError
 from calib.schemes import LINEAR_SCHEMES, SCHEMES
+from tests.answers import linear_refusal
 
 
 def test_it_is_found_through_its_entry_point() -> None:
@@ -66,11 +67,15 @@ def test_torch_stands_in_where_that_library_cannot(
 def test_what_is_computed_is_no_business_of_a_bundle() -> None:
     backend = SafetensorsBackend()
     for target in backend.targets:
-        assert "whoever loads it" in backend.logits_refusal(target)
-        assert "whoever loads it" in backend.kv_buffer_refusal(target)
+        request = Request(target, logits="last", kv_buffer="shared")
+        reasons = backend.refusals(request)
+        assert [reason.name for reason in reasons] == ["logits", "kv_buffer"]
+        assert all("whoever loads it" in reason.reason for reason in reasons)
 
 
 def test_every_preset_has_a_target() -> None:
     backend = SafetensorsBackend()
     for name, linear in LINEAR_SCHEMES.items():
-        assert any(backend.refusal(linear, target) is None for target in backend.targets), name
+        assert any(linear_refusal(backend, linear, target) is None for target in backend.targets), (
+            name
+        )

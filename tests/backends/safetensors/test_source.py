@@ -8,6 +8,7 @@ from backends.safetensors.backend import SafetensorsBackend
 from backends.safetensors.source import input_widths
 from calib.quantizing.plan import customised
 from calib.schemes import LINEAR_SCHEMES, SCHEMES, LinearScheme
+from tests.answers import model_refusal
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, quantize_fused
 
 
@@ -81,11 +82,11 @@ CASES: list[tuple[str, str, str, LinearScheme, str | None]] = [
 def test_blocks_that_do_not_fit_are_refused_before_calibration(
     target: str, family: str, name: str, scheme: LinearScheme, words: str | None
 ) -> None:
-    found = SafetensorsBackend().model_refusal(CONFIGS[family]().to_dict(), {name: scheme}, target)
+    found = model_refusal(SafetensorsBackend(), CONFIGS[family]().to_dict(), {name: scheme}, target)
     if words is None:
         assert found is None
     else:
         assert found is not None
-        assert words in found[0]
-        assert f"'{name}" in found[0]
-        assert "float" in found[1]
+        assert words in found.reason
+        assert f"'{name}" in found.reason
+        assert "float" in found.hint

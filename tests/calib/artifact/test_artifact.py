@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from calib.artifact import QuantizedModel, load_artifact, save_artifact
 from calib.artifact.files import FORMAT_VERSION, MANIFEST
 from calib.errors import CheckpointError, RotationError
+from calib.quantizing.plan import customised
+from calib.schemes import Scheme, scheme_named
 from tests.tiny import CONFIGS, quantize_tiny
 
 WEIGHTS = "quantized_model.safetensors"
@@ -102,6 +104,28 @@ def test_int4_and_float8_survive(tmp_path: Path) -> None:
             assert torch.equal(linear.weight.float(), quantized.linears[name].weight.float())
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        customised(scheme_named("int4-weight-only"), block_size=16),
+        customised(
+            scheme_named("int8"),
+            weight_symmetric=False,
+            activation_symmetric=False,
+            activation_granularity="token",
+        ),
+        customised(scheme_named("w4a8"), activation_granularity="cluster:4"),
+        scheme_named("float"),
+    ],
+    ids=["blocks", "zero points", "clusters", "float"],
+)
+def test_a_scheme_with_finer_controls_survives(
+    model: QuantizedModel, scheme: Scheme, tmp_path: Path
+) -> None:
+    save_artifact(dataclasses.replace(model, scheme=scheme), tmp_path)
+    assert load_artifact(tmp_path).scheme == scheme
+
+
 def test_loaded_weights_are_mapped_not_copied(saved: Path) -> None:
     """A mapped tensor lies in the file's own mapping, so two reads of one file see the same
     pages.
@@ -166,7 +190,9 @@ def drop(part: str) -> Callable[[Path], None]:
         (edit(linears=None), "is damaged"),
         (edit(dtype="float99"), "is damaged"),
         (edit(provenance={"gate": []}), "is damaged"),
-        (edit(format_version=FORMAT_VERSION + 1), f"has format version {FORMAT_VERSION + 1}"),
+        (edit(format_version=FORMAT_VERSION + 1), "format version 4, written by a newer rotq"),
+        (edit(format_version=2, scheme="int8"), "format version 2, written by an older rotq"),
+        (edit(scheme="int8"), "is damaged"),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
         (truncate, "is damaged"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), "is damaged"),

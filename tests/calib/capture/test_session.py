@@ -21,7 +21,13 @@ from calib.capture.sites import CaptureConfig, CaptureSite, estimate_bytes
 from calib.capture.storage import Capture
 from calib.data.batches import Batch, length_batches
 from calib.data.tokens import token_hash
-from calib.errors import DataError, QuantizationError, UnsupportedModelError
+from calib.errors import (
+    CheckpointError,
+    DataError,
+    QuantizationError,
+    RotqError,
+    UnsupportedModelError,
+)
 
 # Two ways to batch the same rows, or to mask them, differ by the rounding of float32 matmuls
 # through two layers: a few units of 2**-24 for each of about 20 operations, relative to the size of
@@ -186,12 +192,14 @@ def test_hooks_go_and_modes_stay(
 def test_sites_that_do_not_fit_are_refused(
     llama: LlamaForCausalLM, sites: list[CaptureSite], rows: list[Tensor]
 ) -> None:
-    def refused(site: CaptureSite, said: str) -> None:
-        with pytest.raises(UnsupportedModelError, match=said):
+    def refused(
+        site: CaptureSite, said: str, error: type[RotqError] = UnsupportedModelError
+    ) -> None:
+        with pytest.raises(error, match=said):
             run(llama, [sites[0], site], rows)
 
-    refused(CaptureSite("model.layers.9.mlp", 9, "r1"), r"no module 'model\.layers\.9\.mlp'")
-    refused(CaptureSite("lm_head", 0, "r1"), "never calls 'lm_head'")
+    refused(CaptureSite("model.layers.9.mlp", 9, "r1"), "no submodule '9'", CheckpointError)
+    refused(CaptureSite("lm_head", 0, "r1"), r"never reached 1 .* lm_head", QuantizationError)
     refused(CaptureSite("model.layers.0.mlp.down_proj", 0, "r1"), "48 wide, other R1 sites are 32")
     refused(
         CaptureSite("model.layers.0.mlp.down_proj", 0, "r2"),

@@ -159,7 +159,8 @@ def test_data_sets_read_single_samples(captured: Capture, tmp_path: Path) -> Non
     )
     other = torch.stack([value for value, _ in R2Dataset(tmp_path / "capture", 1, seed=4)])
     assert not torch.equal(values, other)
-    assert torch.equal(pickle.loads(pickle.dumps(r2))[0][0], r2[0][0])  # noqa: S301 -- its own output
+    again = pickle.loads(pickle.dumps(r2))  # noqa: S301 -- its own output
+    assert torch.equal(again[0][0], r2[0][0])
 
     with pytest.raises(DataError, match=f"no R2 layer {LAYERS}"):
         R2Dataset(tmp_path / "capture", LAYERS)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib.data.rows import calibration_rows
 from calib.data.tokens import (
-    calibration_rows,
     clamp_seqlen,
     combine_digests,
     row_digest,
@@ -62,7 +62,13 @@ def test_windows_are_exact_consecutive_distinct_pieces_of_the_joined_text(
             )
         return
     rows = tokenize(
-        texts, characters, seqlen=seqlen, nsamples=nsamples, seed=seed, layout="windows"
+        texts,
+        characters,
+        seqlen=seqlen,
+        nsamples=nsamples,
+        seed=seed,
+        layout="windows",
+        bos=False,
     )
     if len(whole) < seqlen:
         assert [row.tolist() for row in rows] == [whole]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calib.network.attention import attention_implementation
+from calib.modules.attention import attention_implementation
 from tests.tiny import CONFIGS, Tiny, make_tiny, relative_l2
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from calib.architectures import Wiring
 from calib.errors import CheckpointError, RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, fuse, materialize
+from calib.network.layout import StockTensors
 from calib.rotations.rotation_set import RotationSet, fused_rotation
 
 OfName = Callable[[str], Any]
@@ -56,9 +57,11 @@ def test_the_bytes_and_their_order_are_those_of_the_eager_state(
     assert isinstance(eager.state, dict)
     assert list(eager.state) == list(lazy.state)
     assert len(eager.state) == len(lazy.state)
-    for name, tensor in eager.state.items():
-        assert torch.equal(lazy.state[name].view(torch.uint8), tensor.view(torch.uint8)), name
-        assert lazy.state[name].is_contiguous()
+    stock, lazy_stock = (StockTensors(one.state, one.wiring) for one in (eager, lazy))
+    for name, tensor in stock.items():
+        assert torch.equal(lazy_stock[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert tensor.data_ptr() == eager.state[name].data_ptr()  # turning it copies nothing
+        assert lazy.state[name].is_contiguous() or name in tiny.wiring.turned_weights
     assert (lazy.unused, lazy.refusals, lazy.dtype) == (eager.unused, eager.refusals, eager.dtype)
 
 

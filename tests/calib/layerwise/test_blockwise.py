@@ -13,17 +13,18 @@ import torch
 
 from calib.architectures.experts import with_parameters
 from calib.artifact import QuantizedModel
+from calib.artifact.files import artifact_tensors
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel, fuse, materialize
-from calib.layerwise.calibrator import quantize_blockwise
+from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
 from calib.measure.reference import build_reference
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import Quantization, resolve
 from calib.schemes import scheme_named
 from calib.smoothing.groups import groups_of
-from calib.smoothing.methods import smoothing_named
+from calib.smoothing.methods import Smoothing, smoothing_named
 from calib.smoothing.observe import observe_channels
 from calib.smoothing.smooth import smooth
 from tests.tiny import CONFIGS, PROVENANCE, Tiny, make_tiny, token_rows
@@ -68,7 +69,13 @@ def prepared(
     return held, lazy, resolve(scheme_named(scheme), tiny.wiring, **settings)
 
 
-def blockwise(lazy: FusedModel, how: Quantization, folder: Path, **settings: Any) -> QuantizedModel:
+def blockwise(
+    lazy: FusedModel,
+    how: Quantization,
+    folder: Path,
+    smoothing: Smoothing | None = None,
+    **settings: Any,
+) -> QuantizedModel:
     (folder / "out").mkdir(parents=True)
     batches = length_batches(token_rows(), 4)
     return quantize_blockwise(
@@ -78,8 +85,8 @@ def blockwise(lazy: FusedModel, how: Quantization, folder: Path, **settings: Any
         PROVENANCE,
         folder / "work",
         folder / "out",
-        max_memory=2**20,
-        **settings,
+        smoothing=smoothing,
+        walk=WalkSettings(max_memory=2**20, **settings),
     )
 
 
@@ -87,7 +94,7 @@ def assert_same(found: QuantizedModel, expected: QuantizedModel) -> None:
     assert list(found.linears) == list(expected.linears)
     assert found.schemes() == expected.schemes()
     assert found.kept == expected.kept
-    tensors, wanted = dict(found._tensors()), dict(expected._tensors())
+    tensors, wanted = dict(artifact_tensors(found)), dict(artifact_tensors(expected))
     assert tensors.keys() == wanted.keys()
     for key, tensor in tensors.items():
         assert tensor.dtype == wanted[key].dtype, key
@@ -178,9 +185,7 @@ def test_asym_sees_the_quantized_model(name: str, tmp_path: Path) -> None:
 def test_weights_alone_need_no_batch(tmp_path: Path) -> None:
     held, lazy, how = prepared("llama", "int4-weight-only", {})
     (tmp_path / "out").mkdir()
-    found = quantize_blockwise(
-        lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out", max_memory=2**20
-    )
+    found = quantize_blockwise(lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out")
     assert_same(found, quantize_model(held, how, None, PROVENANCE))
 
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from calib.architectures.groups import reading_groups
 from calib.fusing import FusedModel, materialize
-from calib.layerwise import Block, CalibrationRunner, linear_groups
+from calib.layerwise import Block, CalibrationRunner
 from calib.network.observe_experts import experts_as_modules
 from tests.calib.layerwise.layerwise_support import (
     Rounded,
@@ -112,7 +113,7 @@ def test_groups_are_in_topological_order_and_read_the_same_tensor(tiny: Tiny) ->
     groups = [
         group
         for layer in range(fused.config.num_hidden_layers)
-        for group in linear_groups(fused.wiring, layer)
+        for group in reading_groups(fused.wiring, layer)
     ]
     assert [name for group in groups for name in group] == linear_names(fused)
     # Experts read some tokens each, and one of them is run after the other.

@@ -64,7 +64,7 @@ def quantized_with(
 
 def observed(fused: FusedModel, scheme: str = "int8", **settings: Any) -> Observed:
     how = resolve(scheme_named(scheme), fused.wiring, **settings)
-    return observe(materialize(fused), Calibrator(fused, how).wanted(list(how.linears)), loop())
+    return observe(materialize(fused), Calibrator(fused, how).watchlist(list(how.linears)), loop())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 from calib.errors import CheckpointError
 from calib.fusing import FusedModel, materialize, unloaded
+from calib.network.layout import StockTensors
 from calib.network.skeleton import build_skeleton
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, relative_l2, token_rows
 from tests.tolerances import SAME_SUMS
+
+
+def stock(fused: FusedModel) -> StockTensors:
+    return StockTensors(fused.state, fused.wiring)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,7 @@ def test_the_skeleton_with_all_weights_is_the_model(name: str) -> None:
     them.
     """
     fused = fuse_tiny(make_tiny(CONFIGS[name]()))
-    skeleton = build_skeleton(fused.config.to_dict(), fused.state, skip=())
+    skeleton = build_skeleton(fused.config.to_dict(), stock(fused), skip=())
     ids = token_rows()[1][None]
     assert (
         relative_l2(skeleton(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits)
@@ -83,7 +88,7 @@ def test_a_head_that_took_the_bias_of_its_norm_keeps_it() -> None:
     tiny.state["transformer.ln_f.weight"][7] = 1e-9
     fused = fuse_tiny(tiny, ["r1"])
     assert fused.refusals
-    skeleton = build_skeleton(fused.config.to_dict(), fused.state, skip=())
+    skeleton = build_skeleton(fused.config.to_dict(), stock(fused), skip=())
     ids = token_rows()[1][None]
     assert (
         relative_l2(skeleton(input_ids=ids).logits, materialize(fused)(input_ids=ids).logits)

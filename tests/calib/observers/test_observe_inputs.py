@@ -90,9 +90,7 @@ def test_unreached_modules_are_named() -> None:
 
 
 def test_an_empty_forward_loop_is_refused() -> None:
-    with pytest.raises(
-        QuantizationError, match="reached none of 2 modules, such as 'first': it ran no batch"
-    ):
+    with pytest.raises(QuantizationError, match=r"never reached 2 module\(s\): first, second"):
         input_limits(
             Branches(), dict.fromkeys(["first", "second"], static), "min_max", lambda _: None
         )
@@ -101,7 +99,7 @@ def test_an_empty_forward_loop_is_refused() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_named_and_hooks_go(bad: float) -> None:
     model = Branches()
-    with pytest.raises(QuantizationError, match=r"'first \(input\)': .* NaN or Inf"):
+    with pytest.raises(QuantizationError, match="NaN or Inf in the input of first"):
         input_limits(
             model, {"first": static}, "percentile", lambda module: module(torch.full((1, 4), bad))
         )

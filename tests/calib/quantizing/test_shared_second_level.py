@@ -93,7 +93,7 @@ def test_the_block_by_block_run_shares_it_as_well(tmp_path: Path) -> None:
     whole = _quantized(fused, wanted)
     work, folder = tmp_path / "work", tmp_path / "out"
     folder.mkdir()
-    blocks = quantize_blockwise(fused, wanted, batches, PROVENANCE, work, folder, max_memory=2**20)
+    blocks = quantize_blockwise(fused, wanted, batches, PROVENANCE, work, folder)
     assert {name: _level(blocks, name) for name in blocks.linears} == {
         name: _level(whole, name) for name in whole.linears
     }

@@ -12,7 +12,8 @@ from calib.capture.result import Samples
 from calib.errors import RotationError
 from calib.rotations.joint import unit_rows, with_weight_rows
 from calib.rotations.objectives import ActivationScheme, scheme_error, whole_inputs
-from calib.rotations.train import TrainConfig, train_rotation
+from calib.rotations.train import train_rotation
+from calib.rotations.train_config import TrainConfig
 
 
 def heavy_tailed(*shape: int, seed: int) -> Tensor:

@@ -21,6 +21,7 @@ from calib.rotations.rotation_set import (
     fused_rotation,
     hadamard_rotation,
     hadamard_rotations,
+    online_rotations,
     orthogonality_defect,
 )
 from calib.rotations.starts import haar_start
@@ -227,7 +228,21 @@ def test_hadamard_rotations_cover_every_layer_and_branch() -> None:
         intermediate_size=24,
     )
     names = list(hadamard_rotations(wiring_for(config), ["r1", "r2", "r4"], seed=1))
-    assert names == ["R1", "R2.0", "R4.0", "R2.1", "R4.1", "R4.1.shared"]
+    assert names == ["R1", "R2.0", "R2.1", "R4.0", "R4.1", "R4.1.shared"]
+
+
+def test_online_rotations_have_no_signs_whatever_the_seed() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    wiring, kinds = wiring_for(config), ["r2", "r3", "r4"]
+    made = hadamard_rotations(wiring, kinds, seed=7)
+    assert made["R2.0"].seed == 7
+    online = online_rotations(wiring, kinds)
+    assert [rotation.name for rotation in online] == ["R3.0", "R4.0", "R3.1", "R4.1"]
+    assert [made[rotation.name].seed for rotation in online] == [None] * 4
+    for rotation in online:
+        assert vars(made[rotation.name]) == vars(rotation)
 
 
 def test_refused_kind_is_refused_early() -> None:

@@ -14,7 +14,8 @@ from calib.errors import RotationError
 from calib.rotations.objectives import ActivationScheme, scheme_error, whole_inputs
 from calib.rotations.starts import haar_start, hadamard_start
 from calib.rotations.tokens import second_moment
-from calib.rotations.train import TrainConfig, TrainResult, train_rotation
+from calib.rotations.train import TrainResult, train_rotation
+from calib.rotations.train_config import TrainConfig
 
 INT4 = ActivationScheme(4)
 OPTIMIZERS = ["qr", "riemannian-ns", "riemannian-cayley", "monotone"]
@@ -42,7 +43,12 @@ def assert_orthogonal(matrix: Tensor) -> None:
 
 
 def config_for(optimizer: str, **changes: object) -> TrainConfig:
-    config = TrainConfig(objective="whip", optimizer=optimizer, epochs=8, lr=2e-2)  # type: ignore[arg-type]
+    config = TrainConfig(
+        objective="whip",
+        optimizer=optimizer,  # type: ignore[arg-type]
+        epochs=8,
+        lr=2e-2,
+    )
     return replace(config, **changes)  # type: ignore[arg-type]
 
 

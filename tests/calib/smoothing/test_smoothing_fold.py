@@ -80,7 +80,7 @@ def test_readers_see_a_smaller_input_and_hold_a_larger_weight(
         # The stock norm rounds to float32 inside, before its gain.
         torch.testing.assert_close(after * s, plain, rtol=1e-6, atol=1e-6)
         for spec in group.readers:
-            weights = [reader_weight(spec, model.state[spec.weight]) for model in (fused, smoothed)]
+            weights = [reader_weight(model.state[spec.weight]) for model in (fused, smoothed)]
             own = next((one for one in groups_of(fused) if one.writer == spec), None)
             rows = weights[0].shape[0]
             divided = torch.ones(rows, 1, dtype=torch.float64)
@@ -123,9 +123,7 @@ def test_norm_and_readers_cancel_exactly_whatever_the_dtype(
         gain = state[group.writer.weight].double() + offset
         torch.testing.assert_close(gain * s, torch.ones_like(gain), rtol=1e-14, atol=0)
         for spec in group.readers:
-            plain, after = (
-                reader_weight(spec, tensors[spec.weight]) for tensors in (fused.state, state)
-            )
+            plain, after = (reader_weight(tensors[spec.weight]) for tensors in (fused.state, state))
             assert torch.equal(after, (plain.double() * s).to(dtype))  # rounded once
 
 

@@ -101,7 +101,7 @@ def test_unreached_modules_are_named(tiny_of: OfName) -> None:
     for moments in (False, True):
         with pytest.raises(
             QuantizationError,
-            match=r"never reached 8 linear\(s\): model.layers.0.self_attn.o_proj, ",
+            match=r"never reached 8 module\(s\): model.layers.0.self_attn.o_proj, ",
         ):
             observe_channels(
                 materialize(fused), groups_of(fused), lambda model: None, moments=moments

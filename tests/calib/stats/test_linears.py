@@ -47,7 +47,10 @@ def seen(network: Any, names: list[str], batches: list[Batch]) -> dict[str, tupl
             network(batch.input_ids)
     for handle in handles:
         handle.remove()
-    return {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}  # type: ignore[misc]
+    return {
+        name: tuple(map(torch.cat, zip(*parts, strict=True)))  # type: ignore[misc]
+        for name, parts in found.items()
+    }
 
 
 def expect(found: MomentStatistics, x: Tensor) -> None:

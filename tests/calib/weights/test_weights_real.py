@@ -11,7 +11,7 @@ from weights_support import is_on_grid
 
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
-from calib.data.tokens import calibration_rows
+from calib.data.rows import calibration_rows
 from calib.schemes import scheme_named
 from calib.weights.algorithms import algorithm_named
 from calib.weights.moments import observe_moments

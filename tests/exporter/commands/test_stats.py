@@ -13,16 +13,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from exporter.cli import main
-from exporter.commands.stats import (
-    STATS_FILE,
-    TABLE_FILE,
-    TENSORS_FILE,
-    StatsReport,
-    StatsResult,
-    stats,
-)
+from exporter.commands.stats import TENSORS_FILE, StatsResult, stats
 from exporter.console.show_stats import damage_table, show_stats
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
+from exporter.reporting.stats import STATS_FILE, TABLE_FILE, StatsReport
 from exporter.run.options import RunOptions
 from tests.checkpoints import TINY, write_checkpoint
 

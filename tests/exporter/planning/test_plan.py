@@ -14,7 +14,8 @@ from cli_support import LLAMA_CONFIG, llama_shapes, write_llama, write_safetenso
 from calib.errors import BackendError, CheckpointError, UnsupportedModelError
 from calib.schemes import INT8, PerChannel, TensorScheme, tensor_scheme_to_dict
 from exporter.planning.headers import read_headers
-from exporter.planning.plan import Goal, Plan, plan
+from exporter.planning.plan import Plan, plan
+from exporter.planning.stages import Goal
 from exporter.recipe import Recipe, load_recipe
 from exporter.run.options import RunOptions
 
@@ -201,6 +202,28 @@ def test_the_scheme_float_trains_and_compares_nothing(tmp_path: Path) -> None:
     assert list(stages(found)) == ["start", "load", "fuse", "calibrate", "write", "verify"]
 
 
+def sets_in(plan: Plan) -> str:
+    """What the stage says of the sets that the gate compares."""
+    return next((stage.detail for stage in plan.stages if stage.name == "gate"), "none")
+
+
+def test_as_many_sets_are_planned_as_the_run_would_compare(
+    tmp_path: Path, plugins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(plugins)
+    folder = write_llama(tmp_path / "model")
+    assert "the 4 sets and" in sets_in(planned(folder))
+    # target 'two' has no place for R4; the norms of Gemma-2 leave no R1
+    assert "the 3 sets and" in sets_in(planned(folder, backend="stub", target="two"))
+    gemma = planned(write_llama(tmp_path / "gemma", model_type="gemma2"))
+    assert "the 4 sets and" in sets_in(gemma)
+    assert "train R2" in stages(gemma)
+    assert "train R1" not in stages(gemma)
+    # what comes from files is not trained, so nothing stands in for training
+    assert "the 3 sets and" in sets_in(planned(folder, **{"rotation.files": ["r1.pt", "r2.pt"]}))
+    assert sets_in(planned(folder, rotate="r1")) == "none"
+
+
 def test_the_embedded_model_can_be_planned() -> None:
     found = plan(Recipe(dtype="float32", device="cpu"), RunOptions(output=Path()))
     assert found.model_type == "llama"
@@ -252,7 +275,8 @@ def test_headers_agree_with_the_library_that_reads_them(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     folder = write_llama(tmp_path / "model")
     with safetensors.safe_open(folder / "model.safetensors", "np") as file:
-        expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        expected = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     assert {tensor.name: tensor.shape for tensor in read_headers(str(folder)).tensors} == expected
 
 
@@ -279,3 +303,31 @@ def test_a_folder_without_config_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file"):
         read_headers(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "ort", "dtype": "bfloat16"}, "--dtype bfloat16: nothing on a CPU runs"),
+        ({"target": "ort", "dtype": "float16"}, "--dtype float16: ONNX Runtime's CPU"),
+        ({"target": "openvino", "kv_buffer": "shared"}, "--kv-buffer shared: OpenVINO has no"),
+    ],
+)
+def test_a_plan_refuses_options_as_the_run_would(
+    tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(BackendError, match=message):
+        planned(write_llama(tmp_path / "model"), backend="onnx", **settings)
+
+
+def test_a_plan_refuses_what_cannot_be_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RoPE that transformers updates by values, of no type that is known."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "dynamic-odd", ROPE_INIT_FUNCTIONS["dynamic"])
+    rope = {"rope_type": "dynamic-odd", "rope_theta": 1e4, "factor": 2.0}
+    folder = write_llama(tmp_path / "model", rope_parameters=rope)
+    with pytest.raises(BackendError, match=r"cannot export 'model.rotary_emb'.*depends on values"):
+        planned(folder, backend="onnx")

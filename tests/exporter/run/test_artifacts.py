@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from calib.errors import CheckpointError, QuantizationError, RotqError
-from exporter.commands.export import Run, calibrate, export
+from exporter.commands.export import calibrate, export
 from exporter.commands.verify import verify
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.report import ParityRow
+from exporter.run import rotations
 from exporter.run.options import RunOptions
 from exporter.run.workdir import ARTIFACT, WALK
 from tests.checkpoints import write_checkpoint
@@ -87,10 +88,10 @@ def test_a_resume_notices_that_the_model_was_replaced_and_removes_what_was_left_
 def test_what_cannot_be_quantized_is_refused_before_anything_is_captured(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def capture(_: Run) -> None:
+    def capture(*_: Any) -> None:
         raise RotqError("captured first")
 
-    monkeypatch.setattr(Run, "captured", capture)
+    monkeypatch.setattr(rotations, "captured", capture)
     model = write_checkpoint(tmp_path / "model", intermediate_size=88)
     with pytest.raises(QuantizationError, match=message):
         calibrate(few(model=str(model), rotate="r1,r2", **changes), RunOptions(tmp_path / "out"))

@@ -15,8 +15,8 @@ from calib.errors import OutputError, RecipeError
 from exporter.commands.evaluate import evaluate
 from exporter.commands.export import calibrate
 from exporter.recipe import load_recipe, parse_size
-from exporter.run.layerwise import check_layerwise
 from exporter.run.options import RunOptions
+from exporter.run.quantizing import check_layerwise
 from exporter.run.workdir import ARTIFACT, WALK
 
 FEW = {"calibration.nsamples": 4, "calibration.seqlen": 32, "rotate": "r1,r2,r4", "scheme": "int8"}
@@ -48,6 +48,18 @@ def test_a_layerwise_run_is_the_whole_model_run(tmp_path: Path) -> None:
         result.perplexity
         == evaluate(str(tmp_path / "other"), None, nsamples=2, window=64).perplexity
     )
+
+
+@pytest.mark.parametrize("scheme", ["int8", "float"])
+def test_both_ways_make_the_same_online_rotations(tmp_path: Path, scheme: str) -> None:
+    layerwise, whole = (
+        quantized(tmp_path, name, scheme=scheme, rotate="r1,r3,r4", layerwise__enabled=enabled)
+        for name, enabled in (("one", True), ("other", False))
+    )
+    online = [rotation for rotation in whole.rotations.values() if rotation.online]
+    assert len(online) == 2 * whole.config["num_hidden_layers"]
+    for rotation in online:
+        assert vars(layerwise.rotations[rotation.name]) == vars(rotation)
 
 
 def test_a_work_folder_keeps_the_walk_until_it_is_whole(tmp_path: Path) -> None:

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from backends.rules import Limits
 from calib.artifact import load_artifact
 from calib.errors import BackendError, OutputError, RotqError
-from exporter.commands.export import Run, calibrate, export
+from exporter.commands.export import calibrate, export
 from exporter.commands.verify import verify
 from exporter.output import sha256_tree
 from exporter.planning.plan import plan
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.report import REPORT_FILE, Report
+from exporter.run.calibrating import Calibrating
 from exporter.run.options import RunOptions
 from tests.checkpoints import write_checkpoint
 from tests.torch_backend import OPTIONS, WEIGHTS, TorchBackend, install
@@ -186,10 +188,10 @@ def test_how_keys_and_values_are_kept_concerns_writing_alone(model: str, tmp_pat
 def test_what_a_target_refuses_or_warns_of_is_said_before_the_long_job(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def forward_loop(_: Run) -> None:
+    def quantized(*_: Any) -> None:
         raise RotqError("calibrated first")
 
-    monkeypatch.setattr(Run, "_forward_loop", forward_loop)
+    monkeypatch.setattr(Calibrating, "quantized", quantized)
     with pytest.raises(
         BackendError, match="target 'half' of backend 'torch' cannot express R4: it has no place"
     ):
@@ -258,7 +260,7 @@ def test_rotations_of_an_artifact_or_a_file_are_refused_too(
     with pytest.raises(BackendError, match="'half' of backend 'torch' cannot express R4"):
         plan(recipe, again)
     assert "r1" not in export(few(model, "plain"), again).report.rotate
-    monkeypatch.setattr(Run, "_forward_loop", lambda _: pytest.fail("calibrated first"))
+    monkeypatch.setattr(Calibrating, "quantized", lambda *_: pytest.fail("calibrated first"))
     given = few(model, "half", rotate="auto", rotation__files=[str(tmp_path / "artifact")])
     with pytest.raises(BackendError, match="'half' of backend 'torch' cannot express R4"):
         export(given, RunOptions(tmp_path / "other"))
@@ -268,6 +270,7 @@ def test_a_plan_of_an_artifact_knows_its_cache(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrate(few(model, "plain", kv="int8"), RunOptions(tmp_path / "artifact"))
-    monkeypatch.setattr(TorchBackend, "cache_refusal", lambda *_: "it keeps none")
+    limits = Limits(cache=lambda _: "it keeps none")
+    monkeypatch.setattr(TorchBackend, "refusals", lambda _, request: limits.reasons(request))
     with pytest.raises(BackendError, match="cannot express a KV cache of int8: it keeps none"):
         plan(few(model, "plain"), RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact"))

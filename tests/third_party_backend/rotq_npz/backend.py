@@ -5,16 +5,16 @@ stays quick.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from backends.base import StoredTensor, WriteOptions
-from backends.rules import Rule, first_reason, tensor_schemes
+from backends.base import Reason, Request, StoredTensor, WriteOptions
+from backends.rules import Limits, Rule, first_reason, tensor_schemes
 
 if TYPE_CHECKING:
     from backends.torch_model import TorchModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
-    from calib.schemes import LinearScheme, TensorScheme
 
 RULES = (
     Rule(
@@ -26,6 +26,14 @@ RULES = (
         "this format has no zero points",
     ),
 )
+LIMITS = Limits(
+    linear=partial(first_reason, RULES),
+    cache=lambda scheme: "the file has no place for it",
+    options={
+        "logits": "a file of arrays computes no logits",
+        "kv_buffer": "a file of arrays keeps no keys and values",
+    },
+)
 
 
 class NpzBackend:
@@ -33,29 +41,10 @@ class NpzBackend:
 
     name = "npz"
     targets = ("numpy",)
+    contract = 2  # of backends.base, as a number: what this file was written for
 
-    def refusal(self, scheme: LinearScheme, target: str) -> str | None:
-        return first_reason(RULES, scheme)
-
-    def warning(self, scheme: LinearScheme, target: str) -> str | None:
-        return None
-
-    def cache_refusal(self, scheme: TensorScheme, target: str) -> str | None:
-        return "the file has no place for it"
-
-    def rotation_refusal(self, kind: str, target: str) -> str | None:
-        return None
-
-    def logits_refusal(self, target: str) -> str | None:
-        return "a file of arrays computes no logits"
-
-    def kv_buffer_refusal(self, target: str) -> str | None:
-        return "a file of arrays keeps no keys and values"
-
-    def model_refusal(
-        self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme], target: str
-    ) -> tuple[str, str] | None:
-        return None
+    def refusals(self, request: Request) -> list[Reason]:
+        return LIMITS.reasons(request)
 
     def compute_dtype(self, target: str) -> str:
         return "float32"
@@ -64,6 +53,9 @@ class NpzBackend:
         from rotq_npz.files import write
 
         write(model, folder)
+
+    def files(self, request: Request, nbytes: int) -> Sequence[str]:
+        return ("model.npz", "model.json")
 
     def load(self, folder: Path, target: str, *, exact: bool) -> TorchModel:
         from backends.torch_model import TorchModel

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.registry import check_target, get_backend
+from backends.asking import check
+from backends.base import Request
+from backends.registry import get_backend
 from backends.safetensors.manifest import dtype_name
 from backends.safetensors.read import open_bundle
-from backends.safetensors.tripy.loader import float_dtype
+from backends.safetensors.tripy.dtypes import NamedDtype, float_dtype
 from backends.safetensors.tripy.models import LLAMA, family_of, refusal_of
 from backends.safetensors.tripy.modules.gpt import GPT
 from backends.safetensors.tripy.modules.llama import Llama
@@ -27,7 +29,7 @@ def module_for_bundle(folder: Path | str) -> Any:
     return _built(plan_of_bundle(open_bundle(Path(folder), target="tripy").manifest))
 
 
-def module_for_config(config: Mapping[str, Any], dtype: Any, quant_mode: str) -> Any:
+def module_for_config(config: Mapping[str, Any], dtype: NamedDtype, quant_mode: str) -> Any:
     """A module of the model of ``config``, its parameters not set yet.
 
     Args:
@@ -43,12 +45,13 @@ def module_for_config(config: Mapping[str, Any], dtype: Any, quant_mode: str) ->
     """
     scheme = scheme_named(quant_mode).linear
     if scheme is not None:
-        check_target(get_backend("safetensors"), {quant_mode: scheme}, "tripy")
+        request = Request("tripy", linears={quant_mode: scheme})
+        check(get_backend("safetensors"), request, called=quant_mode)
     return _built(plan_of_config(config, dtype_name(float_dtype(dtype)), scheme))
 
 
 def _built(plan: ModulePlan) -> Any:
     refusal = refusal_of(plan.config)
     if refusal is not None:
-        raise BackendError(refusal[0], hint=refusal[1])
+        raise BackendError(refusal.reason, hint=refusal.hint)
     return (Llama if family_of(plan.config.model_type) is LLAMA else GPT)(plan)

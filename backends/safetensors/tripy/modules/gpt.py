@@ -4,8 +4,6 @@ vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import nvtripy as tp
 
 from backends.safetensors.tripy.modules.layers import ACTIVATIONS, LayerNorm, attention
@@ -14,7 +12,7 @@ from backends.safetensors.tripy.modules.plan import ModulePlan
 
 
 class _Attention(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, prefix: str, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, prefix: str, dtype: tp.dtype) -> None:
         super().__init__()
         self.heads = plan.config.n_head
         self.width = plan.config.n_embd
@@ -34,7 +32,7 @@ class _Attention(tp.Module):  # type: ignore[misc]
 
 
 class _MLP(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, prefix: str, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, prefix: str, dtype: tp.dtype) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[plan.config.activation_function]
         self.c_fc = make_linear(plan.linears[f"{prefix}.c_fc"], dtype)
@@ -45,7 +43,7 @@ class _MLP(tp.Module):  # type: ignore[misc]
 
 
 class _Block(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, prefix: str, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, prefix: str, dtype: tp.dtype) -> None:
         super().__init__()
         width, eps = plan.config.n_embd, plan.config.layer_norm_epsilon
         self.ln_1 = LayerNorm(width, eps)
@@ -59,7 +57,7 @@ class _Block(tp.Module):  # type: ignore[misc]
 
 
 class _Transformer(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, dtype: tp.dtype) -> None:
         super().__init__()
         config = plan.config
         self.wte = tp.Embedding(config.vocab_size, config.n_embd, dtype=dtype)

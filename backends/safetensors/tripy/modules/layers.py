@@ -61,6 +61,7 @@ def attention(
     if window is not None:
         hidden = hidden | (back >= window)
     weights = tp.softmax(tp.where(hidden, -math.inf, scores), dim=-1)
+
     return tp.cast(weights, query.dtype) @ value
 
 

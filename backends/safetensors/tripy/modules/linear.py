@@ -21,7 +21,7 @@ class Hadamard(tp.Module):  # type: ignore[misc]
     :mod:`backends.safetensors.source`.
     """
 
-    def __init__(self, width: int, orders: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, width: int, orders: tuple[int, ...], dtype: tp.dtype) -> None:
         super().__init__()
         self.width = width
         self.orders = orders
@@ -36,6 +36,7 @@ class Hadamard(tp.Module):  # type: ignore[misc]
         for order in self.orders:
             rest *= order
         done = self.width // rest
+
         for order, factor in zip(self.orders, self.factors, strict=True):
             rest //= order
             if rest == 1:
@@ -43,6 +44,7 @@ class Hadamard(tp.Module):  # type: ignore[misc]
             else:
                 x = factor @ tp.reshape(x, (-1, done, order, rest))
             done *= order
+
         return tp.reshape(x, shape)
 
 
@@ -56,8 +58,8 @@ class BlockLinear(tp.Module):  # type: ignore[misc]
         block_size: int,
         *,
         bias: bool = True,
-        dtype: Any = tp.float32,
-        input_dtype: Any = None,
+        dtype: tp.dtype = tp.float32,
+        input_dtype: tp.dtype | None = None,
         reordered: bool = False,
     ) -> None:
         """
@@ -99,7 +101,7 @@ class _Linear(tp.Linear):  # type: ignore[misc]
     optional.
     """
 
-    def __init__(self, plan: LinearPlan, dtype: Any) -> None:
+    def __init__(self, plan: LinearPlan, dtype: tp.dtype) -> None:
         super().__init__(
             plan.in_features,
             plan.out_features,
@@ -130,7 +132,7 @@ class _RotatedBlockLinear(_Rotated, BlockLinear):
     pass
 
 
-def make_linear(plan: LinearPlan, dtype: Any) -> Any:
+def make_linear(plan: LinearPlan, dtype: tp.dtype) -> Any:
     """The module of ``plan``; ``dtype`` is Tripy's."""
     if plan.block_size is None:
         linear = (_RotatedLinear if plan.rotation else _Linear)(plan, dtype)

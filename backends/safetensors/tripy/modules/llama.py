@@ -6,7 +6,7 @@ B = batch, T = tokens, D = model width, H = query heads, K = key and value heads
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nvtripy as tp
 
@@ -15,20 +15,23 @@ from backends.safetensors.tripy.modules.layers import ACTIVATIONS, RMSNorm, atte
 from backends.safetensors.tripy.modules.linear import make_linear
 from backends.safetensors.tripy.modules.plan import ModulePlan
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 class Rope:
     """Rotary position embeddings. The frequencies are transformers' own, whatever their kind;
     angles are float32.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         source: Any = LlamaRotaryEmbedding(config)
         self.frequencies: list[float] = source.inv_freq.double().tolist()
         self.scaling = float(source.attention_scaling)
 
-    def tables(self, tokens: Any, dtype: Any) -> tuple[tp.Tensor, tp.Tensor]:
+    def tables(self, tokens: tp.DimensionSize, dtype: tp.dtype) -> tuple[tp.Tensor, tp.Tensor]:
         """Cosines and sines ``[T, d]`` of ``tokens`` positions from 0 on."""
         position = tp.reshape(tp.arange(tokens, dtype=tp.float32), (tokens, 1))
         angles = position * tp.reshape(tp.Tensor(self.frequencies), (1, len(self.frequencies)))
@@ -46,7 +49,7 @@ def _rotate(x: tp.Tensor, tables: tuple[tp.Tensor, tp.Tensor]) -> tp.Tensor:
 
 
 class _Attention(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, layer: int, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, layer: int, dtype: tp.dtype) -> None:
         super().__init__()
         config, prefix = plan.config, f"model.layers.{layer}.self_attn"
         self.heads = config.num_attention_heads
@@ -81,7 +84,7 @@ class _Attention(tp.Module):  # type: ignore[misc]
 
 
 class _MLP(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, prefix: str, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, prefix: str, dtype: tp.dtype) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[plan.config.hidden_act]
         self.gate_proj = make_linear(plan.linears[f"{prefix}.gate_proj"], dtype)
@@ -93,7 +96,7 @@ class _MLP(tp.Module):  # type: ignore[misc]
 
 
 class _Layer(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, layer: int, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, layer: int, dtype: tp.dtype) -> None:
         super().__init__()
         width, eps = plan.config.hidden_size, plan.config.rms_norm_eps
         self.input_layernorm = RMSNorm(width, eps)
@@ -107,7 +110,7 @@ class _Layer(tp.Module):  # type: ignore[misc]
 
 
 class _Decoder(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, dtype: Any) -> None:
+    def __init__(self, plan: ModulePlan, dtype: tp.dtype) -> None:
         super().__init__()
         config = plan.config
         self.dtype = dtype

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backends.safetensors.source import rotated_modules, transposed_weights
-from backends.safetensors.tripy.layout import tripy_dtype
+from backends.safetensors.manifest import Manifest
+from backends.safetensors.source import rotated_modules
+from backends.safetensors.tripy.dtypes import tripy_dtype
 from calib.architectures import Wiring, wiring_of
-from calib.network.skeleton import expected_tensors
+from calib.network.skeleton import oriented_shapes
 from calib.schemes import LinearScheme, PerBlock, PerChannel, TensorScheme, tensor_scheme_from_dict
 
 Shapes = Mapping[str, Sequence[int]]
@@ -51,7 +52,7 @@ class ModulePlan:
     """Every linear, the head included, by name in the source model."""
 
 
-def plan_of_bundle(manifest: Any) -> ModulePlan:
+def plan_of_bundle(manifest: Manifest) -> ModulePlan:
     """The module that the bundle with ``manifest`` fills."""
     wiring = wiring_of(manifest.config)
     shapes = {key: entry.shape for key, entry in manifest.tensors.items()}
@@ -77,11 +78,7 @@ def plan_of_config(
     rotations.
     """
     wiring = wiring_of(config)
-    flipped = transposed_weights(config)
-    shapes = {
-        key: tuple(reversed(shape)) if key in flipped else tuple(shape)
-        for key, shape in expected_tensors(wiring.config).items()
-    }
+    shapes = oriented_shapes(wiring)
     schemes = {} if scheme is None else dict.fromkeys(wiring.linear_names, scheme)
     return ModulePlan(wiring.config, dtype, _linears(wiring, shapes, schemes))
 
@@ -90,6 +87,7 @@ def _linears(
     wiring: Wiring, shapes: Shapes, schemes: Mapping[str, LinearScheme]
 ) -> dict[str, LinearPlan]:
     rotated = rotated_modules(shapes)
+
     plans = {}
     for spec in wiring.linears:
         name = spec.name
@@ -104,10 +102,13 @@ def _linears(
             rotation=tuple(factors),
             **({} if scheme is None else _quantization(width, scheme.weight, scheme.input)),
         )
+
     return plans
 
 
-def _quantization(width: int, weight: TensorScheme, given: TensorScheme | None) -> dict[str, Any]:
+def _quantization(
+    width: int, weight: TensorScheme, entering: TensorScheme | None
+) -> dict[str, Any]:
     granularity = weight.granularity
     return {
         "quant_dtype": tripy_dtype(weight),
@@ -115,7 +116,7 @@ def _quantization(width: int, weight: TensorScheme, given: TensorScheme | None) 
         "block_size": math.gcd(width, granularity.size)
         if isinstance(granularity, PerBlock)
         else None,
-        "input_dtype": None if given is None else tripy_dtype(given),
+        "input_dtype": None if entering is None else tripy_dtype(entering),
     }
 
 

@@ -16,6 +16,7 @@ from backends.safetensors.compressed_tensors.layout import CompressedTensorsLayo
 from calib.artifact import LINEAR_PARTS, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import LINEAR_SCHEMES, tensor_scheme_to_dict
+from tests.answers import model_refusal
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
     TARGET,
     artifact,
@@ -211,12 +212,12 @@ def test_short_blocks_are_refused() -> None:
 def test_models_are_refused_with_a_reason(family: str, linears: list[str], words: str) -> None:
     config = artifact(family, "float").config
     scheme = LINEAR_SCHEMES["int8-weight-only"]
-    reason = SafetensorsBackend().model_refusal(config, dict.fromkeys(linears, scheme), TARGET)
+    reason = model_refusal(SafetensorsBackend(), config, dict.fromkeys(linears, scheme), TARGET)
     assert reason is not None
-    assert words in reason[0]
+    assert words in reason.reason
     assert (
-        SafetensorsBackend().model_refusal(
-            config, {"model.layers.0.self_attn.q_proj": scheme}, TARGET
+        model_refusal(
+            SafetensorsBackend(), config, {"model.layers.0.self_attn.q_proj": scheme}, TARGET
         )
         is None
     )

@@ -30,7 +30,7 @@ def quantized(
     dtype: torch.dtype = torch.float32,
 ) -> QuantizedModel:
     config = wide_llama() if family == "wide" else CONFIGS[family]()
-    return quantize_fused(fuse_tiny(make_tiny(config), kinds, dtype), scheme)
+    return quantize_fused(fuse_tiny(make_tiny(config), kinds, dtype, signs=5), scheme)
 
 
 def write(model: QuantizedModel, folder: Path) -> Path:

@@ -3,7 +3,8 @@ to compute.
 
 Values of constants are taken from the bundle by the name of the layer: numpy has no dtype for some.
 ``Quantize`` divides in float32, rounds ties to even and saturates; ``Dequantize`` multiplies in
-float32 and rounds to its dtype.
+float32 and rounds to its dtype. The number formats are :mod:`formats`' own: the arithmetic that is
+checked here must not be what checks it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,7 @@ import torch
 from torch import Tensor
 
 from backends.safetensors.tensorrt.loader import BundleWeights
-from backends.safetensors.tensorrt.packing import unpack
-from calib.arithmetic.inputs import fake_quantize_input
-from calib.arithmetic.rounding import decode, round_to_format
-from calib.schemes import FLOAT4, FLOAT8, INT4, INT8, PerBlock, TensorScheme
+from tests.backends.safetensors.tensorrt.formats import quantized_blocks, rounded, unpacked
 
 _DTYPES = {
     "FLOAT": torch.float32,
@@ -26,7 +24,6 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "INT32": torch.int32,
 }
-_FORMATS = {"INT8": INT8, "FP8": FLOAT8, "INT4": INT4, "FP4": FLOAT4}
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SUM": torch.add,
     "PROD": torch.mul,
@@ -64,7 +61,7 @@ def _constant(layer: Any, weights: BundleWeights) -> Tensor:
     assert layer.get_output(0).dtype.name == form.dtype
     stored = weights.bundle.tensors[layer.name]
     if form.dtype in ("INT4", "FP4"):
-        return decode(unpack(stored, shape, signed=form.dtype == "INT4"), _FORMATS[form.dtype])
+        return unpacked(stored, shape, form.dtype)
     return (stored.float() if form.dtype in ("INT8", "FP8", "E8M0") else stored).reshape(shape)
 
 
@@ -79,9 +76,7 @@ def _scale_for(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 
 
 def _quantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
-    return round_to_format(
-        x.float() / _scale_for(x, scale, layer.axis), _FORMATS[layer.get_output(0).dtype.name]
-    )
+    return rounded(x.float() / _scale_for(x, scale, layer.axis), layer.get_output(0).dtype.name)
 
 
 def _dequantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -89,18 +84,7 @@ def _dequantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _dynamic_quantize(layer: Any, x: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Fake-quantized values come back as values with scale one: what the two give together is all
-    that counts.
-    """
-    fmt = _FORMATS[layer.get_output(0).dtype.name]
-    scheme = TensorScheme(
-        fmt,
-        PerBlock(layer.block_size),
-        dynamic=True,
-        scale_format="e8m0" if second is None else "e4m3",
-    )
-    values = fake_quantize_input(x.float(), scheme, second)
-    return values, torch.ones(()) if second is None else 1 / second
+    return quantized_blocks(x, layer.get_output(0).dtype.name, layer.block_size, second)
 
 
 def _shuffle(layer: Any, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def quantized(
     kinds: tuple[Kind, ...] = ("r1", "r2", "r4"),
     dtype: torch.dtype = torch.float32,
 ) -> QuantizedModel:
-    return quantize_fused(fuse_tiny(make_tiny(CONFIGS[family]()), kinds, dtype), scheme)
+    return quantize_fused(fuse_tiny(make_tiny(CONFIGS[family]()), kinds, dtype, signs=5), scheme)
 
 
 def write(model: QuantizedModel, folder: Path) -> Path:

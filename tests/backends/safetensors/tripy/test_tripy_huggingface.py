@@ -16,7 +16,7 @@ import calib
 from calib.architectures import wiring_for
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
-from calib.data.tokens import calibration_rows
+from calib.data.rows import calibration_rows
 from calib.errors import BackendError, CheckpointError, RotqError
 from tests.backends.safetensors.tripy.conftest import Run
 from tests.backends.safetensors.tripy.test_tripy_modules import example

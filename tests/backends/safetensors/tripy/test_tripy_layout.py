@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends.safetensors.file_names import STATEMENT_FILE
 from backends.safetensors.read import open_bundle, read_model
 from backends.safetensors.source import even_block, even_scales, original_scales
-from backends.safetensors.tripy.layout import STATEMENT_FILE, TripyLayout
+from backends.safetensors.tripy.layout import TripyLayout
 from calib.arithmetic.grids import Grid, dequantize, quantize
 from calib.arithmetic.rounding import decode
 from calib.artifact import QuantizedLinear, QuantizedModel
@@ -237,7 +238,7 @@ def test_models_without_a_module_are_refused() -> None:
     for family in ("granite", "qwen3", "mixtral", "phi3", "opt", "gemma"):
         found = layout.model_refusal(CONFIGS[family]().to_dict(), {})
         assert found is not None
-        assert CONFIGS[family]().model_type in found[0]
+        assert CONFIGS[family]().model_type in found.reason
     varying = CONFIGS["llama"]()
     varying.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "rotary" in str(layout.model_refusal(varying.to_dict(), {}))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import backends
 from backends.base import WriteOptions
 from backends.safetensors.bundle import write_bundle
-from backends.safetensors.manifest import MANIFEST_FILE, _digest
+from backends.safetensors.file_names import MANIFEST_FILE
+from backends.safetensors.manifest import _digest
 from backends.safetensors.tensorrt.layout import TensorRTLayout
 from backends.safetensors.tripy.loader import fill
 from calib.errors import BackendError

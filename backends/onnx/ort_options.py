@@ -1,0 +1,27 @@
+"""Options of ONNX Runtime's sessions. Torch-free."""
+
+from __future__ import annotations
+
+import onnxruntime as ort
+
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+EXACT = {ACCURACY_LEVEL: "1"}
+"""Arithmetic as written: inputs of weight-only linears stay floats. ``session.x64quantprecision``
+would keep CPUs without VNNI from clipping sums, but turns weights that no kernel takes into such as
+do not run (seen in 1.31.1 and 1.32.0)."""
+
+
+def session_options(*, exact: bool, float8: bool = False) -> ort.SessionOptions:
+    """Options of a quiet CPU session.
+
+    Args:
+        exact: arithmetic as written, or ONNX Runtime's default.
+        float8: leave all quantizers where they are, for graphs that would fail to load otherwise.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in EXACT.items() if exact else ():
+        options.add_session_config_entry(name, value)
+    if float8:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options

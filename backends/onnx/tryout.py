@@ -1,0 +1,94 @@
+"""Whether a model can be traced at all, found before anything is calibrated: trace a shallow one.
+
+Tracing takes seconds for each layer and nothing for its width, as no weight is in memory. So the
+model that is tried has the config's own widths, vocabulary and flags, and few of its layers: one of
+every kind, and two at least, which is what a model of two layers is traced with anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from backends.base import Reason
+from backends.onnx.trace import TraceRequest
+from backends.onnx.trace_cache import cached_trace
+from calib.architectures import Wiring, wiring_of
+from calib.errors import BackendError
+from calib.network.skeleton import portable_config
+from calib.progress import silent
+
+_LEAST = 2
+_OPSET = 21
+"""Of the targets."""
+
+
+def untraceable(config: Mapping[str, Any]) -> Reason | None:
+    """Why the model of ``config`` cannot be traced, and what to do; ``None`` if it can.
+
+    It is traced in float32: which operators a model has does not depend on the dtype. A success is
+    kept among the cached traces, and found again in no time.
+
+    Args:
+        config: Hugging Face config as a dictionary.
+    """
+    try:
+        cached_trace(TraceRequest(shallow(config), torch.float32, _OPSET), silent)
+    except BackendError as error:
+        return Reason(error.message, error.hint or "")
+    return None
+
+
+def shallow(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the first layer of every kind, in their order, and two layers at least.
+
+    Where a kind follows from a layer's place, and not from a list of the config, all layers up to
+    the first of the last kind are kept.
+    """
+    wiring = wiring_of(config)
+    kinds = _kinds(wiring)
+    firsts = [layer for layer, kind in enumerate(kinds) if kinds.index(kind) == layer]
+    depth = max(_LEAST, len(firsts))
+    if depth >= len(kinds):
+        return portable_config(wiring.config)
+
+    others = [layer for layer in wiring.layers if layer not in firsts]
+    chosen = sorted([*firsts, *others[: depth - len(firsts)]])
+    found = _with_layers(wiring, chosen)
+    if _kinds(wiring_of(found)) == [kinds[layer] for layer in chosen]:
+        return found
+    return _with_layers(wiring, range(max(_LEAST, firsts[-1] + 1)))
+
+
+def _with_layers(wiring: Wiring, layers: Sequence[int]) -> dict[str, Any]:
+    """The config with the entries of ``layers`` in every list that has one for each layer."""
+    found = portable_config(wiring.config)
+    for name, values in _lists(wiring).items():
+        found[name] = [values[layer] for layer in layers]
+    depth = wiring.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return found | {depth: len(layers)}
+
+
+def _lists(wiring: Wiring) -> dict[str, list[Any]]:
+    """What the config says of each layer, by name."""
+    values = portable_config(wiring.config)
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, list) and len(value) == len(wiring.layers) and name != "architectures"
+    }
+
+
+def _kinds(wiring: Wiring) -> list[tuple[Any, ...]]:
+    """What a trace can tell of each layer: its linears, its position embedding, its window."""
+    lists = _lists(wiring)
+    return [
+        (
+            [(spec.reads, spec.layout, spec.layers) for spec in wiring.layer_linears(layer)],
+            wiring.uses_rope(layer),
+            [values[layer] for values in lists.values()],
+        )
+        for layer in wiring.layers
+    ]

@@ -1,0 +1,34 @@
+"""The files of a checkpoint that every output carries along: config, tokenizer, generation config.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files of a checkpoint folder that every output carries, where they exist."""
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """The :data:`SIDE_FILES` that exist in ``folder``."""
+    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+
+
+def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy ``files`` into ``folder`` under their own names."""
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)

@@ -1,0 +1,61 @@
+"""A checkpoint as the network that its makers published: the one way to load one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from calib.errors import CheckpointError
+from calib.modules.attention import attention_implementation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def load_network(
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    complete: bool = False,
+) -> nn.Module:
+    """The causal LM in ``folder``, in eval mode and without gradients.
+
+    It attends as ``config`` says (:func:`calib.modules.attention.attention_implementation`), which
+    what transformers picks by itself does not for every family.
+
+    Args:
+        folder: a checkpoint folder.
+        config: its Hugging Face config.
+        dtype: of its parameters.
+        device: where it is put.
+        complete: whether it must also hold no tensor that the network has no place for.
+
+    Raises:
+        CheckpointError: transformers does not find every tensor of the network in it.
+    """
+    from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention_implementation(config),
+        output_loading_info=True,
+    )
+    if not complete:
+        info.pop("unexpected_keys", None)
+
+    # What is missing would be made up at random, with no more than a warning.
+    wrong = sorted({str(key) for names in info.values() for key in names})
+    if wrong:
+        raise CheckpointError(
+            f"transformers does not load '{folder}' as it was written: {', '.join(wrong[:4])}",
+            hint="its weights do not fit its config; download or write the folder again",
+        )
+    network: nn.Module = model.to(device).eval().requires_grad_(False)
+    return network

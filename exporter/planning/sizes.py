@@ -1,0 +1,154 @@
+"""How large a model is, and what a run of it holds and writes, in bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from calib.capture.sites import CaptureBytes, estimate_bytes
+from calib.schemes import PerBlock, PerChannel, Scheme
+from exporter.planning.headers import CheckpointHeaders, TensorHeader
+from exporter.recipe import Recipe, parse_size
+from exporter.run.quantizing import capture_config
+
+LIBRARY_BYTES = 500 * 2**20
+"""Resident memory once torch, transformers and ModelOpt are imported; measured 473 MiB."""
+FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_SCALES = ("_scale", "_zero_point")
+_BLOCK = re.compile(r"\.\d+\.")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_EMBEDDING = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the estimates need to know about a model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    seqlen: int
+    blocks: tuple[TensorHeader, ...]
+    """Weights of the decoder's linears."""
+    head: int
+    """Elements of the output projection."""
+    parameters: int
+    stored: int
+    """Parameters once a tied head has its own copy."""
+
+    @property
+    def attention(self) -> int:
+        """Width of the queries of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def linears(self) -> list[str]:
+        """Names of the decoder's linears."""
+        return [tensor.name.removesuffix(".weight") for tensor in self.blocks]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Elements of the decoder's linears."""
+        return sum(tensor.elements for tensor in self.blocks)
+
+    def forward_flops(self, tokens: int) -> float:
+        """Floating-point operations of a forward pass over that many tokens."""
+        matmuls = 2 * (self.linear_parameters + self.head)
+        return float(tokens) * (matmuls + 2 * self.layers * self.seqlen * self.attention)
+
+
+def sizes_of(checkpoint: CheckpointHeaders, recipe: Recipe) -> Sizes:
+    """The sizes of a model whose rows are as long as the recipe says."""
+    config = checkpoint.config.get("text_config") or checkpoint.config
+
+    def number(*keys: str, default: int = 1) -> int:
+        return int(next((config[key] for key in keys if config.get(key)), default))
+
+    hidden = number("hidden_size", "n_embd")
+    heads = number("num_attention_heads", "n_head")
+
+    # Weights only: the scales of an artifact are 1-D or 2-D too.
+    weights = [
+        tensor
+        for tensor in checkpoint.tensors
+        if len(tensor.shape) >= 2 and not tensor.name.endswith(_SCALES)
+    ]
+    embedding = next((tensor.elements for tensor in weights if _EMBEDDING.search(tensor.name)), 0)
+    head = next((tensor.elements for tensor in weights if _HEAD.search(tensor.name)), 0)
+    parameters = sum(tensor.elements for tensor in checkpoint.tensors)
+    return Sizes(
+        hidden=hidden,
+        layers=number("num_hidden_layers", "n_layer"),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", default=heads),
+        head_dim=number("head_dim", default=hidden // heads),
+        vocabulary=number("vocab_size"),
+        seqlen=min(
+            recipe.calibration.seqlen,
+            number("max_position_embeddings", "n_positions", default=2**31),
+        ),
+        blocks=tuple(tensor for tensor in weights if _BLOCK.search(tensor.name)),
+        head=head or embedding,
+        parameters=parameters,
+        stored=parameters + (0 if head else embedding),
+    )
+
+
+def weight_bytes(sizes: Sizes, scheme: Scheme, dtype: str) -> int:
+    """Weights and scales of the quantized model, floats in ``dtype``."""
+    width = FLOAT_BYTES[dtype]
+    if scheme.weight is None:
+        return sizes.stored * width
+    total = (sizes.stored - sizes.linear_parameters) * width
+    for tensor in sizes.blocks:
+        total += math.ceil(tensor.elements * scheme.weight.format.bits / 8)
+        match scheme.weight.granularity:
+            case PerChannel():
+                total += math.prod(tensor.shape[:-1]) * width
+            case PerBlock(size=size):
+                total += math.prod(tensor.shape[:-1]) * math.ceil(tensor.shape[-1] / size) * width
+            case _:
+                total += width
+    return total
+
+
+def capture_bytes(sizes: Sizes, recipe: Recipe, dtype: str) -> CaptureBytes:
+    """What capturing costs beyond the model, of activations in ``dtype``."""
+    return estimate_bytes(
+        layers=sizes.layers,
+        hidden=sizes.hidden,
+        heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        config=capture_config(recipe),
+        sample_bytes=FLOAT_BYTES[dtype],
+    )
+
+
+def peak_memory(
+    sizes: Sizes, recipe: Recipe, captured: CaptureBytes, written: int, *, layerwise: bool
+) -> int:
+    """The libraries, the float32 model, the statistics, the largest weight in float64 twice, the
+    logits of a batch, and the output.
+
+    Args:
+        sizes: of the model.
+        recipe: batch size, and what a layer-wise run may hold.
+        captured: of :func:`capture_bytes`.
+        written: bytes of the output that are held, beside the model.
+        layerwise: whether the run goes block by block.
+    """
+    largest = max((tensor.elements for tensor in sizes.blocks), default=0)
+    if layerwise:
+        block = sizes.linear_parameters // sizes.layers
+        outside = (sizes.stored - sizes.linear_parameters) * 4
+        held = parse_size(recipe.layerwise.max_memory)
+        return LIBRARY_BYTES + max(8 * block, outside) + 16 * largest + held
+
+    logits = recipe.calibration.batch_size * sizes.seqlen * sizes.vocabulary * 4
+    return LIBRARY_BYTES + 4 * sizes.stored + captured.memory + 16 * largest + logits + written

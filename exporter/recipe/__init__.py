@@ -1,0 +1,19 @@
+"""The recipe: what it holds, how far each setting reaches, and how it is read."""
+
+from __future__ import annotations
+
+from exporter.recipe.loading import load_recipe, presets, recipe_of_artifact
+from exporter.recipe.schema import EMBEDDED, RECIPE_FILE, Recipe, Training, parse_size
+from exporter.recipe.scope import Scope
+
+__all__ = [
+    "EMBEDDED",
+    "RECIPE_FILE",
+    "Recipe",
+    "Scope",
+    "Training",
+    "load_recipe",
+    "parse_size",
+    "presets",
+    "recipe_of_artifact",
+]

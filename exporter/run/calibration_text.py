@@ -1,0 +1,66 @@
+"""How much text the statistics see, against what they estimate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from calib.smoothing.methods import smoothing_named
+from calib.weights.algorithms import algorithm_named
+from exporter.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exporter.source import Source
+
+logger = logging.getLogger(__name__)
+
+LEAST_TOKENS_PER_CHANNEL = 10
+"""A second moment of ``n`` input channels has ``n (n + 1) / 2`` entries, and below ``n`` tokens it
+is not even of full rank. GPTQ gains little over rounding to nearest on other text with fewer than
+about ten times ``n``."""
+
+
+def widest_input(source: Source) -> int:
+    """Input channels of the widest linear that may be quantized. Tensors that are missing are
+    passed over: fusing names them.
+    """
+    stored = (
+        (spec, source.checkpoint[spec.weight])
+        for spec in source.wiring.linears
+        if spec.quantizable and spec.weight in source.checkpoint
+    )
+    return max(
+        (weight.shape[-2 if spec.layout == "conv1d" else -1] for spec, weight in stored), default=0
+    )
+
+
+def few_tokens(weights: str, smoothing: str, tokens: int, channels: int) -> str | None:
+    """Why ``tokens`` are few for what a run takes from them; None where they are enough.
+
+    Args:
+        weights: algorithm that rounds weights, as a recipe names it.
+        smoothing: smoothing method, as a recipe names it.
+        tokens: of calibration.
+        channels: input channels of the widest linear.
+    """
+    method = smoothing_named(smoothing)
+    users = [weights] if algorithm_named(weights).needs_moment else []
+    users += [smoothing] if method is not None and method.needs_moment else []
+    if not users or tokens >= LEAST_TOKENS_PER_CHANNEL * channels:
+        return None
+    return (
+        f"{tokens:,} calibration tokens are {tokens / channels:.1f} for each of the {channels:,}"
+        f" input channels of the widest linear, and {' and '.join(users)} estimates second moments"
+        f" of them: give at least {LEAST_TOKENS_PER_CHANNEL} (--nsamples, --seqlen, a longer text)"
+    )
+
+
+def warn_of_few_tokens(recipe: Recipe, source: Source, rows: Sequence[Tensor]) -> None:
+    """Log :func:`few_tokens` of the calibration ``rows`` [tokens]."""
+    tokens = sum(row.numel() for row in rows)
+    found = few_tokens(recipe.weights.algorithm, recipe.smoothing, tokens, widest_input(source))
+    if found is not None:
+        logger.warning("%s", found)

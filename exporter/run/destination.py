@@ -1,0 +1,148 @@
+"""What a run is for: a backend, its targets, what they compute in and what they refuse. Imports no
+torch, so that planning can use it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from backends.asking import check, files_of, refused_rotations, warnings_of
+from backends.base import Backend, Request
+from backends.registry import get_backend, target_of
+from calib.architectures.spec import KINDS
+from calib.errors import BackendError
+from calib.schemes import LinearScheme, TensorScheme
+from exporter.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+COMPUTED = ("float32", "float16", "bfloat16")
+"""What a target can compute in."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A backend and the runtimes that it is to write for."""
+
+    backend: Backend
+    targets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Destination:
+        """Where a recipe goes.
+
+        Raises:
+            BackendError: there is no such backend or target.
+        """
+        backend = get_backend(recipe.backend)
+        return cls(backend, tuple(target_of(backend, target) for target in recipe.targets))
+
+    def dtype(self, target: str, asked: str, own: Callable[[], str]) -> str:
+        """What ``target`` computes in, by name: what was asked for, else its own dtype, else that
+        of the weights.
+
+        Args:
+            target: one of the targets.
+            asked: the recipe's dtype, which may be ``auto``.
+            own: dtype of the checkpoint or artifact; called only where nothing else decides.
+        """
+        if asked != "auto":
+            return asked
+        name = self.backend.compute_dtype(target) or own()
+        return name if name in COMPUTED else "float32"
+
+    def dtypes(self, asked: str, own: Callable[[], str]) -> dict[str, str]:
+        """What each target computes in; arguments as for :meth:`dtype`."""
+        return {target: self.dtype(target, asked, own) for target in self.targets}
+
+    def common_dtype(self, asked: str, own: Callable[[], str]) -> str:
+        """What all targets compute in; arguments as for :meth:`dtype`.
+
+        Raises:
+            BackendError: they differ, and one calibration rounds to one dtype.
+        """
+        names = self.dtypes(asked, own)
+        if len(set(names.values())) > 1:
+            words = ", ".join(f"{target} in {name}" for target, name in names.items())
+            raise BackendError(
+                f"the targets compute in different dtypes: {words}",
+                hint=(
+                    "give --dtype, or run 'rotq calibrate' once and 'rotq export --from-artifact'"
+                    " for all of them"
+                ),
+            )
+        return names[self.targets[0]]
+
+    def check(
+        self,
+        recipe: Recipe,
+        config: Mapping[str, Any],
+        linears: Mapping[str, LinearScheme],
+        cache: TensorScheme | None,
+        rotations: Collection[str],
+    ) -> None:
+        """Refuse what a target cannot express, before the long job.
+
+        Args:
+            recipe: says how the model is to be written.
+            config: Hugging Face config of the model.
+            linears: how each linear is quantized.
+            cache: how the KV cache is, if it is.
+            rotations: kinds of rotations that it has for certain.
+
+        Raises:
+            BackendError: with the reason.
+        """
+        for target in self.targets:
+            written = self._request(target, recipe, linears)
+            request = replace(written, cache=cache, rotations=tuple(rotations), config=config)
+            check(self.backend, request)
+
+    def files(
+        self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme], nbytes: int
+    ) -> Sequence[str]:
+        """The files that the backend writes for ``target``; see
+        :class:`~backends.base.ListsFiles`.
+
+        Args:
+            target: one of the targets.
+            recipe: says how the model is to be written.
+            linears: how each linear is quantized.
+            nbytes: of all weights and scales, about.
+        """
+        return files_of(self.backend, self._request(target, recipe, linears), nbytes)
+
+    def warnings(self, linears: Mapping[str, LinearScheme]) -> list[str]:
+        """What the targets express, but run slowly."""
+        return [
+            f"target '{target}': {warning}"
+            for target in self.targets
+            for warning in warnings_of(self.backend, target, linears)
+        ]
+
+    def warn(self, linears: Mapping[str, LinearScheme]) -> None:
+        """Log :meth:`warnings`."""
+        for warning in self.warnings(linears):
+            logger.warning("%s", warning)
+
+    def refused_kinds(self) -> dict[str, str]:
+        """Kinds of rotations that a target cannot express, with the first one's reason."""
+        reasons: dict[str, str] = {}
+        for target in self.targets:
+            for kind, reason in refused_rotations(self.backend, target, KINDS).items():
+                reasons.setdefault(kind, f"target '{target}' cannot express it: {reason}")
+        return reasons
+
+    def _request(self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme]) -> Request:
+        """What is asked of a target, but for what only a model says."""
+        return Request(
+            target,
+            linears=linears,
+            logits=recipe.logits,
+            kv_buffer=recipe.kv_buffer,
+            max_shard_bytes=recipe.max_shard_bytes,
+            dtype=recipe.dtype,
+        )

@@ -1,0 +1,135 @@
+"""What a run from a float model starts from, opened once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from calib.architectures import Kind
+from calib.artifact import Provenance
+from calib.data.rows import RowSplits
+from calib.data.tokens import token_hash
+from calib.errors import QuantizationError
+from calib.fusing import FusedModel
+from calib.quantizing.plan import Quantization
+from calib.rotations.rotation_set import RotationSet
+from calib.schemes import FLOAT, Scheme
+from exporter.recipe import Recipe
+from exporter.reporting.describe import package_versions
+from exporter.run.destination import Destination
+from exporter.run.quantizing import check_layerwise, customised_scheme, quantization_of
+from exporter.run.stopwatch import Stopwatch
+from exporter.source import Source, open_source, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe and what it names, opened and resolved."""
+
+    recipe: Recipe
+    scheme: Scheme
+    """The recipe's, with its finer controls."""
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+    """What the run computes in."""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the scheme quantizes anything."""
+        return self.recipe.scheme != FLOAT
+
+    @property
+    def offered(self) -> tuple[Kind, ...]:
+        """Kinds of rotations that the architecture takes."""
+        return self.source.wiring.architecture.offered
+
+    def quantization(self) -> Quantization:
+        """What is done to every linear.
+
+        Raises:
+            QuantizationError: as :func:`calib.quantizing.plan.resolve`.
+        """
+        return quantization_of(self.recipe, self.scheme, self.source.wiring)
+
+    def rows(self, clock: Stopwatch) -> RowSplits:
+        """Read the three splits of the text."""
+        with clock.stage("data"):
+            return read_rows(self.recipe, self.source.tokenizer, self.source.config)
+
+    def fuse(self, rotations: RotationSet, clock: Stopwatch, *, lazy: bool = False) -> FusedModel:
+        """The source with ``rotations`` folded in, in the dtype of the run.
+
+        Its tensors are computed now or (``lazy``) when they are asked for.
+        """
+        with clock.stage("fuse"):
+            return self.source.fuse(
+                rotations,
+                dtype=self.dtype,
+                device=self.device,
+                lazy=lazy,
+                progress=clock.progress,
+            )
+
+    def provenance(self, rows: RowSplits) -> Provenance:
+        """Where a model that is quantized from these inputs comes from."""
+        return Provenance(
+            source=self.source.name,
+            fingerprint=self.source.fingerprint,
+            recipe=self.recipe.model_dump(mode="json"),
+            parameters=self.source.parameters(),
+            nbytes=self.source.nbytes(),
+            calibration_rows=len(rows.train),
+            calibration_tokens=sum(row.numel() for row in rows.train),
+            calibration_sha256=token_hash(rows.train),
+            versions=package_versions(),
+        )
+
+
+def open_inputs(
+    recipe: Recipe,
+    destination: Destination,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Inputs:
+    """Open what a recipe names.
+
+    Args:
+        recipe: what to do.
+        destination: what it is for, which may decide the dtype.
+        model: a Hugging Face causal LM to use instead of ``recipe.model``.
+        tokenizer: its tokenizer, where the model's folder is not at hand.
+
+    Raises:
+        RotqError: the recipe makes no sense, or names something that cannot be opened.
+    """
+    check_layerwise(recipe)
+    scheme = customised_scheme(recipe)
+    device = resolve_device(recipe.device)
+    source = open_source(recipe, model, tokenizer)
+    name = destination.common_dtype(recipe.dtype, lambda: source.dtype)
+    return Inputs(recipe, scheme, source, device, getattr(torch, name))
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        QuantizationError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise QuantizationError(
+            f"cannot use the device '{name}': {reason}", hint="--device cpu always works"
+        ) from error
+    return device

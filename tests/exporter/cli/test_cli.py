@@ -1,0 +1,324 @@
+"""The command line as a user meets it: exit codes, what goes to which stream, and what is never
+imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_support import ROOT, rotq, write_llama
+
+from backends.registry import available
+from exporter.recipe import load_recipe
+
+HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "onnx_ir", "datasets")
+COMMANDS = (
+    "export",
+    "capture",
+    "calibrate",
+    "rotate",
+    "stats",
+    "verify",
+    "inspect",
+    "eval",
+    "backends",
+    "env",
+)
+
+
+def command_line(value: object) -> str:
+    """Name of a parametrised test: its arguments; codes and messages go unnamed."""
+    return " ".join(value) if isinstance(value, list) else ""
+
+
+def imported(*arguments: str, path: str = "") -> tuple[set[str], int]:
+    """Heavy modules that a command line imports, and its exit code."""
+    script = (
+        "import sys; from exporter.cli import main; code = main(sys.argv[1:]); "
+        f"print('MODULES', *(name for name in {HEAVY!r} if name in sys.modules)); sys.exit(code)"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [path, str(ROOT)])),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    return set(done.stdout.split("MODULES")[-1].split()), done.returncode
+
+
+@pytest.fixture(scope="module")
+def answered() -> None:
+    """The runtimes that are installed have been asked: from now on their answers are at hand."""
+    available()
+
+
+@pytest.mark.usefixtures("answered")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["export", "--help"], 0),
+        (["backends"], 0),
+        (["env"], 0),
+        (["exprot"], 2),
+        (["export"], 2),
+        (["export", "--scheme", "int9", "-o", "x"], 2),
+        (["export", "--backend", "stub", "-m", "./nowhere", "--dry-run"], 1),
+        (["export", "--backend", "stub", "--dry-run"], 0),
+        (["rotate", "--rotations", "r1.pt", "--rotations", "r2.pt", "--dry-run"], 0),
+        (["export", "--from-artifact", "x", "--rotations", "r1.pt", "-o", "y"], 2),
+        (["verify", "./nowhere"], 1),
+        (["inspect", "./nowhere"], 1),
+        (["inspect"], 2),
+    ],
+    ids=command_line,
+)
+def test_what_needs_no_model_imports_no_library(
+    arguments: list[str], code: int, plugins: str
+) -> None:
+    assert imported(*arguments, path=plugins) == (set(), code)
+
+
+def test_every_command_is_listed_and_has_examples() -> None:
+    listed = rotq("--help").stdout
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", listed, re.M)
+        text = rotq(command, "--help").stdout
+        assert f"\n  rotq {command}" in text.split("Examples:")[1]
+
+
+def test_an_unknown_command_is_answered_with_the_nearest() -> None:
+    done = rotq("exprot")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Did you mean 'export'?" in done.stderr
+
+
+def test_an_unknown_option_is_answered_with_the_known() -> None:
+    done = rotq("export", "--calib_dataset", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Did you mean --calib-dataset" in done.stderr
+    assert "--trust-remote-code" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export"], "missing option -o/--output"),
+        (["export", "-o", "x", "--scheme", "int9"], "unknown --scheme 'int9'"),
+        (["export", "-o", "x", "--backend", "tflite"], "unknown --backend 'tflite'"),
+        (["export", "-o", "x", "--backend", "stub", "--target", "three"], "no --target 'three'"),
+        (["export", "-o", "x", "--rotate", "r1,r9"], "--rotate: expected 'auto', 'none'"),
+        (["export", "-o", "x", "--nsamples", "0"], "--nsamples: Input should be greater"),
+        (["export", "-o", "x", "--device", "gpu"], "unknown --device 'gpu'"),
+        (["export", "-o", "x", "--dtype", "float64"], "--dtype"),
+        (["export", "-o", "x", "--kv-buffer", "ring"], "--kv-buffer"),
+        (["export", "-o", "x", "--r1-lr", "0.1"], "--r1-lr has no effect"),
+        (["export", "-o", "x", "--backend", "stub", "--resume"], "--resume needs --work-dir"),
+        (
+            ["export", "-o", "x", "--from-artifact", "a", "--rotate", "none"],
+            "--rotate has no effect",
+        ),
+        (["export", "-o", "x", "-v", "-q"], "exclude each other"),
+        (["eval", "x", "--device", "gpu"], "unknown --device 'gpu'"),
+        (["verify"], "FOLDER"),
+    ],
+    ids=command_line,
+)
+def test_wrong_usage_is_code_2_and_leaves_stdout_empty(
+    arguments: list[str], message: str, plugins: str, tmp_path: Path
+) -> None:
+    done = rotq(*arguments, path=plugins, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "-m", "./nowhere", "--dry-run"], "the model folder './nowhere' does not exist"),
+        (["export", "-m", "org/model", "--dry-run"], "'org/model' is no folder here"),
+        (["export", "--recipe", "nothing", "--dry-run"], "cannot read the recipe 'nothing'"),
+        (["export", "--recipe", "bad.yaml", "--dry-run"], "unknown recipe key 'scheem'"),
+        (["export", "--recipe", "scheme.yaml", "--dry-run"], "unknown scheme 'int9'"),
+        (
+            ["export", "--scheme", "float8", "--dry-run"],
+            "cannot express scheme 'float8': no float8 kernels",
+        ),
+        (
+            ["export", "--target", "two", "--kv-buffer", "shared", "--dry-run"],
+            "its caches only grow",
+        ),
+        (["export", "-o", "exists"], "'exists' exists already"),
+        (["capture", "-o", "exists"], "'exists' exists already"),
+        (["calibrate", "-o", "bad.yaml"], "is a file"),
+        (["verify", "exists"], "it has no report.json"),
+        (["eval", "exists", "--text", "nothing.txt"], "'nothing.txt' does not exist"),
+    ],
+    ids=command_line,
+)
+def test_known_failures_are_code_1_and_two_lines(
+    arguments: list[str], message: str, plugins: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.yaml").write_text("scheem: int8")
+    (tmp_path / "scheme.yaml").write_text("scheme: int9")
+    (tmp_path / "exists").mkdir()
+    backend = ["--backend", "stub"] if arguments[0] == "export" else []
+    done = rotq(*arguments, *backend, path=plugins, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint.startswith("hint: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "exists", "scheme.yaml"]
+
+
+def test_a_dry_run_prints_plan_and_recipe(plugins: str, tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "model")
+    done = rotq(
+        "export",
+        "--backend",
+        "stub",
+        "-m",
+        folder,
+        "--seed",
+        "9",
+        "-o",
+        "out",
+        "--dry-run",
+        path=plugins,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(done.stdout.split("\nrecipe:\n")[1])
+    assert load_recipe(recipe) == load_recipe(
+        None, {"backend": "stub", "model": str(folder), "seed": 9}
+    )
+    document = rotq(
+        "export",
+        "--backend",
+        "stub",
+        "-m",
+        folder,
+        "-o",
+        "out",
+        "--dry-run",
+        "--json",
+        path=plugins,
+    )
+    assert json.loads(document.stdout)["model_type"] == "llama"
+    assert not Path("out").exists()
+
+
+def test_the_embedded_model_is_named_as_such(plugins: str) -> None:
+    assert (
+        "the embedded example model"
+        in rotq("export", "--backend", "stub", "--dry-run", path=plugins).stdout
+    )
+
+
+def test_backends_lists_the_able_and_warns_of_the_broken(plugins: str) -> None:
+    done = rotq("backends", path=plugins)
+    assert done.returncode == 0
+    table, _, notes = done.stdout[
+        done.stdout.index("stub (stub 1.0), target one unless") :
+    ].partition("\n(1)")
+    notes = "(1)" + notes.split("\n\n")[0]
+    assert re.search(r" one +two +own", table)
+    assert re.search(r"\n int8 +yes +yes +yes", table)
+    for row, answers in (
+        ("w4a8", ("yes", "yes: int4 weights are unpacked first", "yes")),
+        ("float8", ("no: no float8 kernels", "yes", "yes")),
+        ("KV cache int8", ("yes", "yes", "yes")),
+        ("KV cache float8", ("no: no float8 cache",) * 3),
+        ("rotation r4", ("yes", "no: it has no place for one", "yes")),
+    ):
+        found = re.search(rf"\n {row} " + r" +(yes|no)(?: \((\d+)\))?" * 3 + " ", table)
+        assert found, row
+        numbers = [
+            number and re.search(rf"^\({number}\) (.*)$", notes, re.M)
+            for number in found.groups()[1::2]
+        ]
+        said = zip(found.groups()[::2], numbers, strict=True)
+        assert tuple(f"{answer}: {note[1]}" if note else answer for answer, note in said) == answers
+    # said once, however many schemes it is the reason for
+    assert notes.count("no float8 kernels") == 1
+    assert "broken" not in done.stdout
+    assert "warning: backend 'broken' of stub 1.0 does not load: ModuleNotFoundError" in done.stderr
+    found = {
+        info["name"]: info for info in json.loads(rotq("backends", "--json", path=plugins).stdout)
+    }
+    assert found["stub"]["schemes"]["two"]["float8"] is None
+    assert found["stub"]["rotations"]["two"]["r4"] == "it has no place for one"
+    assert "no_such_module" in found["broken"]["error"]
+
+
+def test_env_names_versions_without_secrets() -> None:
+    done = rotq("env", "--json", HF_TOKEN="hf_secret")
+    found = json.loads(done.stdout)
+    assert found["versions"]["pydantic"]
+    assert found["variables"]["HF_HUB_OFFLINE"] == "1"
+    assert "hf_secret" not in done.stdout + rotq("env", HF_TOKEN="hf_secret").stdout
+
+
+def test_output_that_the_terminal_cannot_encode_does_not_kill_it(plugins: str) -> None:
+    done = rotq("backends", path=plugins, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0
+    assert done.stdout.isascii()
+
+
+def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    script = """
+import signal, sys, time, types
+
+# a shell that runs the tests in the background has its children ignore interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import exporter.cli.session as session
+from exporter.output import atomic_folder
+
+session._silence_libraries = lambda: None
+
+
+def run_capture(recipe, options, *, progress):
+    with atomic_folder(options.output) as folder:
+        (folder / "half").write_text("x")
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+
+module = types.ModuleType("exporter.commands.export")
+module.run_capture = run_capture
+sys.modules["exporter.commands.export"] = module
+from exporter.cli import main
+
+sys.exit(main(["capture", "-o", "out", "-q"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []

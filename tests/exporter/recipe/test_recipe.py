@@ -1,0 +1,141 @@
+"""Recipes: precedence, refusal of what is unknown, and what a saved recipe means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from calib.errors import RecipeError
+from calib.rotations.rotate import Rotate
+from calib.rotations.train_config import TrainConfig
+from exporter.recipe import Recipe, load_recipe, presets, recipe_of_artifact
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 3\ncalibration:\n  nsamples: 16\n  seqlen: 64\n")
+    recipe = load_recipe(path, {"calibration.nsamples": 8, "rotation.r1.epochs": 2, "scheme": None})
+    assert (recipe.seed, recipe.calibration.nsamples, recipe.calibration.seqlen) == (3, 8, 64)
+    assert (recipe.rotation.r1.epochs, recipe.rotation.r2.epochs) == (
+        2,
+        Recipe().rotation.r2.epochs,
+    )
+    assert recipe.scheme == "int8"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scheem: int8", "unknown recipe key 'scheem'"),
+        ("calibration: {rows: 3}", "unknown recipe key 'calibration.rows'"),
+        ("rotation: {r1: {learning_rate: 1}}", r"unknown recipe key 'rotation.r1.learning_rate'"),
+        ("calibration: {nsamples: 0}", r"'calibration.nsamples': .* \(got 0\)"),
+        ("rotate: r1,r9", "expected 'auto', 'none' or distinct names"),
+        ("rotate: r1,r1", "distinct"),
+        ("dtype: float64", "'dtype'"),
+        ("kv_buffer: ring", "'kv_buffer': Input should be 'grown' or 'shared'"),
+        ("- a\n- b", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("seed: 1\nseed: 2", "not valid YAML.*seed"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in caught.value.message
+
+
+def test_a_missing_recipe_lists_the_presets() -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe 'int9'") as caught:
+        load_recipe("int9")
+    assert "int8-reference" in str(caught.value.hint)
+
+
+def test_an_override_below_something_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'calibration' must be a mapping"):
+        load_recipe(write(tmp_path, "calibration: 3"), {"calibration.seqlen": 4})
+
+
+def test_an_override_does_not_leak_through_a_yaml_alias(tmp_path: Path) -> None:
+    path = write(tmp_path, "rotation:\n  r1: &shared {epochs: 5}\n  r2: *shared\n")
+    recipe = load_recipe(path, {"rotation.r1.epochs": 1})
+    assert (recipe.rotation.r1.epochs, recipe.rotation.r2.epochs) == (1, 5)
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1e-3 as a string.
+    assert load_recipe(write(tmp_path, "rotation: {r1: {lr: 1e-3}}")).rotation.r1.lr == 0.001
+
+
+def test_a_saved_recipe_reads_back_equal_and_complete(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        "int8-reference", {"model": "some/model", "rotate": "R4, r1", "kv_buffer": "shared"}
+    )
+    assert str(recipe.rotate) == "r1,r4"
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
+
+
+def test_presets_load_and_int8_is_the_default() -> None:
+    assert {"int8", "int8-reference"} <= set(presets())
+    assert load_recipe("int8") == Recipe()
+
+
+@pytest.mark.parametrize("kind", ["r1", "r2"])
+def test_the_reference_preset_holds_the_published_values(kind: str) -> None:
+    published = TrainConfig.reference(rotation=kind)
+    preset = getattr(load_recipe("int8-reference").rotation, kind)
+    assert preset.model_dump() == {
+        name: getattr(published, name) for name in type(preset).model_fields
+    }
+
+
+def settings(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from settings(kind, f"{prefix}{name}.")
+
+
+def test_what_an_artifact_and_a_work_folder_fix_is_said_by_the_recipe() -> None:
+    """The whole list, so that a new field is a decision."""
+    free = {key for key in settings() if not Recipe.scope(key).fixed_by_artifact}
+    running = {"model", "revision", "trust_remote_code", "device", "dtype"}
+    writing = {"backend", "target", "logits", "kv_buffer", "max_shard_size", "evaluation"}
+    writing |= {"evaluation.column", "evaluation.dataset", "evaluation.nsamples"}
+    assert free == running | writing
+    unkept = {key for key in settings() if not Recipe.scope(key).fixed_by_work_dir}
+    assert unkept == writing | {"layerwise.max_memory"}
+    # an artifact takes or leaves a section as a whole
+    assert all(("." not in key) or key.split(".")[0] in free for key in free)
+
+
+def test_a_pattern_with_points_is_no_path_into_the_recipe() -> None:
+    assert Recipe.scope("overrides.*.0.mlp") == Recipe.scope("overrides")
+
+
+def test_an_artifact_keeps_its_recipe_but_for_what_each_run_says(tmp_path: Path) -> None:
+    artifact = load_recipe(None, {"model": "a/b", "revision": "old", "scheme": "w4a8"})
+    run = load_recipe(None, {"model": "c/d", "revision": "new", "scheme": "int8", "target": "ort"})
+    merged = recipe_of_artifact(artifact.model_dump(mode="json"), run, tmp_path)
+    assert (merged.model, merged.revision, merged.target) == ("c/d", "new", "ort")
+    assert merged.scheme == "w4a8"
+
+
+def test_rotate_is_text_in_files_and_a_value_in_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(None, {"rotate": "r4,r1"})
+    assert recipe.rotate == Rotate.of({"r1", "r4"})
+    assert "\nrotate: r1,r4\n" in recipe.to_yaml()
+    assert "\nrotate: none\n" in load_recipe(None, {"rotate": "none"}).to_yaml()
+    with pytest.raises(RecipeError, match=r"'rotate': expected text .* \(got 3\)"):
+        load_recipe(write(tmp_path, "rotate: 3"))

@@ -1,0 +1,99 @@
+"""Text that is too short or too little: refused before the model is loaded, or warned of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calib.errors import DataError
+from exporter.cli.options import DataFlags, EvalDataFlag
+from exporter.cli.overrides import overrides
+from exporter.commands.export import export, run_capture
+from exporter.recipe import load_recipe
+from exporter.reporting.summary import calibration_words
+from exporter.run.calibration_text import few_tokens, widest_input
+from exporter.run.options import RunOptions
+from exporter.source import open_source, read_rows
+from tests.exporter.cli_support import sample_report
+
+STORY = "once upon a time there was a little girl. she went to the park with her mum. "
+
+
+@pytest.mark.parametrize("run", [export, run_capture])
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "said"),
+    [
+        ("short.txt", "the dog.\nthe cat.\n", {}, "too short"),
+        ("one.jsonl", json.dumps({"text": STORY * 40}), {}, "too few for three splits"),
+        ("chat.jsonl", json.dumps({"messages": [{"role": "user"}]}), {}, "no chat template"),
+        ("missing.txt", None, {}, "does not exist"),
+        ("x.jsonl", "{}", {"calibration.column": "body"}, "no field 'body'"),
+    ],
+)
+def test_unusable_text_is_refused_before_the_model_is_loaded(
+    run: Any,
+    name: str,
+    content: str | None,
+    changes: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the weights were looked at")
+
+    monkeypatch.setattr("exporter.source.fuse", loaded)
+    monkeypatch.setattr("exporter.source.Source.original", loaded)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    recipe = load_recipe(None, {"calibration.dataset": str(tmp_path / name), **changes})
+    with pytest.raises(DataError, match=said) as caught:
+        run(recipe, RunOptions(tmp_path / "out"))
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_text_stays_documents_and_lines_become_windows(tmp_path: Path) -> None:
+    def split(**changes: Any) -> Any:
+        recipe = load_recipe(None, {"calibration.nsamples": 8, **changes})
+        source = open_source(recipe)
+        return read_rows(recipe, source.tokenizer, source.config)
+
+    assert split().layout == "documents"
+    file = tmp_path / "lines.txt"
+    file.write_text("".join(f"{i} {STORY}\n\n" for i in range(400)))
+    auto = split(**{"calibration.dataset": str(file), "calibration.seqlen": 256})
+    assert auto.layout == "windows"
+    parts = [{tuple(row.tolist()) for row in p} for p in (auto.train, auto.gate, auto.evaluation)]
+    assert {len(row) for part in parts for row in part} == {256}
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert len({row[0] for part in parts for row in part}) == 1  # <s>, in every window
+
+
+def test_options_reach_the_recipe() -> None:
+    flags = DataFlags(calib_dataset="a.jsonl", calib_column="body", calib_layout="windows")
+    found = load_recipe(None, overrides(flags, EvalDataFlag("b.jsonl", "title")))
+    assert (found.calibration.column, found.calibration.layout) == ("body", "windows")
+    assert (found.evaluation.dataset, found.evaluation.column) == ("b.jsonl", "title")
+
+
+def test_few_tokens_matter_where_second_moments_are_estimated() -> None:
+    assert few_tokens("gptq", "none", 999, 100) is not None
+    assert few_tokens("gptq", "none", 1000, 100) is None
+    assert few_tokens("rtn", "none", 1, 100) is None
+    assert few_tokens("rtn", "smoothquant:0.5", 1, 100) is None
+    found = few_tokens("rtn", "awq", 250, 100)
+    assert found is not None
+    assert "250 calibration tokens are 2.5 for each of the 100 input channels" in found
+    assert widest_input(open_source(load_recipe(None))) == 704
+
+
+def test_the_summary_says_tokens_for_each_channel() -> None:
+    words = calibration_words(sample_report().calibration)
+    assert words == (
+        "128 rows, 60,000 tokens (85.2 for each of the 704 input channels of the widest linear)"
+    )
