@@ -154,15 +154,15 @@ class _MovePositions:
     length: int
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = _positions(args, kwargs)
         return args, {**kwargs, "position_ids": positions + self.length}
 
 
-def _positions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _positions(args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Positions of the tokens of a text, int64 ``[B, S]``, as transformers takes them: behind the
     cache, padding left out.
     """
