@@ -26,6 +26,7 @@ from calib.errors import BackendError, CheckpointError
 from calib.fusing import FusedModel
 from calib.fusing.source import SourceTensors
 from calib.network.checkpoint import load_config, open_checkpoint
+from calib.network.layout import oriented
 from calib.network.skeleton import expected_tensors
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import quantize_model
@@ -163,7 +164,7 @@ def _as_it_is(model_type: str, config: PretrainedConfig, dtype: torch.dtype) -> 
     untied.dtype = dtype
     state = {name: tensors.read(name).to(dtype) for name in expected}
     return FusedModel(
-        state,
+        oriented(state, wiring),
         Wiring(wiring.architecture, untied),
         RotationSet(),
         dtype,
