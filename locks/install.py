@@ -31,7 +31,7 @@ def main() -> None:
     if options.versions == "newest":
         install_newest(python)
     else:
-        install_locked(python, lock)
+        install_locked(python, lock, "test,lint" if options.versions == "locked" else "test")
 
 
 def lock_of(python: Path, versions: str = "locked", prefix: str = "py") -> Path:
@@ -51,11 +51,11 @@ def lock_of(python: Path, versions: str = "locked", prefix: str = "py") -> Path:
     return locks[version]
 
 
-def install_locked(python: Path, lock: Path) -> None:
+def install_locked(python: Path, lock: Path, extras: str) -> None:
     """What the lock names. torch goes first: what follows finds it there, and takes no other."""
     pip(python, "-c", lock, "--upgrade", "pip", "setuptools")
     pip(python, "-c", lock, "torch")
-    pip(python, "-c", lock, "--build-constraint", lock, "-e", f"{PROJECT}[test]")
+    pip(python, "-c", lock, "--build-constraint", lock, "-e", f"{PROJECT}[{extras}]")
 
 
 def install_newest(python: Path) -> None:
