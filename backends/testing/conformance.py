@@ -201,7 +201,12 @@ class BackendConformance:
                 )
 
     def test_reasons_are_given_without_importing_a_framework(self, backend: Backend) -> None:
-        """``rotq backends`` asks every installed backend, and answers at once."""
+        """``rotq backends`` asks every installed backend, and answers at once: what a backend has
+        to ask a runtime, it asks once, here.
+        """
+        for target in backend.targets:
+            backend.refusals(Request(target, linears=LINEAR_SCHEMES))
+
         kind = type(backend)
         code = "\n".join(
             [
