@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from calib.architectures import Wiring
 from calib.artifact.prefix import Prefix
 from calib.errors import QuantizationError
 from calib.modules.attention import registered
+from calib.modules.watch import watching
 
 _NAME = "rotq_prefix_"
 _ATTRIBUTE = "_rotq_prefix"
@@ -60,37 +62,14 @@ def compute_prefix(
         )
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def look(layer: int) -> _Transform:
-        def transform(
-            key: Tensor, value: Tensor, mask: Tensor | None
-        ) -> tuple[Tensor, Tensor, Tensor | None]:
-            found[layer] = key[0].detach().cpu().clone(), value[0].detach().cpu().clone()
-            return key, value, mask
+    def look(layer: int, key: Tensor, value: Tensor) -> None:
+        found[layer] = key[0].detach().cpu().clone(), value[0].detach().cpu().clone()
 
-        return transform
-
-    modules: dict[int, Any] = {
-        layer: model.get_submodule(wiring.attention(layer)) for layer in wiring.layers
-    }
-    before = {layer: module.config._attn_implementation for layer, module in modules.items()}
     ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    caches = {wiring.attention(layer): partial(look, layer) for layer in wiring.layers}
+    with watching(model, caches=caches):
+        model(input_ids=ids, use_cache=False)
 
-    try:
-        for layer, module in modules.items():
-            _switch(module, look(layer))
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for layer, module in modules.items():
-            delattr(module, _ATTRIBUTE)
-            module.config._attn_implementation = before[layer]
-
-    if len(found) < len(modules):
-        raise QuantizationError(
-            "the attention of this model bypasses transformers' interface, so that nothing can be"
-            " put before its keys and values",
-            hint="give --prefix none",
-        )
     keys, values = ({layer: part[index] for layer, part in found.items()} for index in (0, 1))
     return Prefix(tuple(int(token) for token in tokens), keys, values, reason)
 

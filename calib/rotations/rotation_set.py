@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calib.architectures import KINDS, SPACE_OF, Dimensions, Kind, Space, Wiring
+from calib.architectures import SPACE_OF, Dimensions, Kind, Space, Wiring
 from calib.errors import RotationError
 from calib.rotations.hadamard import apply_hadamard, hadamard_matrix
 from calib.rotations.starts import hadamard_start
@@ -207,11 +207,6 @@ def check_offered(kinds: Collection[str], wiring: Wiring) -> None:
                 f"{kind.upper()} is refused for {wiring.family}: {reason}",
                 hint=f"leave {kind} out of --rotate",
             )
-
-
-def ordered_kinds(kinds: Collection[str]) -> str:
-    """``kinds`` as ``--rotate`` writes them: ``r1,r2,r4``, or ``none``."""
-    return ",".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
 def _name(kind: Kind, layer: int | None) -> str:

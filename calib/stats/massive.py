@@ -21,11 +21,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from calib.fusing import FusedModel, materialize, with_prefix
+from calib.modules.watch import watching
 
 MASSIVE = 64.0
 """Times the median: PrefixQuant's threshold."""
@@ -98,21 +100,12 @@ def massive_inputs(
     device = next(model.parameters()).device
     magnitudes: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def look(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            magnitudes[name].append(x.abs().amax(-1).flatten().float().cpu())
+    def look(name: str, x: Tensor) -> None:
+        magnitudes[name].append(x.detach().abs().amax(-1).flatten().float().cpu())
 
-        return model.get_submodule(name).register_forward_pre_hook(hook)
-
-    handles = [look(name) for name in names]
-    try:
-        with torch.no_grad():
-            for row in rows:
-                model(input_ids=row.unsqueeze(0).to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, inputs={name: partial(look, name) for name in names}):
+        for row in rows:
+            model(input_ids=row.unsqueeze(0).to(device), use_cache=False)
 
     ids = torch.cat(list(rows))
     inputs: dict[bytes, MassiveInput] = {}
