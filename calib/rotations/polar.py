@@ -18,7 +18,7 @@ from calib.errors import RotationError
 # 10 % after 8 rounds on a flat spectrum (error about log(n) / (4 rounds)) and exact on a peaked
 # one.
 _NORM_MARGIN = 1.2
-_NORM_ROUNDS = 8
+_NORM_ROUNDS, _NORM_STARTS = 8, 8
 
 
 def newton_schulz(
@@ -113,21 +113,25 @@ def _deviation(x: Tensor) -> float:
 
 
 def spectral_norm(a: Tensor, *, margin: float = _NORM_MARGIN) -> Tensor:
-    """An upper estimate ``[*batch, 1, 1]`` of the largest singular value: the power method, times
-    ``margin``.
+    """An upper estimate ``[*batch, 1, 1]`` of the largest singular value: the power method from
+    several random vectors, the largest of what they find, times ``margin``.
+
+    One vector alone may begin so nearly orthogonal to the direction that it looks for that it falls
+    short of it by more than the margin, and an iteration that is scaled by too little flips that
+    direction.
     """
     generator = torch.Generator().manual_seed(0)
     v = (
-        torch.randn(a.shape[-1], 1, generator=generator, dtype=torch.float64)
+        torch.randn(a.shape[-1], _NORM_STARTS, generator=generator, dtype=torch.float64)
         .to(a)
-        .expand(*a.shape[:-2], -1, 1)
+        .expand(*a.shape[:-2], -1, _NORM_STARTS)
     )
     for _ in range(_NORM_ROUNDS):
         v = a.mT @ (a @ v)
-        norm = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+        norm = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
         v = v / norm.clamp_min(torch.finfo(a.dtype).tiny)
-    estimate: Tensor = torch.linalg.vector_norm(a @ v, dim=(-2, -1), keepdim=True)
-    return margin * estimate
+    estimate: Tensor = torch.linalg.vector_norm(a @ v, dim=-2, keepdim=True)
+    return margin * estimate.amax(dim=-1, keepdim=True)
 
 
 def project_orthogonal(matrix: Tensor) -> Tensor:

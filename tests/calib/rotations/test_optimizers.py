@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,6 +36,7 @@ def orthogonality_error(matrix: Tensor) -> float:
     return float((matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max())
 
 
+@example(22, 2.0, 4761)  # the largest singular value was found too small, and its direction flipped
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 24), st.floats(0, 5), st.integers(0, 10_000))
 def test_newton_schulz_finds_the_polar_factor_whatever_the_conditioning(
