@@ -39,7 +39,7 @@ __all__ = [
     "WriteOptions",
 ]
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 """Of what this module says. It is raised by a new option of :class:`Request`, which a backend of an
 older version need not know, and by what no older backend satisfies."""
 OLDEST_CONTRACT = 2
@@ -88,6 +88,9 @@ class Request:
     """See :class:`WriteOptions`."""
     dtype: Dtype = field(default="auto", metadata={_SINCE: 2})
     """What the target shall compute in; ``auto``: :meth:`Backend.compute_dtype`."""
+    prefix: int = field(default=0, metadata={_SINCE: 3})
+    """How many tokens stand before every sequence, as constant keys and values of the model
+    (:class:`~calib.artifact.Prefix`)."""
 
     def options(self, *, newer_than: int = 0) -> dict[str, object]:
         """The options that do not have their defaults, by field.

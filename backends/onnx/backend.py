@@ -26,7 +26,7 @@ class OnnxBackend:
 
     name = "onnx"
     targets = tuple(TARGETS)
-    contract = 2
+    contract = 3
 
     def refusals(self, request: Request) -> list[Reason]:
         """See :class:`~backends.base.Backend`. Online rotations are standard nodes, and logits of

@@ -46,7 +46,7 @@ class SafetensorsBackend:
 
     name = "safetensors"
     targets = tuple(TARGETS)
-    contract = 2
+    contract = 3
 
     def refusals(self, request: Request) -> list[Reason]:
         """See :class:`~backends.base.Backend`."""

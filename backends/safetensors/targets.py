@@ -64,6 +64,8 @@ class Target:
     """Whether the subpackage's ``runner.load`` runs a bundle in a library of the target's own."""
     rotation_refusal: Callable[[str], str | None] = lambda kind: None
     """Why it cannot express rotations of a kind; by default it can express all."""
+    prefix_refusal: str | None = None
+    """Why its readers cannot put a prefix before every sequence, if they cannot."""
 
     @property
     def limits(self) -> Limits:
@@ -73,6 +75,7 @@ class Target:
             slow=self._warning,
             cache=self._cache_refusal,
             rotation=self.rotation_refusal,
+            options={} if self.prefix_refusal is None else {"prefix": self.prefix_refusal},
         )
 
     def named_in(self, warning: str) -> list[Runtime]:
@@ -109,6 +112,11 @@ class Target:
         return import_module(f"{_PACKAGE}.{self.module}.{name}")
 
 
+_OWN_CACHE = (
+    "its readers own their KV cache, and start it empty; their way with massive tokens are scales"
+    " per token (activations.granularity 'token' in the recipe)"
+)
+
 TARGETS: Mapping[str, Target] = {
     "tripy": Target(
         tripy.RULES,
@@ -143,6 +151,7 @@ TARGETS: Mapping[str, Target] = {
         files=(CONFIG_FILE,),
         quantized_files=(QUANT_CONFIG_FILE,),
         rotation_refusal=modelopt.rotation_refusal,
+        prefix_refusal=_OWN_CACHE,
     ),
     "compressed-tensors": Target(
         compressed_tensors.RULES,
@@ -155,5 +164,6 @@ TARGETS: Mapping[str, Target] = {
         how="format",
         files=(CONFIG_FILE,),
         has_runner=True,
+        prefix_refusal=_OWN_CACHE,
     ),
 }

@@ -180,7 +180,7 @@ def smoothing_key(group: str) -> str:
 
 
 def _provenance(values: Mapping[str, Any]) -> Provenance:
-    tables = {name: tuple(values[name]) for name in ("gate", "rotation_gate")}
+    tables = {name: tuple(values.get(name, ())) for name in ("gate", "rotation_gate", "massive")}
     return Provenance(**{**values, **tables})
 
 

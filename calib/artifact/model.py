@@ -162,6 +162,9 @@ class Provenance:
     """
     rotation_gate: tuple[dict[str, Any], ...] = ()
     """The candidates that each rotation was chosen from, with their errors."""
+    massive: tuple[dict[str, Any], ...] = ()
+    """The inputs with massive tokens: ``name``, ``ratio`` (largest over median) and
+    ``with_prefix``."""
 
 
 @dataclass(frozen=True)

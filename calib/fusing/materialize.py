@@ -54,15 +54,16 @@ def with_prefix(
     its own rotated basis.
 
     Args:
-        fused: the folded and rotated model; one without a prefix.
-        tokens: ids; none leave ``fused`` as it is.
+        fused: the folded and rotated model. A prefix that it has is replaced.
+        tokens: ids; none leave ``fused`` without a prefix.
         reason: recorded with them.
         device: where they are run.
 
     Raises:
         QuantizationError: as for :func:`~calib.network.prefix.compute_prefix`.
     """
+    bare = replace(fused, prefix=None)
     if not tokens:
-        return fused
-    network = materialize(fused, device=device)
-    return replace(fused, prefix=compute_prefix(network, fused.wiring, tokens, reason))
+        return bare
+    network = materialize(bare, device=device)
+    return replace(bare, prefix=compute_prefix(network, fused.wiring, tokens, reason))

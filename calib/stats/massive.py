@@ -11,29 +11,31 @@ token: its range over the median is how many steps all others are short of.
 PrefixQuant takes as many prefix tokens as a row has massive ones, and the most frequent of them. On
 a model whose *first* token is massive whatever it is, the most frequent one is an accident of the
 text, and may not take the sink: on SmolLM2 the first word of one row left the ratio at 2069 of
-2074, where the token that begins a text took it to 64. So candidates are tried, and the ones are
-taken that leave the least.
+2074, where a newline took it to 7. So candidates are tried, and the ones are taken that leave the
+least.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from calib.errors import QuantizationError
 from calib.fusing import FusedModel, materialize, with_prefix
 from calib.modules.watch import watching
+from calib.progress import Progress, silent, track
 
 MASSIVE = 64.0
 """Times the median: PrefixQuant's threshold."""
-_LOOK_TOKENS, _LOOK_LENGTH = 1024, 64
-"""How many calibration tokens are looked at, and of each row: what is massive whatever it is stands
-at the beginning."""
+_LOOK_TOKENS, _TRIED_TOKENS, _LOOK_LENGTH = 1024, 256, 64
+"""How many calibration tokens are looked at, with each candidate, and of each row: what is massive
+whatever it is stands at the beginning."""
 _CANDIDATES = 2
 """How many of the most frequent massive tokens are tried beside those that begin a text."""
 _WORTH = math.log(2)
@@ -69,6 +71,11 @@ class PrefixChoice:
     tokens: tuple[int, ...]
     before: tuple[MassiveInput, ...]
     after: tuple[MassiveInput, ...]
+
+    @property
+    def massive(self) -> bool:
+        """Whether there is a massive token."""
+        return self.before[0].ratio > MASSIVE
 
     @property
     def reason(self) -> str:
@@ -123,56 +130,84 @@ def choose_prefix(
     starts: Sequence[int] = (),
     *,
     limit: int = 4,
+    exactly: int | None = None,
     device: torch.device | str = "cpu",
+    progress: Progress = silent,
 ) -> PrefixChoice:
     """The prefix that leaves the least of what is massive.
 
     Args:
         fused: the folded model, without a prefix.
-        rows: calibration rows, int64 ``[tokens]``; the first 2048 tokens are looked at.
+        rows: calibration rows, int64 ``[tokens]``; the beginnings of the first are looked at, 1024
+            tokens together.
         starts: ids that are tried first: what begins or ends a text for this tokenizer, and marks
             such as the newline, which make good sinks.
         limit: the most tokens that the prefix may have.
+        exactly: how many it shall have, whatever they are worth.
         device: where the model is run.
+        progress: called after every candidate.
 
     Returns:
-        No token where none is massive, or where no candidate halves a ratio of those that are.
+        Without ``exactly``: no token where none is massive, or where no candidate halves a ratio of
+        those that are.
+
+    Raises:
+        QuantizationError: there are tokens to choose, and nothing to choose from.
     """
     names = fused.wiring.linear_names
-    look = _some(rows)
+    look = _some(rows, _LOOK_TOKENS)
     before = massive_inputs(materialize(fused, device=device), names, look)
-    worst = before[0].ratio
-    if worst <= MASSIVE:
+    if exactly is None and before[0].ratio <= MASSIVE:
         return PrefixChoice((), tuple(before), tuple(before))
 
+    # PrefixQuant's count: how many tokens of a row are massive, at the input that has the most
+    needed = max(-(-len(each.tokens) // len(look)) for each in before)
+    count = min(limit, needed) if exactly is None else exactly
+    if not count:
+        return PrefixChoice((), tuple(before), tuple(before))
+    candidates = _candidates(fused, before, starts)
+    if not candidates:
+        raise QuantizationError(
+            "there is no token to take for a prefix: the tokenizer names none that begins a text,"
+            " and no token of the calibration text is massive",
+            hint="leave --prefix out",
+        )
+
+    # a few beginnings are enough to tell candidates apart
+    few = _some(rows, _TRIED_TOKENS)
+    massive = {each.name for each in before if each.ratio > MASSIVE} or {before[0].name}
+    tokens: tuple[int, ...] = ()
+    left = _weight(massive_inputs(materialize(fused, device=device), names, few), massive)
+    for _ in range(count):
+        tried: dict[int, float] = {}
+        for token in track(candidates, "prefix", len(candidates), progress):
+            longer = with_prefix(fused, (*tokens, token), device=device)
+            network = materialize(longer, device=device)
+            tried[token] = _weight(massive_inputs(network, names, few), massive)
+        best = min(tried, key=lambda token: tried[token])
+        if exactly is None and left - tried[best] < _WORTH:
+            break
+        tokens, left = (*tokens, best), tried[best]
+
+    if not tokens:
+        return PrefixChoice((), tuple(before), tuple(before))
+    network = materialize(with_prefix(fused, tokens, device=device), device=device)
+    return PrefixChoice(
+        tokens, tuple(before), _same_order(before, massive_inputs(network, names, look))
+    )
+
+
+def _candidates(
+    fused: FusedModel, before: Sequence[MassiveInput], starts: Sequence[int]
+) -> list[int]:
+    """Ids to try: ``starts`` and the most frequent massive tokens."""
     counts = Counter(token for each in before for token in each.tokens)
     frequent = [token for token, _ in counts.most_common(_CANDIDATES)]
     vocabulary = int(fused.config.vocab_size)
-    candidates = [token for token in dict.fromkeys([*starts, *frequent]) if token < vocabulary]
-
-    massive = [each.name for each in before if each.ratio > MASSIVE]
-    tokens: tuple[int, ...] = ()
-    after = before
-    # PrefixQuant's count: how many tokens of a row are massive, at the input that has the most
-    wanted = max(-(-len(each.tokens) // len(look)) for each in before)
-    for _ in range(min(limit, wanted)):
-        tried = {
-            token: massive_inputs(
-                materialize(with_prefix(fused, (*tokens, token), device=device), device=device),
-                names,
-                look,
-            )
-            for token in candidates
-        }
-        token, left = min(tried.items(), key=lambda item: _weight(item[1], massive))
-        if _weight(after, massive) - _weight(left, massive) < _WORTH:
-            break
-        tokens, after = (*tokens, token), left
-
-    return PrefixChoice(tokens, tuple(before), _same_order(before, after))
+    return [token for token in dict.fromkeys([*starts, *frequent]) if 0 <= token < vocabulary]
 
 
-def _weight(inputs: Sequence[MassiveInput], names: Sequence[str]) -> float:
+def _weight(inputs: Sequence[MassiveInput], names: Collection[str]) -> float:
     """The sum of the logarithms of the ratios of ``names``."""
     return sum(math.log(each.ratio) for each in inputs if each.name in names)
 
@@ -184,15 +219,14 @@ def _same_order(
     return tuple(by_name[each.name] for each in before if each.name in by_name)
 
 
-def _some(rows: Sequence[Tensor]) -> list[Tensor]:
-    """The beginnings of the first rows, :data:`_LOOK_TOKENS` tokens together."""
+def _some(rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The beginnings of the first rows, ``tokens`` of them together."""
     chosen: list[Tensor] = []
-    left = _LOOK_TOKENS
     for row in rows:
-        part = row[: min(_LOOK_LENGTH, left)]
+        part = row[: min(_LOOK_LENGTH, tokens)]
         if part.numel():
             chosen.append(part)
-        left -= part.numel()
-        if left <= 0:
+        tokens -= part.numel()
+        if tokens <= 0:
             break
     return chosen

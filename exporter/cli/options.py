@@ -119,6 +119,14 @@ class QuantizationFlags:
             rich_help_panel=QUANTIZATION,
         ),
     ] = None
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            "--prefix",
+            help="Tokens before every sequence, part of the model: auto, none or how many.",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
     layerwise: Annotated[
         bool,
         typer.Option(

@@ -25,6 +25,7 @@ RECIPE_KEYS = {
     "weight_algorithm": "weights.algorithm",
     "observer": "activations.observer",
     "smoothing": "smoothing",
+    "prefix": "prefix",
     "layerwise": "layerwise.enabled",
     "asym": "layerwise.asym",
     "max_memory": "layerwise.max_memory",
@@ -60,6 +61,8 @@ def overrides(*groups: Any) -> dict[str, Any]:
                 value = _patterns_and_schemes(value)
             elif field.name == "target":
                 value = value[0] if len(value) == 1 else value
+            elif field.name == "prefix" and value.isdecimal():
+                value = int(value)
             elif isinstance(value, list):
                 value = [str(item) for item in value]
             if field.name == "rotation_optimizer":

@@ -131,6 +131,7 @@ def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = Tru
             logits=recipe.logits,
             kv_buffer=recipe.kv_buffer,
             dtype=recipe.dtype,
+            prefix=recipe.certain_prefix,
         )
         check(backend, request, called=f"scheme '{recipe.scheme}'")
 

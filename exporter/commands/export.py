@@ -37,6 +37,7 @@ from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.layerwise import layerwise_rotations, quantize_layerwise
 from exporter.run.options import RunOptions
+from exporter.run.prefix import chosen_prefix, massive_rows
 from exporter.run.quantizing import warn_of_slow_choices
 from exporter.run.results import ExportResult
 from exporter.run.rotations import (
@@ -138,7 +139,10 @@ def run_capture(
     warn_of_slow_choices(recipe)
     inputs = open_inputs(recipe, destination, model, tokenizer)
     work = WorkDir.of(options, inputs)
-    statistics = captured(inputs, inputs.rows(clock).train, options, work, clock)
+    rows = inputs.rows(clock).train
+    prefix = chosen_prefix(inputs, inputs.quantization(), rows, destination, clock)
+    tokens = () if prefix is None else prefix.tokens
+    statistics = captured(inputs, rows, options, work, clock, tokens)
     with atomic_folder(options.output, overwrite=options.overwrite) as folder:
         statistics.write(folder)
         (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -190,13 +194,21 @@ def _calibrated(
     if targets is not None:
         kinds = Rotate.of({*recipe.rotate.certain, *imported.kinds()}).certain
         config = portable_config(inputs.source.config)
-        targets.check(recipe, config, quantization.linears, quantization.cache, kinds)
+        targets.check(
+            recipe,
+            config,
+            quantization.linears,
+            quantization.cache,
+            kinds,
+            recipe.certain_prefix,
+        )
         targets.warn(quantization.linears)
     sets = candidate_sets(inputs, imported, _left_out(inputs, targets))
 
     rows = inputs.rows(clock)
     warn_of_few_tokens(recipe, inputs.source, rows.train)
-    calibrating = Calibrating(inputs, quantization, rows, inputs.provenance(rows))
+    prefix = chosen_prefix(inputs, quantization, rows.train, targets, clock)
+    calibrating = Calibrating(inputs, quantization, rows, inputs.provenance(rows), prefix)
     evaluation = rows.evaluation if verify else None
     if recipe.layerwise.enabled:
         with _blockwise(calibrating, imported, options, work, clock) as quantized:
@@ -217,7 +229,14 @@ def _whole(
     """The best of ``sets``, quantized, and the float model that it was quantized from."""
     inputs = calibrating.inputs
     trained = trained_rotations(
-        union(sets), inputs, imported, calibrating.rows.train, options, work, clock
+        union(sets),
+        inputs,
+        imported,
+        calibrating.rows.train,
+        options,
+        work,
+        clock,
+        calibrating.tokens,
     )
     rotations = gate_rotations(sets, inputs, imported, trained.rotations)
     candidate, table = best_candidate(
@@ -228,6 +247,7 @@ def _whole(
         candidate.quantized.provenance,
         gate=tuple(row.model_dump() for row in table),
         rotation_gate=tuple(asdict(row) for row in trained.table),
+        massive=massive_rows(calibrating.prefix),
     )
     quantized = replace(candidate.quantized, provenance=provenance)
     work.keep(ARTIFACT, partial(save_artifact, quantized))

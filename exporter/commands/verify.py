@@ -19,7 +19,7 @@ from backends.cpu import cpu_words
 from backends.registry import get_backend
 from calib.artifact import Provenance, QuantizedModel
 from calib.errors import CheckpointError
-from calib.fusing import FusedModel
+from calib.fusing import FusedModel, with_prefix
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import kept_reasons
 from calib.rotations.files import load_rotations
@@ -107,6 +107,8 @@ def read_back(
     name = report.dtype or destination.common_dtype(recipe.dtype, lambda: source.dtype)
     dtype = getattr(torch, name)
     fused = fold_all(source.fuse(rotations, dtype=dtype), smoothing)
+    if report.prefix is not None:
+        fused = with_prefix(fused, report.prefix.tokens, report.prefix.reason)
 
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
@@ -130,6 +132,7 @@ def read_back(
         ),
         cache=backend.read_cache(folder, report.target),
         smoothing=smoothing,
+        prefix=fused.prefix,
     )
     return fused, quantized
 

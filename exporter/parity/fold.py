@@ -19,6 +19,7 @@ from calib.measure.floor import Difference
 from calib.measure.perplexity import model_logits
 from calib.network.checkpoint import load_config
 from calib.network.original import load_network
+from calib.network.prefix import attach_prefix, compute_prefix
 from calib.progress import Progress, silent, track
 from exporter.parity.rows import NO_ORIGINAL, not_run, row
 from exporter.parity.subject import Subject
@@ -86,6 +87,10 @@ def fold_row(subject: Subject) -> ParityRow:
     if subject.source is None or subject.fused is None:
         return not_run(1, _NAME, _METRIC, NO_ORIGINAL)
     original = subject.source.original(subject.device)
+    if subject.fused.prefix is not None:
+        # computed anew by the original, so that what was computed in the rotated basis is judged
+        wiring, tokens = subject.source.wiring, subject.fused.prefix.tokens
+        attach_prefix(original, wiring, compute_prefix(original, wiring, tokens))
     rotated = materialize(subject.fused).to(subject.device)
     error = fold_error(original, rotated, subject.rows, subject.quantized.dtype)
     note = ""

@@ -34,6 +34,9 @@ def _parsed(value: Any) -> Any:
     return Rotate.parse(value)
 
 
+PrefixField = Literal["auto", "none"] | Annotated[int, Field(ge=1, strict=True)]
+"""How many tokens stand before every sequence; ``auto``: as many as help, if any do."""
+
 RotateField = Annotated[
     InstanceOf[Rotate], BeforeValidator(_parsed), PlainSerializer(str, return_type=str)
 ]
@@ -214,6 +217,10 @@ class Recipe(_Section):
     activations: Activations = Activations()
     smoothing: str = "none"
     """Move outliers from activations into weights: ``none``, ``smoothquant:0.5`` or ``awq``."""
+    prefix: PrefixField = "auto"
+    """Tokens whose keys and values, in float, stand before every sequence as part of the model, so
+    that no token of a text becomes a massive one: ``auto`` (those that help, where the targets can
+    have them), ``none``, or how many."""
     layerwise: Layerwise = Layerwise()
     rotate: RotateField = AUTO
     """``auto``, ``none`` or a comma-separated subset of r1, r2, r3, r4."""
@@ -245,6 +252,12 @@ class Recipe(_Section):
     def targets(self) -> tuple[str | None, ...]:
         """Every target; ``None`` stands for the backend's default."""
         return tuple(self.target) if isinstance(self.target, list) else (self.target,)
+
+    @property
+    def certain_prefix(self) -> int:
+        """Tokens that the result has before every sequence whatever is measured: none with
+        ``auto``."""
+        return self.prefix if isinstance(self.prefix, int) else 0
 
     @property
     def max_shard_bytes(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,8 +29,10 @@ from exporter.reporting.report import (
     GateRow,
     KeptLayer,
     LayerSummary,
+    MassiveSummary,
     ModelSummary,
     ParityRow,
+    PrefixSummary,
     Report,
     RotationGateRow,
     RotationSummary,
@@ -38,6 +41,7 @@ from exporter.reporting.report import (
 from exporter.source import Source
 
 CONFIG_FILE = "config.json"
+_TOKENIZER = "tokenizer.json"
 _PACKAGES = (
     "rotq",
     "torch",
@@ -101,6 +105,8 @@ def describe(
             sha256=origin.calibration_sha256,
         ),
         rotations=rotation_summaries(quantized.rotations),
+        prefix=prefix_summary(quantized),
+        massive=[MassiveSummary.model_validate(row) for row in origin.massive],
         gate=[GateRow.model_validate(row) for row in origin.gate],
         rotation_gate=[RotationGateRow.model_validate(row) for row in origin.rotation_gate],
         parity=parity,
@@ -108,6 +114,27 @@ def describe(
         versions=package_versions(),
         cpu=cpu_words() if parity else "",
     )
+
+
+def prefix_summary(quantized: QuantizedModel) -> PrefixSummary | None:
+    """What a report says of the prefix, in the words of the tokenizer that travels along."""
+    prefix = quantized.prefix
+    if prefix is None:
+        return None
+    words = _token_words(quantized.files, prefix.tokens)
+    return PrefixSummary(tokens=list(prefix.tokens), words=words, reason=prefix.reason)
+
+
+def _token_words(files: Mapping[str, Path], tokens: Sequence[int]) -> list[str]:
+    """Each of ``tokens`` by itself, by the tokenizer among ``files``, if there is one that needs no
+    code."""
+    path = files.get(_TOKENIZER)
+    if path is None:
+        return []
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
 
 
 def rotation_summaries(rotations: RotationSet) -> list[RotationSummary]:

@@ -36,12 +36,19 @@ class GateRow(_Frozen):
     rotate: str
     """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``,
     ``r1,r2,r4``); with ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
+    prefix: int = 0
+    """Tokens before every sequence in this candidate."""
     kl: float
     """Mean KL(float || quantized) per token, in nats."""
     top1: float
     """Share of tokens whose most likely next token is the same, 0 to 1."""
     perplexity: float
     chosen: bool = False
+
+    @property
+    def name(self) -> str:
+        """The candidate in words."""
+        return f"{self.rotate} + prefix" if self.prefix else self.rotate
 
 
 class RotationGateRow(_Frozen):
@@ -136,6 +143,27 @@ class CalibrationSummary(_Frozen):
     """Over the token ids, in order."""
 
 
+class PrefixSummary(_Frozen):
+    """The tokens that stand before every sequence, as part of the model."""
+
+    tokens: list[int]
+    """Their ids."""
+    words: list[str] = Field(default_factory=list)
+    """What the tokenizer makes of each; empty where none was at hand."""
+    reason: str = ""
+
+
+class MassiveSummary(_Frozen):
+    """How far the largest token is from the median one, at the input of a linear."""
+
+    name: str
+    """Of the first linear that reads this input."""
+    ratio: float
+    """The largest magnitude of a token over the median of all tokens', in the float model."""
+    with_prefix: float | None = None
+    """The same with the prefix in place; ``None`` where there is none."""
+
+
 class RotationSummary(_Frozen):
     """One rotation of the result: what it acts on, whether a user meets it at run time, and how it
     was chosen.
@@ -165,6 +193,9 @@ class Report(_Frozen):
     layers: LayerSummary
     calibration: CalibrationSummary
     rotations: list[RotationSummary]
+    prefix: PrefixSummary | None = None
+    massive: list[MassiveSummary] = Field(default_factory=list)
+    """Inputs with massive tokens, the largest first; empty where none are, or nothing looked."""
     gate: list[GateRow]
     rotation_gate: list[RotationGateRow] = Field(default_factory=list)
     parity: list[ParityRow]

@@ -100,7 +100,8 @@ def layer_lines(report: Report) -> list[str]:
             f"KV cache: {layers.cache}, one static scale each for the keys and the values of a"
             " layer"
         )
-    return lines + kept_lines({layer.name: layer.reason for layer in layers.kept})
+    kept = kept_lines({layer.name: layer.reason for layer in layers.kept})
+    return lines + kept + massive_lines(report)
 
 
 def kept_lines(kept: Mapping[str, str]) -> list[str]:
@@ -115,14 +116,40 @@ def kept_lines(kept: Mapping[str, str]) -> list[str]:
     return lines
 
 
+MASSIVE_SHOWN = 3
+"""Inputs with massive tokens that are named before the rest is only counted."""
+
+
+def massive_lines(report: Report) -> list[str]:
+    """Which inputs have massive tokens, and what stands before every sequence because of them."""
+    lines = []
+    if report.massive:
+        shown = "; ".join(
+            f"{row.name} {row.ratio:.0f} x"
+            + ("" if row.with_prefix is None else f" ({row.with_prefix:.0f} x with the prefix)")
+            for row in report.massive[:MASSIVE_SHOWN]
+        )
+        more = len(report.massive) - MASSIVE_SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        lines.append(f"massive tokens, largest over median of an input: {shown}{rest}")
+    if report.prefix is not None:
+        words = report.prefix.words or [str(token) for token in report.prefix.tokens]
+        count = len(report.prefix.tokens)
+        lines.append(
+            f"a prefix of {count} token{'s' if count > 1 else ''} stands before every sequence, as"
+            f" constant keys and values: {', '.join(map(repr, words))}"
+        )
+    return lines
+
+
 def gate_table(report: Report) -> Table:
-    """The candidates of ``--rotate auto`` on held-out tokens."""
+    """The candidates of ``--rotate auto`` and ``--prefix auto`` on held-out tokens."""
     return Table(
-        "Rotation gate (held-out tokens, against the float model)",
-        ("rotate", "KL", "top-1 agreement", "perplexity", ""),
+        "Gate (held-out tokens, against the float model)",
+        ("candidate", "KL", "top-1 agreement", "perplexity", ""),
         tuple(
             (
-                row.rotate,
+                row.name,
                 f"{row.kl:.4g}",
                 f"{row.top1:.2%}",
                 f"{row.perplexity:.3f}",
@@ -136,23 +163,22 @@ def gate_table(report: Report) -> Table:
 
 
 def gate_findings(report: Report) -> list[str]:
-    """Say plainly what rotating did: where it helped, and where it made things worse."""
-    plain = next((row for row in report.gate if row.rotate == "none"), None)
+    """Say plainly what each candidate did: where it helped, and where it made things worse."""
+    plain = next((row for row in report.gate if row.name == "none"), None)
     if plain is None:
         return []
     findings = []
     for row in report.gate:
         if row is not plain and row.kl >= plain.kl:
             findings.append(
-                f"{row.rotate} did not help: KL {row.kl:.4g} against {plain.kl:.4g} without"
-                " rotation"
+                f"{row.name} did not help: KL {row.kl:.4g} against {plain.kl:.4g} of the model as"
+                " it is"
             )
         elif row.chosen and row is not plain:
-            findings.append(f"{row.rotate} lowers KL from {plain.kl:.4g} to {row.kl:.4g}")
+            findings.append(f"{row.name} lowers KL from {plain.kl:.4g} to {row.kl:.4g}")
     if plain.chosen and len(report.gate) > 1:
         findings.append(
-            "no rotation was applied: none of the candidates was better than leaving the model as"
-            " it is"
+            "nothing was applied: none of the candidates was better than leaving the model as it is"
         )
     return findings
 

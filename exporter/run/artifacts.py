@@ -119,7 +119,8 @@ def _checked(
     if destination is not None:
         cache = None if quantized.cache is None else quantized.cache.scheme
         schemes, kinds = quantized.schemes(), quantized.rotations.kinds()
-        destination.check(recipe, quantized.config, schemes, cache, kinds)
+        prefix = 0 if quantized.prefix is None else quantized.prefix.length
+        destination.check(recipe, quantized.config, schemes, cache, kinds, prefix)
         destination.warn(schemes)
     return quantized
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calib.artifact import QuantizedModel
 from calib.errors import RotqError
-from calib.fusing import FusedModel
+from calib.fusing import FusedModel, with_prefix
 from calib.smoothing.smooth import fold_all
 from exporter.recipe import Recipe
 from exporter.run.stopwatch import Stopwatch
@@ -60,7 +60,11 @@ class Calibrated:
                     device=self.device,
                     progress=clock.progress,
                 )
-            return self.source, fold_all(fused, self.quantized.smoothing)
+            fused = fold_all(fused, self.quantized.smoothing)
+            prefix = self.quantized.prefix
+            if prefix is not None:
+                fused = with_prefix(fused, prefix.tokens, prefix.reason, self.device)
+            return self.source, fused
         except RotqError:
             if not self.travelled:
                 raise

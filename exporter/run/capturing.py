@@ -10,7 +10,7 @@ from calib.capture.fingerprint import model_fingerprint
 from calib.capture.session import capture
 from calib.capture.storage import Capture
 from calib.data.batches import length_batches
-from calib.fusing import materialize
+from calib.fusing import materialize, with_prefix
 from calib.rotations.rotation_set import RotationSet
 from exporter.run.inputs import Inputs
 from exporter.run.options import RunOptions
@@ -20,7 +20,12 @@ from exporter.run.workdir import CAPTURE, WorkDir
 
 
 def captured(
-    inputs: Inputs, rows: Sequence[Tensor], options: RunOptions, work: WorkDir, clock: Stopwatch
+    inputs: Inputs,
+    rows: Sequence[Tensor],
+    options: RunOptions,
+    work: WorkDir,
+    clock: Stopwatch,
+    prefix: Sequence[int] = (),
 ) -> Capture:
     """Statistics of the norm-folded model.
 
@@ -30,12 +35,14 @@ def captured(
         options: may name a folder that holds them; it is checked to be of this model.
         work: may hold them, and keeps them.
         clock: times the capture.
+        prefix: ids of the tokens before every row.
 
     Raises:
         CheckpointError: the folder is damaged, or holds the statistics of another model.
     """
     ready = options.from_capture or work.finished(CAPTURE)
-    folded = materialize(inputs.fuse(RotationSet(), clock), device=inputs.device)
+    fused = with_prefix(inputs.fuse(RotationSet(), clock), prefix, device=inputs.device)
+    folded = materialize(fused, device=inputs.device)
     if ready is not None:
         return Capture.load(ready, model=model_fingerprint(folded))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.asking import check, files_of, refused_rotations, warnings_of
+from backends.asking import check, files_of, refusal_of, refused_rotations, warnings_of
 from backends.base import Backend, Request
 from backends.registry import get_backend, target_of
 from calib.architectures.spec import KINDS
@@ -83,6 +83,7 @@ class Destination:
         linears: Mapping[str, LinearScheme],
         cache: TensorScheme | None,
         rotations: Collection[str],
+        prefix: int = 0,
     ) -> None:
         """Refuse what a target cannot express, before the long job.
 
@@ -92,13 +93,16 @@ class Destination:
             linears: how each linear is quantized.
             cache: how the KV cache is, if it is.
             rotations: kinds of rotations that it has for certain.
+            prefix: how many tokens stand before every sequence, for certain.
 
         Raises:
             BackendError: with the reason.
         """
         for target in self.targets:
             written = self._request(target, recipe, linears)
-            request = replace(written, cache=cache, rotations=tuple(rotations), config=config)
+            request = replace(
+                written, cache=cache, rotations=tuple(rotations), config=config, prefix=prefix
+            )
             check(self.backend, request)
 
     def files(
@@ -135,6 +139,14 @@ class Destination:
             for kind, reason in refused_rotations(self.backend, target, KINDS).items():
                 reasons.setdefault(kind, f"target '{target}' cannot express it: {reason}")
         return reasons
+
+    def refused_prefix(self) -> str | None:
+        """Why a target cannot have a prefix, if one cannot."""
+        for target in self.targets:
+            refused = refusal_of(self.backend, Request(target, prefix=1))
+            if refused is not None:
+                return f"target '{target}' cannot have one: {refused}"
+        return None
 
     def _request(self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme]) -> Request:
         """What is asked of a target, but for what only a model says."""

@@ -105,6 +105,7 @@ def check_names(recipe: Recipe) -> None:
 
         _checked("activations.observer", lambda: observer_named(recipe.activations.observer))
     check_layerwise(recipe)
+    check_prefix(recipe)
     for pattern, name in recipe.overrides.items():
         _checked(f"overrides.{pattern}", partial(scheme_named, name))
 
@@ -130,6 +131,19 @@ def check_layerwise(recipe: Recipe) -> None:
                 "name them: --rotate none, or --rotate r1,r2,r4 for Hadamard matrices or those of"
                 " --rotations"
             ),
+        )
+
+
+def check_prefix(recipe: Recipe) -> None:
+    """Refuse a prefix that a run cannot have, before anything is read.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    if recipe.certain_prefix and recipe.layerwise.enabled:
+        raise RecipeError(
+            "layer-wise mode cannot have a prefix, which the whole model computes",
+            hint="leave --prefix or --layerwise out",
         )
 
 

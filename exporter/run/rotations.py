@@ -99,6 +99,7 @@ def trained_rotations(
     options: RunOptions,
     work: WorkDir,
     clock: Stopwatch,
+    prefix: Sequence[int] = (),
 ) -> TrainedRotations:
     """Rotations of these ``kinds``: those of ``imported``, trained ones, each behind its gate, and
     Hadamard matrices for R3 and R4.
@@ -114,6 +115,7 @@ def trained_rotations(
         options: may name statistics to use again.
         work: may hold them, and keeps them.
         clock: times the stages.
+        prefix: ids of the tokens that stand before every row while statistics are captured.
 
     Raises:
         RotationError: a kind is refused, or the samples cannot be trained on.
@@ -121,7 +123,7 @@ def trained_rotations(
     source = inputs.source
     statistics = folded = None
     if inputs.quantizes and trainable(kinds, imported.kinds()):
-        statistics = captured(inputs, rows, options, work, clock)
+        statistics = captured(inputs, rows, options, work, clock, prefix)
         folded = inputs.fuse(RotationSet(), clock, lazy=True)
 
     with clock.stage("train"):

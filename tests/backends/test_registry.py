@@ -104,7 +104,8 @@ def test_another_version_of_the_contract_is_refused_in_one_line(
     name: str, version: int, hint: str
 ) -> None:
     line = (
-        f"was written for version {version} of the backend contract, and this rotq takes version 2"
+        f"was written for version {version} of the backend contract, and this rotq takes versions"
+        " 2 to 3"
     )
     with pytest.raises(BackendError) as caught:
         get_backend(name)

@@ -97,7 +97,7 @@ def test_the_summary_says_everything_once() -> None:
         "42 linears quantized (int8), 1 kept in float",
         "lm_head: the scheme keeps the output head in float",
         "10.4 MiB -> 8.2 MiB (1.27 x smaller)",
-        "r1,r2 did not help: KL 0.17 against 0.16 without rotation",
+        "r1,r2 did not help: KL 0.17 against 0.16 of the model as it is",
         "r1,r2,r4 lowers KL from 0.16 to 0.004",
         "1 min 19 s",
         "out/x (onnx, ort, int8, rotate r1,r2,r4): parity passed",
@@ -114,7 +114,7 @@ def test_a_rotation_that_hurts_is_called_that() -> None:
         row.model_copy(update={"chosen": row.rotate == "none"}) for row in sample_report().gate
     ][:2]
     text = summary_text(gate=gate, rotations=[])
-    assert "no rotation was applied: none of the candidates was better" in text
+    assert "nothing was applied: none of the candidates was better" in text
     assert "rotations: none" in text
 
 
