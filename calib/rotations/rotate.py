@@ -67,6 +67,11 @@ class Rotate:
         return self.kinds is None
 
     @property
+    def online(self) -> bool:
+        """Whether one of the kinds is computed at run time."""
+        return bool(set(self.certain) - set(FOLDED))
+
+    @property
     def certain(self) -> tuple[Kind, ...]:
         """The kinds that the result has whatever is measured: none with ``auto``."""
         return self.kinds or ()

@@ -119,6 +119,14 @@ class QuantizationFlags:
             rich_help_panel=QUANTIZATION,
         ),
     ] = None
+    overrides: Annotated[
+        Literal["auto", "none"] | None,
+        typer.Option(
+            "--overrides",
+            help="auto: wider inputs for the linears that hurt most, where it takes that.",
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
     prefix: Annotated[
         str | None,
         typer.Option(

@@ -26,6 +26,7 @@ RECIPE_KEYS = {
     "observer": "activations.observer",
     "smoothing": "smoothing",
     "prefix": "prefix",
+    "overrides": "widen",
     "layerwise": "layerwise.enabled",
     "asym": "layerwise.asym",
     "max_memory": "layerwise.max_memory",

@@ -84,6 +84,8 @@ def _finer_controls(recipe: Recipe) -> dict[str, str]:
         shown["observer"] = recipe.activations.observer
     if recipe.smoothing != "none":
         shown["smoothing"] = recipe.smoothing
+    if recipe.widen != "auto":
+        shown["wider inputs"] = recipe.widen
     if recipe.prefix != "auto":
         shown["prefix"] = str(recipe.prefix)
     if recipe.kv is not None:

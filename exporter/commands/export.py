@@ -208,7 +208,7 @@ def _calibrated(
     rows = inputs.rows(clock)
     warn_of_few_tokens(recipe, inputs.source, rows.train)
     prefix = chosen_prefix(inputs, quantization, rows.train, targets, clock)
-    calibrating = Calibrating(inputs, quantization, rows, inputs.provenance(rows), prefix)
+    calibrating = Calibrating(inputs, quantization, rows, inputs.provenance(rows), prefix, targets)
     evaluation = rows.evaluation if verify else None
     if recipe.layerwise.enabled:
         with _blockwise(calibrating, imported, options, work, clock) as quantized:
@@ -239,9 +239,7 @@ def _whole(
         calibrating.tokens,
     )
     rotations = gate_rotations(sets, inputs, imported, trained.rotations)
-    candidate, table = best_candidate(
-        {str(name): chosen for name, chosen in rotations.items()}, calibrating, clock
-    )
+    candidate, table = best_candidate(rotations, calibrating, clock)
 
     provenance = replace(
         candidate.quantized.provenance,

@@ -221,6 +221,9 @@ class Recipe(_Section):
     """Tokens whose keys and values, in float, stand before every sequence as part of the model, so
     that no token of a text becomes a massive one: ``auto`` (those that help, where the targets can
     have them), ``none``, or how many."""
+    widen: Literal["auto", "none"] = "auto"
+    """Whether the linears that a static scale hurts most get a wider form (a scale for each token,
+    or float) where nothing cheaper is close enough to the float model."""
     layerwise: Layerwise = Layerwise()
     rotate: RotateField = AUTO
     """``auto``, ``none`` or a comma-separated subset of r1, r2, r3, r4."""

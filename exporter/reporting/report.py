@@ -38,17 +38,23 @@ class GateRow(_Frozen):
     ``r1,r2,r4``); with ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
     prefix: int = 0
     """Tokens before every sequence in this candidate."""
-    kl: float
-    """Mean KL(float || quantized) per token, in nats."""
-    top1: float
+    wider: int = 0
+    """Linears whose input has a wider form than the scheme's."""
+    kl: float | None = None
+    """Mean KL(float || quantized) per token, in nats; ``None``, as the next two, where a simpler
+    candidate was close enough."""
+    top1: float | None = None
     """Share of tokens whose most likely next token is the same, 0 to 1."""
-    perplexity: float
+    perplexity: float | None = None
     chosen: bool = False
 
     @property
     def name(self) -> str:
         """The candidate in words."""
-        return f"{self.rotate} + prefix" if self.prefix else self.rotate
+        words = [self.rotate]
+        words += ["prefix"] if self.prefix else []
+        words += [f"{self.wider} wider"] if self.wider else []
+        return " + ".join(words)
 
 
 class RotationGateRow(_Frozen):

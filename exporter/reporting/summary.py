@@ -150,10 +150,10 @@ def gate_table(report: Report) -> Table:
         tuple(
             (
                 row.name,
-                f"{row.kl:.4g}",
-                f"{row.top1:.2%}",
-                f"{row.perplexity:.3f}",
-                "chosen" if row.chosen else "",
+                "-" if row.kl is None else f"{row.kl:.4g}",
+                "-" if row.top1 is None else f"{row.top1:.2%}",
+                "-" if row.perplexity is None else f"{row.perplexity:.3f}",
+                "chosen" if row.chosen else "not tried" if row.kl is None else "",
             )
             for row in report.gate
         ),
@@ -165,10 +165,12 @@ def gate_table(report: Report) -> Table:
 def gate_findings(report: Report) -> list[str]:
     """Say plainly what each candidate did: where it helped, and where it made things worse."""
     plain = next((row for row in report.gate if row.name == "none"), None)
-    if plain is None:
+    if plain is None or plain.kl is None:
         return []
     findings = []
     for row in report.gate:
+        if row.kl is None:
+            continue
         if row is not plain and row.kl >= plain.kl:
             findings.append(
                 f"{row.name} did not help: KL {row.kl:.4g} against {plain.kl:.4g} of the model as"

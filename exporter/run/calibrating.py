@@ -16,6 +16,7 @@ from calib.fusing import FusedModel, materialize, with_prefix
 from calib.measure.perplexity import model_logits
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import Quantization
+from calib.rotations.rotate import GateSet
 from calib.rotations.rotation_set import RotationSet
 from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import smoothing_named
@@ -23,9 +24,14 @@ from calib.smoothing.observe import observe_channels
 from calib.smoothing.smooth import smooth
 from calib.stats.massive import PrefixChoice
 from exporter.reporting.report import GateRow
-from exporter.run.gate import Candidate, Setup, choose
+from exporter.run.destination import Destination
+from exporter.run.gate import Candidate, Gate, Setup
 from exporter.run.inputs import Inputs
 from exporter.run.stopwatch import Stopwatch
+from exporter.run.widening import fixes_limits, widened, wider_sets
+
+QUICK_TOKENS = 8192
+"""Of calibration for each candidate that is only compared: limits settle long before."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +45,26 @@ class Calibrating:
     provenance: Provenance
     prefix: PrefixChoice | None = None
     """What stands before every sequence, where something was looked for."""
+    destination: Destination | None = None
+    """What must be able to express the result, if anything."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Ids of the prefix."""
         return () if self.prefix is None else self.prefix.tokens
 
-    def setups(self, rotates: Iterable[str]) -> list[Setup]:
+    def setups(self, sets: Iterable[GateSet]) -> list[Setup]:
         """What the gate compares, the simplest first.
 
         A prefix that is only offered (``auto``) is also left out once, without a rotation: to show
         what it is worth, and because it changes the float model.
 
         Args:
-            rotates: sets of rotations, by what the report calls them, the simplest first.
+            sets: sets of rotations, the simplest first.
         """
-        setups = [Setup(rotate, self.tokens) for rotate in rotates]
+        setups = [Setup(str(each), self.tokens, online=each.rotate.online) for each in sets]
         offered = self.inputs.recipe.prefix == "auto" and self.tokens
-        return [*([Setup(setups[0].rotate)] if offered else []), *setups]
+        return [*([replace(setups[0], prefix=())] if offered else []), *setups]
 
     def candidate(self, setup: Setup, rotations: RotationSet, clock: Stopwatch) -> Candidate:
         """The model with ``rotations`` folded in, smoothed and quantized.
@@ -68,7 +76,42 @@ class Calibrating:
         """
         fused = self._prefixed(self.inputs.fuse(rotations, clock), setup.prefix)
         fused = self._smoothed(fused, clock)
-        return Candidate(setup, fused, self.quantized(fused, clock))
+        own = replace(self, quantization=self.widened(setup.wider))
+        return Candidate(setup, fused, own.quantized(fused, clock))
+
+    def widened(self, names: Sequence[str]) -> Quantization:
+        """The quantization with wider inputs of the linears ``names``."""
+        return widened(self.quantization, names, self.destination)
+
+    def wider_setups(self, base: Setup, rotations: RotationSet, clock: Stopwatch) -> list[Setup]:
+        """``base`` without a prefix and with ever more inputs in a wider form: those that static
+        scales hurt most.
+
+        Args:
+            base: what is widened.
+            rotations: those of ``base``.
+            clock: times the stages.
+        """
+        fused = self._smoothed(self.inputs.fuse(rotations, clock), clock)
+        with clock.stage("gate"):
+            network = materialize(fused, device=self.inputs.device)
+            sets = wider_sets(network, self.quantization, self.rows.train)
+        return [replace(base, prefix=(), wider=names) for names in sets]
+
+    def quick(self) -> Calibrating:
+        """The same in a hurry, for a comparison: on the first :data:`QUICK_TOKENS` tokens, and with
+        weights rounded to nearest; the weight algorithm takes longer than everything else."""
+        rows, tokens = [], 0
+        for row in self.rows.train:
+            if tokens >= QUICK_TOKENS:
+                break
+            rows.append(row)
+            tokens += row.numel()
+        return replace(
+            self,
+            quantization=replace(self.quantization, weights="rtn"),
+            rows=replace(self.rows, train=rows),
+        )
 
     def quantized(self, fused: FusedModel, clock: Stopwatch) -> QuantizedModel:
         """``fused``, calibrated and quantized."""
@@ -114,32 +157,35 @@ class Calibrating:
 
 
 def best_candidate(
-    sets: Mapping[str, RotationSet], calibrating: Calibrating, clock: Stopwatch
+    sets: Mapping[GateSet, RotationSet], calibrating: Calibrating, clock: Stopwatch
 ) -> tuple[Candidate, list[GateRow]]:
     """The quantized model of the best candidate, and the gate's table where there was a choice.
 
     Args:
-        sets: rotations by what the report calls them, the simplest first.
+        sets: rotations of every set, the simplest first.
         calibrating: what is done with each.
         clock: times the stages.
     """
+    rotations = {str(name): chosen for name, chosen in sets.items()}
     setups = calibrating.setups(sets)
     if len(setups) == 1:
         (setup,) = setups
-        return calibrating.candidate(setup, sets[setup.rotate], clock), []
+        return calibrating.candidate(setup, rotations[setup.rotate], clock), []
 
-    # The candidates are compared with weights rounded to nearest; the weight algorithm, which takes
-    # longer than everything else, is run for the chosen one alone.
-    chosen = calibrating.quantization
-    quick = replace(calibrating, quantization=replace(chosen, weights="rtn"))
-    original = model_logits(calibrating.inputs.source.original(calibrating.inputs.device))
-    candidate, table = choose(
-        setups,
-        lambda setup: quick.candidate(setup, sets[setup.rotate], clock),
-        original,
-        calibrating.rows.gate,
-        clock.progress,
+    quick, inputs = calibrating.quick(), calibrating.inputs
+    gate = Gate(
+        make=lambda setup: quick.candidate(setup, rotations[setup.rotate], clock),
+        original=model_logits(inputs.source.original(inputs.device)),
+        rows=calibrating.rows.gate,
+        bound=calibrating.quantization.scheme.max_perplexity_ratio,
     )
-    if quick.quantization != chosen:
-        candidate = replace(candidate, quantized=calibrating.quantized(candidate.fused, clock))
-    return candidate, table
+    gate.run(setups, clock.progress)
+    if not gate.met and inputs.recipe.widen == "auto" and fixes_limits(calibrating.quantization):
+        base = gate.best.setup
+        gate.run(quick.wider_setups(base, rotations[base.rotate], clock), clock.progress)
+
+    best = gate.best
+    everything = len(quick.rows.train) == len(calibrating.rows.train)
+    if not everything or quick.quantization != calibrating.quantization:
+        best = calibrating.candidate(best.setup, rotations[best.setup.rotate], clock)
+    return best, gate.table()

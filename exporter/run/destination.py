@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.asking import check, files_of, refusal_of, refused_rotations, warnings_of
+from backends.asking import check, expressible, files_of, refusal_of, refused_rotations, warnings_of
 from backends.base import Backend, Request
 from backends.registry import get_backend, target_of
 from calib.architectures.spec import KINDS
@@ -139,6 +139,10 @@ class Destination:
             for kind, reason in refused_rotations(self.backend, target, KINDS).items():
                 reasons.setdefault(kind, f"target '{target}' cannot express it: {reason}")
         return reasons
+
+    def expresses(self, linear: LinearScheme) -> bool:
+        """Whether every target can express a linear of this scheme."""
+        return all(expressible(self.backend, target, [linear], None) for target in self.targets)
 
     def refused_prefix(self) -> str | None:
         """Why a target cannot have a prefix, if one cannot."""

@@ -1,16 +1,22 @@
-"""The gate: quantize each candidate, a set of rotations with a prefix or without, and keep the one
-that is closest to the float model.
+"""The gate: quantize candidates, each compared with the float model, from what costs nothing at run
+time to what does, until one is close enough.
 
 Rotating can hurt: R1 and R2 alone may worsen static INT8, and on some models nothing helps. A
 prefix makes another float model, which may be worth what it saves and may not. So nothing is
 assumed. Every candidate goes through the same calibration, and the mean KL(float ‖ quantized) of
 the whole model on held-out tokens, which neither trained a rotation nor set a scale, decides.
+
+The KL of a candidate is what it adds to the logarithm of the perplexity on text that the float
+model writes. So one whose KL is half of the logarithm of the bound is taken to hold the bound on
+other text, and nothing that costs more at run time is tried. Of all that were tried the lowest KL
+wins.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,6 +27,9 @@ from calib.measure.reference import build_reference
 from calib.progress import Progress, track
 from exporter.reporting.report import GateRow
 
+MARGIN = 0.5
+"""Share of the logarithm of the bound on perplexity that a candidate may use up."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -30,9 +39,24 @@ class Setup:
     """Its rotations, as the report calls them."""
     prefix: tuple[int, ...] = ()
     """Ids of the tokens before every sequence."""
+    wider: tuple[str, ...] = ()
+    """Linears whose input gets a wider form than the scheme's."""
+    online: bool = False
+    """Whether a rotation is computed at run time."""
+
+    @property
+    def cost(self) -> int:
+        """What it costs at run time, for comparison: nothing, an online rotation, and then as much
+        more as there are wider inputs."""
+        return int(self.online) + (1 + len(self.wider) if self.wider else 0)
 
     def __str__(self) -> str:
-        return f"{self.rotate} + prefix" if self.prefix else self.rotate
+        words = [self.rotate]
+        if self.prefix:
+            words.append("prefix")
+        if self.wider:
+            words.append(f"{len(self.wider)} wider")
+        return " + ".join(words)
 
 
 @dataclass(frozen=True)
@@ -44,44 +68,85 @@ class Candidate:
     quantized: QuantizedModel
 
 
-def choose(
-    setups: Sequence[Setup],
-    make: Callable[[Setup], Candidate],
-    original: LogitsFunction,
-    rows: Sequence[Tensor],
-    progress: Progress,
-) -> tuple[Candidate, list[GateRow]]:
-    """The candidate with the lowest KL, and a row for each. Of equals the first wins, so list the
-    simplest first.
+@dataclass
+class Gate:
+    """Candidates on held-out tokens. Only the best so far is kept in memory."""
 
-    Args:
-        setups: what is compared.
-        make: fuses and quantizes one of them. Only the best so far is kept in memory.
-        original: logits of the float model.
-        rows: held-out token rows.
-        progress: called after each candidate.
-    """
-    best: Candidate | None = None
-    table: list[GateRow] = []
-    window = max(row.numel() for row in rows)
+    make: Callable[[Setup], Candidate]
+    """Fuses and quantizes one of them."""
+    original: LogitsFunction
+    """Logits of the float model."""
+    rows: Sequence[Tensor]
+    """Held-out token rows."""
+    bound: float
+    """Of the perplexity ratio: what the exported model is held to."""
+    _best: Candidate | None = field(default=None, init=False)
+    _table: dict[Setup, GateRow] = field(default_factory=dict, init=False)
 
-    for setup in track(setups, "gate", len(setups), progress):
-        candidate = make(setup)
-        reference = model_logits(build_reference(candidate.quantized))
-        result = compare_logits(original, reference, rows, window=window, stride=window)
-        row = GateRow(
-            rotate=setup.rotate,
-            prefix=len(setup.prefix),
-            kl=result.kl,
-            top1=result.top1,
-            perplexity=result.candidate.value,
+    @property
+    def best(self) -> Candidate:
+        """The one with the lowest KL."""
+        assert self._best is not None  # something was judged
+        return self._best
+
+    @property
+    def enough(self) -> float:
+        """The KL at which nothing dearer is tried, in nats per token."""
+        return MARGIN * math.log(self.bound)
+
+    @property
+    def met(self) -> bool:
+        """Whether a candidate is close enough."""
+        return self._lowest <= self.enough
+
+    def run(self, setups: Sequence[Setup], progress: Progress) -> None:
+        """Judge all that cost the same, and go on to what costs more while nothing is close enough.
+
+        Args:
+            setups: of equals the first wins, so begin with the simplest.
+            progress: called after every candidate.
+        """
+        costs = sorted({setup.cost for setup in setups})
+        for setup in track(
+            sorted(setups, key=lambda setup: setup.cost), "gate", len(setups), progress
+        ):
+            if setup.cost == costs[0] or not self._met_below(setup.cost):
+                self._judge(setup)
+            else:
+                self._table[setup] = _row(setup)
+
+    def table(self) -> list[GateRow]:
+        """The rows of the report."""
+        return [
+            row.model_copy(update={"chosen": setup == self.best.setup})
+            for setup, row in self._table.items()
+        ]
+
+    @property
+    def _lowest(self) -> float:
+        return min((row.kl for row in self._table.values() if row.kl is not None), default=math.inf)
+
+    def _met_below(self, cost: int) -> bool:
+        """Whether a candidate that costs less than ``cost`` is close enough."""
+        return any(
+            row.kl is not None and row.kl <= self.enough
+            for setup, row in self._table.items()
+            if setup.cost < cost
         )
-        if best is None or row.kl < min(other.kl for other in table):
-            best = candidate
-        table.append(row)
 
-    assert best is not None  # there is at least one candidate
-    chosen = setups.index(best.setup)
-    return best, [
-        row.model_copy(update={"chosen": index == chosen}) for index, row in enumerate(table)
-    ]
+    def _judge(self, setup: Setup) -> None:
+        candidate = self.make(setup)
+        window = max(row.numel() for row in self.rows)
+        reference = model_logits(build_reference(candidate.quantized))
+        result = compare_logits(self.original, reference, self.rows, window=window, stride=window)
+        if self._best is None or result.kl < self._lowest:
+            self._best = candidate
+        row = _row(setup)
+        self._table[setup] = row.model_copy(
+            update={"kl": result.kl, "top1": result.top1, "perplexity": result.candidate.value}
+        )
+
+
+def _row(setup: Setup) -> GateRow:
+    """The row of a candidate that was not tried."""
+    return GateRow(rotate=setup.rotate, prefix=len(setup.prefix), wider=len(setup.wider))

@@ -13,6 +13,7 @@ from calib.stats.massive import MASSIVE, PrefixChoice, choose_prefix
 from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs
 from exporter.run.stopwatch import Stopwatch
+from exporter.run.widening import fixes_limits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,14 +98,6 @@ def massive_rows(choice: PrefixChoice | None) -> tuple[dict[str, Any], ...]:
         {"name": each.name, "ratio": each.ratio, "with_prefix": after.get(each.name)}
         for each in choice.before
         if each.ratio > MASSIVE
-    )
-
-
-def fixes_limits(quantization: Quantization) -> bool:
-    """Whether anything that depends on the text is quantized with limits fixed beforehand."""
-    return quantization.cache is not None or any(
-        scheme.input is not None and scheme.input.needs_calibration
-        for scheme in quantization.linears.values()
     )
 
 

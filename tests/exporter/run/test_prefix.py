@@ -29,7 +29,7 @@ FEW: dict[str, Any] = {
     "gate.nsamples": 2,
     "evaluation.nsamples": 2,
 }
-FACTOR = 40.0
+FACTOR = 4000.0
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,10 @@ def test_a_prefix_that_helps_is_found_kept_written_and_judged(sink: str, tmp_pat
         ("none", False),
         ("none + prefix", True),
     ]
-    assert report.gate[1].kl < report.gate[0].kl / 2
+    without, with_it = (row.kl for row in report.gate)
+    assert without is not None
+    assert with_it is not None
+    assert with_it < without / 2
 
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "a prefix of 1 token stands before every sequence" in card
@@ -175,3 +178,23 @@ def test_a_prefix_has_to_fit_into_the_positions(sink: str, tmp_path: Path) -> No
         calibrate(few(sink, prefix=17), RunOptions(tmp_path / "out"))
     with pytest.raises(RecipeError, match="layer-wise mode cannot have a prefix"):
         check_names(few(sink, prefix=1, layerwise__enabled=True))
+
+
+def test_without_a_prefix_the_linear_that_hurts_gets_a_wider_input(
+    sink: str, tmp_path: Path
+) -> None:
+    recipe = few(sink, prefix="none", rotate="auto")
+    result = export(recipe, RunOptions(tmp_path / "out"))
+    report = result.report
+    assert report.status == "passed"
+    chosen = next(row for row in report.gate if row.chosen)
+    assert chosen.wider == 1
+    assert chosen.kl is not None
+    assert all(row.kl is not None and chosen.kl < row.kl / 2 for row in report.gate[:-1])
+    assert {words for words in report.layers.schemes if "per token" in words}
+    assert verify(tmp_path / "out").status == "passed"
+
+    # and nothing of the kind where it is not wanted
+    plain = few(sink, prefix="none", rotate="auto", widen="none")
+    again = export(plain, RunOptions(tmp_path / "plain", verify=False)).report
+    assert not any(row.wider for row in again.gate)
