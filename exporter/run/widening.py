@@ -1,5 +1,5 @@
-"""Wider forms for the few linears that a static scale hurts most: a scale for each token, or float
-where the target has none.
+"""Wider forms for the inputs of the few linears that a static scale hurts most: a scale for each
+token, or float where the target has none.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def widened(
     for name in names:
         scheme = linears[name]
         if scheme not in forms:
-            forms[scheme] = _per_token(scheme, destination)
+            forms[scheme] = _wider(scheme, destination)
         wider = forms[scheme]
         if wider is None:
             del linears[name]
@@ -75,10 +75,13 @@ def widened(
     return replace(quantization, linears=linears, kept=kept)
 
 
-def _per_token(scheme: LinearScheme, destination: Destination | None) -> LinearScheme | None:
-    """``scheme`` with a scale for each token; ``None`` where a target cannot have that."""
+def _wider(scheme: LinearScheme, destination: Destination | None) -> LinearScheme | None:
+    """The first of these that every target can express: a scale for each token, the input in float,
+    and (``None``) all of it in float.
+    """
     assert scheme.input is not None  # it has a static scale
-    wider = replace(scheme, input=replace(scheme.input, granularity=PerToken(), dynamic=True))
-    if destination is not None and not destination.expresses(wider):
-        return None
-    return wider
+    per_token = replace(scheme.input, granularity=PerToken(), dynamic=True)
+    forms = (replace(scheme, input=per_token), replace(scheme, input=None))
+    return next(
+        (form for form in forms if destination is None or destination.expresses(form)), None
+    )
