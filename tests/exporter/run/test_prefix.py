@@ -192,7 +192,7 @@ def test_without_a_prefix_the_linear_that_hurts_gets_a_wider_input(
     assert chosen.kl is not None
     assert all(row.kl is not None and chosen.kl < row.kl / 2 for row in report.gate[:-1])
     # ONNX graphs have no scales per token
-    assert report.layers.schemes["int8 weights per channel"] == 1
+    assert report.layers.schemes["int8 weights per channel, float inputs"] == 1
     assert verify(tmp_path / "out").status == "passed"
 
     # and nothing of the kind where it is not wanted
