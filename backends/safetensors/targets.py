@@ -117,6 +117,10 @@ _OWN_CACHE = (
     " per token (activations.granularity 'token' in the recipe)"
 )
 
+_NO_CACHE = (
+    "what rotq builds for it runs whole sequences without a cache that could be begun with one"
+)
+
 TARGETS: Mapping[str, Target] = {
     "tripy": Target(
         tripy.RULES,
@@ -128,6 +132,7 @@ TARGETS: Mapping[str, Target] = {
         readers=(),
         how="tested",
         files=(STATEMENT_FILE,),
+        prefix_refusal=_NO_CACHE,
     ),
     "tensorrt": Target(
         tensorrt.RULES,
@@ -138,6 +143,7 @@ TARGETS: Mapping[str, Target] = {
         TENSORRT_RTX,
         readers=(),
         how="tried",
+        prefix_refusal=_NO_CACHE,
     ),
     "modelopt": Target(
         modelopt.RULES,
