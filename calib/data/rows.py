@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -186,6 +186,17 @@ def calibration_rows(
     """
     cutter = RowCutter(tokenizer, seqlen, layout, seed)
     return cutter.rows(read_corpus(source, tokenizer), nsamples)
+
+
+def at_most(rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first of ``rows`` [tokens] that together have ``tokens``, the last of them whole."""
+    chosen: list[Tensor] = []
+    for row in rows:
+        if tokens <= 0:
+            break
+        chosen.append(row)
+        tokens -= row.numel()
+    return chosen
 
 
 def _pieces(corpus: Corpus, seqlen: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from exporter.planning.sizes import Sizes
 from exporter.recipe import Recipe
 from exporter.reporting.report import COMPARED_ROWS
 from exporter.run.options import RunOptions
+from exporter.run.quantizing import QUICK_TOKENS
 
 Goal = Literal["export", "calibrate", "capture", "rotate"]
 
@@ -78,7 +79,19 @@ class Work:
     @property
     def one_pass(self) -> float:
         """Seconds of a forward pass over the calibration rows."""
-        return self.forward(self.recipe.calibration.nsamples * self.sizes.seqlen)
+        return self.forward(self.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration rows."""
+        return self.recipe.calibration.nsamples * self.sizes.seqlen
+
+    @property
+    def comparing(self) -> float:
+        """Seconds of calibrating all sets for the comparison, and the chosen one."""
+        sets = len(self.sets)
+        quick = self.forward(min(self.tokens, QUICK_TOKENS))
+        return sets * quick + self.one_pass if sets > 1 else self.one_pass
 
     def forward(self, tokens: int) -> float:
         """Seconds of a forward pass."""
@@ -106,7 +119,8 @@ def _float_stages(work: Work) -> list[Stage]:
     if work.goal == "capture" or work.trained:
         reused = work.options.from_capture
         what = f"statistics of {work.rows}" if reused is None else f"reuse {reused}"
-        stages.append(Stage("capture", what, work.one_pass if reused is None else 0.0))
+        tokens = min(work.tokens, recipe.rotation.r1_tokens)
+        stages.append(Stage("capture", what, work.forward(tokens) if reused is None else 0.0))
     if work.goal == "capture":
         return stages
 
@@ -163,7 +177,7 @@ def _quantizing_stages(work: Work) -> list[Stage]:
         what = "block by block" if recipe.layerwise.enabled else "limits"
         if algorithm.name != "rtn":
             what += f", weights by {algorithm.name}"
-        stages.append(Stage("calibrate", f"{what} over {work.rows}{each}", sets * work.one_pass))
+        stages.append(Stage("calibrate", f"{what} over {work.rows}{each}", work.comparing))
 
     if sets > 1:
         tokens = recipe.gate.nsamples * work.sizes.seqlen

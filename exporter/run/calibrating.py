@@ -11,7 +11,7 @@ from calib.architectures.experts import with_parameters
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import ForwardLoop, forward_loop_over
-from calib.data.rows import RowSplits
+from calib.data.rows import RowSplits, at_most
 from calib.fusing import FusedModel, materialize, with_prefix
 from calib.measure.perplexity import model_logits
 from calib.quantizing.calibrator import quantize_model
@@ -27,11 +27,9 @@ from exporter.reporting.report import GateRow
 from exporter.run.destination import Destination
 from exporter.run.gate import Candidate, Gate, Setup
 from exporter.run.inputs import Inputs
+from exporter.run.quantizing import QUICK_TOKENS
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.widening import fixes_limits, widened, wider_sets
-
-QUICK_TOKENS = 8192
-"""Of calibration for each candidate that is only compared: limits settle long before."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,10 @@ class Calibrating:
     def quick(self) -> Calibrating:
         """The same in a hurry, for a comparison: on the first :data:`QUICK_TOKENS` tokens, and with
         weights rounded to nearest; the weight algorithm takes longer than everything else."""
-        rows, tokens = [], 0
-        for row in self.rows.train:
-            if tokens >= QUICK_TOKENS:
-                break
-            rows.append(row)
-            tokens += row.numel()
         return replace(
             self,
             quantization=replace(self.quantization, weights="rtn"),
-            rows=replace(self.rows, train=rows),
+            rows=replace(self.rows, train=at_most(self.rows.train, QUICK_TOKENS)),
         )
 
     def quantized(self, fused: FusedModel, clock: Stopwatch) -> QuantizedModel:

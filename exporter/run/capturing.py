@@ -10,6 +10,7 @@ from calib.capture.fingerprint import model_fingerprint
 from calib.capture.session import capture
 from calib.capture.storage import Capture
 from calib.data.batches import length_batches
+from calib.data.rows import at_most
 from calib.fusing import materialize, with_prefix
 from calib.rotations.rotation_set import RotationSet
 from exporter.run.inputs import Inputs
@@ -31,7 +32,8 @@ def captured(
 
     Args:
         inputs: the model, and how much to keep.
-        rows: calibration rows ``[tokens]``.
+        rows: calibration rows ``[tokens]``. As many are run as the reservoir of R1 has places: each
+            token has several sites, so that more would not change what is kept by much.
         options: may name a folder that holds them; it is checked to be of this model.
         work: may hold them, and keeps them.
         clock: times the capture.
@@ -52,7 +54,10 @@ def captured(
         statistics = capture(
             folded,
             source.wiring.capture_sites,
-            length_batches(rows, inputs.recipe.calibration.batch_size),
+            length_batches(
+                at_most(rows, inputs.recipe.rotation.r1_tokens),
+                inputs.recipe.calibration.batch_size,
+            ),
             num_kv_heads=sizes.kv_heads,
             head_dim=sizes.head_dim,
             config=capture_config(inputs.recipe),

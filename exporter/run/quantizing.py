@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+QUICK_TOKENS = 8192
+"""Of calibration for each candidate that is only compared: limits settle long before."""
+
 
 def customised_scheme(recipe: Recipe) -> Scheme:
     """The recipe's scheme with its finer controls; the same object for the same recipe.
