@@ -196,14 +196,14 @@ def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
     return rotations
 
 
-def idle_rotations(wiring: Wiring) -> dict[Kind, str]:
+def idle_rotations(wiring: Wiring) -> dict[str, str]:
     """The kinds among R3 and R4 that are the identity in this model, with the reason.
 
     A rotation without signs does nothing where the largest Hadamard matrix whose order divides its
     own has order 1. That is so for odd orders and for no others: 2 divides all the rest.
     """
     readers = (spec for layer in wiring.layers for spec in wiring.ffn_readers(layer))
-    orders: dict[Kind, tuple[str, set[int]]] = {
+    orders: dict[str, tuple[str, set[int]]] = {
         "r3": ("head size", {wiring.sizes.head_dim}),
         "r4": ("width before the down projection", {wiring.ffn_width(spec) for spec in readers}),
     }
@@ -223,8 +223,8 @@ def check_offered(kinds: Collection[str], wiring: Wiring) -> None:
     Raises:
         RotationError: with the reason, and the set to take instead.
     """
-    idle: Mapping[str, str] = idle_rotations(wiring)
-    reasons = {kind: wiring.refusal(kind) or idle.get(kind) for kind in kinds}
+    idle = idle_rotations(wiring)
+    reasons = {kind: wiring.refusal(kind) or idle.get(kind) for kind in sorted(kinds)}
     refused = {kind: reason for kind, reason in reasons.items() if reason is not None}
     if not refused:
         return

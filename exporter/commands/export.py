@@ -268,7 +268,7 @@ def _left_out(inputs: Inputs, targets: Destination | None) -> Collection[str]:
     """Rotations that would do nothing in this model, or that a target cannot express; says so of
     those that ``--rotate auto`` would have compared.
     """
-    reasons: dict[str, str] = {**idle_rotations(inputs.source.wiring)}
+    reasons = idle_rotations(inputs.source.wiring)
     if targets is not None:
         reasons = {**targets.refused_kinds(), **reasons}
     compared = union(inputs.recipe.rotate.sets(KINDS, quantizes=inputs.quantizes))
