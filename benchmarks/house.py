@@ -79,7 +79,12 @@ class Counted:
 
 
 COUNTED = (
-    Counted("recipe -> scheme", 1, (r"exporter\.[\w.]+:customised_scheme",)),
+    Counted(
+        # what makes the scheme, not what looks it up
+        "recipe -> scheme",
+        1,
+        (r"exporter\.[\w.]+:_customised", r"exporter\.[\w.]+:customised_scheme"),
+    ),
     Counted("AutoConfig.for_model", 3, (r"transformers\.[\w.]+:AutoConfig\.for_model",)),
     Counted(
         "meta module trees", 3, (r"transformers\.[\w.]+:_BaseAutoModelClass\.from_config",), True

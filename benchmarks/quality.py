@@ -28,45 +28,34 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from calib.architectures import Kind
-from calib.artifact import Provenance, QuantizedModel
+from benchmarks.quality_algorithms import algorithms_of, blocks, label, split
+from benchmarks.quality_figures import KINDS, PLAIN, Cell, acceptance, least, show
+from benchmarks.shared_statistics import Fused
+from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
-from calib.data.forward_loop import ForwardLoop, forward_loop_over
+from calib.data.forward_loop import forward_loop_over
 from calib.data.rows import RowSplits
 from calib.errors import QuantizationError
-from calib.fusing import FusedModel, materialize
 from calib.measure.perplexity import Comparison, LogitsFunction, compare_logits, model_logits
 from calib.measure.reference import build_reference
 from calib.progress import silent
 from calib.quantizing.calibrator import Calibrator
-from calib.quantizing.observation import Observed, Watchlist, observe
-from calib.quantizing.plan import Quantization
 from calib.rotations.rotate import Rotate, union
 from calib.rotations.rotation_set import (
     RotationSet,
     hadamard_rotations,
 )
 from calib.schemes import (
-    INT4,
-    INT8,
     LINEAR_SCHEMES,
-    PerBlock,
-    PerTensor,
-    Scheme,
-    TensorScheme,
     scheme_named,
 )
-from calib.smoothing.groups import SmoothingGroup, smoothing_groups
-from calib.smoothing.methods import smoothing_named
-from calib.smoothing.observe import GroupInputs, observe_channels
-from calib.smoothing.smooth import smooth
 from exporter.recipe import Recipe, load_recipe
 from exporter.run.capturing import captured
 from exporter.run.destination import Destination
@@ -82,118 +71,10 @@ from exporter.run.rotations import (
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import WorkDir
 
-PLAIN = "rtn"
-KINDS: tuple[Kind, ...] = ("r1", "r2", "r4")
-FULL = ",".join(KINDS)
-INT4_G128 = "int4-weight-only g128"
 SEARCHED = ("int8", "float8", "int4-weight-only")
 """Schemes with a figure to reach by an algorithm that need not be the best of its row: all of them
 are evaluated.
 """
-PER_TENSOR = TensorScheme(INT8, PerTensor())
-"""Its limits, min and max of the whole tensor, are those of every static scheme, whatever the
-format.
-"""
-Seen = tuple[Observed, dict[str, GroupInputs]]
-"""Limits and second moments of the inputs of all linears; and, by group, channels of what smoothing
-scales.
-"""
-UNKNOWN = Provenance("", "", {}, 0, 0, 0, 0, "", {})
-"""Nothing that is measured here is saved."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One scheme with one set of rotations and one algorithm."""
-
-    scheme: str
-    rotation: str
-    """``none``, ``Hadamard`` or ``auto``."""
-    rotate: str
-    """The set that this was."""
-    algorithm: str
-    gate: float
-    """KL(float || quantized) on the gate rows, in nats per token."""
-    result: Comparison | None = None
-    """On the evaluation rows, where it was measured there."""
-
-    @property
-    def gap(self) -> float:
-        """Log-perplexity above float, in nats per token."""
-        assert self.result is not None
-        return self.result.candidate.nll - self.result.reference.nll
-
-    @property
-    def ratio(self) -> float:
-        """Perplexity over float."""
-        return math.exp(self.gap)
-
-    @property
-    def figures(self) -> str:
-        """For the table: ratio, gap, and KL on the evaluation rows."""
-        assert self.result is not None
-        return f"{self.ratio:>8.4f} {self.gap:>8.4f} {self.result.kl:>8.4f}"
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A fused model, looked at when that is first needed."""
-
-    model: FusedModel
-    loop: ForwardLoop
-    known: Seen | None = None
-
-    @cached_property
-    def groups(self) -> list[SmoothingGroup]:
-        """What smoothing scales."""
-        return smoothing_groups(self.model.wiring, self.model.rotations)[0]
-
-    @cached_property
-    def seen(self) -> Seen:
-        """Everything that any scheme and any algorithm asks for."""
-        if self.known is not None:
-            return self.known
-        names = self.model.wiring.linear_names
-        channels: dict[str, GroupInputs] = {}
-
-        def run(module: nn.Module) -> None:
-            channels.update(observe_channels(module, self.groups, self.loop))
-
-        network: nn.Module = materialize(self.model)
-        watchlist = Watchlist(dict.fromkeys(names, PER_TENSOR), "min_max", moments=names)
-        observed = observe(network, watchlist, run)
-        moments = {group.name: observed.moments[group.observed_at] for group in self.groups}
-        return observed, {
-            name: replace(inputs, moment=moments[name]) for name, inputs in channels.items()
-        }
-
-    def smooth(self, method: str, quantization: Quantization) -> Fused:
-        """Smoothed for a scheme: x <- x / s, so that amax <- max_j amax_j / s_j and H <- H / (s
-        s^T).
-        """
-        found, (inputs, channels) = smoothing_named(method), self.seen
-        assert found is not None
-        model, _ = smooth(self.model, found, channels, quantization.linears)
-        magnitudes, moments = dict(inputs.amax), dict(inputs.moments)
-        for group in self.groups:
-            s, before = group.expanded(model.smoothing[group.name]), channels[group.name]
-            assert before.moment is not None
-            amax = (before.amax / s).amax().float()
-            magnitudes |= dict.fromkeys(group.reader_names, amax)
-            moments |= dict.fromkeys(group.reader_names, before.moment / s / s[:, None])
-        return Fused(model, self.loop, (Observed(magnitudes, moments=moments), {}))
-
-    def quantize(self, quantization: Quantization) -> QuantizedModel:
-        """What :func:`calib.quantizing.calibrator.quantize_model` makes, of statistics that all
-        schemes share.
-        """
-        calibrator, state = Calibrator(self.model, quantization), self.model.state
-        names = list(quantization.linears)
-        observed = self.seen[0] if calibrator.watchlist(names) else Observed()
-        linears = {name: calibrator.quantized(name, state, observed) for name in names}
-        parts = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-        floats = {key: tensor for key, tensor in state.items() if key not in parts}
-        return calibrator.model(linears, floats, None, UNKNOWN, {})
 
 
 @dataclass(frozen=True)
@@ -426,90 +307,6 @@ def measure(bench: Bench) -> list[Cell]:
     plain = next((cell.result.reference.value for cell in cells if cell.result), math.nan)
     print(f"float perplexity {plain:.3f}; {bench.seconds:.0f} s", flush=True)
     return cells
-
-
-def show(cells: list[Cell], *, every: bool) -> None:
-    """Print the rows of one scheme."""
-    for rotation in dict.fromkeys(cell.rotation for cell in cells):
-        some = [cell for cell in cells if cell.rotation == rotation]
-        best = least(some)
-        name = f"auto: {best.rotate}" if rotation == "auto" else rotation
-        print(
-            f"{best.scheme:<22} {name:<16} {some[0].figures}  {best.figures}  {best.algorithm}",
-            flush=True,
-        )
-        for cell in some if every else ():
-            print(f"{'':<68}{cell.figures}  {cell.algorithm}, gate KL {cell.gate:.5f}")
-
-
-def acceptance(cells: list[Cell]) -> list[str]:
-    """The four figures that the embedded model has to reach, as far as they were measured."""
-    plain = {
-        cell.scheme: cell for cell in cells if (cell.rotation, cell.algorithm) == ("none", PLAIN)
-    }
-    int8 = [
-        cell
-        for cell in cells
-        if cell.scheme == "int8" and ("r4" in cell.rotate or "smooth" in cell.algorithm)
-    ]
-    float8 = [cell for cell in cells if cell.scheme == "float8"]
-    int4 = [cell for cell in cells if (cell.scheme, cell.rotation) == (INT4_G128, "none")]
-    searched = [cell for cell in int4 if cell.algorithm.startswith(("gptq", "awq"))]
-    rounded = [cell for cell in cells if cell.scheme == "w4a4" and cell.algorithm == PLAIN]
-    w4a4 = [cell for cell in rounded if cell.rotate.startswith(FULL)]
-    lines = []
-    for what, some, bound in (
-        ("int8 with R4 or SmoothQuant: perplexity over float", int8, 1.01),
-        ("float8: perplexity over float", float8, 1.01),
-        (f"{INT4_G128} with GPTQ or AWQ, no rotation: gap over that of RTN", searched, 2 / 3),
-        ("w4a4 with R1+R2+R4, RTN: gap over that without rotation", w4a4, 0.12),
-    ):
-        if some:
-            best = least(some)
-            value = best.ratio if bound > 1 else best.gap / plain[best.scheme].gap
-            met = "pass" if value <= bound else "MISS"
-            lines.append(
-                f"{met}  {what} {value:.4f}, at most {bound:.4g} ({best.rotation},"
-                f" {best.algorithm})"
-            )
-    return lines
-
-
-def least(cells: Iterable[Cell]) -> Cell:
-    """The cell that the gate prefers."""
-    return min(cells, key=lambda cell: cell.gate)
-
-
-def algorithms_of(scheme: Scheme, adaround: int) -> list[str]:
-    """What is tried for a scheme, ``rtn`` first: weight algorithms, or smoothing and, after a
-    ``+``, one of them.
-    """
-    assert scheme.weight is not None  # 'float' is no choice here
-    found = [PLAIN, "mse", "gptq"]
-    if scheme.weight.format == INT4 and adaround:
-        found.append(f"adaround:iterations={adaround}")
-    if scheme.activation is not None and scheme.activation.format.kind == "integer":
-        return [*found, "smoothquant:auto", "smoothquant:auto+gptq"]
-    return [*found, "awq", "awq+gptq"] if scheme.weight.format.bits < 8 else found
-
-
-def split(algorithm: str) -> tuple[str, str]:
-    """The smoothing method, empty if there is none, and the weight algorithm."""
-    first, _, second = algorithm.partition("+")
-    return (first, second or PLAIN) if first.startswith(("awq", "smoothquant")) else ("", first)
-
-
-def blocks(scheme: Scheme) -> int | None:
-    """Input features that share a scale of a weight, where their number can be chosen."""
-    assert scheme.weight is not None  # 'float' is no choice here
-    granularity, chosen = scheme.weight.granularity, scheme.weight.scale_format == "compute"
-    return granularity.size if chosen and isinstance(granularity, PerBlock) else None
-
-
-def label(scheme: Scheme) -> str:
-    """The name of a scheme, with the size of the blocks that can be chosen."""
-    size = blocks(scheme)
-    return scheme.name if size is None else f"{scheme.name} g{size}"
 
 
 if __name__ == "__main__":

@@ -21,8 +21,13 @@ MOVED: dict[str, tuple[str, ...]] = {
     "calib.casting": ("calib.artifact.casting",),
     "calib.checkpoint": ("calib.network.checkpoint",),
     "calib.clusters": ("calib.stats.clusters",),
+    "calib.experts.gather": ("calib.network.gather_experts",),
+    "calib.experts.modules": ("calib.network.experts",),
+    "calib.experts.names": ("calib.architectures.experts",),
+    "calib.experts.observe": ("calib.network.observe_experts",),
     "calib.floor": ("calib.measure.floor",),
     "calib.forward_loop": ("calib.data.forward_loop",),
+    "calib.fusing.expected": ("calib.network.skeleton",),
     "calib.grids": ("calib.arithmetic.grids",),
     "calib.inputs": ("calib.arithmetic.inputs",),
     "calib.kept": ("calib.quantizing.calibrator",),
@@ -40,6 +45,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "calib.skeleton": ("calib.network.skeleton",),
 }
 """Where what an old module held is now: the first of several that has a name counts."""
+_PACKAGES = ("calib.experts",)
+"""Packages all of whose modules moved. They hold nothing else, so only their modules warn."""
 
 
 class _MovedModule(ModuleType):
@@ -62,6 +69,8 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if fullname in _PACKAGES:
+            return ModuleSpec(fullname, self, is_package=True)
         if fullname not in MOVED:
             return None
         # Frames of the import system do not count: this one's caller is who imports.
@@ -72,8 +81,8 @@ class _Finder(MetaPathFinder, Loader):
         )
         return ModuleSpec(fullname, self)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _MovedModule(spec.name)
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return _MovedModule(spec.name) if spec.name in MOVED else None  # an ordinary module
 
     def exec_module(self, module: ModuleType) -> None:
         """There is nothing to run: names are looked up when they are asked for."""

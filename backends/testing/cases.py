@@ -5,7 +5,7 @@ more than that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,3 +159,12 @@ def state_of(model: QuantizedModel) -> dict[str, str]:
         ).hexdigest()
         for key, tensor in tensors.items()
     }
+
+
+def one_per_target(tried: Iterable[Case]) -> list[Case]:
+    """The first case of each target that quantizes something."""
+    chosen: dict[str, Case] = {}
+    for case in tried:
+        if case.scheme != "float":
+            chosen.setdefault(case.target, case)
+    return list(chosen.values())

@@ -10,50 +10,50 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
-from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from backends.asking import expressible
 from backends.base import (
     CONTRACT_VERSION,
     OLDEST_CONTRACT,
     Backend,
-    Dtype,
     Fusion,
     ListsFiles,
-    Reason,
     Request,
     RuntimeMissing,
-    RuntimeModel,
 )
-from backends.testing.cases import Case, cases, linear_schemes, state_of, tree, write
+from backends.testing.cases import (
+    Case,
+    cases,
+    linear_schemes,
+    one_per_target,
+    state_of,
+    tree,
+    write,
+)
+from backends.testing.damage import DAMAGE, openers
 from backends.testing.models import FAMILIES, token_rows
+from backends.testing.parts import bits_of, check_part, check_second_scale, second_scales
+from backends.testing.questions import check_reasons, requests
 from backends.testing.running import (
-    FLIPS,
     LINEAR,
-    NAIVE,
-    WHOLE,
     check_close,
     decode,
-    distance,
     padded,
     prefill,
     reference_logits,
 )
-from calib.architectures import SPACE_OF
-from calib.artifact import QuantizedLinear, QuantizedModel
+from backends.testing.written import Written
 from calib.errors import BackendError
-from calib.measure.reference import ReferenceLinear, build_reference
-from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES
+from calib.measure.reference import ReferenceLinear
+from calib.schemes import LINEAR_SCHEMES
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_ir", "modelopt")
 """What listing backends must not import: each of them takes seconds."""
@@ -70,50 +70,6 @@ _METHODS = (
 )
 _OF_EVERY_EXPORT = ("rotations.json", "rotations.safetensors")
 """Files that a backend may write and need not list."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A written folder and what was written."""
-
-    backend: Backend
-    case: Case
-    folder: Path
-    model: QuantizedModel
-
-    @cached_property
-    def reference(self) -> nn.Module:
-        """What it must reproduce."""
-        return build_reference(self.model)
-
-    @cached_property
-    def runtime(self) -> RuntimeModel:
-        """It, in its runtime."""
-        try:
-            return self.backend.load(self.folder, self.case.target, exact=True)
-        except RuntimeMissing as error:
-            pytest.skip(error.message)
-
-    @property
-    def dtype(self) -> str:
-        """What its target computes in."""
-        return self.backend.compute_dtype(self.case.target) or "float32"
-
-    @property
-    def bound(self) -> float:
-        """How far logits may be from the reference."""
-        rounds = self.model.cache is not None or any(
-            part.input_scheme for part in self.model.linears.values()
-        )
-        bound = FLIPS if rounds else WHOLE
-        return bound if self.dtype == "float32" else max(bound, NAIVE * self.naive)
-
-    @cached_property
-    def naive(self) -> float:
-        """How far torch is off where it computes as the target does."""
-        ids = torch.stack(token_rows(12, 12, 12, 12, seed=3))
-        naive = build_reference(self.model, dtype=getattr(torch, self.dtype))
-        return distance(reference_logits(naive, ids), reference_logits(self.reference, ids))
 
 
 class BackendConformance:
@@ -190,13 +146,13 @@ class BackendConformance:
     def test_reasons_are_one_line_and_always_the_same(self, backend: Backend) -> None:
         """``rotq backends`` prints them in a table. Each is about something that was asked."""
         for target in backend.targets:
-            for request in _requests(target):
-                _check_reasons(backend, self.create(), request)
+            for request in requests(target):
+                check_reasons(backend, self.create(), request)
 
             linears = {"a": LINEAR_SCHEMES["int8"]}
             for family in self.families:
                 config = FAMILIES[family]().to_dict()
-                _check_reasons(
+                check_reasons(
                     backend, self.create(), Request(target, linears=linears, config=config)
                 )
 
@@ -295,10 +251,10 @@ class BackendConformance:
         for name, expected in written.model.linears.items():
             linear = linears[name]
             assert linear.description() == expected.description(), name
-            assert torch.equal(_bits(linear.weight), _bits(expected.weight)), f"{name}.weight"
+            assert torch.equal(bits_of(linear.weight), bits_of(expected.weight)), f"{name}.weight"
             for key, tensor in expected.tensors().items():
                 part = key.removeprefix(f"{name}.")
-                check = _check_second_scale if part in _second_scales(expected) else _check_part
+                check = check_second_scale if part in second_scales(expected) else check_part
                 check(key, getattr(linear, part), tensor)
             assert linear.tensors().keys() == expected.tensors().keys(), name
 
@@ -317,7 +273,7 @@ class BackendConformance:
             ):
                 assert scales.keys() == scales_written.keys()
                 for layer, tensor in scales_written.items():
-                    _check_part(f"cache scale of layer {layer}", scales[layer], tensor)
+                    check_part(f"cache scale of layer {layer}", scales[layer], tensor)
 
     def test_contents_are_everything(self, written: Written) -> None:
         """What ``rotq inspect`` counts is all there is, and no more than the files hold."""
@@ -329,9 +285,7 @@ class BackendConformance:
         parts = written.model.linears.values()
         bits = sum(part.weight.numel() * part.weight_scheme.format.bits for part in parts)
         assert sum(tensor.nbytes for tensor in quantized) * 8 >= bits
-        floats = sum(
-            _elements(tensor.shape) for tensor in contents if tensor.kind == "float weight"
-        )
+        floats = sum(prod(tensor.shape) for tensor in contents if tensor.kind == "float weight")
         assert floats >= sum(tensor.numel() for tensor in written.model.floats.values())
 
     def test_fusion_names_linears(self, written: Written) -> None:
@@ -386,134 +340,17 @@ class BackendConformance:
         self, backend: Backend, tmp_path: Path, damage: str
     ) -> None:
         """With an error that has a hint, by whatever opens the folder first."""
-        for case in _one_per_target(
+        for case in one_per_target(
             cases(backend, self.families, online=False, targets=self.targets)
         ):
             folder = tmp_path / case.target
             folder.mkdir()
             write(backend, case, folder)
-            _DAMAGE[damage](folder)
+            DAMAGE[damage](folder)
 
-            for name, opener in _openers(backend, folder, case.target).items():
+            for name, opener in openers(backend, folder, case.target).items():
                 with pytest.raises(BackendError) as caught:
                     opener()
                 assert not isinstance(caught.value, RuntimeMissing), name
                 assert caught.value.hint, f"{name} says what is wrong and not what to do"
                 assert "\n" not in caught.value.message, f"{name} says it in more than one line"
-
-
-def _requests(target: str) -> Iterator[Request]:
-    """What is asked of a target where no model is known: one thing at a time."""
-    for name, scheme in linear_schemes().items():
-        yield Request(target, linears={name: scheme})
-    for cache in KV_SCHEMES.values():
-        yield Request(target, cache=cache)
-    for kind in SPACE_OF:
-        yield Request(target, rotations=(kind,))
-    yield Request(target, logits="last")
-    yield Request(target, kv_buffer="shared")
-    for dtype in get_args(Dtype):
-        yield Request(target, dtype=dtype)
-
-
-def _check_reasons(backend: Backend, again: Backend, request: Request) -> None:
-    reasons = list(backend.refusals(request))
-    assert list(again.refusals(request)) == reasons, request
-
-    asked = {
-        "linear": {*request.linears},
-        "rotation": {*request.rotations},
-        "option": {*request.options()},
-        "cache": set() if request.cache is None else {""},
-        "model": set() if request.config is None else {""},
-    }
-    for reason in reasons:
-        assert isinstance(reason, Reason), request
-        assert reason.name in asked[reason.about], f"it was not asked about {reason}"
-        assert reason.severity in ("refused", "slow"), reason
-        assert reason.reason.strip(), reason
-        assert "\n" not in reason.reason + reason.hint, reason
-        if reason.about == "model":
-            assert reason.hint, f"it says what is wrong and not what to do: {reason}"
-
-    subjects = [(reason.about, reason.name) for reason in reasons if reason.about != "model"]
-    assert len(set(subjects)) == len(subjects), f"it says more than one thing of one: {reasons}"
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Float formats compared bit by bit: float8 has no comparison of its own everywhere, and -0 is
-    not 0.
-    """
-    return tensor.contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-
-
-def _check_part(name: str, actual: Tensor | None, expected: Tensor) -> None:
-    assert actual is not None, f"{name} is missing"
-    assert actual.shape == expected.shape, (
-        f"{name}: {list(actual.shape)} instead of {list(expected.shape)}"
-    )
-    if not actual.dtype.is_floating_point:
-        assert torch.equal(actual, expected.to(actual.dtype)), name
-        return
-    assert torch.equal(actual.double(), expected.to(actual.dtype).double()), name
-
-
-def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
-    """Parts of ``linear`` that are the second level of NVFP4."""
-    own = linear.input_scheme is not None and linear.input_scheme.scale_format == "e4m3"
-    return ("weight_second_scale", "input_scale") if own else ("weight_second_scale",)
-
-
-def _check_second_scale(name: str, actual: Tensor | None, expected: Tensor) -> None:
-    """A target may hold the inverse, and inverting twice rounds twice: by up to half an eps
-    each.
-    """
-    assert actual is not None, f"{name} is missing"
-    assert actual.shape == expected.shape == ()
-    eps = torch.finfo(torch.float32).eps
-    assert abs(actual.double() - expected.double()) <= eps * (1 + eps) * expected.double(), name
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _one_per_target(tried: Iterable[Case]) -> list[Case]:
-    chosen: dict[str, Case] = {}
-    for case in tried:
-        if case.scheme != "float":
-            chosen.setdefault(case.target, case)
-    return list(chosen.values())
-
-
-def _largest(folder: Path) -> Path:
-    return max(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-
-
-def _truncate(folder: Path) -> None:
-    path = _largest(folder)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.unlink()
-
-
-_DAMAGE: Mapping[str, Callable[[Path], None]] = {
-    "empty": _empty,
-    "truncated": _truncate,
-    "missing": lambda folder: _largest(folder).unlink(),
-}
-
-
-def _openers(backend: Backend, folder: Path, target: str) -> dict[str, Callable[[], object]]:
-    return {
-        "load": lambda: backend.load(folder, target, exact=True),
-        "load_probed": lambda: backend.load_probed(folder, target),
-        "read_linears": lambda: backend.read_linears(folder, target),
-        "contents": lambda: backend.contents(folder, target),
-    }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _KEPT_TEMPLATES = 4
 """Module trees without weights that are kept: a run has its model in one or two dtypes."""
-_TEMPLATES: dict[tuple[type, str, torch.dtype | None, str | None], Any] = {}
+_TEMPLATES: dict[tuple[type, str, str], Any] = {}
 _MIXED = "the folder mixes files of two models, or was edited after it was written"
 
 
@@ -32,12 +32,13 @@ def portable_config(config: PreTrainedConfig) -> dict[str, Any]:
     return values
 
 
-def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype | None = torch.float32) -> Any:
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     """The causal-LM module tree of ``config`` with every parameter and buffer on the meta device.
 
     Args:
-        config: a Hugging Face config; it is left as it is.
-        dtype: of the floating-point tensors; ``None`` for that of the config.
+        config: a Hugging Face config; it is left as it is. Its own dtype and where it was loaded
+            from do not matter, and the module tree says nothing of the latter.
+        dtype: of the floating-point tensors.
     """
     return deepcopy(_template(config, dtype))
 
@@ -60,23 +61,28 @@ def oriented_shapes(wiring: Wiring) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _template(config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:
+def _template(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """The module tree of ``config``, built once: a copy of it takes an eighth of the time.
 
     Nobody may change it.
     """
     attention = attention_implementation(config)
-    key = (type(config), config.to_json_string(use_diff=False), dtype, attention)
+    # A copy, because from_config writes dtype and attention implementation into the config it is
+    # given. What does not shape the tree is made the same, so that every reader of one model (the
+    # checkpoint, an artifact, a trace) finds the one tree.
+    own = deepcopy(config)
+    own.dtype = dtype
+    own._name_or_path = ""
+
+    key = (type(own), own.to_json_string(use_diff=False), attention)
     if key not in _TEMPLATES:
         from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
 
         while len(_TEMPLATES) >= _KEPT_TEMPLATES:
             del _TEMPLATES[next(iter(_TEMPLATES))]
         with torch.device("meta"):
-            # A copy, because from_config writes dtype and attention implementation into the config
-            # it is given.
             _TEMPLATES[key] = AutoModelForCausalLM.from_config(
-                deepcopy(config), dtype=dtype, attn_implementation=attention
+                own, dtype=dtype, attn_implementation=attention
             )
     return _TEMPLATES[key]
 
@@ -131,7 +137,7 @@ def build_skeleton(
         CheckpointError: a parameter outside ``skip`` is missing or has another shape, or
             ``tensors`` holds one that the model has not.
     """
-    model: nn.Module = build_on_meta(wiring_of(config).config, None)
+    model: nn.Module = build_on_meta(wiring_of(config).config)
     for name in skip:
         set_submodule(model, name, nn.Identity())
     accept_biases(model, [name for name in _head_bias(model) if name in tensors])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from calib.architectures import SPACE_OF, Dimensions, Kind, Space, Wiring
 from calib.errors import RotationError
-from calib.rotations.hadamard import apply_hadamard, hadamard_matrix
+from calib.rotations.hadamard import apply_hadamard, block_order, hadamard_matrix
+from calib.rotations.rotate import FOLDED, Rotate
 from calib.rotations.starts import hadamard_start
 
 # Largest entry of |Q^T Q - I| that counts as orthogonal: what a float32 matrix of a few thousand
@@ -179,7 +180,8 @@ def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
     projection reads.
 
     They are made here and nowhere else. They have no signs: those would cost a product of their own
-    in every layer of an exported graph, each time it runs.
+    in every layer of an exported graph, each time it runs. One of odd order is the identity; a run
+    does without (:func:`idle_rotations`).
     """
     sizes = wiring.sizes
     rotations: list[Rotation] = []
@@ -194,19 +196,47 @@ def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
     return rotations
 
 
+def idle_rotations(wiring: Wiring) -> dict[str, str]:
+    """The kinds among R3 and R4 that are the identity in this model, with the reason.
+
+    A rotation without signs does nothing where the largest Hadamard matrix whose order divides its
+    own has order 1. That is so for odd orders and for no others: 2 divides all the rest.
+    """
+    readers = (spec for layer in wiring.layers for spec in wiring.ffn_readers(layer))
+    orders: dict[str, tuple[str, set[int]]] = {
+        "r3": ("head size", {wiring.sizes.head_dim}),
+        "r4": ("width before the down projection", {wiring.ffn_width(spec) for spec in readers}),
+    }
+    return {
+        kind: (
+            f"its {what} of {' and '.join(map(str, sorted(widths)))} is odd, and a Hadamard matrix"
+            " of odd order is the identity: it would rotate nothing"
+        )
+        for kind, (what, widths) in orders.items()
+        if all(block_order(width) == 1 for width in widths)
+    }
+
+
 def check_offered(kinds: Collection[str], wiring: Wiring) -> None:
-    """Refuse what the architecture refuses.
+    """Refuse what the architecture refuses, and what would rotate nothing in this model.
 
     Raises:
-        RotationError: with the reason.
+        RotationError: with the reason, and the set to take instead.
     """
-    for kind in kinds:
-        reason = wiring.refusal(kind)
-        if reason is not None:
-            raise RotationError(
-                f"{kind.upper()} is refused for {wiring.family}: {reason}",
-                hint=f"leave {kind} out of --rotate",
-            )
+    idle = idle_rotations(wiring)
+    reasons = {kind: wiring.refusal(kind) or idle.get(kind) for kind in sorted(kinds)}
+    refused = {kind: reason for kind, reason in reasons.items() if reason is not None}
+    if not refused:
+        return
+
+    kind = next(iter(refused))
+    rest = set(kinds) - refused.keys() or {
+        other for other in FOLDED if wiring.refusal(other) is None
+    }
+    raise RotationError(
+        f"{kind.upper()} is refused for {wiring.family}: {refused[kind]}",
+        hint=f"give --rotate {Rotate.of(rest)}",
+    )
 
 
 def _name(kind: Kind, layer: int | None) -> str:

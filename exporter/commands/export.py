@@ -24,7 +24,7 @@ from calib.network.skeleton import portable_config
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import check_blocks
 from calib.rotations.rotate import Rotate, union
-from calib.rotations.rotation_set import RotationSet
+from calib.rotations.rotation_set import RotationSet, idle_rotations
 from exporter.output import atomic_folder
 from exporter.output import check_target as check_output
 from exporter.recipe import RECIPE_FILE, Recipe
@@ -283,12 +283,14 @@ def _blockwise(
 
 
 def _left_out(inputs: Inputs, targets: Destination | None) -> Collection[str]:
-    """Rotations that a target cannot express; says so of those that ``--rotate auto`` would have
-    compared.
+    """Rotations that would do nothing in this model, or that a target cannot express; says so of
+    those that ``--rotate auto`` would have compared.
     """
-    refused = {} if targets is None else targets.refused_kinds()
+    reasons = idle_rotations(inputs.source.wiring)
+    if targets is not None:
+        reasons = {**targets.refused_kinds(), **reasons}
     compared = union(inputs.recipe.rotate.sets(KINDS, quantizes=inputs.quantizes))
     for kind in compared if inputs.recipe.rotate.auto else ():
-        if kind in refused:
-            logger.warning("--rotate auto leaves %s out: %s", kind.upper(), refused[kind])
-    return refused
+        if kind in reasons:
+            logger.warning("--rotate auto leaves %s out: %s", kind.upper(), reasons[kind])
+    return reasons

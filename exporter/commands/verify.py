@@ -23,7 +23,6 @@ from calib.fusing import FusedModel, with_prefix
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import kept_reasons
 from calib.rotations.files import load_rotations
-from calib.schemes import scheme_named
 from calib.smoothing.smooth import fold_all
 from exporter.parity import Subject, check_parity
 from exporter.recipe import Recipe
@@ -31,6 +30,7 @@ from exporter.reporting.describe import CONFIG_FILE, load_smoothing
 from exporter.reporting.exported import check_unchanged, read_export
 from exporter.reporting.report import Report, parity_status
 from exporter.run.destination import Destination
+from exporter.run.quantizing import customised_scheme
 from exporter.source import Source, open_source, read_rows
 
 
@@ -113,7 +113,7 @@ def read_back(
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
         config=_read_config(folder),
-        scheme=scheme_named(report.scheme),
+        scheme=customised_scheme(recipe),
         dtype=dtype,
         linears=linears,
         floats={name: tensor for name, tensor in fused.state.items() if name not in own},

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from exporter.recipe.loading import load_recipe, presets, recipe_of_artifact
-from exporter.recipe.schema import EMBEDDED, RECIPE_FILE, Recipe, Training, parse_size
+from exporter.recipe.schema import (
+    EMBEDDED,
+    RECIPE_FILE,
+    Activations,
+    Recipe,
+    Training,
+    Weights,
+    parse_size,
+)
 from exporter.recipe.scope import Scope
 
 __all__ = [
     "EMBEDDED",
     "RECIPE_FILE",
+    "Activations",
     "Recipe",
     "Scope",
     "Training",
+    "Weights",
     "load_recipe",
     "parse_size",
     "presets",

@@ -76,7 +76,10 @@ class Gate(_Section):
 
 
 class Evaluation(_Section):
-    """Rows, disjoint from the other two splits, on which parity and quality are measured."""
+    """Rows, disjoint from the other two splits, on which parity and quality are measured.
+
+    What is kept apart for them is not calibrated on, so they decide the numbers of the model.
+    """
 
     dataset: str | None = None
     """As ``calibration.dataset``; ``None`` keeps rows of the calibration text apart (the embedded
@@ -234,7 +237,7 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
-    evaluation: Annotated[Evaluation, WRITING] = Evaluation()
+    evaluation: Evaluation = Evaluation()
     rotation: RotationSettings = RotationSettings()
 
     @field_validator("target")

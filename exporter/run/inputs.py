@@ -14,7 +14,7 @@ from calib.data.tokens import token_hash
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel
 from calib.quantizing.plan import Quantization
-from calib.rotations.rotation_set import RotationSet
+from calib.rotations.rotation_set import RotationSet, idle_rotations
 from calib.schemes import FLOAT, Scheme
 from exporter.recipe import Recipe
 from exporter.reporting.describe import package_versions
@@ -46,8 +46,10 @@ class Inputs:
 
     @property
     def offered(self) -> tuple[Kind, ...]:
-        """Kinds of rotations that the architecture takes."""
-        return self.source.wiring.architecture.offered
+        """Kinds of rotations that the architecture takes, and that do something in this model."""
+        wiring = self.source.wiring
+        idle = idle_rotations(wiring)
+        return tuple(kind for kind in wiring.architecture.offered if kind not in idle)
 
     def quantization(self) -> Quantization:
         """What is done to every linear.

@@ -16,7 +16,7 @@ from calib.quantizing.plan import Quantization, customised, resolve
 from calib.schemes import FLOAT, Scheme, scheme_named
 from calib.smoothing.methods import smoothing_named
 from calib.weights.algorithms import algorithm_named
-from exporter.recipe import Recipe
+from exporter.recipe import Activations, Recipe, Weights
 
 if TYPE_CHECKING:
     from calib.architectures import Wiring
@@ -33,30 +33,18 @@ def customised_scheme(recipe: Recipe) -> Scheme:
     Raises:
         QuantizationError: there is no such scheme, or it does not have a control.
     """
-    return _customised(
-        recipe.scheme,
-        recipe.weights.block_size,
-        recipe.weights.symmetric,
-        recipe.activations.symmetric,
-        recipe.activations.granularity,
-    )
+    return _customised(recipe.scheme, recipe.weights, recipe.activations)
 
 
 @lru_cache(maxsize=8)
-def _customised(
-    name: str,
-    block_size: int | None,
-    weight_symmetric: bool | None,
-    activation_symmetric: bool | None,
-    activation_granularity: str | None,
-) -> Scheme:
+def _customised(name: str, weights: Weights, activations: Activations) -> Scheme:
     # Cached, because the command line asks before torch is imported, and the run after it.
     return customised(
         scheme_named(name),
-        block_size=block_size,
-        weight_symmetric=weight_symmetric,
-        activation_symmetric=activation_symmetric,
-        activation_granularity=activation_granularity,
+        block_size=weights.block_size,
+        weight_symmetric=weights.symmetric,
+        activation_symmetric=activations.symmetric,
+        activation_granularity=activations.granularity,
     )
 
 

@@ -56,8 +56,10 @@ def candidate_sets(
         refused: kinds that a target cannot express.
 
     Raises:
-        RotationError: ``imported`` holds a rotation that no candidate has.
+        RotationError: a kind that is asked for is refused for this model, or ``imported`` holds a
+            rotation that no candidate has.
     """
+    check_offered(inputs.recipe.rotate.certain, inputs.source.wiring)
     offered = [kind for kind in inputs.offered if kind not in refused]
     rotate = inputs.recipe.rotate
     sets = rotate.sets(offered, quantizes=inputs.quantizes)
@@ -121,13 +123,13 @@ def trained_rotations(
         RotationError: a kind is refused, or the samples cannot be trained on.
     """
     source = inputs.source
+    check_offered(kinds, source.wiring)
     statistics = folded = None
     if inputs.quantizes and trainable(kinds, imported.kinds()):
         statistics = captured(inputs, rows, options, work, clock, prefix)
         folded = inputs.fuse(RotationSet(), clock, lazy=True)
 
     with clock.stage("train"):
-        check_offered(kinds, source.wiring)
         missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
         if statistics is not None:
             own = _trained(missing, inputs, statistics, folded, clock)

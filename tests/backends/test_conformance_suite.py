@@ -27,7 +27,7 @@ from backends.base import (
 )
 from backends.testing import BackendConformance
 from backends.testing.cases import Case, cases, write
-from backends.testing.conformance import Written
+from backends.testing.written import Written
 from backends.torch_model import TorchModel
 from calib.artifact import QuantizedLinear, QuantizedModel
 

@@ -81,12 +81,15 @@ def test_names_are_imported_from_where_they_were() -> None:
         "    from calib.grids import grid_of\n"
         "    import calib.scales\n"
         "    from calib.rotations.rotation_files import import_spinquant, save_rotations\n"
+        "    from calib.experts.names import expert_index\n"
+        "from calib.architectures import experts\n"
+        "assert expert_index is experts.expert_index\n"
         "from calib.arithmetic import grids, scales\n"
         "assert grid_of is grids.grid_of\n"
         "assert calib.scales.convert_to_scale is scales.convert_to_scale\n"
         "print([w.filename for w in caught])"
     )
-    assert clean(code) == str(["<string>"] * 3)
+    assert clean(code) == str(["<string>"] * 4)
 
 
 def test_a_module_that_never_was_is_not_found() -> None:

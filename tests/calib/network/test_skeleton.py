@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from calib.errors import CheckpointError
 from calib.fusing import FusedModel, materialize, unloaded
 from calib.network.layout import StockTensors
-from calib.network.skeleton import build_skeleton
+from calib.network.skeleton import build_on_meta, build_skeleton
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, relative_l2, token_rows
 from tests.tolerances import SAME_SUMS
 
@@ -47,6 +48,35 @@ def test_an_unloaded_model_allocates_no_weight_and_has_real_buffers(name: str) -
     assert set(model.state_dict()) == set(fused.state)
     loaded = dict(materialize(fused).named_buffers())
     assert all(torch.equal(buffer, loaded[key]) for key, buffer in model.named_buffers())
+
+
+def test_readers_of_one_model_share_one_module_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's config knows its folder and stored dtype, an artifact's the dtype that it was
+    calibrated in: neither is another model.
+    """
+    built: list[int] = []
+    build = AutoModelForCausalLM.from_config
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_config",
+        lambda config, **how: built.append(config.vocab_size) or build(config, **how),
+    )
+    own, other = (CONFIGS["llama"](), CONFIGS["llama"]())
+    own.vocab_size = other.vocab_size = 31  # a model that no other test has built
+    own.dtype, own._name_or_path = torch.bfloat16, "a/folder"
+
+    for config in (own, other):
+        network = build_on_meta(config, torch.float32)
+        assert network.dtype == network.config.dtype == torch.float32
+        assert network.name_or_path == ""
+    assert built == [31]
+    assert own.dtype == torch.bfloat16
+    assert own._name_or_path == "a/folder"
+
+    other.vocab_size = 30
+    build_on_meta(other, torch.float32)
+    build_on_meta(own, torch.float16)
+    assert built == [31, 30, 31]
 
 
 def test_weights_are_used_without_a_copy_and_are_frozen(llama: FusedModel) -> None:

@@ -18,9 +18,11 @@ from calib.rotations.hadamard import hadamard_matrix
 from calib.rotations.rotation_set import (
     Rotation,
     RotationSet,
+    check_offered,
     fused_rotation,
     hadamard_rotation,
     hadamard_rotations,
+    idle_rotations,
     online_rotations,
     orthogonality_defect,
 )
@@ -249,6 +251,44 @@ def test_refused_kind_is_refused_early() -> None:
     config = transformers.Olmo2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(RotationError, match="R1 is refused for OLMo-2"):
         hadamard_rotations(wiring_for(config), ["r1"])
+
+
+@pytest.mark.parametrize("head", [5, 6, 10])
+@pytest.mark.parametrize("width", [21, 22, 44])
+def test_idle_are_exactly_the_kinds_whose_matrices_are_the_identity(head: int, width: int) -> None:
+    config = transformers.GPT2Config(n_embd=2 * head, n_head=2, n_layer=2, n_inner=width)
+    wiring, idle = wiring_for(config), set[str]()
+    for rotation in online_rotations(wiring, ["r3", "r4"]):
+        assert rotation.order is not None
+        if torch.equal(hadamard_matrix(rotation.order), torch.eye(rotation.order).double()):
+            idle.add(rotation.kind)
+    assert idle_rotations(wiring).keys() == idle
+    assert idle == {kind for kind, order in (("r3", head), ("r4", width)) if order % 2}
+
+
+def test_a_kind_that_idles_in_one_branch_alone_rotates_the_others() -> None:
+    config = transformers.Qwen2MoeConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        moe_intermediate_size=21,
+        shared_expert_intermediate_size=24,
+    )
+    assert idle_rotations(wiring_for(config)) == {}
+
+
+def test_what_would_rotate_nothing_is_refused_with_what_to_take_instead() -> None:
+    config = transformers.GPT2Config(n_embd=10, n_head=2, n_layer=1, n_inner=21)
+    wiring = wiring_for(config)
+    for kinds, first, rest in (
+        (["r4"], "R4 .* width before the down projection of 21 is odd", "r1,r2"),
+        (["r1", "r4"], "R4", "r1"),
+        (["r3"], "R3 is refused for GPT-2: its head size of 5 is odd", "r1,r2"),
+    ):
+        with pytest.raises(RotationError, match=first) as caught:
+            check_offered(kinds, wiring)
+        assert caught.value.hint == f"give --rotate {rest}"
+        check_offered(rest.split(","), wiring)
 
 
 def test_dartquant_files_round_trip(rotations: RotationSet, tmp_path: Path) -> None:

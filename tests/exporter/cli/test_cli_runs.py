@@ -334,8 +334,9 @@ def test_the_original_of_an_artifact_may_be_named_with_its_revision(
     again = [*ARGUMENTS, "-q", "--from-artifact", str(tmp_path)]
     assert main([*again, "-m", "mirror/model", "--revision", "new"]) == 0
     assert (recipes[0].model, recipes[0].revision) == ("mirror/model", "new")
-    assert main([*again, "--seed", "3"]) == 2
-    assert "--seed has no effect with --from-artifact" in capsys.readouterr().err
+    for option, value in (("--seed", "3"), ("--eval-dataset", "own.txt")):
+        assert main([*again, option, value]) == 2
+        assert f"{option} has no effect with --from-artifact" in capsys.readouterr().err
 
 
 def test_capture_and_calibrate_print_their_folder(

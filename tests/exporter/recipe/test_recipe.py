@@ -111,8 +111,7 @@ def test_what_an_artifact_and_a_work_folder_fix_is_said_by_the_recipe() -> None:
     """The whole list, so that a new field is a decision."""
     free = {key for key in settings() if not Recipe.scope(key).fixed_by_artifact}
     running = {"model", "revision", "trust_remote_code", "device", "dtype"}
-    writing = {"backend", "target", "logits", "kv_buffer", "max_shard_size", "evaluation"}
-    writing |= {"evaluation.column", "evaluation.dataset", "evaluation.nsamples"}
+    writing = {"backend", "target", "logits", "kv_buffer", "max_shard_size"}
     assert free == running | writing
     unkept = {key for key in settings() if not Recipe.scope(key).fixed_by_work_dir}
     assert unkept == writing | {"layerwise.max_memory"}

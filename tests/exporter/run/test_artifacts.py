@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 
-from calib.errors import CheckpointError, QuantizationError, RotqError
+from backends.registry import get_backend
+from calib.errors import CheckpointError, OutputError, QuantizationError, RotqError
 from exporter.commands.export import calibrate, export
-from exporter.commands.verify import verify
+from exporter.commands.verify import read_back, verify
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
+from exporter.reporting.exported import read_export
 from exporter.reporting.report import ParityRow
 from exporter.run import rotations
 from exporter.run.options import RunOptions
+from exporter.run.quantizing import customised_scheme
 from exporter.run.workdir import ARTIFACT, WALK
+from exporter.source import open_source, read_rows
 from tests.checkpoints import write_checkpoint
 
 FEW = {"calibration.nsamples": 8, "calibration.seqlen": 64, "evaluation.nsamples": 2}
@@ -47,8 +51,7 @@ def test_a_smoothed_artifact_with_a_float_linear_passes_when_it_is_written_and_v
     written = export(other, RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact"))
     assert all(of_rungs(written.report.parity, 1, 2).values())
     assert of_rungs(verify(tmp_path / "out").parity, 1, 2) == of_rungs(written.report.parity, 1, 2)
-    saved = load_recipe(tmp_path / "out" / RECIPE_FILE)
-    assert saved == made.model_copy(update={"evaluation": other.evaluation})
+    assert load_recipe(tmp_path / "out" / RECIPE_FILE) == made
 
 
 def test_another_original_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -76,6 +79,52 @@ def test_a_resume_notices_that_the_model_was_replaced_and_removes_what_was_left_
     with pytest.raises(CheckpointError, match="fingerprint of its weights differs") as caught:
         calibrate(recipe, RunOptions(tmp_path / "third", work_dir=tmp_path / "work", resume=True))
     assert caught.value.hint == "use another --work-dir"
+
+
+def test_a_resume_may_not_move_what_is_kept_apart_from_the_calibration_text(
+    tmp_path: Path,
+) -> None:
+    own, other = tmp_path / "own.txt", tmp_path / "other.txt"
+    own.write_text("".join(f"{line} she went to the park with her mum.\n" for line in range(400)))
+    other.write_text("".join(f"the dog saw {line} birds and ran.\n" for line in range(400)))
+    recipe = few(calibration__dataset=str(own), rotate="none", scheme="int8-weight-only")
+    calibrate(recipe, RunOptions(tmp_path / "out", work_dir=tmp_path / "work"))
+
+    moved = load_recipe(None, {**recipe.model_dump(), "evaluation.dataset": str(other)})
+    before, after = (train_rows(each) for each in (recipe, moved))
+    assert before != after  # what was held back before is calibrated on now
+    resumed = RunOptions(tmp_path / "again", work_dir=tmp_path / "work", resume=True)
+    with pytest.raises(OutputError, match=r"evaluation\.dataset was null and is now"):
+        calibrate(moved, resumed)
+    assert not (tmp_path / "again").exists()
+    calibrate(recipe, resumed)
+
+
+def train_rows(recipe: Recipe) -> list[list[int]]:
+    source = open_source(recipe)
+    rows = read_rows(recipe, source.tokenizer, source.config)
+    return [row.tolist() for row in rows.train]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheme": "int4-weight-only", "weights.block_size": 32},
+        {"scheme": "int8", "activations.symmetric": False},
+        {"scheme": "int8"},
+    ],
+    ids=str,
+)
+def test_what_is_read_back_has_the_scheme_that_was_exported(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    written = export(few(rotate="none", **changes), RunOptions(tmp_path / "out", verify=False))
+    report, recipe = read_export(tmp_path / "out")
+    backend, source = get_backend(report.backend), open_source(recipe)
+    _, quantized = read_back(tmp_path / "out", report, recipe, source, backend)
+    assert quantized.scheme == customised_scheme(written.recipe)
+    for scheme in quantized.schemes().values():
+        assert scheme == quantized.scheme.linear
 
 
 @pytest.mark.parametrize(
