@@ -59,7 +59,7 @@ from calib.schemes import (
 from exporter.recipe import Recipe, load_recipe
 from exporter.run.capturing import captured
 from exporter.run.destination import Destination
-from exporter.run.gate import Candidate, choose
+from exporter.run.gate import Candidate, Gate, Setup
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import customised_scheme
@@ -180,22 +180,21 @@ class Bench:
         trained = trained_rotations(
             union(candidates), inputs, RotationSet(), rows.train, options, work, Stopwatch()
         )
-        sets = {
-            str(candidate): rotations
-            for candidate, rotations in gate_rotations(
-                candidates, inputs, RotationSet(), trained.rotations
-            ).items()
-        }
+        sets = gate_rotations(candidates, inputs, RotationSet(), trained.rotations)
+        setups = [Setup(str(name), online=name.rotate.online) for name in sets]
         made = {
-            name: self.none if name == "none" else self.fused(rotations)
+            str(name): self.none if not rotations else self.fused(rotations)
             for name, rotations in sets.items()
         }
 
-        def make(rotate: str) -> Candidate:
-            return Candidate(rotate, made[rotate].model, made[rotate].quantize(quantization))
+        def make(setup: Setup) -> Candidate:
+            fused = made[setup.rotate]
+            return Candidate(setup, fused.model, fused.quantize(quantization))
 
-        kept, _ = choose(list(sets), make, self.original, rows.gate, silent)
-        return kept.rotate, made[kept.rotate]
+        gate = Gate(make, self.original, rows.gate, inputs.scheme.max_perplexity_ratio)
+        gate.run(setups, silent)
+        kept = gate.best.setup.rotate
+        return kept, made[kept]
 
     def measure(self, inputs: Inputs) -> list[Cell]:
         """All cells of one scheme."""

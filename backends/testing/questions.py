@@ -21,6 +21,7 @@ def requests(target: str) -> Iterator[Request]:
         yield Request(target, rotations=(kind,))
     yield Request(target, logits="last")
     yield Request(target, kv_buffer="shared")
+    yield Request(target, prefix=1)
     for dtype in get_args(Dtype):
         yield Request(target, dtype=dtype)
 
