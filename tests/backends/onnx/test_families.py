@@ -42,19 +42,16 @@ def test_the_others_are_run_elsewhere() -> None:
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in RUN_ELSEWHERE])
 def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> None:
-    model = quantized(CONFIGS[name]())
-    assert model_refusal(OnnxBackend(), model.config, model.schemes(), "ort") is None
-    assert compare(model, tmp_path).error <= WEIGHT_ONLY
-
-
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_one_linear_in_float_is_the_reference(name: str, tmp_path: Path) -> None:
+    """With the output projection of the first layer in float beside that of the second, which is
+    not.
+    """
     config = CONFIGS[name]()
     specs = wiring_for(config).layer_linears(0)
     output = next(spec.name for spec in specs if spec.reads is Space.VALUE)
     model = quantized(config, overrides={output: "float"})
     assert f"{output}.weight" in model.floats
     assert output.replace("0", "1") in model.linears
+    assert model_refusal(OnnxBackend(), model.config, model.schemes(), "ort") is None
     assert compare(model, tmp_path).error <= WEIGHT_ONLY
 
 
