@@ -41,6 +41,7 @@ class Candidate:
         scheme: of the decoder's linears, for rotq.
         head: scheme of the output head, for rotq; the others have what the name says.
         kv_buffer: whether past and present are one buffer, or every run makes a longer cache.
+        prefix: tokens before every sequence, as constants of rotq's graph.
         graph: the name of the candidate whose graph it runs, where that is not its own.
     """
 
@@ -49,6 +50,7 @@ class Candidate:
     scheme: str = "float"
     head: str | None = None
     kv_buffer: Literal["grown", "shared"] = "grown"
+    prefix: int = 0
     graph: str | None = None
 
     @property
@@ -59,6 +61,7 @@ class Candidate:
 
 FLOAT = Candidate("float", "rotq")
 INT8 = Candidate("int8", "rotq", "int8")
+INT8_PREFIX = Candidate("int8, prefix", "rotq", "int8", prefix=1)
 INT8_WEIGHTS = Candidate("int8-weight-only", "rotq", "int8-weight-only")
 INT4 = Candidate("int4", "rotq", "int4-weight-only")
 INT4_HEAD_INT4 = Candidate("int4, int4 head", "rotq", "int4-weight-only", "int4-weight-only")
@@ -73,6 +76,7 @@ BUILDER_GROWN = Candidate("genai builder int4, int4 head", "builder", graph=BUIL
 HAS_BUILDER = find_spec("onnxruntime_genai") is not None
 GROUPS = (
     (FLOAT, INT8, DYNAMIC, STATIC),
+    (FLOAT, INT8, INT8_PREFIX),
     (FLOAT, INT8_WEIGHTS, Candidate("int8, int8 head", "rotq", "int8", "int8-weight-only")),
     (FLOAT, INT4, INT4_HEAD_INT8),
     (FLOAT, INT4_HEAD_INT4, INT4_SHARED, *((BUILDER, BUILDER_GROWN) if HAS_BUILDER else ())),
@@ -133,7 +137,7 @@ def _write_all(
 
     from calib.data.batches import length_batches
     from calib.data.forward_loop import forward_loop_over
-    from calib.fusing import fuse
+    from calib.fusing import fuse, with_prefix
     from calib.network.checkpoint import load_config, open_checkpoint
     from calib.quantizing.calibrator import quantize_model
     from calib.rotations.rotation_set import RotationSet
@@ -148,8 +152,9 @@ def _write_all(
     fusions: dict[Candidate, Fusion] = {}
     for candidate in candidates:
         quantization = _quantization(candidate, wiring, settings)
+        prefixed = with_prefix(fused, range(candidate.prefix))
         with contextlib.redirect_stdout(sys.stderr):  # ModelOpt prints
-            quantized = quantize_model(fused, quantization, loop, UNKNOWN)
+            quantized = quantize_model(prefixed, quantization, loop, UNKNOWN)
         target = folder / candidate.folder
         target.mkdir(parents=True)
         backend.write(quantized, target, WriteOptions("ort", "last", kv_buffer=candidate.kv_buffer))
