@@ -20,7 +20,7 @@ from exporter.planning.sizes import Sizes
 from exporter.recipe import Recipe
 from exporter.reporting.report import COMPARED_ROWS
 from exporter.run.options import RunOptions
-from exporter.run.quantizing import QUICK_TOKENS
+from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS
 
 Goal = Literal["export", "calibrate", "capture", "rotate"]
 
@@ -180,7 +180,7 @@ def _quantizing_stages(work: Work) -> list[Stage]:
         stages.append(Stage("calibrate", f"{what} over {work.rows}{each}", work.comparing))
 
     if sets > 1:
-        tokens = recipe.gate.nsamples * work.sizes.seqlen
+        tokens = min(recipe.gate.nsamples * work.sizes.seqlen, GATE_TOKENS)
         detail = f"the {sets} sets and the original on {tokens:,} held-out tokens"
         stages.append(Stage("gate", detail, (sets + 1) * work.forward(tokens)))
     return stages

@@ -27,7 +27,7 @@ from exporter.reporting.report import GateRow
 from exporter.run.destination import Destination
 from exporter.run.gate import Candidate, Gate, Setup
 from exporter.run.inputs import Inputs
-from exporter.run.quantizing import QUICK_TOKENS
+from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.widening import fixes_limits, widened, wider_sets
 
@@ -168,7 +168,7 @@ def best_candidate(
     gate = Gate(
         make=lambda setup: quick.candidate(setup, rotations[setup.rotate], clock),
         original=model_logits(inputs.source.original(inputs.device)),
-        rows=calibrating.rows.gate,
+        rows=at_most(calibrating.rows.gate, GATE_TOKENS),
         bound=calibrating.quantization.scheme.max_perplexity_ratio,
     )
     gate.run(setups, clock.progress)

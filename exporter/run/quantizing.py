@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 QUICK_TOKENS = 8192
 """Of calibration for each candidate that is only compared: limits settle long before."""
+GATE_TOKENS = 4096
+"""On which candidates are compared, at most."""
 
 
 def customised_scheme(recipe: Recipe) -> Scheme:
