@@ -24,6 +24,7 @@ from calib.smoothing.smooth import smooth
 from exporter.reporting.report import GateRow
 from exporter.run.gate import Candidate, choose
 from exporter.run.inputs import Inputs
+from exporter.run.quantizing import folds_norms
 from exporter.run.stopwatch import Stopwatch
 
 
@@ -37,6 +38,11 @@ class Calibrating:
     """Calibrates on ``train``; the gate decides on ``gate``."""
     provenance: Provenance
 
+    @property
+    def fold_norms(self) -> bool:
+        """Whether norms are folded also without R1."""
+        return folds_norms(self.inputs.recipe, self.quantization)
+
     def candidate(self, name: str, rotations: RotationSet, clock: Stopwatch) -> Candidate:
         """The model with ``rotations`` folded in, smoothed and quantized.
 
@@ -45,7 +51,8 @@ class Calibrating:
             rotations: all of them; the online ones run while it is calibrated.
             clock: times the stages.
         """
-        fused = self._smoothed(self.inputs.fuse(rotations, clock), clock)
+        fused = self.inputs.fuse(rotations, clock, fold_norms=self.fold_norms)
+        fused = self._smoothed(fused, clock)
         return Candidate(name, fused, self.quantized(fused, clock))
 
     def quantized(self, fused: FusedModel, clock: Stopwatch) -> QuantizedModel:

@@ -62,15 +62,24 @@ class Inputs:
         with clock.stage("data"):
             return read_rows(self.recipe, self.source.tokenizer, self.source.config)
 
-    def fuse(self, rotations: RotationSet, clock: Stopwatch, *, lazy: bool = False) -> FusedModel:
+    def fuse(
+        self,
+        rotations: RotationSet,
+        clock: Stopwatch,
+        *,
+        fold_norms: bool = True,
+        lazy: bool = False,
+    ) -> FusedModel:
         """The source with ``rotations`` folded in, in the dtype of the run.
 
-        Its tensors are computed now or (``lazy``) when they are asked for.
+        Norms are folded with R1 or if ``fold_norms``. Tensors are computed now or (``lazy``) when
+        they are asked for.
         """
         with clock.stage("fuse"):
             return self.source.fuse(
                 rotations,
                 dtype=self.dtype,
+                fold_norms=fold_norms,
                 device=self.device,
                 lazy=lazy,
                 progress=clock.progress,
