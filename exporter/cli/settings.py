@@ -84,6 +84,8 @@ def _finer_controls(recipe: Recipe) -> dict[str, str]:
         shown["observer"] = recipe.activations.observer
     if recipe.smoothing != "none":
         shown["smoothing"] = recipe.smoothing
+    if recipe.rotation.fold_norms != "auto":
+        shown["norms"] = "folded" if recipe.rotation.fold_norms else "kept, where there is no R1"
     if recipe.kv is not None:
         shown["kv cache"] = recipe.kv
     if recipe.overrides:

@@ -9,7 +9,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.asking import check, files_of, refused_rotations, warnings_of
+from backends.asking import (
+    check,
+    files_of,
+    reasons_against,
+    refused_rotations,
+    warnings_of,
+)
 from backends.base import Backend, Request
 from backends.registry import get_backend, target_of
 from calib.architectures.spec import KINDS
@@ -100,6 +106,13 @@ class Destination:
             written = self._request(target, recipe, linears)
             request = replace(written, cache=cache, rotations=tuple(rotations), config=config)
             check(self.backend, request)
+
+    def takes(self, linears: Mapping[str, LinearScheme], config: Mapping[str, Any]) -> bool:
+        """Whether every target expresses ``linears`` of the model of ``config``, and runs them
+        fast.
+        """
+        requests = (Request(target, linears=linears, config=config) for target in self.targets)
+        return not any(reasons_against(self.backend, request) for request in requests)
 
     def files(
         self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme], nbytes: int
