@@ -130,8 +130,8 @@ def weight_bytes(
         (sizes.tables.head, sizes.head),
     ):
         if name in linears:
-            shape = (elements // sizes.hidden, sizes.hidden)
-            quantized.append((shape, linears[name].weight))
+            rows = elements // sizes.hidden
+            quantized.append(((rows, sizes.hidden), linears[name].weight))
 
     total = sizes.stored * width
     for shape, weight in quantized:
