@@ -62,7 +62,7 @@ from exporter.run.destination import Destination
 from exporter.run.gate import Candidate, Gate, Setup
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
-from exporter.run.quantizing import customised_scheme
+from exporter.run.quantizing import customised_scheme, folds_norms
 from exporter.run.rotations import (
     candidate_sets,
     gate_rotations,
@@ -153,15 +153,23 @@ class Bench:
         candidate = model_logits(build_reference(quantized))
         return compare_logits(self.original, candidate, rows, window=window, stride=window)
 
-    def fused(self, rotations: RotationSet) -> Fused:
+    def fused(self, rotations: RotationSet, *, fold_norms: bool = True) -> Fused:
         """The model with these rotations folded in."""
         batches = length_batches(self.rows.train, self.first.recipe.calibration.batch_size)
-        return Fused(self.first.fuse(rotations, Stopwatch()), forward_loop_over(batches))
+        model = self.first.fuse(rotations, Stopwatch(), fold_norms=fold_norms)
+        return Fused(model, forward_loop_over(batches))
+
+    def none(self, inputs: Inputs) -> Fused:
+        """Without rotations, its norms folded or kept as the pipeline does for the scheme."""
+        folded = folds_norms(inputs.recipe, inputs.quantization())
+        if folded not in self._plain:
+            self._plain[folded] = self.fused(RotationSet(), fold_norms=folded)
+        return self._plain[folded]
 
     @cached_property
-    def none(self) -> Fused:
-        """Without rotations."""
-        return self.fused(RotationSet())
+    def _plain(self) -> dict[bool, Fused]:
+        """:meth:`none` with norms folded or not, as far as a scheme has asked."""
+        return {}
 
     @cached_property
     def hadamard(self) -> tuple[str, Fused]:
@@ -183,7 +191,7 @@ class Bench:
         sets = gate_rotations(candidates, inputs, RotationSet(), trained.rotations)
         setups = [Setup(str(name), online=name.rotate.online) for name in sets]
         made = {
-            str(name): self.none if not rotations else self.fused(rotations)
+            str(name): self.none(inputs) if not rotations else self.fused(rotations)
             for name, rotations in sets.items()
         }
 
@@ -199,7 +207,7 @@ class Bench:
     def measure(self, inputs: Inputs) -> list[Cell]:
         """All cells of one scheme."""
         plain, hadamard = (
-            self._cells(inputs, "none", "none", self.none),
+            self._cells(inputs, "none", "none", self.none(inputs)),
             self._cells(inputs, "Hadamard", *self.hadamard),
         )
         rotate, fused = self.auto(inputs)
@@ -295,7 +303,7 @@ def measure(bench: Bench) -> list[Cell]:
     for scheme in bench.arguments.schemes:
         inputs = bench.inputs(scheme)
         try:
-            Calibrator(bench.none.model, inputs.quantization()).check_blocks()
+            Calibrator(bench.none(inputs).model, inputs.quantization()).check_blocks()
         except QuantizationError:
             print(f"{label(inputs.scheme):<22} not divisible")
             continue

@@ -71,11 +71,12 @@ class Source:
         rotations: RotationSet,
         *,
         dtype: torch.dtype,
+        fold_norms: bool = True,
         device: torch.device | str = "cpu",
         lazy: bool = False,
         progress: Progress = silent,
     ) -> FusedModel:
-        """The model with its norms and ``rotations`` folded in; arguments as for
+        """The model with ``rotations`` and, as wanted, its norms folded in; arguments as for
         :func:`calib.fusing.fuse`.
         """
         return fuse(
@@ -83,6 +84,7 @@ class Source:
             self.wiring,
             rotations,
             dtype=dtype,
+            fold_norms=fold_norms,
             device=device,
             lazy=lazy,
             progress=progress,

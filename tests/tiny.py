@@ -232,12 +232,14 @@ def fuse_tiny(
     kinds: Sequence[Kind] = (),
     dtype: torch.dtype = torch.float32,
     signs: int | None = None,
+    *,
+    fold_norms: bool = True,
 ) -> FusedModel:
     """The model with its norms and, where they are offered, the rotations ``kinds`` folded in; see
-    :meth:`Tiny.rotations` for ``signs``.
+    :meth:`Tiny.rotations` for ``signs``, :func:`calib.fusing.fuse` for ``fold_norms``.
     """
     rotations = tiny.rotations([kind for kind in kinds if kind in tiny.offered()], signs)
-    return fuse(tiny.state, tiny.wiring, rotations, dtype=dtype)
+    return fuse(tiny.state, tiny.wiring, rotations, dtype=dtype, fold_norms=fold_norms)
 
 
 def quantize_fused(fused: FusedModel, scheme: str = "int8", batch_size: int = 4) -> QuantizedModel:

@@ -22,6 +22,8 @@ parts. What follows the DequantizeLinear of the input is there where it has to b
 An int8 input is stored as q or as q + 128, whichever the target multiplies
 (:mod:`backends.onnx.inputs`). Linears that read one value become one MatMul where the target gains
 by it (:mod:`backends.onnx.packing`). A linear in float is rotated as well, and multiplied as it is.
+An output head that holds the numbers of the embedding reads the embedding's initializer, turned,
+which runtimes do once, when they load the graph.
 """
 
 from __future__ import annotations
@@ -29,18 +31,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
+import torch
 from onnx_ir import tape
 from torch import Tensor
 
 from backends.onnx.inputs import TRT, pad_features, quantized_input
 from backends.onnx.linear_nodes import LinearNodes
-from backends.onnx.names import SHARED_BARRIER, Label, Part, initializer_name
+from backends.onnx.names import SHARED_BARRIER, Label, Part, initializer_name, node_name
 from backends.onnx.nodes import replace
 from backends.onnx.packing import packed, packs
 from backends.onnx.placeholders import DOMAIN, LINEAR, MODULE_ATTRIBUTE
 from backends.onnx.rotate import rotate, rotations_before_float
 from backends.onnx.targets import Target
 from backends.onnx.weights import dequantized_weight, padded_width
+from calib.architectures import wiring_of
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import FLOAT4, LinearScheme
@@ -214,8 +218,31 @@ class _Lowering:
         if nodes.name in self._before_float:
             x = rotate(nodes, x, self._before_float[nodes.name])
         floats = self.quantized.floats
-        stored = nodes.weight([floats[f"{nodes.name}.weight"]])
-        return _product(nodes, x, stored, floats.get(f"{nodes.name}.bias"))
+        weight = floats[initializer_name(nodes.name, Part.WEIGHT)]
+        stored = self._shared_with_embedding(nodes, weight)
+        return _product(
+            nodes, x, stored or nodes.weight([weight]), floats.get(f"{nodes.name}.bias")
+        )
+
+    def _shared_with_embedding(self, nodes: LinearNodes, weight: Tensor) -> ir.Value | None:
+        """The embedding's table as the weight ``[in, out]`` of the output head, where the two hold
+        the same numbers; else ``None``.
+        """
+        wiring = wiring_of(self.quantized.config)
+        table = self.quantized.floats.get(wiring.embeddings[0].weight)
+        if nodes.name != wiring.head.name or table is None or not torch.equal(weight, table):
+            return None
+        turned = nodes.tape.op(
+            "Transpose",
+            [self.graph.initializers[wiring.embeddings[0].weight]],
+            {"perm": (1, 0)},
+            name=node_name(nodes.name, Label.TURN_WEIGHT),
+        )
+        turned.shape, turned.type = (
+            ir.Shape((weight.shape[1], len(weight))),
+            ir.TensorType(nodes.dtype),
+        )
+        return turned
 
 
 def _module(placeholder: ir.Node) -> str:

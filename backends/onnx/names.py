@@ -31,6 +31,7 @@ class Label(StrEnum):
     DEQUANTIZE_WEIGHT_SCALE = "DequantizeWeightScale"
     DEQUANTIZE_WEIGHT = "DequantizeWeight"
     CAST_WEIGHT = "CastWeight"
+    TURN_WEIGHT = "TurnWeight"
     MATMUL = "MatMul"
     ADD = "Add"
     SQUEEZE = "Squeeze"

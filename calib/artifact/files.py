@@ -69,6 +69,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
             "layers": list(model.cache.key_scale),
         },
         "smoothing": list(model.smoothing),
+        "norms_folded": model.norms_folded,
         "kept": dict(model.kept),
         "provenance": vars(model.provenance),
         "tensors": sorted(key for key, _ in artifact_tensors(model)),
@@ -139,6 +140,7 @@ def _from_manifest(
         cache=cache,
         smoothing=smoothing,
         prefix=load_prefix(folder),
+        norms_folded=manifest.get("norms_folded", True),  # the only way before there was a choice
     )
 
 

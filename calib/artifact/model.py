@@ -189,6 +189,9 @@ class QuantizedModel:
         prefix: keys and values that stand before every sequence, in float.
         smoothing: scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their
             group.
+        norms_folded: whether the norms of the source were folded into what reads them; without it
+            they are among :attr:`floats` as the source stores them. As ``smoothing``, what the
+            float model takes to be fused the same again.
     """
 
     config: dict[str, Any]
@@ -203,6 +206,7 @@ class QuantizedModel:
     cache: QuantizedCache | None = None
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: Prefix | None = None
+    norms_folded: bool = True
 
     def schemes(self) -> dict[str, LinearScheme]:
         """How each quantized linear is quantized, by name."""

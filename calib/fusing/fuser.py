@@ -54,6 +54,10 @@ class FusedModel:
     """Tensors of the checkpoint that the model has no use for."""
     refusals: tuple[str, ...]
     """Why a stock model folder cannot hold this model; empty when it can."""
+    norms_folded: bool
+    """Whether every norm multiplies by one, its gain and bias folded into what reads it; else norms
+    are those of the checkpoint, as it stores them.
+    """
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     """Scales folded by :mod:`calib.smoothing`, float64 ``[width]`` by the name of their group."""
     prefix: Prefix | None = None
@@ -71,6 +75,7 @@ def fuse(
     rotations: RotationSet,
     *,
     dtype: torch.dtype,
+    fold_norms: bool = True,
     device: torch.device | str = "cpu",
     lazy: bool = False,
     progress: Progress = silent,
@@ -78,7 +83,7 @@ def fuse(
     """Fold every norm, then R1, R2 and the inverse of R4, into the weights of ``checkpoint``.
 
     One weight at a time is rotated in float64 and rounded once, to ``dtype``. The inputs are left
-    unchanged. An empty ``rotations`` folds the norms alone.
+    unchanged. An empty ``rotations`` folds the norms alone, or nothing without ``fold_norms``.
 
     Args:
         checkpoint: tensors by the names of a published checkpoint or of the module tree.
@@ -86,6 +91,9 @@ def fuse(
         rotations: what to fold; R3 and R4 also have to run online
             (:func:`calib.network.online.attach_online`).
         dtype: floating dtype that the target computes in.
+        fold_norms: fold gains and biases of norms also where no R1 needs it, which is the one that
+            does. Rounding then meets weights whose columns the gains have stretched, and inputs
+            without them.
         device: where the float64 products are computed.
         lazy: compute a tensor whenever it is asked for instead of all of them now. The bytes are
             the same; what is wrong with the values of a weight (NaN, overflow) is raised on access.
@@ -98,7 +106,7 @@ def fuse(
             float16.
         UnsupportedModelError: the model has a parameter that the table does not know.
     """
-    fuser = _Fuser(checkpoint, wiring, rotations, dtype, torch.device(device))
+    fuser = _Fuser(checkpoint, wiring, rotations, dtype, fold_norms, torch.device(device))
     return fuser.run(lazy, progress)
 
 
@@ -111,6 +119,7 @@ class _Fuser:
         wiring: Wiring,
         rotations: RotationSet,
         dtype: torch.dtype,
+        fold_norms: bool,
         device: torch.device,
     ) -> None:
         self.wiring = wiring
@@ -118,6 +127,7 @@ class _Fuser:
         self.on_device = rotations.to(device)
         self.on_device.validate(wiring)
         self.dtype = dtype
+        self.folds_norms = fold_norms or rotations.r1() is not None
         self.device = device
         self.expected = expected_tensors(wiring.config)
         self.source = SourceTensors(checkpoint, wiring, self.expected)
@@ -125,11 +135,7 @@ class _Fuser:
     def run(self, lazy: bool, progress: Progress) -> FusedModel:
         self._check_coverage()
         linears = list(self.wiring.linears)
-        readers: dict[str, list[LinearSpec]] = {norm: [] for norm in self.wiring.norm_names}
-        for spec in linears:
-            if spec.norm is not None:
-                readers[spec.norm].append(spec)
-        folds = {norm: self._fold(norm, specs) for norm, specs in readers.items()}
+        folds = self._folds(linears) if self.folds_norms else {}
         state: Mapping[str, Tensor] = self._lazy_state(linears, folds)
         if not lazy:
             state = self._computed(state, linears, progress)
@@ -146,6 +152,7 @@ class _Fuser:
             refusals=tuple(
                 fold.refusal for fold in folds.values() if fold is not None and fold.refusal
             ),
+            norms_folded=self.folds_norms,
         )
 
     def _check_coverage(self) -> None:
@@ -214,15 +221,23 @@ class _Fuser:
         rounded = tensor.to("cpu", self.dtype, copy=True).contiguous()
         if self.dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
             largest = float(tensor.abs().max())
+            folded = " once its norm is folded" if self.folds_norms else ""
             raise CheckpointError(
-                f"tensor {name} does not fit float16 once its norm is folded: it reaches"
-                f" {largest:.3g}",
+                f"tensor {name} does not fit float16{folded}: it reaches {largest:.3g}",
                 hint="fold to bfloat16 or float32: --dtype bfloat16",
             )
         return rounded
 
     def _untouched(self, name: str) -> Tensor:
         return self._rounded(name, self.source.read(name))
+
+    def _folds(self, linears: list[LinearSpec]) -> dict[str, FoldedNorm | None]:
+        """What becomes of every norm, by module name."""
+        readers: dict[str, list[LinearSpec]] = {norm: [] for norm in self.wiring.norm_names}
+        for spec in linears:
+            if spec.norm is not None:
+                readers[spec.norm].append(spec)
+        return {norm: self._fold(norm, specs) for norm, specs in readers.items()}
 
     def _fold(self, name: str, readers: list[LinearSpec]) -> FoldedNorm | None:
         """Fold the norm ``name``; ``None`` for one without parameters."""

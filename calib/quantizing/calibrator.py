@@ -208,6 +208,7 @@ class Calibrator:
             cache=cache,
             smoothing=fused.smoothing if smoothing is None else smoothing,
             prefix=fused.prefix,
+            norms_folded=fused.norms_folded,
         )
 
     def _weight(self, name: str, state: Mapping[str, Tensor]) -> Tensor:

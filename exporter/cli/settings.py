@@ -88,6 +88,8 @@ def _finer_controls(recipe: Recipe) -> dict[str, str]:
         shown["wider inputs"] = recipe.widen
     if recipe.prefix != "auto":
         shown["prefix"] = str(recipe.prefix)
+    if recipe.rotation.fold_norms != "auto":
+        shown["norms"] = "folded" if recipe.rotation.fold_norms else "kept, where there is no R1"
     if recipe.kv is not None:
         shown["kv cache"] = recipe.kv
     if recipe.overrides:

@@ -188,6 +188,9 @@ def _calibrated(
         return
 
     # Everything that can be refused is, before the long job.
+    if targets is not None:
+        inputs = inputs.with_tables(targets)
+        recipe = inputs.recipe
     quantization = inputs.quantization()
     check_blocks(quantization, inputs.source.wiring)
     imported = imported_rotations(recipe, inputs.source)

@@ -106,7 +106,8 @@ def read_back(
     destination = Destination(backend, (report.target,))
     name = report.dtype or destination.common_dtype(recipe.dtype, lambda: source.dtype)
     dtype = getattr(torch, name)
-    fused = fold_all(source.fuse(rotations, dtype=dtype), smoothing)
+    fused = source.fuse(rotations, dtype=dtype, fold_norms=report.norms_folded)
+    fused = fold_all(fused, smoothing)
     if report.prefix is not None:
         fused = with_prefix(fused, report.prefix.tokens, report.prefix.reason)
 
@@ -133,6 +134,7 @@ def read_back(
         cache=backend.read_cache(folder, report.target),
         smoothing=smoothing,
         prefix=fused.prefix,
+        norms_folded=fused.norms_folded,
     )
     return fused, quantized
 

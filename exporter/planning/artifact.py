@@ -12,7 +12,10 @@ from exporter.run.quantizing import customised_scheme
 
 
 def planned_artifact(
-    recipe: Recipe, checkpoint: CheckpointHeaders, linears: Collection[str]
+    recipe: Recipe,
+    checkpoint: CheckpointHeaders,
+    linears: Collection[str],
+    outside: Collection[str],
 ) -> ArtifactHeaders:
     """What calibrating would make of a model; of rotations, those that are certain.
 
@@ -23,12 +26,14 @@ def planned_artifact(
         recipe: scheme, overrides, cache and rotations.
         checkpoint: the model.
         linears: names of the decoder's linears.
+        outside: names of embeddings and of the output head, which may be tied.
     """
     chosen: dict[str, LinearScheme | None] = dict.fromkeys(
         linears, customised_scheme(recipe).linear
     )
 
     tensors = {tensor.name.removesuffix(".weight") for tensor in checkpoint.tensors}
+    tensors |= set(outside)
     for pattern, name in recipe.overrides.items():
         matched = (
             [pattern]

@@ -20,7 +20,7 @@ from typing import Any
 from calib.architectures import Kind
 from calib.architectures.lookup import architecture_named
 from calib.rotations.rotate import FOLDED, GateSet, gate_sets
-from calib.schemes import FLOAT
+from calib.schemes import FLOAT, LinearScheme, Scheme
 from exporter.environment import cuda_devices
 from exporter.planning.artifact import planned_artifact
 from exporter.planning.files import (
@@ -43,6 +43,7 @@ from exporter.recipe import Recipe
 from exporter.run.destination import Destination
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import customised_scheme
+from exporter.run.tables import with_tables
 
 __all__ = ["Goal", "Plan", "Stage", "matmul_flops", "plan"]
 
@@ -103,9 +104,11 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     model_type = str(checkpoint.config.get("model_type", "unknown"))
     offered = architecture_named(model_type).offered
     sizes, scheme = sizes_of(checkpoint, recipe), customised_scheme(recipe)
-    model = artifact or planned_artifact(recipe, checkpoint, sizes.linears)
-
     destination = Destination.of(recipe)
+    if goal == "export" and artifact is None:
+        recipe = with_tables(recipe, sizes.tables, destination, checkpoint.config)
+    outside = (sizes.tables.embedding, sizes.tables.head)
+    model = artifact or planned_artifact(recipe, checkpoint, sizes.linears, outside)
     if goal == "export":
         destination.check(recipe, checkpoint.config, model.linears, model.cache, model.rotations)
     # Rotations alone are trained in float32, whatever is written.
@@ -119,7 +122,10 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     work = Work(recipe, options, goal, sizes, scheme, sets, flops * EFFICIENCY)
     captured = capture_bytes(sizes, recipe, next(iter(dtypes.values())))
     before = sum(tensor.nbytes for tensor in checkpoint.tensors)
-    weights = {target: weight_bytes(sizes, scheme, dtype) for target, dtype in dtypes.items()}
+    weights = {
+        target: weight_bytes(sizes, scheme, model.linears, dtype)
+        for target, dtype in dtypes.items()
+    }
     after, files = _output(recipe, goal, sizes, model, destination, weights, before)
     layerwise = recipe.layerwise.enabled and goal in ("export", "calibrate")
     return Plan(
@@ -128,7 +134,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         model_type=model_type,
         parameters=sizes.parameters,
         quantized_parameters=(
-            0 if goal in ("capture", "rotate") or scheme.weight is None else sizes.linear_parameters
+            0 if goal in ("capture", "rotate") else _quantized(sizes, scheme, model.linears)
         ),
         bytes_before=before,
         bytes_after=captured.disk if goal == "capture" else after,
@@ -154,6 +160,13 @@ def matmul_flops(size: int = 768, seconds: float = 0.1) -> float:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def _quantized(sizes: Sizes, scheme: Scheme, linears: Mapping[str, LinearScheme]) -> int:
+    """Elements that are quantized; arguments as for :func:`weight_bytes`."""
+    tables = {sizes.tables.embedding: sizes.embedding, sizes.tables.head: sizes.head}
+    decoder = 0 if scheme.weight is None else sizes.linear_parameters
+    return decoder + sum(elements for name, elements in tables.items() if name in linears)
 
 
 def _sets(

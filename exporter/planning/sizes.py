@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from calib.architectures.lookup import architecture_named
 from calib.capture.sites import CaptureBytes, estimate_bytes
-from calib.schemes import PerBlock, PerChannel, Scheme
+from calib.schemes import LinearScheme, PerBlock, PerChannel, Scheme, TensorScheme
 from exporter.planning.headers import CheckpointHeaders, TensorHeader
 from exporter.recipe import Recipe, parse_size
 from exporter.run.quantizing import capture_config
+from exporter.run.tables import Tables
 
 LIBRARY_BYTES = 500 * 2**20
 """Resident memory once torch, transformers and ModelOpt are imported; measured 473 MiB."""
@@ -37,6 +40,10 @@ class Sizes:
     """Weights of the decoder's linears."""
     head: int
     """Elements of the output projection."""
+    embedding: int
+    """Elements of the token embedding."""
+    tables: Tables
+    """Both of them."""
     parameters: int
     stored: int
     """Parameters once a tied head has its own copy."""
@@ -81,6 +88,8 @@ def sizes_of(checkpoint: CheckpointHeaders, recipe: Recipe) -> Sizes:
     embedding = next((tensor.elements for tensor in weights if _EMBEDDING.search(tensor.name)), 0)
     head = next((tensor.elements for tensor in weights if _HEAD.search(tensor.name)), 0)
     parameters = sum(tensor.elements for tensor in checkpoint.tensors)
+    stored = parameters + (0 if head else embedding)
+    family = architecture_named(str(config.get("model_type", "unknown")))
     return Sizes(
         hidden=hidden,
         layers=number("num_hidden_layers", "n_layer"),
@@ -94,27 +103,54 @@ def sizes_of(checkpoint: CheckpointHeaders, recipe: Recipe) -> Sizes:
         ),
         blocks=tuple(tensor for tensor in weights if _BLOCK.search(tensor.name)),
         head=head or embedding,
+        embedding=embedding,
+        tables=Tables(
+            family.embeddings[0].name, family.head.name, embedding + (head or embedding), stored
+        ),
         parameters=parameters,
-        stored=parameters + (0 if head else embedding),
+        stored=stored,
     )
 
 
-def weight_bytes(sizes: Sizes, scheme: Scheme, dtype: str) -> int:
-    """Weights and scales of the quantized model, floats in ``dtype``."""
+def weight_bytes(
+    sizes: Sizes, scheme: Scheme, linears: Mapping[str, LinearScheme], dtype: str
+) -> int:
+    """Weights and scales of the quantized model, floats in ``dtype``.
+
+    Args:
+        sizes: of the model.
+        scheme: of all linears of the decoder.
+        linears: how the token embedding and the output head are quantized, where they are.
+        dtype: what the target computes in.
+    """
     width = FLOAT_BYTES[dtype]
-    if scheme.weight is None:
-        return sizes.stored * width
-    total = (sizes.stored - sizes.linear_parameters) * width
-    for tensor in sizes.blocks:
-        total += math.ceil(tensor.elements * scheme.weight.format.bits / 8)
-        match scheme.weight.granularity:
-            case PerChannel():
-                total += math.prod(tensor.shape[:-1]) * width
-            case PerBlock(size=size):
-                total += math.prod(tensor.shape[:-1]) * math.ceil(tensor.shape[-1] / size) * width
-            case _:
-                total += width
+    quantized = [(tensor.shape, scheme.weight) for tensor in sizes.blocks]
+    for name, elements in (
+        (sizes.tables.embedding, sizes.embedding),
+        (sizes.tables.head, sizes.head),
+    ):
+        if name in linears:
+            rows = elements // sizes.hidden
+            quantized.append(((rows, sizes.hidden), linears[name].weight))
+
+    total = sizes.stored * width
+    for shape, weight in quantized:
+        if weight is not None:
+            total += _tensor_bytes(shape, weight, width) - math.prod(shape) * width
     return total
+
+
+def _tensor_bytes(shape: Sequence[int], scheme: TensorScheme, width: int) -> int:
+    """Of a quantized weight ``shape`` and its scales, ``width`` bytes each."""
+    rows = math.prod(shape[:-1])
+    match scheme.granularity:
+        case PerChannel():
+            scales = rows
+        case PerBlock(size=size):
+            scales = rows * math.ceil(shape[-1] / size)
+        case _:
+            scales = 1
+    return math.ceil(math.prod(shape) * scheme.format.bits / 8) + scales * width
 
 
 def capture_bytes(sizes: Sizes, recipe: Recipe, dtype: str) -> CaptureBytes:

@@ -114,8 +114,7 @@ def stages_of(work: Work) -> list[Stage]:
 def _float_stages(work: Work) -> list[Stage]:
     """Loading, capturing and training."""
     recipe, sizes = work.recipe, work.sizes
-    detail = f"read {sizes.parameters:,} parameters, fold the norms"
-    stages = [Stage("load", detail, sizes.stored * 4 / 1e9)]
+    stages = [Stage("load", f"read {sizes.parameters:,} parameters", sizes.stored * 4 / 1e9)]
     if work.goal == "capture" or work.trained:
         reused = work.options.from_capture
         what = f"statistics of {work.rows}" if reused is None else f"reuse {reused}"

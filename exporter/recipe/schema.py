@@ -136,6 +136,9 @@ class RotationSettings(_Section):
     select: bool = True
     """Compare each trained rotation with identity, Hadamard and PCA-Hadamard, and keep the one with
     the lowest error; false keeps the trained one, whatever it is worth."""
+    fold_norms: bool | Literal["auto"] = "auto"
+    """Fold the gains of norms into the weights that read them where no R1 needs it; ``auto``: where
+    inputs are quantized, for which it smooths, not where weights alone are, for which it hurts."""
     files: list[str] = []
     """Rotations made elsewhere, used instead of training: a folder or rotations.safetensors of
     rotq, DartQuant's r1.pt and r2.pt, SpinQuant's R.bin."""

@@ -243,10 +243,8 @@ def _usage(recipe: Recipe, report: Report) -> str:
 
 def _rotation_words(report: Report) -> str:
     if not report.rotations:
-        return (
-            "None: the weights are those of the original model, apart from folded norms and"
-            " quantization."
-        )
+        changed = "folded norms and quantization" if report.norms_folded else "quantization"
+        return f"None: the weights are those of the original model, apart from {changed}."
     if any(rotation.online for rotation in report.rotations):
         return (
             "Folded rotations cost nothing at run time. Online ones are part of the computation,"

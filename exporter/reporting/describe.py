@@ -77,6 +77,7 @@ def describe(
         scheme=quantized.scheme.name,
         rotate=str(Rotate.of(quantized.rotations.kinds())),
         dtype=str(quantized.dtype).removeprefix("torch."),
+        norms_folded=quantized.norms_folded,
         warnings=warnings_of(backend, target, quantized.schemes()),
         model=ModelSummary(
             source=origin.source,

@@ -193,6 +193,8 @@ class Report(_Frozen):
     rotate: str
     dtype: str = ""
     """What the target computes in; empty in reports of versions that did not say."""
+    norms_folded: bool = True
+    """Whether the norms were folded into the weights, as versions that did not say always did."""
     warnings: list[str] = Field(default_factory=list)
     """What the target expresses, but runs slower than the scheme promises."""
     model: ModelSummary

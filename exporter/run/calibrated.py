@@ -57,6 +57,7 @@ class Calibrated:
                 fused = self.source.fuse(
                     self.quantized.rotations,
                     dtype=dtype,
+                    fold_norms=self.quantized.norms_folded,
                     device=self.device,
                     progress=clock.progress,
                 )

@@ -27,7 +27,7 @@ from exporter.reporting.report import GateRow
 from exporter.run.destination import Destination
 from exporter.run.gate import Candidate, Gate, Setup
 from exporter.run.inputs import Inputs
-from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS
+from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS, folds_norms
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.widening import fixes_limits, widened, wider_sets
 
@@ -51,6 +51,11 @@ class Calibrating:
         """Ids of the prefix."""
         return () if self.prefix is None else self.prefix.tokens
 
+    @property
+    def fold_norms(self) -> bool:
+        """Whether norms are folded also without R1."""
+        return folds_norms(self.inputs.recipe, self.quantization)
+
     def setups(self, sets: Iterable[GateSet]) -> list[Setup]:
         """What the gate compares, the simplest first.
 
@@ -72,7 +77,9 @@ class Calibrating:
             rotations: all of them; the online ones run while it is calibrated.
             clock: times the stages.
         """
-        fused = self._prefixed(self.inputs.fuse(rotations, clock), setup.prefix)
+        fused = self._prefixed(
+            self.inputs.fuse(rotations, clock, fold_norms=self.fold_norms), setup.prefix
+        )
         fused = self._smoothed(fused, clock)
         own = replace(self, quantization=self.widened(setup.wider))
         return Candidate(setup, fused, own.quantized(fused, clock))
@@ -90,7 +97,9 @@ class Calibrating:
             rotations: those of ``base``.
             clock: times the stages.
         """
-        fused = self._smoothed(self.inputs.fuse(rotations, clock), clock)
+        fused = self._smoothed(
+            self.inputs.fuse(rotations, clock, fold_norms=self.fold_norms), clock
+        )
         with clock.stage("gate"):
             network = materialize(fused, device=self.inputs.device)
             sets = wider_sets(network, self.quantization, self.rows.train)

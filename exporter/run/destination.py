@@ -9,7 +9,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.asking import check, expressible, files_of, refusal_of, refused_rotations, warnings_of
+from backends.asking import (
+    check,
+    expressible,
+    files_of,
+    reasons_against,
+    refusal_of,
+    refused_rotations,
+    warnings_of,
+)
 from backends.base import Backend, Request
 from backends.registry import get_backend, target_of
 from calib.architectures.spec import KINDS
@@ -104,6 +112,13 @@ class Destination:
                 written, cache=cache, rotations=tuple(rotations), config=config, prefix=prefix
             )
             check(self.backend, request)
+
+    def takes(self, linears: Mapping[str, LinearScheme], config: Mapping[str, Any]) -> bool:
+        """Whether every target expresses ``linears`` of the model of ``config``, and runs them
+        fast.
+        """
+        requests = (Request(target, linears=linears, config=config) for target in self.targets)
+        return not any(reasons_against(self.backend, request) for request in requests)
 
     def files(
         self, target: str, recipe: Recipe, linears: Mapping[str, LinearScheme], nbytes: int

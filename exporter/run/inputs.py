@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from calib.data.rows import RowSplits
 from calib.data.tokens import token_hash
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel
+from calib.network.skeleton import oriented_shapes, portable_config
 from calib.quantizing.plan import Quantization
 from calib.rotations.rotation_set import RotationSet, idle_rotations
 from calib.schemes import FLOAT, Scheme
@@ -21,6 +23,7 @@ from exporter.reporting.describe import package_versions
 from exporter.run.destination import Destination
 from exporter.run.quantizing import check_layerwise, customised_scheme, quantization_of
 from exporter.run.stopwatch import Stopwatch
+from exporter.run.tables import Tables, with_tables
 from exporter.source import Source, open_source, read_rows
 
 if TYPE_CHECKING:
@@ -59,20 +62,46 @@ class Inputs:
         """
         return quantization_of(self.recipe, self.scheme, self.source.wiring)
 
+    def with_tables(self, destination: Destination) -> Inputs:
+        """These, with large embeddings and output heads quantized unless the recipe says how; see
+        :func:`exporter.run.tables.with_tables`.
+        """
+        wiring = self.source.wiring
+        shapes = oriented_shapes(wiring)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        embedding = wiring.embeddings[0]
+        tables = Tables(
+            embedding.name,
+            wiring.head.name,
+            sizes[embedding.weight] + sizes[wiring.head.weight],
+            sum(sizes.values()),
+        )
+        config = portable_config(self.source.config)
+        return replace(self, recipe=with_tables(self.recipe, tables, destination, config))
+
     def rows(self, clock: Stopwatch) -> RowSplits:
         """Read the three splits of the text."""
         with clock.stage("data"):
             return read_rows(self.recipe, self.source.tokenizer, self.source.config)
 
-    def fuse(self, rotations: RotationSet, clock: Stopwatch, *, lazy: bool = False) -> FusedModel:
+    def fuse(
+        self,
+        rotations: RotationSet,
+        clock: Stopwatch,
+        *,
+        fold_norms: bool = True,
+        lazy: bool = False,
+    ) -> FusedModel:
         """The source with ``rotations`` folded in, in the dtype of the run.
 
-        Its tensors are computed now or (``lazy``) when they are asked for.
+        Norms are folded with R1 or if ``fold_norms``. Tensors are computed now or (``lazy``) when
+        they are asked for.
         """
         with clock.stage("fuse"):
             return self.source.fuse(
                 rotations,
                 dtype=self.dtype,
+                fold_norms=fold_norms,
                 device=self.device,
                 lazy=lazy,
                 progress=clock.progress,

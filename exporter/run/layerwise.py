@@ -54,7 +54,7 @@ def quantize_layerwise(
     """
     inputs = calibrating.inputs
     recipe, settings = inputs.recipe, inputs.recipe.layerwise
-    fused = inputs.fuse(rotations, clock, lazy=True)
+    fused = inputs.fuse(rotations, clock, fold_norms=calibrating.fold_norms, lazy=True)
 
     with clock.stage("calibrate"):
         return quantize_blockwise(

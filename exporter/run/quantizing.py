@@ -71,6 +71,23 @@ def quantization_of(recipe: Recipe, scheme: Scheme, wiring: Wiring) -> Quantizat
     )
 
 
+def folds_norms(recipe: Recipe, quantization: Quantization) -> bool:
+    """Whether the norms of a model are folded into what reads them where no R1 needs it.
+
+    A gain of ``g`` is a scale between a weight's column and its input. Folded, it stretches the
+    weight's columns, which rounded to few bits then lose more; the input loses it, which is
+    smoother as a rule.
+
+    Args:
+        recipe: its ``rotation.fold_norms`` decides, unless ``auto``.
+        quantization: of the model; ``auto`` folds where it quantizes any input.
+    """
+    wanted = recipe.rotation.fold_norms
+    if wanted != "auto":
+        return wanted
+    return any(linear.input is not None for linear in quantization.linears.values())
+
+
 def capture_config(recipe: Recipe) -> CaptureConfig:
     """How much of the activations a recipe keeps."""
     settings = recipe.rotation
@@ -99,6 +116,12 @@ def check_names(recipe: Recipe) -> None:
         _checked("activations.observer", lambda: observer_named(recipe.activations.observer))
     check_layerwise(recipe)
     check_prefix(recipe)
+    if recipe.rotation.fold_norms is False and "r1" in recipe.rotate.certain:
+        raise RecipeError(
+            "recipe key 'rotation.fold_norms' cannot be false with R1, which passes norms only once"
+            " their gains are folded",
+            hint="leave r1 out of --rotate, or set rotation.fold_norms to auto",
+        )
     for pattern, name in recipe.overrides.items():
         _checked(f"overrides.{pattern}", partial(scheme_named, name))
 

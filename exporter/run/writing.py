@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,10 +12,13 @@ from calib.artifact import cast_model
 from exporter.parity import Subject, check_parity
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import describe, finish, write_side_files
+from exporter.reporting.growth import growth_warning
 from exporter.reporting.report import ParityRow, Report
 from exporter.run.calibrated import Calibrated
 from exporter.run.destination import Destination
 from exporter.run.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 def write_targets(
@@ -89,4 +93,7 @@ def _write(
             parity = check_parity(subject, clock.progress)
 
     report = describe(quantized, parity, folder, backend, target, clock.seconds)
+    grown = growth_warning(backend.contents(folder, target), report.layers.bytes_before)
+    if grown is not None:
+        logger.warning("target '%s': %s", target, grown)
     return finish(report, recipe, folder)

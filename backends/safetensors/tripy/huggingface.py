@@ -170,6 +170,7 @@ def _as_it_is(model_type: str, config: PretrainedConfig, dtype: torch.dtype) -> 
         dtype,
         tuple(tensors.unused()),
         (),
+        norms_folded=False,
     )
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.experts import ACTIVATIONS
@@ -15,7 +16,7 @@ from calib.network.skeleton import portable_config
 from tests.answers import model_refusal
 from tests.backends.onnx.conftest import CASES
 from tests.backends.onnx.whole import compare, quantized
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, make_tiny, relative_l2, token_rows
 from tests.tolerances import FLIPS, WEIGHT_ONLY
 
 RUN_ELSEWHERE = {
@@ -53,6 +54,20 @@ def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> No
     assert output.replace("0", "1") in model.linears
     assert model_refusal(OnnxBackend(), model.config, model.schemes(), "ort") is None
     assert compare(model, tmp_path).error <= WEIGHT_ONLY
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_kept_norms_are_those_of_the_original(name: str, tmp_path: Path) -> None:
+    """The float graph computes what transformers does with the weights of the checkpoint."""
+    model = quantized(CONFIGS[name](), ("r2", "r3", "r4"), "float", fold_norms=False)
+    assert compare(model, tmp_path).error <= WEIGHT_ONLY
+    ids = torch.stack(token_rows([9, 9], seed=2))
+    mask, positions = torch.ones_like(ids), torch.arange(9).expand_as(ids)
+    runtime = OnnxBackend().load(tmp_path, "ort", exact=True)
+    found, _ = runtime.forward(ids, mask, positions, None)
+    with torch.no_grad():
+        expected = make_tiny(CONFIGS[name]()).model(torch.float32)(input_ids=ids).logits
+    assert relative_l2(found, expected) <= WEIGHT_ONLY
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,15 @@ def quantized(
     config: Any,
     kinds: Sequence[Kind] = ("r1", "r2", "r3", "r4"),
     scheme: str = "int8-weight-only",
+    *,
+    fold_norms: bool = True,
     **settings: Any,
 ) -> QuantizedModel:
     """The artifact of a tiny model; ``settings`` go to :func:`calib.quantizing.plan.resolve`.
 
     Tests that leave ``kinds`` as they are share one trace a config.
     """
-    fused = fuse_tiny(make_tiny(config), kinds)
+    fused = fuse_tiny(make_tiny(config), kinds, fold_norms=fold_norms)
     how = resolve(scheme_named(scheme), fused.wiring, **settings)
     return quantize_model(
         fused, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE

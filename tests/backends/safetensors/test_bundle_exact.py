@@ -26,6 +26,7 @@ from backends.testing import FAMILIES, tiny_model
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.schemes import LINEAR_SCHEMES, SCHEMES
 from tests.answers import linear_refusal, model_refusal
+from tests.tiny import fuse_tiny, make_tiny, quantize_fused
 
 GOLDEN = Path(__file__).parent / "golden_keys"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -99,6 +100,24 @@ def as_stored(second: Tensor | None, target: str) -> Tensor | None:
         if second is None or target != "compressed-tensors"
         else second.reciprocal().reciprocal()
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", parametrised([(target,) for target in TARGETS]))
+def test_norms_that_were_kept_are_in_the_bundle(
+    target: tuple[str], family: str, tmp_path: Path
+) -> None:
+    tiny = make_tiny(FAMILIES[family]())
+    model = quantize_fused(fuse_tiny(tiny, dtype=torch.bfloat16, fold_norms=False), "int8")
+    backend = SafetensorsBackend()
+    if model_refusal(backend, model.config, model.schemes(), target[0]) is not None:
+        pytest.skip("the target has no place for this model")
+    backend.write(model, tmp_path, WriteOptions(target[0]))
+    found = Case(model, tmp_path, target[0]).read().floats
+    kept = [key for name in tiny.wiring.norm_names for key in (f"{name}.weight", f"{name}.bias")]
+    for key in kept:
+        if key in tiny.state:
+            assert torch.equal(found[key], tiny.state[key].bfloat16()), key
 
 
 def test_a_bundle_is_the_artifact_to_the_last_bit(case: Case) -> None:

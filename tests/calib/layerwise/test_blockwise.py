@@ -5,6 +5,7 @@ the bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from calib.architectures.experts import with_parameters
-from calib.artifact import QuantizedModel
+from calib.artifact import QuantizedModel, load_artifact
 from calib.artifact.files import artifact_tensors
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
@@ -47,13 +48,13 @@ CASES = [
 
 
 def prepared(
-    name: str, scheme: str, settings: dict[str, Any]
+    name: str, scheme: str, settings: dict[str, Any], wanted: Sequence[Any] = KINDS
 ) -> tuple[FusedModel, FusedModel, Quantization]:
-    """The fused model, held and lazy, and what to do with it."""
+    """The fused model, held and lazy, and what to do with it; norms are kept without R1."""
     tiny: Tiny = make_tiny(CONFIGS[name]())
     kinds = [
         kind
-        for kind in KINDS
+        for kind in wanted
         if kind in tiny.offered() and not (kind == "r3" and name in ("gpt2", "opt"))
     ]
     held, lazy = (
@@ -62,6 +63,7 @@ def prepared(
             tiny.wiring,
             tiny.rotations(kinds),
             dtype=torch.float32,
+            fold_norms=False,
             lazy=flag,
         )
         for flag in (False, True)
@@ -118,6 +120,25 @@ def test_block_by_block_gives_what_the_whole_model_gives(
     assert torch.equal(
         build_reference(found)(input_ids=ids).logits, build_reference(whole)(input_ids=ids).logits
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("llama", "int4-weight-only"), ("gemma2", "float8"), ("gpt2", "int8"), ("mixtral", "w4a8")],
+)
+def test_block_by_block_keeps_the_norms_as_the_whole_model_does(
+    name: str, scheme: str, tmp_path: Path
+) -> None:
+    held, lazy, how = prepared(name, scheme, {}, ["r2", "r4"])
+    whole = quantize_model(
+        held, how, forward_loop_over(length_batches(token_rows(), 4)), PROVENANCE
+    )
+    found = blockwise(lazy, how, tmp_path)
+    assert_same(found, whole)
+    assert not load_artifact(tmp_path / "out").norms_folded
+    stored = make_tiny(CONFIGS[name]()).state
+    gains = [f"{norm}.weight" for norm in held.wiring.norm_names]
+    assert all(torch.equal(found.floats[gain], stored[gain].float()) for gain in gains)
 
 
 @pytest.mark.parametrize(

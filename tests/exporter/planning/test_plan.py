@@ -65,6 +65,25 @@ def test_a_tied_head_is_stored_separately_afterwards(tmp_path: Path) -> None:
     assert planned(folder).bytes_after == planned(write_llama(tmp_path / "untied")).bytes_after
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_large_tables_are_planned_as_the_run_quantizes_them(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_llama(tmp_path / "model", tie_word_embeddings=tied)
+    shapes = llama_shapes()
+    if tied:
+        del shapes["lm_head.weight"]
+    write_safetensors(folder / "model.safetensors", shapes)
+    float_tables = planned(folder)
+    monkeypatch.setattr("exporter.run.tables.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("exporter.run.tables.LEAST_SHARE", 0.1)
+    found = planned(folder)
+    assert found.quantized_parameters == BLOCK_PARAMETERS + 2 * EMBEDDING
+    assert float_tables.bytes_after - found.bytes_after == 2 * (3 * EMBEDDING - 4 * 100)
+    assert "lm_head: int8-weight-only" in found.recipe
+    assert "lm_head" not in planned(folder, goal="calibrate").recipe
+
+
 def test_four_bit_weights_take_half_a_byte_and_one_scale_a_block(tmp_path: Path) -> None:
     found = planned(write_llama(tmp_path / "model"), scheme="int4-weight-only")
     # no row is longer than a block of 128 here, so there is one scale a row

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from backends.registry import get_backend
-from calib.errors import CheckpointError, OutputError, QuantizationError, RotqError
+from calib.artifact import load_artifact
+from calib.errors import CheckpointError, OutputError, QuantizationError, RecipeError, RotqError
 from exporter.commands.export import calibrate, export
 from exporter.commands.verify import read_back, verify
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -18,7 +20,7 @@ from exporter.reporting.exported import read_export
 from exporter.reporting.report import ParityRow
 from exporter.run import rotations
 from exporter.run.options import RunOptions
-from exporter.run.quantizing import customised_scheme
+from exporter.run.quantizing import check_names, customised_scheme
 from exporter.run.workdir import ARTIFACT, WALK
 from exporter.source import open_source, read_rows
 from tests.checkpoints import write_checkpoint
@@ -52,6 +54,46 @@ def test_a_smoothed_artifact_with_a_float_linear_passes_when_it_is_written_and_v
     assert all(of_rungs(written.report.parity, 1, 2).values())
     assert of_rungs(verify(tmp_path / "out").parity, 1, 2) == of_rungs(written.report.parity, 1, 2)
     assert load_recipe(tmp_path / "out" / RECIPE_FILE) == made
+
+
+@pytest.mark.parametrize(
+    ("settings", "folded"),
+    [
+        ({"scheme": "int4-weight-only"}, False),
+        ({"scheme": "float", "rotate": "r2"}, False),
+        ({"scheme": "int8"}, True),
+        ({"scheme": "int8-weight-only", "rotate": "r1"}, True),
+        ({"scheme": "int8-weight-only", "overrides": {"*.0.mlp.up_proj": "int8"}}, True),
+        ({"scheme": "int8", "rotation.fold_norms": False}, False),
+        ({"scheme": "int4-weight-only", "rotation.fold_norms": True}, True),
+        ({"scheme": "int4-weight-only", "smoothing": "awq:grid=4"}, False),
+    ],
+    ids=str,
+)
+def test_norms_are_folded_where_r1_or_a_quantized_input_wants_it(
+    settings: dict[str, Any], folded: bool, tmp_path: Path
+) -> None:
+    """And the artifact says so, whoever writes it, and ``verify`` fuses the original the same."""
+    recipe = load_recipe(None, {**FEW, "rotate": "none", **settings})
+    made = calibrate(recipe, RunOptions(tmp_path / "artifact")).quantized
+    assert made.norms_folded is folded
+    found = load_artifact(tmp_path / "artifact")
+    assert found.norms_folded is folded
+    gain = open_source(recipe).checkpoint["model.norm.weight"].float()  # no smoothing reaches it
+    expected = torch.ones_like(gain) if folded else gain
+    assert torch.equal(found.floats["model.norm.weight"], expected)
+
+    written = export(few(), RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact"))
+    assert written.report.norms_folded is folded
+    assert all(of_rungs(written.report.parity, 1, 2).values())
+    assert of_rungs(verify(tmp_path / "out").parity, 1, 2) == of_rungs(written.report.parity, 1, 2)
+
+
+def test_r1_cannot_leave_norms_as_they_are() -> None:
+    recipe = load_recipe(None, {"rotate": "r1,r2", "rotation.fold_norms": False})
+    with pytest.raises(RecipeError, match="cannot be false with R1") as caught:
+        check_names(recipe)
+    assert "fold_norms to auto" in str(caught.value.hint)
 
 
 def test_another_original_is_refused_before_anything_is_written(tmp_path: Path) -> None:
