@@ -15,7 +15,7 @@ from calib.fusing import materialize, with_prefix
 from calib.rotations.rotation_set import RotationSet
 from exporter.run.inputs import Inputs
 from exporter.run.options import RunOptions
-from exporter.run.quantizing import capture_config
+from exporter.run.quantizing import capture_config, captured_tokens
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import CAPTURE, WorkDir
 
@@ -32,8 +32,7 @@ def captured(
 
     Args:
         inputs: the model, and how much to keep.
-        rows: calibration rows ``[tokens]``. As many are run as the reservoir of R1 has places: each
-            token has several sites, so that more would not change what is kept by much.
+        rows: calibration rows ``[tokens]``; see :func:`~exporter.run.quantizing.captured_tokens`.
         options: may name a folder that holds them; it is checked to be of this model.
         work: may hold them, and keeps them.
         clock: times the capture.
@@ -55,7 +54,7 @@ def captured(
             folded,
             source.wiring.capture_sites,
             length_batches(
-                at_most(rows, inputs.recipe.rotation.r1_tokens),
+                at_most(rows, captured_tokens(inputs.recipe)),
                 inputs.recipe.calibration.batch_size,
             ),
             num_kv_heads=sizes.kv_heads,
