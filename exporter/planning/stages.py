@@ -20,7 +20,7 @@ from exporter.planning.sizes import Sizes
 from exporter.recipe import Recipe
 from exporter.reporting.report import COMPARED_ROWS
 from exporter.run.options import RunOptions
-from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS
+from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS, captured_tokens
 
 Goal = Literal["export", "calibrate", "capture", "rotate"]
 
@@ -118,7 +118,7 @@ def _float_stages(work: Work) -> list[Stage]:
     if work.goal == "capture" or work.trained:
         reused = work.options.from_capture
         what = f"statistics of {work.rows}" if reused is None else f"reuse {reused}"
-        tokens = min(work.tokens, recipe.rotation.r1_tokens)
+        tokens = min(work.tokens, captured_tokens(recipe))
         stages.append(Stage("capture", what, work.forward(tokens) if reused is None else 0.0))
     if work.goal == "capture":
         return stages

@@ -88,6 +88,15 @@ def folds_norms(recipe: Recipe, quantization: Quantization) -> bool:
     return any(linear.input is not None for linear in quantization.linears.values())
 
 
+def captured_tokens(recipe: Recipe) -> int:
+    """How many calibration tokens are run to capture statistics, at most: as many as the reservoir
+    of R1 has places, and never fewer than it has by default. Each token passes several sites, so
+    that more would hardly change what is kept.
+    """
+    settings = recipe.rotation
+    return max(settings.r1_tokens, type(settings)().r1_tokens)
+
+
 def capture_config(recipe: Recipe) -> CaptureConfig:
     """How much of the activations a recipe keeps."""
     settings = recipe.rotation
