@@ -191,7 +191,7 @@ def _calibrated(
         kinds = Rotate.of({*recipe.rotate.certain, *imported.kinds()}).certain
         config = portable_config(inputs.source.config)
         targets.check(recipe, config, quantization.linears, quantization.cache, kinds)
-        targets.warn(quantization.linears)
+        targets.warn(quantization.linears, kinds)
     sets = candidate_sets(inputs, imported, _left_out(inputs, targets))
 
     rows = inputs.rows(clock)
@@ -268,7 +268,8 @@ def _left_out(inputs: Inputs, targets: Destination | None) -> Collection[str]:
     """Rotations that a target cannot express; says so of those that ``--rotate auto`` would have
     compared.
     """
-    refused = {} if targets is None else targets.refused_kinds()
+    config = portable_config(inputs.source.config)
+    refused = {} if targets is None else targets.refused_kinds(config)
     compared = union(inputs.recipe.rotate.sets(KINDS, quantizes=inputs.quantizes))
     for kind in compared if inputs.recipe.rotate.auto else ():
         if kind in refused:

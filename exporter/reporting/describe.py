@@ -73,7 +73,7 @@ def describe(
         scheme=quantized.scheme.name,
         rotate=str(Rotate.of(quantized.rotations.kinds())),
         dtype=str(quantized.dtype).removeprefix("torch."),
-        warnings=warnings_of(backend, target, quantized.schemes()),
+        warnings=warnings_of(backend, target, quantized.schemes(), quantized.rotations.kinds()),
         model=ModelSummary(
             source=origin.source,
             model_type=quantized.config["model_type"],

@@ -120,7 +120,7 @@ def _checked(
         cache = None if quantized.cache is None else quantized.cache.scheme
         schemes, kinds = quantized.schemes(), quantized.rotations.kinds()
         destination.check(recipe, quantized.config, schemes, cache, kinds)
-        destination.warn(schemes)
+        destination.warn(schemes, kinds)
     return quantized
 
 
