@@ -23,6 +23,10 @@ _BANNERS = {
     "passed": (
         "> **Parity passed**: the exported model was run in its runtime and held every bound below."
     ),
+    "stood in": (
+        "> **Parity passed, but not in {not_run_in}**: the exported files were run in {ran_in} and"
+        " held every bound below. What {not_run_in} makes of them was not seen."
+    ),
     "failed": (
         "> **PARITY FAILED. Do not deploy this model.** These figures missed their bounds:"
         " {failures}."
@@ -187,7 +191,7 @@ def _body(recipe: Recipe, report: Report) -> str:
     size = summary.size_words(report.layers.bytes_before, report.layers.bytes_after)
     parts = [
         f"# {_title(report.model.source)}, {report.scheme} for {report.backend}/{report.target}",
-        _BANNERS[report.status].format(failures="; ".join(summary.failed_rows(report))),
+        _banner(report),
         (
             f"A {report.model.model_type} model of {report.model.parameters:,} parameters, rotated"
             f" (`{report.rotate}`), calibrated and quantized (`{report.scheme}`) by rotq. Weights:"
@@ -233,6 +237,15 @@ def _body(recipe: Recipe, report: Report) -> str:
         ),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _banner(report: Report) -> str:
+    stood_in = report.status == "passed" and report.not_run_in
+    return _BANNERS["stood in" if stood_in else report.status].format(
+        failures="; ".join(summary.failed_rows(report)),
+        ran_in=summary.ran_in(report),
+        not_run_in=report.not_run_in,
+    )
 
 
 def _usage(recipe: Recipe, report: Report) -> str:
