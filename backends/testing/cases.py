@@ -95,8 +95,8 @@ def cases(
             continue
 
         # models are asked for with a scheme that the target takes, so that they alone are refused
-        scheme = linear_schemes()[accepted[0]]
-        tried = [family for family in families if _takes_model(backend, target, family, scheme)]
+        taken = linear_schemes()[accepted[0]]
+        tried = [family for family in families if _takes_model(backend, target, family, taken)]
         if first in tried:
             yield Case(target, "float", first)
             yield from (Case(target, scheme, first) for scheme in accepted)

@@ -196,8 +196,9 @@ def _forward_of(network: Any) -> Forward:
     def forward(
         ids: Tensor, mask: Tensor, positions: Tensor, past: Sequence[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
-        moved = (tensor.to(device) for tensor in (ids, mask, positions))
-        return cached_pass(network, *moved, past or ())
+        return cached_pass(
+            network, ids.to(device), mask.to(device), positions.to(device), past or ()
+        )
 
     return forward
 

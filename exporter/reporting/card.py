@@ -83,6 +83,17 @@ _KV_BUFFERS = {
 """
 
 _OTHER_USAGE = "Load the folder in the runtime it was written for: `{target}`.\n"
+_TRANSFORMERS_USAGE = """\
+Needs the package `compressed-tensors`.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+"""
+_READERS = {"transformers": _TRANSFORMERS_USAGE, "vllm": "```\nvllm serve FOLDER\n```\n"}
+"""How to load the folder, by targets that are called what loads them."""
 
 
 def write_card(folder: Path, recipe: Recipe, report: Report) -> None:
@@ -251,7 +262,7 @@ def _banner(report: Report) -> str:
 def _usage(recipe: Recipe, report: Report) -> str:
     if report.backend == "onnx":
         return _ONNX_USAGE.substitute(_KV_BUFFERS[recipe.kv_buffer])
-    return _OTHER_USAGE.format(target=report.target)
+    return _READERS.get(report.target) or _OTHER_USAGE.format(target=report.target)
 
 
 def _rotation_words(report: Report) -> str:
