@@ -20,6 +20,8 @@ def test_it_is_found_through_its_entry_point() -> None:
     assert isinstance(get_backend("safetensors"), SafetensorsBackend)
     info = {entry.name: entry for entry in available()}["safetensors"]
     assert info.error is None
+    assert set(info.rotation_warnings["vllm"]) == {"r4"}
+    assert not any(warned for target, warned in info.rotation_warnings.items() if target != "vllm")
     assert info.targets == (
         "tripy",
         "tensorrt",
