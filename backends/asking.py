@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from backends.base import Backend, ListsFiles, Reason, Request
 from calib.errors import BackendError
@@ -96,12 +97,27 @@ def expressible(
     return refusal_of(backend, request) is None
 
 
-def refused_rotations(backend: Backend, target: str, kinds: Collection[str]) -> dict[str, str]:
+def refused_rotations(
+    backend: Backend,
+    target: str,
+    kinds: Collection[str],
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """Why ``target`` cannot express rotations of ``kinds``, by kind; those that it can are left
     out.
+
+    Args:
+        backend: what is asked.
+        target: one of its targets.
+        kinds: any of r1, r2, r3, r4.
+        config: Hugging Face config of the model that they are of; ``None``: of none in particular.
     """
-    answers = {kind: refusal_of(backend, Request(target, rotations=(kind,))) for kind in kinds}
-    return {kind: reason for kind, reason in answers.items() if reason is not None}
+    reasons = reasons_against(backend, Request(target, rotations=tuple(kinds), config=config))
+    return {
+        reason.name: reason.reason
+        for reason in reasons
+        if reason.severity == "refused" and reason.about == "rotation"
+    }
 
 
 def slow_linears(
@@ -112,13 +128,26 @@ def slow_linears(
     return {name: reasons[scheme] for name, scheme in linears.items() if scheme in reasons}
 
 
-def warnings_of(backend: Backend, target: str, linears: Mapping[str, LinearScheme]) -> list[str]:
-    """What ``target`` expresses but does not run fast, a sentence for each kind of linear."""
+def warnings_of(
+    backend: Backend,
+    target: str,
+    linears: Mapping[str, LinearScheme],
+    rotations: Collection[str] = (),
+) -> list[str]:
+    """What ``target`` expresses but does not run fast, a sentence for each kind of linear and of
+    ``rotations``.
+    """
     counts = Counter(linears.values())
-    return [
+    of_linears = [
         f"{counts[scheme]} linear{'s' if counts[scheme] > 1 else ''} with {linear_words(scheme)}:"
         f" {reason}"
         for scheme, reason in _slow_schemes(backend, target, linears).items()
+    ]
+    reasons = reasons_against(backend, Request(target, rotations=tuple(rotations)))
+    return of_linears + [
+        f"{reason.name.upper()}: {reason.reason}"
+        for reason in reasons
+        if reason.severity == "slow" and reason.about == "rotation"
     ]
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "OLDEST_CONTRACT",
     "About",
     "Backend",
+    "BlocksRotations",
     "ContentKind",
     "Dtype",
     "Fusion",
@@ -35,6 +36,7 @@ __all__ = [
     "RuntimeMissing",
     "RuntimeModel",
     "Severity",
+    "StandIn",
     "StoredTensor",
     "WriteOptions",
 ]
@@ -196,6 +198,16 @@ class DescribedModel(Protocol):
     """
 
 
+@runtime_checkable
+class StandIn(Protocol):
+    """A running folder that may run elsewhere than where it is going to be deployed. A
+    :class:`RuntimeModel` need not be one: it then is the target's own runtime.
+    """
+
+    not_run_in: str
+    """Runtimes that the folder is for and that did not run it, in words; empty: there are none."""
+
+
 class ProbedModel(Protocol):
     """An exported folder that also shows what goes into and comes out of its linears, in the
     runtime itself.
@@ -320,4 +332,16 @@ class ListsFiles(Protocol):
         Returns:
             Paths below the folder; ``*`` stands for the number of a shard, and for how many there
             are. Those of ``rotations.*``, which every export has, may be left out.
+        """
+
+
+@runtime_checkable
+class BlocksRotations(Protocol):
+    """A backend with targets that take online rotations of a limited order; :class:`Backend` asks
+    for no such thing.
+    """
+
+    def online_block(self, target: str) -> int | None:
+        """Largest order of the Hadamard matrices on the diagonal of an R4, a power of two;
+        ``None``: any. Torch-free.
         """

@@ -261,8 +261,9 @@ FACTS: tuple[Fact, ...] = (
         VLLM,
         "read",
         f"{_SAFE}/compressed_tensors/transforms.py",
-        "online rotations that it applies: those of linears without a bias, none of queries and "
-        "keys",
+        "online rotations that it applies: those of linears without a bias and without tensor "
+        "parallelism, none of queries and keys; by fast kernels where they are Sylvester's "
+        "matrices in blocks of 16 to 128",
     ),
     _fact(
         (TRANSFORMERS, COMPRESSED_TENSORS),
@@ -283,10 +284,25 @@ FACTS: tuple[Fact, ...] = (
     _fact(
         (TRANSFORMERS, COMPRESSED_TENSORS),
         "tested",
-        f"{_SAFE}/compressed_tensors/runner.py",
-        "transform_config, Conv1D, some experts and some caches are not read",
+        f"{_SAFE}/compressed_tensors/limits.py",
+        "transform_config is passed over",
+        f"{_SAFE}/compressed_tensors/test_compressed_transforms.py::"
+        "test_the_library_rotates_as_rotq_does",
+    ),
+    _fact(
+        (TRANSFORMERS, COMPRESSED_TENSORS),
+        "tried",
+        f"{_SAFE}/compressed_tensors/models.py",
+        "Conv1D, experts of other schemes than one of packed integers, and caches of attention "
+        "without a projection of keys are not read",
+    ),
+    _fact(
+        (TRANSFORMERS, COMPRESSED_TENSORS),
+        "tested",
+        f"{_SAFE}/compressed_tensors/config.py",
+        "weights of NVFP4, MXFP4 and MXFP8 become bfloat16, and nothing else computes with them",
         f"{_SAFE}/compressed_tensors/test_compressed_transformers.py::"
-        "test_what_transformers_does_not_run_is_run_in_torch",
+        "test_the_default_session_is_plain_from_pretrained",
     ),
 )
 """In the order of the runtimes."""

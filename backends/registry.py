@@ -41,6 +41,8 @@ class BackendInfo:
     """target -> format of the KV cache -> why the target cannot express it, ``None`` if it can."""
     rotations: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     """target -> kind of rotation -> why the target cannot express it, ``None`` if it can."""
+    rotation_warnings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """target -> kind of rotation -> what comes with it there; only where there is something."""
     error: str | None = None
     """Why the plugin could not be loaded; the other fields are empty then."""
 
@@ -130,6 +132,7 @@ def _describe(entry: EntryPoint) -> BackendInfo:
             warnings=_for_each_target(backend, _warnings),
             caches=_for_each_target(backend, _caches),
             rotations=_for_each_target(backend, _rotations),
+            rotation_warnings=_for_each_target(backend, _rotation_warnings),
         )
     except Exception as error:  # a broken plugin must not take the list down
         return BackendInfo(entry.name, distribution, (), error=f"{type(error).__name__}: {error}")
@@ -167,6 +170,14 @@ def _caches(backend: Backend, target: str) -> dict[str, str | None]:
 
 def _rotations(backend: Backend, target: str) -> dict[str, str | None]:
     return {kind: refusal_of(backend, Request(target, rotations=(kind,))) for kind in KINDS}
+
+
+def _rotation_warnings(backend: Backend, target: str) -> dict[str, str]:
+    return {
+        reason.name: reason.reason
+        for reason in reasons_against(backend, Request(target, rotations=KINDS))
+        if reason.severity == "slow" and reason.about == "rotation"
+    }
 
 
 def _distribution(entry: EntryPoint) -> str:

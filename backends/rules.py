@@ -9,7 +9,7 @@ from backends.base import Reason, Request
 from backends.facts import How, Runtime, stated
 from calib.schemes import LinearScheme, TensorScheme
 
-__all__ = ["Limits", "Rule", "first_reason", "is_dynamic", "tensor_schemes"]
+__all__ = ["Limits", "Rule", "first_reason", "first_rule", "is_dynamic", "tensor_schemes"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Limits:
     """Why it cannot express a KV cache."""
     rotation: Callable[[str], str | None] = _nothing
     """Why it cannot express rotations of a kind."""
+    slow_rotation: Callable[[str], str | None] = _nothing
+    """What comes with rotations of a kind that it can express."""
     options: Mapping[str, str | Mapping[object, str]] = field(default_factory=dict)
     """Why it cannot be written with another value of an option than its default, by field of
     :class:`~backends.base.Request`; by value where some can be."""
@@ -85,8 +87,11 @@ class Limits:
 
         for kind in request.rotations:
             refused = self.rotation(kind)
+            slow = self.slow_rotation(kind) if refused is None else None
             if refused is not None:
                 yield Reason(refused, about="rotation", name=kind)
+            elif slow is not None:
+                yield Reason(slow, about="rotation", name=kind, severity="slow")
 
         for option, value in request.options().items():
             limit = self.options.get(option)
@@ -97,7 +102,13 @@ class Limits:
 
 def first_reason(rules: Sequence[Rule], scheme: LinearScheme) -> str | None:
     """The reason of the first of ``rules`` that applies to ``scheme``; ``None`` if none does."""
-    return next((rule.words() for rule in rules if rule.when(scheme)), None)
+    rule = first_rule(rules, scheme)
+    return None if rule is None else rule.words()
+
+
+def first_rule(rules: Sequence[Rule], scheme: LinearScheme) -> Rule | None:
+    """The first of ``rules`` that applies to ``scheme``; ``None`` if none does."""
+    return next((rule for rule in rules if rule.when(scheme)), None)
 
 
 def tensor_schemes(scheme: LinearScheme) -> list[TensorScheme]:

@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 
 class TorchModel:
-    """A quantized model in torch; implements :class:`~backends.base.RuntimeModel` and
-    ``ProbedModel``.
+    """A quantized model in torch; implements :class:`~backends.base.RuntimeModel`,
+    ``StandIn`` and ``ProbedModel``.
 
     Args:
         model: the artifact, as read back from a written folder.
+        not_run_in: see :class:`~backends.base.StandIn`.
     """
 
     runtime = "torch, from the file"
     note = ""
 
-    def __init__(self, model: QuantizedModel) -> None:
+    def __init__(self, model: QuantizedModel, *, not_run_in: str = "") -> None:
+        self.not_run_in = not_run_in
         self._network: Any = build_reference(model)
 
     def forward(

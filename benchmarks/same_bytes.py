@@ -49,7 +49,9 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDED = "embedded"
-ONNX, BUNDLES = ("ort", "openvino"), ("tripy", "tensorrt", "modelopt", "compressed-tensors")
+FOLDED = ("modelopt", "transformers")
+"""Targets that the default artifact, which rotates while it runs, is not for."""
+ONNX, BUNDLES = ("ort", "openvino"), ("tripy", "tensorrt", "modelopt", "vllm", "transformers")
 PACKAGES = (
     "torch",
     "transformers",
@@ -103,7 +105,7 @@ def runs_of() -> list[Run]:
         Run("onnx", ("export", "--backend", "onnx", *_targets(ONNX)), work=True),
         Run("calibrated", ("calibrate", "--backend", "onnx", "--resume"), work=True),
         *(_from_artifact("onnx", target) for target in ("ort", "tensorrt")),
-        *(_from_artifact("safetensors", target) for target in BUNDLES if target != "modelopt"),
+        *(_from_artifact("safetensors", target) for target in BUNDLES if target not in FOLDED),
         Run("bundles", ("export", "--backend", "safetensors", *_targets(BUNDLES))),
         Run("rotated", ("rotate", "--write-dartquant"), {"--from-capture": "work/capture"}),
         # what the default does not reach, small
@@ -119,7 +121,7 @@ def runs_of() -> list[Run]:
         _short("nvfp4", "onnx", "tensorrt", "nvfp4", "none"),
         _short("mxfp8", "safetensors", "modelopt", "mxfp8", "none", "--kv", "float8"),
         _short("w4a8", "safetensors", "tripy", "w4a8", "none", *MIXED),
-        _short("w4a4", "safetensors", "compressed-tensors", "w4a4", "r1,r2,r4", *_weights("gptq")),
+        _short("w4a4", "safetensors", "vllm", "w4a4", "r1,r2,r4", *_weights("gptq")),
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from backends.facts import Fact, How, Runtime
@@ -16,6 +17,8 @@ from backends.known import FACTS
 from backends.onnx.targets import TARGETS as ONNX
 from backends.rules import Rule
 from backends.safetensors.targets import TARGETS as SAFETENSORS
+from backends.safetensors.targets import Target
+from calib.architectures.spec import KINDS
 from calib.errors import OutputError
 from calib.schemes import KV_SCHEMES
 
@@ -61,18 +64,35 @@ def _of_onnx() -> Iterable[Fact]:
 
 
 def _of_safetensors() -> Iterable[Fact]:
+    """Of one format there are targets that share reasons: those are one line."""
+    where: dict[Fact, list[str]] = {}
     for name, target in SAFETENSORS.items():
-        yield from (
-            _of_rule(rule, f"`safetensors/{name}` refuses", (target.of,), target.how)
-            for rule in target.rules
-        )
-        for rule in target.warnings:
-            named = tuple(target.named_in(rule.reason))
-            how: How = "tried" if named == (target.of,) else "read"
-            yield _of_rule(rule, f"`safetensors/{name}` warns", named, how)
-        caches = (target.cache_refusal(cache) for cache in KV_SCHEMES.values())
-        for text in dict.fromkeys(text for text in caches if text is not None):
-            yield Fact((target.of,), target.how, text, f"`safetensors/{name}` refuses")
+        for fact in _of_target(target):
+            where.setdefault(fact, []).append(name)
+    for fact, names in where.items():
+        yield replace(fact, where=f"`safetensors/{', '.join(names)}` {fact.where}")
+
+
+def _of_target(target: Target) -> Iterable[Fact]:
+    """Each with what the target does by it (``refuses``, ``warns``) in place of where."""
+    for rule in target.rules:
+        yield _of_rule(rule, "refuses", (target.of,), target.how)
+    for rule in target.warnings:
+        named = tuple(target.named_in(rule.reason))
+        how: How = "tried" if named == (target.of,) else "read"
+        yield _of_rule(rule, "warns", named, how)
+    caches = [target.cache_refusal(cache) for cache in KV_SCHEMES.values()]
+    kinds = [target.rotation_refusal(kind) for kind in KINDS]
+    for text in dict.fromkeys(text for text in (*caches, *kinds) if text is not None):
+        yield _stated(target, text, "refuses")
+    warned = (target.rotation_warning(kind) for kind in KINDS)
+    yield from (_stated(target, text, "warns") for text in warned if text is not None)
+
+
+def _stated(target: Target, text: str, where: str) -> Fact:
+    """A reason without a rule: it speaks of the readers that it names."""
+    named = tuple(target.named_in(text))
+    return Fact(named, target.how if named == (target.of,) else "read", text, where)
 
 
 def _of_rule(rule: Rule, where: str, runtimes: tuple[Runtime, ...], how: How) -> Fact:

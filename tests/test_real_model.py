@@ -127,6 +127,34 @@ def test_the_float_graph_computes_what_torch_does(
             assert relative_l2(found, original(tokens).logits) <= FLOATS
 
 
+def test_quality_for_transformers_is_what_transformers_computes(
+    real_model: Path, recipe: Recipe, original: Any, tmp_path: Path
+) -> None:
+    """With nothing of rotq between it and the folder."""
+    from transformers import AutoModelForCausalLM
+
+    from calib.measure.perplexity import model_logits, perplexity
+    from exporter.commands.export import export
+    from exporter.run.options import RunOptions
+    from exporter.source import open_source, read_rows
+
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    wanted = {"backend": "safetensors", "target": "transformers", "scheme": "int8"}
+    recipe = load_recipe(None, {**recipe.model_dump(), **wanted, "rotate": "r1,r2"})
+    report = export(recipe, RunOptions(tmp_path / "int8")).report
+    (row,) = [row for row in report.parity if row.metric == "perplexity ratio"]
+    assert row.runtime.startswith("transformers ")
+    source = open_source(recipe)
+    rows = read_rows(recipe, source.tokenizer, source.config).evaluation
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    scored = [
+        perplexity(model_logits(each), rows, window=64, stride=64).value
+        for each in (original, plain)
+    ]
+    assert row.measured == pytest.approx(scored[1] / scored[0], rel=1e-3)
+    assert all(each.passed for each in report.parity if each.rung == 2 and each.bound is not None)
+
+
 def test_calibration_sees_conversations_as_the_model_does(tokenizer: Any, tmp_path: Path) -> None:
     from calib.data.rows import calibration_rows
 

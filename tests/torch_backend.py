@@ -77,6 +77,7 @@ class TorchBackend:
     name = "torch"
     targets = tuple(DTYPES)
     contract = 2
+    runtime = TorchRuntime
 
     def refusals(self, request: Request) -> list[Reason]:
         target = request.target
@@ -135,7 +136,7 @@ class TorchBackend:
             any(linear.input_scheme is None for linear in model.linears.values()) and not exact
         )
         last = json.loads((folder / OPTIONS).read_text())["logits"] == "last"
-        return TorchRuntime(
+        return self.runtime(
             model, last=last, note="rounds inputs of its own accord" if approximates else ""
         )
 
@@ -177,6 +178,29 @@ class WrongScales(TorchBackend):
         super().write(replace(model, linears={**model.linears, name: broken}), folder, options)
 
 
+class RepeatingRuntime(TorchRuntime):
+    """Whatever it is given after a cache, it takes the token that it was given for the next one."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        logits, present = super().forward(input_ids, attention_mask, position_ids, past)
+        if past:
+            same = input_ids[:, -logits.shape[1] :, None]
+            logits = logits.scatter(-1, same, logits.amax(-1, keepdim=True) + 1)
+        return logits, present
+
+
+class Repeats(TorchBackend):
+    """Loses its way as soon as it decodes: what a perplexity of whole texts does not see."""
+
+    runtime = RepeatingRuntime
+
+
 def _stored(key: str, tensor: Tensor) -> StoredTensor:
     kinds = {"weight_scale": "scale", "input_scale": "scale", "weight_zero_point": "zero point"}
     kind: Any = kinds.get(
@@ -188,11 +212,18 @@ def _stored(key: str, tensor: Tensor) -> StoredTensor:
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register both backends through an entry point, as a third party's are."""
+    """Register the backends through an entry point, as a third party's are."""
     info = folder / "torchbackend-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchbackend\nVersion: 1.0\n")
     module = f"{__name__}:"
-    entries = f"torch = {module}TorchBackend\nwrong = {module}WrongScales\n"
+    entries = "".join(
+        f"{name} = {module}{kind}\n"
+        for name, kind in (
+            ("torch", "TorchBackend"),
+            ("wrong", "WrongScales"),
+            ("repeats", "Repeats"),
+        )
+    )
     (info / "entry_points.txt").write_text(f"[rotq.backends]\n{entries}")
     monkeypatch.syspath_prepend(str(folder))

@@ -14,7 +14,7 @@ from backends.onnx.names import ROTATION_FACTOR
 from calib.architectures import Space, wiring_of
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
-from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
+from calib.rotations.hadamard import hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 
 
@@ -65,7 +65,7 @@ def rotate(nodes: LinearNodes, x: ir.Value, rotation: Rotation) -> ir.Value:
             "Signs",
         )
     leading = [0] * (len(shape) - 1)
-    after = block_order(order)
+    after = rotation.factored
     for index, factor in enumerate(hadamard_factors(after)):
         f = factor.shape[0]
         after //= f

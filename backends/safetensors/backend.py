@@ -5,11 +5,12 @@ when they are used.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from backends.base import (
+    ProbedModel,
     Reason,
     Request,
     RuntimeMissing,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from backends.torch_model import TorchModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 
+_Running = TypeVar("_Running")
 _OF_BUNDLES = Limits(
     options={
         "logits": "a bundle holds weights; which logits are computed is up to whoever loads it",
@@ -52,10 +54,7 @@ class SafetensorsBackend:
         """See :class:`~backends.base.Backend`."""
         target = TARGETS[request.target]
         reasons = target.limits.reasons(request) + _OF_BUNDLES.reasons(request)
-        if request.config is not None:
-            refusal = target.layout().model_refusal(request.config, request.linears)
-            reasons += [] if refusal is None else [refusal]
-        return reasons
+        return reasons if request.config is None else [*reasons, *target.reasons(request)]
 
     def compute_dtype(self, target: str) -> None:
         """The checkpoint's own: a bundle holds weights, and whoever loads it computes."""
@@ -75,18 +74,20 @@ class SafetensorsBackend:
         return (weights, INDEX_FILE, *target.files, *quantized, MANIFEST_FILE)
 
     def load(self, folder: Path, target: str, *, exact: bool) -> RuntimeModel:
-        """See :class:`~backends.base.Backend`. Without a library of the target's own that can run
-        it: in torch.
+        """See :class:`~backends.base.Backend`. A target that is a library is run there and nowhere
+        else; another in a library that reads it the same way, or in torch.
         """
         bundle = _open(folder, target, verify=True)
-        if TARGETS[target].has_runner:
-            with contextlib.suppress(RuntimeMissing):
-                return TARGETS[target].run(folder, exact=exact)
-        return _in_torch(bundle)
+        return _either(target, lambda: TARGETS[target].run(folder, exact=exact), bundle)
 
-    def load_probed(self, folder: Path, target: str) -> TorchModel:
-        """See :class:`~backends.base.Backend`; always in torch."""
-        return _in_torch(_open(folder, target, verify=True))
+    def load_probed(self, folder: Path, target: str) -> ProbedModel:
+        """See :class:`~backends.base.Backend`; where :meth:`load` runs it."""
+        bundle = _open(folder, target, verify=True)
+        return _either(target, lambda: TARGETS[target].run_probed(folder), bundle)
+
+    def online_block(self, target: str) -> int | None:
+        """See :class:`~backends.base.BlocksRotations`."""
+        return TARGETS[target].online_block
 
     def fusion(self, folder: Path, target: str) -> None:
         """Which kernels run is decided by whoever loads the bundle."""
@@ -118,8 +119,20 @@ def _open(folder: Path, target: str, *, verify: bool) -> Bundle:
     return open_bundle(folder, target=target, verify=verify)
 
 
+def _either(target: str, run: Callable[[], _Running], bundle: Bundle) -> _Running | TorchModel:
+    """``bundle`` in the runner of ``target``, or in torch where that is no reader of it."""
+    runner = TARGETS[target].runner
+    if runner == "own":
+        return run()
+    if runner == "stand-in":
+        with contextlib.suppress(RuntimeMissing):
+            return run()
+    return _in_torch(bundle)
+
+
 def _in_torch(bundle: Bundle) -> TorchModel:
     from backends.safetensors.read import read_model
     from backends.torch_model import TorchModel
 
-    return TorchModel(read_model(bundle, TARGETS[bundle.manifest.target].layout()))
+    target = TARGETS[bundle.manifest.target]
+    return TorchModel(read_model(bundle, target.layout()), not_run_in=target.not_run_in)

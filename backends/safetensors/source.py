@@ -29,7 +29,7 @@ from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 from calib.errors import BackendError
 from calib.network.skeleton import oriented_shapes
-from calib.rotations.hadamard import block_order, hadamard_factors, random_signs
+from calib.rotations.hadamard import hadamard_factors, random_signs
 from calib.rotations.rotation_set import Rotation
 from calib.schemes import LinearScheme, PerBlock, TensorScheme
 
@@ -224,7 +224,7 @@ def _rotation_tensors(rotation: Rotation) -> dict[str, Tensor]:
     signs = torch.ones(rotation.order, dtype=torch.float64)
     if rotation.seed is not None:
         signs = random_signs(rotation.order, rotation.seed)
-    block = block_order(rotation.order)
-    factors = [factor.double() * len(factor) ** -0.5 for factor in hadamard_factors(block)]
+    made_of = hadamard_factors(rotation.factored)
+    factors = [factor.double() * len(factor) ** -0.5 for factor in made_of]
     stored = [*(factor.T.contiguous() for factor in factors[:-1]), *factors[-1:]]
     return {"signs": signs, **{f"factors.{k}": factor for k, factor in enumerate(stored)}}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from backends.facts import (
     COMPRESSED_TENSORS,
@@ -22,7 +22,7 @@ from backends.facts import (
     Runtime,
     stated,
 )
-from backends.rules import Limits, Rule, first_reason
+from backends.rules import Limits, Rule, first_rule
 from backends.safetensors.compressed_tensors import limits as compressed_tensors
 from backends.safetensors.file_names import CONFIG_FILE, QUANT_CONFIG_FILE, STATEMENT_FILE
 from backends.safetensors.modelopt import limits as modelopt
@@ -31,7 +31,7 @@ from backends.safetensors.tripy import limits as tripy
 from calib.schemes import LinearScheme, TensorScheme
 
 if TYPE_CHECKING:
-    from backends.base import RuntimeModel
+    from backends.base import ProbedModel, Reason, Request, RuntimeModel
     from backends.safetensors.layout import Layout
 
 _PACKAGE = "backends.safetensors"
@@ -60,12 +60,21 @@ class Target:
     """What is written besides weights, index, manifest and what every export has."""
     quantized_files: tuple[str, ...] = ()
     """The same, only where something is quantized."""
-    has_runner: bool = False
-    """Whether the subpackage's ``runner.load`` runs a bundle in a library of the target's own."""
+    runner: Literal["own", "stand-in"] | None = None
+    """Whether the subpackage's ``runner.load`` runs a bundle in the target itself, or in another
+    reader of the same files, where that reads all of them as the target does."""
+    asks_of_models: bool = False
+    """Whether the subpackage's ``models.reasons`` knows more that speaks against a model."""
     rotation_refusal: Callable[[str], str | None] = lambda kind: None
     """Why it cannot express rotations of a kind; by default it can express all."""
     prefix_refusal: str | None = None
     """Why its readers cannot put a prefix before every sequence, if they cannot."""
+    rotation_warning: Callable[[str], str | None] = lambda kind: None
+    """What comes with rotations of a kind that it can express; by default nothing."""
+    online_block: int | None = None
+    """See :class:`~backends.base.BlocksRotations`."""
+    not_run_in: str = ""
+    """Its readers that rotq does not run, in words."""
 
     @property
     def limits(self) -> Limits:
@@ -73,26 +82,38 @@ class Target:
         return Limits(
             linear=self._refusal,
             slow=self._warning,
-            cache=self._cache_refusal,
-            rotation=self.rotation_refusal,
+            cache=lambda scheme: self._of_it(self.cache_refusal(scheme)),
+            rotation=lambda kind: self._of_it(self.rotation_refusal(kind)),
+            slow_rotation=lambda kind: self._of_it(self.rotation_warning(kind)),
             options={} if self.prefix_refusal is None else {"prefix": self.prefix_refusal},
         )
 
-    def named_in(self, warning: str) -> list[Runtime]:
-        """The readers that a warning names; where it names none, it speaks of what the rules do."""
-        return [reader for reader in self.readers if reader.name in warning] or [self.of]
+    def named_in(self, reason: str) -> list[Runtime]:
+        """The readers that a reason names; where it names none, it speaks of what the rules do."""
+        return [reader for reader in self.readers if reader.name in reason] or [self.of]
+
+    def reasons(self, request: Request) -> list[Reason]:
+        """What speaks against the model of ``request``, which has a config; imports torch."""
+        assert request.config is not None
+        refusal = self.layout().model_refusal(request.config, request.linears)
+        reasons = [] if refusal is None else [refusal]
+        if self.asks_of_models:
+            reasons += self._load("models").reasons(request)
+        return reasons
 
     def _refusal(self, scheme: LinearScheme) -> str | None:
-        reason = first_reason(self.rules, scheme)
-        return None if reason is None else stated(reason, [self.of])
+        rule = first_rule(self.rules, scheme)
+        return None if rule is None else self._words(rule, [self.of])
 
     def _warning(self, scheme: LinearScheme) -> str | None:
-        reason = first_reason(self.warnings, scheme)
-        return None if reason is None else stated(reason, self.named_in(reason))
+        rule = first_rule(self.warnings, scheme)
+        return None if rule is None else self._words(rule, self.named_in(rule.reason))
 
-    def _cache_refusal(self, scheme: TensorScheme) -> str | None:
-        reason = self.cache_refusal(scheme)
-        return None if reason is None else stated(reason, [self.of])
+    def _words(self, rule: Rule, runtimes: list[Runtime]) -> str:
+        return rule.words() if rule.of else stated(rule.reason, runtimes)
+
+    def _of_it(self, reason: str | None) -> str | None:
+        return None if reason is None else stated(reason, self.named_in(reason))
 
     def layout(self) -> Layout:
         """The layout; imports torch."""
@@ -100,12 +121,22 @@ class Target:
         return layout
 
     def run(self, folder: Path, *, exact: bool) -> RuntimeModel:
-        """The bundle in ``folder`` in the target's own library.
+        """The bundle in ``folder`` in the library that :attr:`runner` is about.
 
         Raises:
-            RuntimeMissing: it is not installed, or cannot run what the bundle holds.
+            RuntimeMissing: it is not installed, or stands in for the target and does not read the
+                bundle as that does.
         """
-        model: RuntimeModel = self._load("runner").load(folder, exact=exact)
+        model: RuntimeModel = self._load("runner").load(
+            folder, exact=exact, stands_in=self.runner == "stand-in", not_run_in=self.not_run_in
+        )
+        return model
+
+    def run_probed(self, folder: Path) -> ProbedModel:
+        """:meth:`run`, asked to be exact, with its linears in the open."""
+        model: ProbedModel = self._load("runner").load(
+            folder, exact=True, stands_in=self.runner == "stand-in", not_run_in=self.not_run_in
+        )
         return model
 
     def _load(self, name: str) -> Any:
@@ -132,6 +163,7 @@ TARGETS: Mapping[str, Target] = {
         readers=(),
         how="tested",
         files=(STATEMENT_FILE,),
+        not_run_in="Tripy",
         prefix_refusal=_NO_CACHE,
     ),
     "tensorrt": Target(
@@ -143,6 +175,7 @@ TARGETS: Mapping[str, Target] = {
         TENSORRT_RTX,
         readers=(),
         how="tried",
+        not_run_in="TensorRT",
         prefix_refusal=_NO_CACHE,
     ),
     "modelopt": Target(
@@ -157,19 +190,58 @@ TARGETS: Mapping[str, Target] = {
         files=(CONFIG_FILE,),
         quantized_files=(QUANT_CONFIG_FILE,),
         rotation_refusal=modelopt.rotation_refusal,
+        not_run_in="TensorRT-LLM or vLLM",
+        prefix_refusal=_OWN_CACHE,
+    ),
+    "vllm": Target(
+        (*compressed_tensors.FORMAT, *compressed_tensors.VLLM_REFUSALS),
+        compressed_tensors.VLLM_WARNINGS,
+        compressed_tensors.vllm_cache_refusal,
+        "compressed_tensors",
+        "VllmLayout",
+        COMPRESSED_TENSORS,
+        readers=(VLLM,),
+        how="format",
+        files=(CONFIG_FILE,),
+        runner="stand-in",
+        asks_of_models=True,
+        rotation_refusal=compressed_tensors.vllm_rotation_refusal,
+        rotation_warning=compressed_tensors.vllm_rotation_warning,
+        online_block=compressed_tensors.ONLINE_BLOCK,
+        not_run_in="vLLM",
+        prefix_refusal=_OWN_CACHE,
+    ),
+    "transformers": Target(
+        compressed_tensors.FORMAT,
+        compressed_tensors.TRANSFORMERS_WARNINGS,
+        compressed_tensors.cache_refusal,
+        "compressed_tensors",
+        "TransformersLayout",
+        COMPRESSED_TENSORS,
+        readers=(TRANSFORMERS,),
+        how="format",
+        files=(CONFIG_FILE,),
+        runner="own",
+        asks_of_models=True,
+        rotation_refusal=compressed_tensors.transformers_rotation_refusal,
         prefix_refusal=_OWN_CACHE,
     ),
     "compressed-tensors": Target(
-        compressed_tensors.RULES,
-        compressed_tensors.WARNINGS,
-        compressed_tensors.cache_refusal,
+        (*compressed_tensors.FORMAT, *compressed_tensors.VLLM_REFUSALS),
+        (*compressed_tensors.VLLM_WARNINGS, *compressed_tensors.TRANSFORMERS_WARNINGS),
+        compressed_tensors.vllm_cache_refusal,
         "compressed_tensors",
         "CompressedTensorsLayout",
         COMPRESSED_TENSORS,
         readers=(VLLM, TRANSFORMERS),
         how="format",
         files=(CONFIG_FILE,),
-        has_runner=True,
+        runner="own",
+        asks_of_models=True,
+        rotation_refusal=compressed_tensors.transformers_rotation_refusal,
+        not_run_in="vLLM",
         prefix_refusal=_OWN_CACHE,
     ),
 }
+"""One line of ``--target`` each. The last three are files of one format: what vLLM reads, what
+transformers reads, and what both do."""

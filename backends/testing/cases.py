@@ -15,7 +15,7 @@ from torch import Tensor
 from backends.asking import expressible, refusal_of, refused_rotations
 from backends.base import Backend, Request, WriteOptions
 from backends.testing.models import FAMILIES, tiny_model
-from calib.architectures import Kind
+from calib.architectures import Kind, wiring_for
 from calib.artifact import QuantizedModel
 from calib.quantizing.plan import customised
 from calib.schemes import KV_SCHEMES, LINEAR_SCHEMES, SCHEMES, LinearScheme, Scheme
@@ -95,15 +95,8 @@ def cases(
             continue
 
         # models are asked for with a scheme that the target takes, so that they alone are refused
-        linears = {"some.linear": linear_schemes()[accepted[0]]}
-        tried = [
-            family
-            for family in families
-            if refusal_of(
-                backend, Request(target, linears=linears, config=FAMILIES[family]().to_dict())
-            )
-            is None
-        ]
+        taken = linear_schemes()[accepted[0]]
+        tried = [family for family in families if _takes_model(backend, target, family, taken)]
         if first in tried:
             yield Case(target, "float", first)
             yield from (Case(target, scheme, first) for scheme in accepted)
@@ -117,6 +110,14 @@ def cases(
         for kv, scheme in KV_SCHEMES.items():
             if first in tried and expressible(backend, target, [], scheme):
                 yield Case(target, accepted[0], first, kv=kv)
+
+
+def _takes_model(backend: Backend, target: str, family: str, scheme: LinearScheme) -> bool:
+    """Whether ``target`` takes a model of ``family`` whose decoder is quantized by ``scheme``."""
+    config = FAMILIES[family]()
+    linears = dict.fromkeys(wiring_for(config).quantizable, scheme)
+    request = Request(target, linears=linears, config=config.to_dict())
+    return refusal_of(backend, request) is None
 
 
 def linear_schemes() -> dict[str, LinearScheme]:

@@ -2,7 +2,7 @@
 
 ``rotations.safetensors`` holds float64 matrices by rotation name; ``rotations.json`` beside it is
 the manifest: for each rotation its name, kind, space, layer, order, seed, whether it is folded or
-online, and how it was chosen.
+online, how it was chosen, and the size of its blocks where that was asked for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from calib.architectures import Space
 from calib.errors import RotationError
 from calib.rotations.rotation_set import Rotation, RotationSet
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_BLOCKS = 1
+"""What is still written where no rotation has blocks of a size of its own: readers of that version
+would pass over it, and compute something else."""
 TENSORS = "rotations.safetensors"
 MANIFEST = "rotations.json"
 _FIELDS = ("name", "kind", "space", "layer", "order", "seed", "online", "origin")
+_BLOCK = "block"
 
 
 def save_rotations(rotations: RotationSet, folder: str | os.PathLike[str]) -> None:
@@ -36,10 +40,13 @@ def save_rotations(rotations: RotationSet, folder: str | os.PathLike[str]) -> No
         name: r.matrix.contiguous().cpu() for name, r in rotations.items() if r.matrix is not None
     }
     save_file(matrices, target / TENSORS)
+    blocked = any(rotation.block is not None for rotation in rotations.values())
+    fields = (*_FIELDS, _BLOCK) if blocked else _FIELDS
     entries = [
-        {field: getattr(rotation, field) for field in _FIELDS} for rotation in rotations.values()
+        {field: getattr(rotation, field) for field in fields} for rotation in rotations.values()
     ]
-    manifest = {"format_version": FORMAT_VERSION, "rotations": entries}
+    version = FORMAT_VERSION if blocked else _WITHOUT_BLOCKS
+    manifest = {"format_version": version, "rotations": entries}
     (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -61,10 +68,10 @@ def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
             f"the rotations in {source} cannot be read: {error}",
             hint=f"the folder needs {MANIFEST} and {TENSORS}, both written by rotq",
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in (_WITHOUT_BLOCKS, FORMAT_VERSION):
         raise RotationError(
-            f"the rotations in {source} have format version {version}; this rotq reads version"
-            f" {FORMAT_VERSION}",
+            f"the rotations in {source} have format version {version}; this rotq reads versions"
+            f" {_WITHOUT_BLOCKS} and {FORMAT_VERSION}",
             hint="use the version of rotq that wrote them",
         )
     return RotationSet(_from_entry(entry, matrices, source) for entry in entries)
@@ -81,4 +88,4 @@ def _from_entry(entry: Any, matrices: dict[str, Tensor], source: Path) -> Rotati
     matrix = matrices.get(values["name"])
     if matrix is None and values["order"] is None:
         raise RotationError(f"the matrix of {values['name']} is missing from {source / TENSORS}")
-    return Rotation(**values, matrix=matrix)
+    return Rotation(**values, matrix=matrix, block=entry.get(_BLOCK))

@@ -103,20 +103,25 @@ def random_signs(n: int, seed: int) -> Tensor:
 
 
 def hadamard_matrix(
-    n: int, *, seed: int | None = None, dtype: torch.dtype = torch.float64
+    n: int,
+    *,
+    seed: int | None = None,
+    block: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The orthonormal ``[n, n]`` matrix ``diag(signs) (I x H) / sqrt(b)``, with ``H`` of order ``b
-    = block_order(n)``.
+    """The orthonormal ``[n, n]`` matrix ``diag(signs) (I x H) / sqrt(b)``, with ``H`` of order
+    ``b``.
 
     Args:
         n: number of channels.
         seed: seed of :func:`random_signs`; ``None`` for no signs.
+        block: ``b``, which divides ``n``; ``None``: :func:`block_order`.
         dtype: dtype of the result. The entries are 0 or one number of either sign, rounded once.
 
     Raises:
-        RotationError: ``n`` is not positive or ``seed`` is negative.
+        RotationError: ``n`` is not positive, ``seed`` is negative, or there is no such ``block``.
     """
-    block = block_order(n)
+    block = _block(n, block)
     matrix = torch.eye(n // block, dtype=torch.float64)
     for factor in hadamard_factors(block):
         matrix = torch.kron(matrix, factor.double())
@@ -126,9 +131,9 @@ def hadamard_matrix(
     return matrix.to(dtype)
 
 
-def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
-    """``x @ hadamard_matrix(n, seed=seed)`` over the last dimension, by one reshape and one matmul
-    per factor.
+def apply_hadamard(x: Tensor, *, seed: int | None = None, block: int | None = None) -> Tensor:
+    """``x @ hadamard_matrix(n, seed=seed, block=block)`` over the last dimension, by one reshape
+    and one matmul per factor.
 
     With channels indexed by a tuple of factor indices, ``x (H1 x H2)`` contracts each index with
     its own factor. Only static channel counts enter the shapes, so ``torch.export`` traces it with
@@ -137,12 +142,14 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
     Args:
         x: floating tensor ``[..., n]``.
         seed: seed of :func:`random_signs`; ``None`` for no signs.
+        block: as for :func:`hadamard_matrix`.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``.
 
     Raises:
-        RotationError: ``x`` is not floating, has no last dimension, or ``seed`` is negative.
+        RotationError: ``x`` is not floating, has no last dimension, ``seed`` is negative, or there
+            is no such ``block``.
     """
     if x.dim() == 0 or not x.is_floating_point():
         raise RotationError(
@@ -155,7 +162,7 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
     leading = x.shape[:-1]
     if seed is not None:
         x = x * torch.tensor(_signs(n, seed), dtype=x.dtype, device=x.device)
-    block = block_order(n)
+    block = _block(n, block)
     done, rest = n // block, block
     for order in factor_order(block) or ():
         rest //= order
@@ -173,6 +180,17 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None) -> Tensor:
             )
         done *= order
     return x.reshape(*leading, n)
+
+
+def _block(n: int, asked: int | None) -> int:
+    if asked is None:
+        return block_order(n)
+    if n % asked or factor_order(asked) is None:
+        raise RotationError(
+            f"{n} channels have no Hadamard matrix in blocks of {asked}",
+            hint="give a power of two that divides them",
+        )
+    return asked
 
 
 def _signs(n: int, seed: int) -> npt.NDArray[np.float64]:

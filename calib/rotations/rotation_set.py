@@ -6,6 +6,7 @@ Row-vector convention: a rotation ``Q`` takes an activation ``x`` to ``x Q``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +43,9 @@ class Rotation:
     order: int | None = None
     seed: int | None = None
     """Seed of the signs of a Hadamard matrix; ``None`` for no signs."""
+    block: int | None = None
+    """Order of the matrices on the diagonal of a Hadamard matrix in blocks; ``None``: the largest
+    that there is (:func:`~calib.rotations.hadamard.block_order`)."""
     online: bool = False
     """Applied to activations at run time (R3, R4) instead of folded into weights (R1, R2)."""
     origin: str = ""
@@ -86,12 +90,18 @@ class Rotation:
         if self.matrix is not None:
             return self.matrix
         assert self.order is not None  # by __post_init__
-        return hadamard_matrix(self.order, seed=self.seed)
+        return hadamard_matrix(self.order, seed=self.seed, block=self.block)
+
+    @property
+    def factored(self) -> int:
+        """Order of the matrices on the diagonal of a Hadamard matrix, whose factors make it up."""
+        assert self.order is not None  # asked of Hadamard matrices
+        return self.block or block_order(self.order)
 
     def apply(self, x: Tensor) -> Tensor:
         """``x Q`` over the last dimension of ``x``, in the dtype and on the device of ``x``."""
         if self.matrix is None:
-            return apply_hadamard(x, seed=self.seed)
+            return apply_hadamard(x, seed=self.seed, block=self.block)
         return x @ self.matrix.to(x)
 
     def to(self, device: torch.device | str) -> Rotation:
@@ -116,13 +126,15 @@ def hadamard_rotation(
     *,
     layer: int | None = None,
     seed: int | None = None,
+    block: int | None = None,
     branch: str = "",
     origin: str = "",
 ) -> Rotation:
     """A rotation that is a Hadamard matrix of ``order``, with signs from ``seed`` (``None``: no
-    signs).
+    signs), in blocks of ``block`` (``None``: as large as there are).
     """
     name = _name(kind, layer) + (f".{branch}" if branch else "")
+    words = "Hadamard" if block is None else f"Hadamard in blocks of {block}"
     return Rotation(
         name,
         kind,
@@ -130,13 +142,14 @@ def hadamard_rotation(
         layer,
         order=order,
         seed=seed,
+        block=block,
         online=kind in _ONLINE,
-        origin=origin or ("Hadamard" if seed is None else f"Hadamard, seed {seed}"),
+        origin=origin or (words if seed is None else f"{words}, seed {seed}"),
     )
 
 
 def hadamard_rotations(
-    wiring: Wiring, kinds: Iterable[str], *, seed: int | None = 0
+    wiring: Wiring, kinds: Iterable[str], *, seed: int | None = 0, online_block: int | None = None
 ) -> RotationSet:
     """Hadamard rotations of the given kinds for every layer: a start for R1 and R2, and all there
     is to R3 and R4.
@@ -149,6 +162,7 @@ def hadamard_rotations(
         kinds: which of r1, r2, r3, r4.
         seed: of the signs of R1 and R2, ``None`` for no signs; see :func:`online_rotations` for R3
             and R4.
+        online_block: as for :func:`online_rotations`.
 
     Raises:
         RotationError: a kind is refused for this architecture.
@@ -168,20 +182,28 @@ def hadamard_rotations(
             hadamard_rotation("r2", sizes.head_dim, layer=layer, seed=seed)
             for layer in range(sizes.layers)
         ]
-    rotations += online_rotations(wiring, kinds)
+    rotations += online_rotations(wiring, kinds, block=online_block)
 
     result = RotationSet(rotations)
     result.validate(wiring)
     return result
 
 
-def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
+def online_rotations(
+    wiring: Wiring, kinds: Collection[str], *, block: int | None = None
+) -> list[Rotation]:
     """The online Hadamards among ``kinds``: R3 of order ``head_dim``, R4 of the width each down
     projection reads.
 
     They are made here and nowhere else. They have no signs: those would cost a product of their own
     in every layer of an exported graph, each time it runs. One of odd order is the identity; a run
     does without (:func:`idle_rotations`).
+
+    Args:
+        wiring: that of the model.
+        kinds: which of r3, r4; others are passed over.
+        block: a power of two, and R4 then is in blocks of the largest power of two of at most that
+            size that divides its width; ``None``: in blocks as large as there are.
     """
     sizes = wiring.sizes
     rotations: list[Rotation] = []
@@ -190,7 +212,13 @@ def online_rotations(wiring: Wiring, kinds: Collection[str]) -> list[Rotation]:
             rotations.append(hadamard_rotation("r3", sizes.head_dim, layer=layer))
         if "r4" in kinds:
             rotations += [
-                hadamard_rotation("r4", wiring.ffn_width(spec), layer=layer, branch=spec.branch)
+                hadamard_rotation(
+                    "r4",
+                    wiring.ffn_width(spec),
+                    layer=layer,
+                    block=None if block is None else math.gcd(wiring.ffn_width(spec), block),
+                    branch=spec.branch,
+                )
                 for spec in wiring.ffn_readers(layer)
             ]
     return rotations

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from backends.base import StandIn
 from backends.registry import get_backend
 from calib.artifact import load_artifact
 from calib.artifact.files import MANIFEST
@@ -110,7 +111,10 @@ class _Scored:
 def _exported(folder: Path) -> _Scored:
     report = read_report(folder)
     runtime = get_backend(report.backend).load(folder, report.target, exact=False)
-    return _Scored(runtime_logits(runtime), load_config(folder), runtime.runtime, folder)
+    words = runtime.runtime
+    if isinstance(runtime, StandIn) and runtime.not_run_in:
+        words += f", not in {runtime.not_run_in}"
+    return _Scored(runtime_logits(runtime), load_config(folder), words, folder)
 
 
 def _artifact(folder: Path, device: str) -> _Scored:

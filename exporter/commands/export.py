@@ -205,7 +205,7 @@ def _calibrated(
             kinds,
             recipe.certain_prefix,
         )
-        targets.warn(quantization.linears)
+        targets.warn(quantization.linears, kinds)
     sets = candidate_sets(inputs, imported, _left_out(inputs, targets))
 
     rows = inputs.rows(clock)
@@ -291,7 +291,8 @@ def _left_out(inputs: Inputs, targets: Destination | None) -> Collection[str]:
     """
     reasons = idle_rotations(inputs.source.wiring)
     if targets is not None:
-        reasons = {**targets.refused_kinds(), **reasons}
+        config = portable_config(inputs.source.config)
+        reasons = {**targets.refused_kinds(config), **reasons}
     compared = union(inputs.recipe.rotate.sets(KINDS, quantizes=inputs.quantizes))
     for kind in compared if inputs.recipe.rotate.auto else ():
         if kind in reasons:

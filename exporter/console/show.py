@@ -63,7 +63,8 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
         show_line(console, f"warning: {warning}", "yellow")
 
     verdict = {
-        "passed": "parity passed",
+        "passed": "parity passed"
+        + (f", not run in {report.not_run_in}" if report.not_run_in else ""),
         "failed": "PARITY FAILED: do not deploy",
         "unverified": "parity not checked",
     }

@@ -35,7 +35,7 @@ def _answers(backend: BackendInfo, notes: dict[str, int]) -> Table:
     parts: tuple[tuple[str, Answers, Warnings], ...] = (
         ("{}", backend.schemes, backend.warnings),
         ("KV cache {}", backend.caches, {}),
-        ("rotation {}", backend.rotations, {}),
+        ("rotation {}", backend.rotations, backend.rotation_warnings),
     )
     rows = tuple(
         (

@@ -9,7 +9,9 @@
    bfloat16 may lose twice what the same fake-quant loses in torch in that dtype, and so may a
    default session that was asked and computes in such a dtype of its own accord.
 3. The original float model against the export: KL divergence, top-1 agreement, perplexity. This is
-   quality; the scheme says how much it may cost.
+   quality; the scheme says how much it may cost. And what both write when left to themselves: an
+   export that repeats itself more than the original is no good, whatever its perplexity
+   (:mod:`exporter.parity.behaviour`).
 
 Relative L2 is ‖a − b‖ / ‖b‖ over all logits of all rows together. Never cosine: a scale wrong by
 two leaves it at 1. What cannot be run on this machine is a row that says why; it is neither passed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calib.measure.perplexity import compare_logits, model_logits
+from exporter.parity.behaviour import behaviour_rows
 from exporter.parity.passes import runtime_logits
 from exporter.parity.rows import NO_ORIGINAL, not_run, ran, row
 from exporter.parity.subject import Missing, Sessions, Subject
@@ -25,8 +26,10 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         rows = [ids[:_STEPPED_TOKENS] for ids in rows[:_STEPPED_ROWS]]
 
     window = max(ids.numel() for ids in rows)
-    original = model_logits(subject.source.original(subject.device))
-    scores = compare_logits(original, runtime_logits(runtime), rows, window=window, stride=window)
+    original = subject.source.original(subject.device)
+    scores = compare_logits(
+        model_logits(original), runtime_logits(runtime), rows, window=window, stride=window
+    )
 
     ratio, bound = (
         scores.candidate.value / scores.reference.value,
@@ -40,4 +43,5 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         row(3, _NAME, "KL", scores.kl, None, **ran(runtime)),
         row(3, _NAME, "top-1 agreement", scores.top1, None, **ran(runtime)),
         row(3, _NAME, "perplexity ratio", ratio, bound, note, **ran(runtime)),
+        *behaviour_rows(subject, original, scores.reference.value, runtime),
     ]

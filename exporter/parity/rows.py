@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, TypedDict
 
-from backends.base import DescribedModel, RuntimeModel
+from backends.base import DescribedModel, ProbedModel, RuntimeModel, StandIn
 from exporter.reporting.report import ParityRow
 
 NO_ORIGINAL = "the original checkpoint is not at hand (-m/--model names it)"
@@ -20,6 +20,7 @@ def row(
     bound: float | None,
     note: str = "",
     runtime: str = "",
+    not_run_in: str = "",
     session: Mapping[str, str] | None = None,
 ) -> ParityRow:
     """A figure, judged where it has a bound. One that is not finite fails it."""
@@ -33,6 +34,7 @@ def row(
         passed=None if bound is None else finite and measured <= bound,
         note=note if finite else "not finite",
         runtime=runtime,
+        not_run_in=not_run_in,
         session=dict(session or {}),
     )
 
@@ -41,13 +43,17 @@ class Ran(TypedDict):
     """What ran a figure, as :func:`row` takes it."""
 
     runtime: str
+    not_run_in: str
     session: Mapping[str, str]
 
 
-def ran(runtime: RuntimeModel) -> Ran:
-    """What ``runtime`` says of itself, and of its session where it was asked."""
-    session = runtime.session if isinstance(runtime, DescribedModel) else {}
-    return {"runtime": runtime.runtime, "session": session}
+def ran(running: RuntimeModel | ProbedModel) -> Ran:
+    """What ``running`` says of itself, and of its session where it was asked."""
+    return {
+        "runtime": getattr(running, "runtime", ""),  # what is probed need not say
+        "not_run_in": running.not_run_in if isinstance(running, StandIn) else "",
+        "session": running.session if isinstance(running, DescribedModel) else {},
+    }
 
 
 def not_run(rung: Literal[1, 2, 3], name: str, metric: str, reason: str) -> ParityRow:

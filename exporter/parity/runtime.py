@@ -126,7 +126,8 @@ def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) ->
         notes.append(
             f"{flips} inputs lie on a rounding boundary and were rounded to the other side of it"
         )
-    return [row(2, _LINEARS, "relative L2", lost[worst].value, bounds[worst], "; ".join(notes))]
+    figures = lost[worst].value, bounds[worst]
+    return [row(2, _LINEARS, "relative L2", *figures, "; ".join(notes), **ran(probed))]
 
 
 def _naive(linear: ReferenceLinear, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -118,7 +118,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         destination.common_dtype(asked, lambda: checkpoint.dtype)
 
     flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
-    sets = _sets(recipe, goal, offered, destination)
+    sets = _sets(recipe, goal, offered, destination, checkpoint.config)
     work = Work(recipe, options, goal, sizes, scheme, sets, flops * EFFICIENCY)
     captured = capture_bytes(sizes, recipe, next(iter(dtypes.values())))
     before = sum(tensor.nbytes for tensor in checkpoint.tensors)
@@ -143,7 +143,9 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         output=None if options.output == Path() else str(options.output),
         files=files,
         recipe=recipe.to_yaml(),
-        warnings=tuple(destination.warnings(model.linears)) if goal == "export" else (),
+        warnings=tuple(destination.warnings(model.linears, model.rotations))
+        if goal == "export"
+        else (),
     )
 
 
@@ -170,12 +172,16 @@ def _quantized(sizes: Sizes, scheme: Scheme, linears: Mapping[str, LinearScheme]
 
 
 def _sets(
-    recipe: Recipe, goal: Goal, offered: tuple[Kind, ...], destination: Destination
+    recipe: Recipe,
+    goal: Goal,
+    offered: tuple[Kind, ...],
+    destination: Destination,
+    config: Mapping[str, Any],
 ) -> tuple[GateSet, ...]:
     """The sets of rotations that a run goes through. Files are taken to hold all that is wanted."""
     if goal == "rotate":
         return (GateSet(recipe.rotate.folded(offered)),)
-    refused = destination.refused_kinds() if goal == "export" else {}
+    refused = destination.refused_kinds(config) if goal == "export" else {}
     possible = [kind for kind in offered if kind not in refused]
     sets = recipe.rotate.sets(possible, quantizes=recipe.scheme != FLOAT)
     return gate_sets(sets, FOLDED if recipe.rotation.files else ())

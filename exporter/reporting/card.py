@@ -23,6 +23,10 @@ _BANNERS = {
     "passed": (
         "> **Parity passed**: the exported model was run in its runtime and held every bound below."
     ),
+    "stood in": (
+        "> **Parity passed, but not in {not_run_in}**: the exported files were run in {ran_in} and"
+        " held every bound below. What {not_run_in} makes of them was not seen."
+    ),
     "failed": (
         "> **PARITY FAILED. Do not deploy this model.** These figures missed their bounds:"
         " {failures}."
@@ -79,6 +83,17 @@ _KV_BUFFERS = {
 """
 
 _OTHER_USAGE = "Load the folder in the runtime it was written for: `{target}`.\n"
+_TRANSFORMERS_USAGE = """\
+Needs the package `compressed-tensors`.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+"""
+_READERS = {"transformers": _TRANSFORMERS_USAGE, "vllm": "```\nvllm serve FOLDER\n```\n"}
+"""How to load the folder, by targets that are called what loads them."""
 
 
 def write_card(folder: Path, recipe: Recipe, report: Report) -> None:
@@ -187,7 +202,7 @@ def _body(recipe: Recipe, report: Report) -> str:
     size = summary.size_words(report.layers.bytes_before, report.layers.bytes_after)
     parts = [
         f"# {_title(report.model.source)}, {report.scheme} for {report.backend}/{report.target}",
-        _BANNERS[report.status].format(failures="; ".join(summary.failed_rows(report))),
+        _banner(report),
         (
             f"A {report.model.model_type} model of {report.model.parameters:,} parameters, rotated"
             f" (`{report.rotate}`), calibrated and quantized (`{report.scheme}`) by rotq. Weights:"
@@ -235,10 +250,19 @@ def _body(recipe: Recipe, report: Report) -> str:
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
+def _banner(report: Report) -> str:
+    stood_in = report.status == "passed" and report.not_run_in
+    return _BANNERS["stood in" if stood_in else report.status].format(
+        failures="; ".join(summary.failed_rows(report)),
+        ran_in=summary.ran_in(report),
+        not_run_in=report.not_run_in,
+    )
+
+
 def _usage(recipe: Recipe, report: Report) -> str:
     if report.backend == "onnx":
         return _ONNX_USAGE.substitute(_KV_BUFFERS[recipe.kv_buffer])
-    return _OTHER_USAGE.format(target=report.target)
+    return _READERS.get(report.target) or _OTHER_USAGE.format(target=report.target)
 
 
 def _rotation_words(report: Report) -> str:

@@ -78,7 +78,7 @@ def describe(
         rotate=str(Rotate.of(quantized.rotations.kinds())),
         dtype=str(quantized.dtype).removeprefix("torch."),
         norms_folded=quantized.norms_folded,
-        warnings=warnings_of(backend, target, quantized.schemes()),
+        warnings=warnings_of(backend, target, quantized.schemes(), quantized.rotations.kinds()),
         model=ModelSummary(
             source=origin.source,
             model_type=quantized.config["model_type"],

@@ -82,7 +82,8 @@ class ParityRow(_Frozen):
     name: str
     """What was compared, in a few words."""
     metric: str
-    """``relative L2``, ``KL``, ``top-1 agreement``, ``perplexity ratio`` or ``unfused``."""
+    """``relative L2``, ``KL``, ``top-1 agreement``, ``perplexity ratio``, ``tokens until they
+    part``, ``repeated 4-grams, difference`` or ``unfused``."""
     measured: float | None
     """``None`` where the row could not be run; ``note`` then says why."""
     bound: float | None
@@ -93,6 +94,9 @@ class ParityRow(_Frozen):
     """What ran the export, as its backend calls it; empty where torch alone ran, and where nothing
     did.
     """
+    not_run_in: str = ""
+    """Runtimes that the export is for and that did not run it, in words: :attr:`runtime` stood in
+    for them."""
     session: dict[str, str] = Field(default_factory=dict)
     """Settings of the session that ran it, as it reported them; empty where it reports none."""
 
@@ -214,6 +218,12 @@ class Report(_Frozen):
     """What the parity check ran on; empty in reports of versions that did not say."""
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder, by relative path."""
+
+    @property
+    def not_run_in(self) -> str:
+        """Runtimes that the export is for and that nothing was run in, in words; empty: there are
+        none, or nothing was run at all."""
+        return next((row.not_run_in for row in self.parity if row.not_run_in), "")
 
     def save(self, folder: Path) -> None:
         """Write ``report.json`` into ``folder``."""

@@ -270,17 +270,27 @@ def parity_table(report: Report | RotateReport) -> Table:
 def runtime_lines(report: Report) -> list[str]:
     """What ran the export, and what could not be run here."""
     ran = dict.fromkeys((row.runtime, _session_words(row)) for row in report.parity if row.runtime)
+    elsewhere = [f"not run in: {report.not_run_in}"] if report.not_run_in else []
     missing = dict.fromkeys(
         row.note for row in report.parity if row.rung == 2 and row.measured is None
     )
     where = [f"on: {report.cpu}"] if report.cpu and ran else []
-    return [f"ran in: {runtime}{session}" for runtime, session in ran] + where + list(missing)
+    return [f"ran in: {runtime}{session}" for runtime, session in ran] + [
+        *elsewhere,
+        *where,
+        *missing,
+    ]
 
 
 def _session_words(row: ParityRow) -> str:
     """What the session that ran ``row`` reported of itself."""
     settings = ", ".join(f"{name} {value}" for name, value in row.session.items())
     return f"; {settings}" if settings else ""
+
+
+def ran_in(report: Report) -> str:
+    """Everything that ran the export, in words."""
+    return "; ".join(dict.fromkeys(row.runtime for row in report.parity if row.runtime))
 
 
 def verdict(row: ParityRow) -> str:

@@ -121,7 +121,7 @@ def _checked(
         schemes, kinds = quantized.schemes(), quantized.rotations.kinds()
         prefix = 0 if quantized.prefix is None else quantized.prefix.length
         destination.check(recipe, quantized.config, schemes, cache, kinds, prefix)
-        destination.warn(schemes)
+        destination.warn(schemes, kinds)
     return quantized
 
 

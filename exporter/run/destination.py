@@ -18,7 +18,7 @@ from backends.asking import (
     refused_rotations,
     warnings_of,
 )
-from backends.base import Backend, Request
+from backends.base import Backend, BlocksRotations, Request
 from backends.registry import get_backend, target_of
 from calib.architectures.spec import KINDS
 from calib.errors import BackendError
@@ -134,24 +134,43 @@ class Destination:
         """
         return files_of(self.backend, self._request(target, recipe, linears), nbytes)
 
-    def warnings(self, linears: Mapping[str, LinearScheme]) -> list[str]:
-        """What the targets express, but run slowly."""
+    def warnings(
+        self, linears: Mapping[str, LinearScheme], rotations: Collection[str] = ()
+    ) -> list[str]:
+        """What the targets express, but run slowly.
+
+        Args:
+            linears: how each linear is quantized.
+            rotations: kinds of rotations that the model has for certain.
+        """
         return [
             f"target '{target}': {warning}"
             for target in self.targets
-            for warning in warnings_of(self.backend, target, linears)
+            for warning in warnings_of(self.backend, target, linears, rotations)
         ]
 
-    def warn(self, linears: Mapping[str, LinearScheme]) -> None:
-        """Log :meth:`warnings`."""
-        for warning in self.warnings(linears):
+    def warn(self, linears: Mapping[str, LinearScheme], rotations: Collection[str] = ()) -> None:
+        """Log :meth:`warnings`, with the same arguments."""
+        for warning in self.warnings(linears, rotations):
             logger.warning("%s", warning)
 
-    def refused_kinds(self) -> dict[str, str]:
-        """Kinds of rotations that a target cannot express, with the first one's reason."""
+    def online_block(self) -> int | None:
+        """Size of the blocks of R4 that every target takes; ``None``: any. See
+        :class:`~backends.base.BlocksRotations`."""
+        if not isinstance(self.backend, BlocksRotations):
+            return None
+        blocks = (self.backend.online_block(target) for target in self.targets)
+        return min((block for block in blocks if block is not None), default=None)
+
+    def refused_kinds(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Kinds of rotations that a target cannot express, with the first one's reason.
+
+        Args:
+            config: Hugging Face config of the model.
+        """
         reasons: dict[str, str] = {}
         for target in self.targets:
-            for kind, reason in refused_rotations(self.backend, target, KINDS).items():
+            for kind, reason in refused_rotations(self.backend, target, KINDS, config).items():
                 reasons.setdefault(kind, f"target '{target}' cannot express it: {reason}")
         return reasons
 

@@ -41,6 +41,8 @@ class Inputs:
     device: torch.device
     dtype: torch.dtype
     """What the run computes in."""
+    online_block: int | None = None
+    """See :func:`calib.rotations.rotation_set.online_rotations`."""
 
     @property
     def quantizes(self) -> bool:
@@ -132,7 +134,7 @@ def open_inputs(
 
     Args:
         recipe: what to do.
-        destination: what it is for, which may decide the dtype.
+        destination: what it is for, which may decide the dtype, and the size of blocks.
         model: a Hugging Face causal LM to use instead of ``recipe.model``.
         tokenizer: its tokenizer, where the model's folder is not at hand.
 
@@ -144,7 +146,8 @@ def open_inputs(
     device = resolve_device(recipe.device)
     source = open_source(recipe, model, tokenizer)
     name = destination.common_dtype(recipe.dtype, lambda: source.dtype)
-    return Inputs(recipe, scheme, source, device, getattr(torch, name))
+    block = destination.online_block()
+    return Inputs(recipe, scheme, source, device, getattr(torch, name), block)
 
 
 def resolve_device(name: str) -> torch.device:

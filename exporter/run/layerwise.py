@@ -30,7 +30,8 @@ def layerwise_rotations(inputs: Inputs, imported: RotationSet) -> RotationSet:
     source, kinds = inputs.source, inputs.recipe.rotate.certain
     check_offered(kinds, source.wiring)
     missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
-    own = hadamard_rotations(source.wiring, missing, seed=inputs.recipe.seed)
+    seed, block = inputs.recipe.seed, inputs.online_block
+    own = hadamard_rotations(source.wiring, missing, seed=seed, online_block=block)
     return own.merged(imported.of(kinds).values())
 
 

@@ -134,10 +134,11 @@ def trained_rotations(
         if statistics is not None:
             own = _trained(missing, inputs, statistics, folded, clock)
         else:
-            online = online_rotations(source.wiring, missing)
             plain = () if inputs.quantizes else trainable(missing)
-            own = TrainedRotations(RotationSet(online).merged(_hadamards(plain, inputs).values()))
-        return TrainedRotations(own.rotations.merged(imported.of(kinds).values()), own.table)
+            own = TrainedRotations(_hadamards(plain, inputs))
+        online = online_rotations(source.wiring, missing, block=inputs.online_block)
+        rotations = own.rotations.merged(online).merged(imported.of(kinds).values())
+        return TrainedRotations(rotations, own.table)
 
 
 def activation_scheme(scheme: Scheme) -> ActivationScheme | None:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from backends.safetensors.compressed_tensors.library import require
 from backends.safetensors.compressed_tensors.schemes import MIXED, Form, cache_arguments, form_of
 from backends.safetensors.compressed_tensors.transforms import transform_config, transforms_of
@@ -97,7 +99,9 @@ def _floats(model: QuantizedModel, names: Names) -> Iterator[str]:
 
 
 def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
-    """``config.json`` of the checkpoint."""
+    """``config.json`` of the checkpoint, with the dtype that readers compute in."""
     section = quantization_config(model, names)
-    config = {**model.config, "dtype": str(model.dtype).removeprefix("torch.")}
+    rounded = any(form_of(linear).rounds_to_bfloat16 for linear in model.linears.values())
+    dtype = torch.bfloat16 if rounded else model.dtype
+    config = {**model.config, "dtype": str(dtype).removeprefix("torch.")}
     return {**config, "quantization_config": section} if section else config

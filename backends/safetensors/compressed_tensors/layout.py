@@ -1,4 +1,6 @@
-"""Bundles that vLLM and transformers load: checkpoints in the compressed-tensors format."""
+"""Bundles that vLLM and transformers load: checkpoints in the compressed-tensors format, the same
+for both.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from backends.safetensors.layout import Entry
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_refusal
 from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.errors import BackendError
 from calib.network.layout import StockTensors, oriented
 from calib.schemes import LinearScheme, tensor_scheme_from_dict
 
@@ -26,33 +29,42 @@ _CACHE_PARTS = ("k_scale", "v_scale")
 
 
 class CompressedTensorsLayout:
-    """The compressed-tensors format; implements :class:`~backends.safetensors.layout.Layout`."""
+    """The compressed-tensors format, for both readers; implements
+    :class:`~backends.safetensors.layout.Layout`.
+    """
 
     target = "compressed-tensors"
+    rotates = False
+    """Whether its readers apply rotations while they run."""
 
     def model_refusal(
         self, config: Mapping[str, Any], linears: Mapping[str, LinearScheme]
     ) -> Reason | None:
         """See :meth:`backends.safetensors.layout.Layout.model_refusal`."""
         names = Names.of(config)
-        table, apart = names.quantized_table(linears), names.experts_apart(linears)
+        table = names.quantized_table(linears)
         if table is not None:
             return Reason(
-                f"transformers 5 fails on a checkpoint whose embedding ('{table}') is quantized",
+                f"transformers 5 fails on a checkpoint whose embedding ('{table}') is quantized,"
+                " and so do most models in vLLM",
                 f"leave out --override '{table}=...'",
-            )
-
-        if apart is not None:
-            return Reason(
-                f"vLLM wants all experts in one scheme, and those of '{apart}' are left in float",
-                "quantize all experts, or none",
             )
 
         return block_refusal(config, linears, short_blocks)
 
     def entries(self, model: QuantizedModel) -> Iterator[Entry]:
-        """See :meth:`backends.safetensors.layout.Layout.entries`."""
+        """See :meth:`backends.safetensors.layout.Layout.entries`.
+
+        Raises:
+            BackendError: an online rotation that no reader of the target would apply.
+        """
         names = Names.of(model.config)
+        online = [name for name, rotation in model.rotations.items() if rotation.online]
+        if online and not self.rotates:
+            raise BackendError(
+                f"transformers passes over rotations while running, and so over {online[0]}",
+                hint="calibrate with --rotate r1,r2, or use --target vllm",
+            )
         # linears in float are those of the stock model, which loads them
         for key, tensor in StockTensors(model.floats, names.wiring).items():
             yield from (
@@ -128,6 +140,19 @@ class CompressedTensorsLayout:
             key, value = (tensors[stored].reshape(()) for stored in _cache_keys(names, layer))
             keys[layer], values[layer] = key, value
         return QuantizedCache(tensor_scheme_from_dict(dict(described["scheme"])), keys, values)
+
+
+class VllmLayout(CompressedTensorsLayout):
+    """The compressed-tensors format, for vLLM."""
+
+    target = "vllm"
+    rotates = True
+
+
+class TransformersLayout(CompressedTensorsLayout):
+    """The compressed-tensors format, for transformers."""
+
+    target = "transformers"
 
 
 def _entry(key: str, kind: ContentKind, tensor: Tensor) -> Entry:

@@ -22,7 +22,7 @@ def require(module: str) -> Any:
         if error.name is not None and error.name.partition(".")[0] != "compressed_tensors":
             raise  # something that the library itself needs
         raise BackendError(
-            "the target 'compressed-tensors' needs the compressed-tensors library, which is not"
-            " installed",
+            "targets in the compressed-tensors format need the compressed-tensors library, which is"
+            " not installed",
             hint=HINT,
         ) from error

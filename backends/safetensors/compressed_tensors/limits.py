@@ -1,14 +1,18 @@
-"""What compressed-tensors checkpoints express, and which of vLLM and transformers takes it, as
-data. Torch-free.
+"""What compressed-tensors checkpoints express, and what each of their readers takes, as data.
+Torch-free.
 
 The format is that of compressed-tensors 0.20. What vLLM takes was read from vLLM 0.33
-(``model_executor/layers/ quantization/compressed_tensors``), which picks a kernel by the scheme of
+(``model_executor/layers/quantization/compressed_tensors``), which picks a kernel by the scheme of
 a linear and refuses what it has none for. transformers runs every scheme of the format by
-dequantizing weights and rounding activations in float.
+dequantizing weights and rounding activations in float; what of a model it does not read is in
+:mod:`backends.safetensors.compressed_tensors.models`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from backends.facts import COMPRESSED_TENSORS, TRANSFORMERS, VLLM
 from backends.rules import Rule, is_dynamic, tensor_schemes
 from calib.schemes import (
     FLOAT4,
@@ -58,13 +62,21 @@ def _go_together(weight: TensorScheme, entering: TensorScheme) -> bool:
     )
 
 
-RULES: tuple[Rule, ...] = (
+def _is_float8_of_int4(scheme: LinearScheme) -> bool:
+    return (
+        scheme.input is not None and scheme.weight.format == INT4 and scheme.input.format == FLOAT8
+    )
+
+
+FORMAT: tuple[Rule, ...] = (
     Rule(
         lambda scheme: any(
             isinstance(tensor.granularity, PerCluster) for tensor in tensor_schemes(scheme)
         ),
         "the format has one scale of an activation for the tensor, a token or a block, not for sets"
         " of channels",
+        of=(COMPRESSED_TENSORS,),
+        how="format",
     ),
     Rule(
         lambda scheme: (
@@ -72,6 +84,8 @@ RULES: tuple[Rule, ...] = (
             and scheme.weight.granularity.axis != 0
         ),
         "the format has scales per output channel, not per input channel",
+        of=(COMPRESSED_TENSORS,),
+        how="format",
     ),
     Rule(
         lambda scheme: any(
@@ -81,93 +95,121 @@ RULES: tuple[Rule, ...] = (
         ),
         "of formats with blocks of their own it has NVFP4 (blocks of 16), MXFP4 and MXFP8 (blocks"
         " of 32)",
+        of=(COMPRESSED_TENSORS,),
+        how="format",
     ),
     Rule(
         lambda scheme: scheme.input is not None and not _go_together(scheme.weight, scheme.input),
         "it packs weights and inputs of one kind (both integers, both float8, or both of one block"
         " format), or INT4 weights with float8 inputs",
+        of=(COMPRESSED_TENSORS,),
+        how="format",
     ),
 )
 """What the format itself cannot express."""
 
-WARNINGS: tuple[Rule, ...] = (
-    Rule(
+
+def _vllm(when: Callable[[LinearScheme], bool], reason: str) -> Rule:
+    return Rule(when, reason, of=(VLLM,), how="read")
+
+
+VLLM_REFUSALS: tuple[Rule, ...] = (
+    _vllm(
         lambda scheme: (
-            scheme.input is not None
-            and scheme.weight.format == INT4
-            and scheme.input.format == FLOAT8
+            _is_float8_of_int4(scheme)
+            and not (
+                is_dynamic(scheme) and scheme.weight.symmetric and _blocks(scheme.weight) == 128
+            )
         ),
-        "vLLM 0.33 takes float8 inputs of INT4 weights on SM90 (Hopper) alone, with scales per"
-        " token computed while running (activations.granularity 'token' in the recipe) and"
-        " symmetric blocks of 128; transformers runs them",
+        "vLLM 0.33 takes float8 inputs of INT4 weights with scales per token computed while running"
+        " (activations.granularity 'token' in the recipe) and symmetric blocks of 128 alone",
     ),
-    Rule(
+    _vllm(
         lambda scheme: _is_packed(scheme) and not is_dynamic(scheme),
-        "vLLM 0.33 has no kernel of INT4 or blocked weights with calibrated scales of the input and"
-        " refuses them (with activations.granularity 'token' in the recipe it takes them);"
-        " transformers runs them",
+        "vLLM 0.33 has no kernel of INT4 or blocked weights with calibrated scales of the input"
+        " (with activations.granularity 'token' in the recipe it takes them)",
     ),
-    Rule(
+    _vllm(
         lambda scheme: (
             _is_packed(scheme) and scheme.input is not None and not scheme.input.symmetric
         ),
-        "vLLM 0.33 has no kernel of INT4 or blocked weights with zero points of the input and"
-        " refuses them; transformers runs them",
+        "vLLM 0.33 has no kernel of INT4 or blocked weights with zero points of the input",
     ),
-    Rule(
+    _vllm(
         lambda scheme: (
             scheme.input is not None
             and scheme.weight.format == INT8
             and not _is_packed(scheme)
             and not scheme.weight.symmetric
         ),
-        "vLLM 0.33 has no kernel of INT8 weights with zero points and INT8 inputs and refuses it;"
-        " transformers runs it",
+        "vLLM 0.33 has no kernel of INT8 weights with zero points and INT8 inputs",
     ),
-    Rule(
+    _vllm(
         lambda scheme: (
             scheme.input is None
             and scheme.weight.format.kind == "integer"
             and not isinstance(scheme.weight.granularity, PerBlock | PerChannel)
         ),
-        "vLLM 0.33 takes integer weights per channel or in blocks and refuses one scale;"
-        " transformers runs it",
+        "vLLM 0.33 takes integer weights per channel or in blocks, and refuses one scale",
     ),
-    Rule(
+    _vllm(
         lambda scheme: (
             scheme.weight.format == FLOAT8
             and scheme.weight.scale_format == "compute"
             and isinstance(scheme.weight.granularity, PerBlock)
         ),
-        "vLLM 0.33 takes blocks of FP8 weights as squares of 128 × 128 only and refuses rows;"
-        " transformers runs it",
+        "vLLM 0.33 takes blocks of FP8 weights as squares of 128 × 128 only, and refuses rows",
     ),
+)
+"""What the format has and vLLM has no kernel for."""
+
+VLLM_WARNINGS: tuple[Rule, ...] = (
+    _vllm(
+        _is_float8_of_int4, "vLLM 0.33 takes float8 inputs of INT4 weights on SM90 (Hopper) alone"
+    ),
+    _vllm(
+        lambda scheme: (
+            scheme.input is not None and scheme.input.format == FLOAT4 and _is_mx(scheme.input)
+        ),
+        "vLLM 0.33 quantizes MXFP4 inputs on Blackwell, and leaves them in float elsewhere",
+    ),
+)
+"""What vLLM computes otherwise than the file says."""
+
+_SHOWN = "backends/safetensors/compressed_tensors/test_compressed_transformers.py::"
+
+TRANSFORMERS_WARNINGS: tuple[Rule, ...] = (
     Rule(
         lambda scheme: (
             is_dynamic(scheme)
             and scheme.input is not None
             and scheme.input.format.kind == "integer"
+            and scheme.input.symmetric
         ),
         "for scales computed while running transformers divides by half the number of levels (127.5"
-        " for INT8), where vLLM and rotq divide by the largest integer (127): in transformers"
-        " activations are rounded a little finer",
+        " for INT8), where vLLM and rotq divide by the largest integer (127): activations are"
+        " rounded a little finer",
+        of=(TRANSFORMERS,),
+        shown=f"{_SHOWN}test_scales_while_running_differ_by_the_divisor_alone",
     ),
     Rule(
         lambda scheme: (
             scheme.input is not None and scheme.input.format == FLOAT4 and _is_mx(scheme.input)
         ),
-        "inputs are quantized by the consumer's own rule: vLLM 0.33 does so on Blackwell and leaves"
-        " them in float elsewhere; transformers clips the largest value of some blocks by up to a"
-        " seventh",
+        "of MXFP4 inputs transformers clips the largest value of some blocks by up to a seventh",
+        of=(TRANSFORMERS,),
+        shown=f"{_SHOWN}test_mxfp4_inputs_differ_by_the_rule_of_their_scales_alone",
     ),
 )
-"""What only one of the two consumers takes, or computes another way."""
+"""What transformers computes otherwise than the file says."""
+
+ONLINE_BLOCK = 128
+"""Largest order of the Hadamard matrices on the diagonal of an R4 for vLLM: what its fast kernels
+take."""
 
 
 def cache_refusal(scheme: TensorScheme) -> str | None:
-    """Why the format cannot express a KV cache of ``scheme``; ``None`` if it can. vLLM 0.33 takes
-    float8 alone.
-    """
+    """Why the format cannot express a KV cache of ``scheme``; ``None`` if it can."""
     if scheme.format not in (INT8, INT4, FLOAT8):
         return (
             f"a cache of {scheme.format.name} has no place in the format: it takes int8, int4 and"
@@ -175,4 +217,32 @@ def cache_refusal(scheme: TensorScheme) -> str | None:
         )
     if not scheme.symmetric:
         return "no reader of the format takes a cache with zero points"
+    return None
+
+
+def vllm_cache_refusal(scheme: TensorScheme) -> str | None:
+    """Why vLLM cannot be given a KV cache of ``scheme``; ``None`` if it can."""
+    if scheme.format in (INT8, INT4):
+        return f"vLLM 0.33 takes float8 caches of this format, not {scheme.format.name} ones"
+    return cache_refusal(scheme)
+
+
+def vllm_rotation_refusal(kind: str) -> str | None:
+    """Why vLLM does not apply rotations of ``kind``; ``None`` if it does, or need not."""
+    if kind == "r3":
+        return "vLLM 0.33 applies transforms to linears, none to queries and keys"
+    return None
+
+
+def transformers_rotation_refusal(kind: str) -> str | None:
+    """Why transformers does not apply rotations of ``kind``; ``None`` if it need not."""
+    if kind in ("r3", "r4"):
+        return "transformers passes over transform_config, and so over rotations while running"
+    return None
+
+
+def vllm_rotation_warning(kind: str) -> str | None:
+    """What vLLM makes of rotations of ``kind`` that it applies; ``None``: nothing to be told."""
+    if kind == "r4":
+        return "vLLM 0.33 refuses tensor parallelism where there is a rotation while running"
     return None

@@ -4,18 +4,20 @@ of that name.
 Weights are dequantized after loading, activations are rounded in float before each matmul. Three
 things of that differ from the artifact by convention, not by rounding:
 
-* Scales of integers that are computed while running: ``amax / 127.5`` (half the number of levels)
-  for INT8 and ``amax / 7.5`` for INT4, where rotq, ModelOpt and vLLM divide by 127 and 7. The file
-  does not say which.
+* Scales of symmetric integers that are computed while running: ``amax / 127.5`` (half the number of
+  levels) for INT8 and ``amax / 7.5`` for INT4, where rotq, ModelOpt and vLLM divide by 127 and 7.
+  The file does not say which.
 * MXFP4's scales of activations: a power of two by the rule ``floor(log2(amax)) - 2``, one more from
   ``1.75 · 2^k`` on, so that what lies between ``6 s`` and ``7 s`` is clipped; rotq, as ModelOpt,
   takes the least one that clips nothing.
 * NVFP4 and MX weights are dequantized to bfloat16. For MX, whose scales are powers of two, that is
   exact.
 
-Asked to be exact, a bundle with one of the first two is refused, so that it is run in torch from
-the file; NVFP4's weights are dequantized in float32, by the library's functions, and everything is
-computed in float32.
+Asked to be exact, everything is computed in float32, inputs of the first two kinds are quantized by
+the artifact's rule before transformers' own linears take them, and NVFP4's weights are dequantized
+in float32, by the library's functions. Otherwise it is what ``from_pretrained`` gives a user.
+
+For vLLM it stands in where it reads a bundle as vLLM does.
 """
 
 from __future__ import annotations
@@ -24,37 +26,43 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backends.base import RuntimeMissing
+from backends.base import Request, RuntimeMissing
 from backends.safetensors.compressed_tensors.library import require
-from backends.safetensors.names import Names
+from backends.safetensors.compressed_tensors.models import reasons
+from backends.safetensors.file_names import CONFIG_FILE
+from backends.safetensors.manifest import Manifest
 from backends.torch_model import cached_pass
+from calib.arithmetic.inputs import fake_quantize_input
 from calib.errors import BackendError
+from calib.rotations.files import load_rotations
+from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NVFP4 = "nvfp4-pack-quantized"
-_BFLOAT16_ONLY = (_NVFP4, "mxfp4-pack-quantized", "mxfp8-quantized")
 _HINT = "nothing is to be done: what the file holds is run in torch instead"
 
 
 class TransformersModel:
-    """A bundle in transformers; implements ``RuntimeModel`` and ``DescribedModel`` of
-    :mod:`backends.base`.
+    """A bundle in transformers; implements ``RuntimeModel``, ``DescribedModel``, ``StandIn`` and
+    ``ProbedModel`` of :mod:`backends.base`.
     """
 
-    def __init__(self, network: PreTrainedModel, runtime: str, note: str) -> None:
+    def __init__(self, network: PreTrainedModel, runtime: str, note: str, not_run_in: str) -> None:
         self._network = network
         self.precision = str(network.dtype).removeprefix("torch.")
         self.session = {"dtype": self.precision}
         self.runtime = runtime
         self.note = note
+        self.not_run_in = not_run_in
 
     def forward(
         self,
@@ -70,66 +78,94 @@ class TransformersModel:
         )
         return logits.float(), [tensor.float() for tensor in present]
 
+    @torch.no_grad()
+    def probe(self, input_ids: Tensor, names: Sequence[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """See :class:`~backends.base.ProbedModel`. Experts, which are no modules, are left out."""
+        entering: dict[str, Tensor] = {}
+        observed: dict[str, tuple[Tensor, Tensor]] = {}
+        handles = []
+        for name in names:
+            module = _module(self._network, name)
+            if module is None:
+                continue
 
-def load(folder: Path, *, exact: bool) -> TransformersModel:
+            def enter(_: nn.Module, args: tuple[Tensor], name: str = name) -> None:
+                entering[name] = args[0]
+
+            def leave(_: nn.Module, args: object, output: Tensor, name: str = name) -> None:
+                observed[name] = (entering[name].float(), output.float())
+
+            # before a hook that quantizes what enters
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            self._network(input_ids=input_ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: observed[name] for name in names if name in observed}
+
+
+def load(folder: Path, *, exact: bool, stands_in: bool, not_run_in: str) -> TransformersModel:
     """Open the bundle in ``folder``.
 
     Args:
-        folder: holds ``config.json`` and the weights.
-        exact: compute in float32, and refuse what transformers rounds by another convention; else
-            as a user runs it.
+        folder: holds ``config.json``, the weights and the manifest.
+        exact: compute in float32, and round as the artifact says; else as a user runs it.
+        stands_in: refuse what transformers does not read as another reader does.
+        not_run_in: see :class:`~backends.base.StandIn`.
 
     Raises:
-        RuntimeMissing: the library is not installed, or transformers does not run what this bundle
-            says.
+        RuntimeMissing: the library is not installed, or transformers may not stand in.
     """
     import transformers  # here, because it takes seconds to import
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    described = config.pop("quantization_config", None)
-    if described is None:
-        raise RuntimeMissing(
-            f"'{folder}' holds no quantization_config: nothing of it is quantized", hint=_HINT
-        )
-    try:
-        version = require("compressed_tensors").__version__
-    except BackendError as error:
-        raise RuntimeMissing(error.message, hint=error.hint) from error
-    note = _note(described)
-    reason = _unread(described, Names.of(config)) or (note if exact else "")
-    if reason:
-        raise RuntimeMissing(f"transformers does not run '{folder}' as it is: {reason}", hint=_HINT)
-    rounded = any(
-        group["format"] in _BFLOAT16_ONLY for group in described["config_groups"].values()
-    )
-    as_is = torch.bfloat16 if rounded else getattr(torch, config["dtype"])
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    described = config.get("quantization_config")
+    runtime = f"transformers {transformers.__version__}"
+    if described is not None:
+        try:
+            version = require("compressed_tensors").__version__
+        except BackendError as error:
+            raise RuntimeMissing(error.message, hint=error.hint) from error
+        runtime += f", compressed-tensors {version}"
+    note = "" if described is None else _note(described)
+    if stands_in:
+        _check_stand_in(folder, note)
     with _quiet():
         network = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32 if exact else as_is, local_files_only=True
+            folder, dtype=torch.float32 if exact else "auto", local_files_only=True
         )
-    _decompress(network, exact=exact)
-    runtime = f"transformers {transformers.__version__}, compressed-tensors {version}"
-    return TransformersModel(network.eval(), runtime, note)
+    if described is not None:
+        _decompress(network, exact=exact)
+    if exact and note:
+        _quantize_inputs_as_written(network, folder)
+        note = ""
+    return TransformersModel(network.eval(), runtime, note, not_run_in)
 
 
-def _unread(described: Mapping[str, Any], names: Names) -> str:
-    """What of a bundle transformers 5 leaves out or does not load; empty if nothing."""
-    if described.get("transform_config"):
-        return "it passes over transform_config, and so over online rotations"
-    if any(spec.layout == "conv1d" for spec in names.specs.values()):
-        return "its GPT-2 is made of Conv1D, which the library does not quantize"
-    if names.experts and not _takes_experts(described):
-        return (
-            "of experts it loads packed integer weights without zero points alone, all of one"
-            " scheme"
-        )
+def _check_stand_in(folder: Path, note: str) -> None:
+    """Refuse a bundle that transformers does not read as vLLM does."""
+    manifest = Manifest.load(folder)
+    request = Request(
+        "transformers",
+        config=manifest.config,
+        linears={name: _scheme(each) for name, each in manifest.linears.items()},
+        cache=None if manifest.cache is None else tensor_scheme_from_dict(manifest.cache.scheme),
+    )
+    reason = next((each.reason for each in reasons(request)), note)
+    if any(rotation.online for rotation in load_rotations(folder).values()):
+        reason = "it passes over transform_config, and so over rotations while running"
+    if reason:
+        raise RuntimeMissing(f"transformers does not run '{folder}' as it is: {reason}", hint=_HINT)
 
-    if described["kv_cache_scheme"] is not None and not _has_key_projection(names):
-        return (
-            "of caches it quantizes those of attention with projections of keys of their own alone"
-        )
 
-    return ""
+def _scheme(description: Mapping[str, Any]) -> LinearScheme:
+    entering = description["input"]
+    return LinearScheme(
+        tensor_scheme_from_dict(description["weight"]),
+        None if entering is None else tensor_scheme_from_dict(entering),
+    )
 
 
 def _note(described: Mapping[str, Any]) -> str:
@@ -138,13 +174,13 @@ def _note(described: Mapping[str, Any]) -> str:
     running = [
         entering for entering in inputs if entering is not None and entering["dynamic"] is True
     ]
-    if any(entering["type"] == "int" for entering in running):
+    if any(entering["type"] == "int" and entering["symmetric"] for entering in running):
         return (
             "takes half the number of levels, not the largest integer, for scales computed while"
             " running"
         )
 
-    if any(entering["num_bits"] == 4 for entering in running):
+    if any(entering["type"] == "float" and entering["num_bits"] == 4 for entering in running):
         return (
             "takes powers of two for the scales of MXFP4 activations that may clip the largest"
             " value of a block"
@@ -153,25 +189,32 @@ def _note(described: Mapping[str, Any]) -> str:
     return ""
 
 
-def _takes_experts(described: Mapping[str, Any]) -> bool:
-    """Whether transformers' converter of expert weights (``DecompressExperts``) suits this
-    bundle.
+def _quantize_inputs_as_written(network: PreTrainedModel, folder: Path) -> None:
+    """Let inputs whose scales are computed while running be quantized by the rule of the artifact.
+
+    The modules stay transformers' own, and so do their weights.
     """
-    groups = list(described["config_groups"].values())
-    return (
-        len(groups) == 1
-        and groups[0]["format"] == "pack-quantized"
-        and groups[0]["weights"]["symmetric"]
-        and groups[0]["input_activations"] is None
-        and not any(".experts." in name for name in described["ignore"])
-    )
+    for name, description in Manifest.load(folder).linears.items():
+        scheme, module = _scheme(description).input, _module(network, name)
+        if scheme is None or scheme.needs_calibration or module is None:
+            continue
+        own: Any = module
+        own.quantization_scheme = own.quantization_scheme.model_copy(
+            update={"input_activations": None}
+        )
+        module.register_forward_pre_hook(partial(_quantized, scheme))
 
 
-def _has_key_projection(names: Names) -> bool:
-    """Whether the library finds the attention modules, by what it asks of them
-    (``is_cached_attention_module``).
-    """
-    return any(name.endswith((".k_proj", ".qkv_proj")) for name in names.specs)
+def _quantized(scheme: TensorScheme, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (fake_quantize_input(args[0], scheme),)
+
+
+def _module(network: nn.Module, name: str) -> nn.Module | None:
+    """The linear ``name``; ``None`` for that of an expert, which is no module."""
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _decompress(network: PreTrainedModel, *, exact: bool) -> None:

@@ -74,6 +74,11 @@ class Form:
     """
 
     @property
+    def rounds_to_bfloat16(self) -> bool:
+        """Whether transformers turns weights into bfloat16, and so computes in nothing else."""
+        return self.compression in _BLOCK_FORMATS.values()
+
+    @property
     def compression(self) -> Compression:
         """How weights are stored."""
         weight, entering = self.scheme.weight, self.scheme.input
@@ -123,7 +128,7 @@ def form_of(linear: QuantizedLinear) -> Form:
 
     return Form(
         LinearScheme(linear.weight_scheme, linear.input_scheme),
-        _whole_rows(width, linear.weight_scheme),
+        whole_rows(width, linear.weight_scheme),
     )
 
 
@@ -132,7 +137,7 @@ def short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     or ``None``.
     """
     size = block_size(scheme)
-    if size is None or width % size == 0 or _whole_rows(width, scheme):
+    if size is None or width % size == 0 or whole_rows(width, scheme):
         return None
 
     reason = (
@@ -148,7 +153,7 @@ def short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
     )
 
 
-def _whole_rows(width: int, scheme: TensorScheme) -> bool:
+def whole_rows(width: int, scheme: TensorScheme) -> bool:
     """Whether blocks are at least as long as a row, in a format that need not have blocks."""
     size = block_size(scheme)
     return size is not None and size >= width and scheme.scale_format == "compute"

@@ -1,15 +1,17 @@
-"""Online rotations in the words of compressed-tensors: ``transform_config`` and the matrices that
-it speaks of.
+"""Online rotations in the words of compressed-tensors, for vLLM: ``transform_config`` and the
+matrices that it speaks of.
 
-R4 is a transform at the input of the down projections, ``x -> x M / sqrt(n)``, whose matrix ``M =
-sqrt(n) R4`` is stored with the first of the modules that share it, under
-``{module}.{group}_input.weight``. Its type is the format's ``random-hadamard``: the one whose
-matrix a reader takes from the checkpoint (vLLM 0.33 multiplies by it; ``hadamard`` would stand for
-Sylvester's matrix and nothing else). The down projections hold the inverse already, so no transform
-of weights is listed.
+R4 is a transform at the input of the down projections, ``x -> x M / sqrt(n)``. The down projections
+hold the inverse already, so no transform of weights is listed. ``M = sqrt(n) R4`` is stored with
+the first of the modules that share it, under ``{module}.{group}_input.weight``; of a rotation in
+blocks it is one block, whose size is ``head_dim``.
 
-R3 is left out where the cache is float: ``(q R3) (k R3)^T = q k^T``. A quantized cache would need
-it, and no reader of the format applies one: vLLM 0.33 passes over transforms of queries and keys.
+The type is ``hadamard``, Sylvester's matrix, where vLLM 0.33 has a fast kernel for it (blocks of 16
+to 128). Any other is ``random-hadamard``: the type whose matrix a reader takes from the checkpoint,
+and multiplies by it. An R4 of full order is that, from an artifact that was made for another
+target.
+
+R3 has no place: vLLM 0.33 passes over transforms of queries and keys.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from calib.errors import BackendError
 from calib.rotations.rotation_set import Rotation
 
 _LOCATION = "input"
+_FAST_BLOCKS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,29 @@ class Transform:
     modules: tuple[str, ...]
 
     @property
+    def order(self) -> int:
+        """Of the stored matrix."""
+        assert self.rotation.order is not None  # online rotations are Hadamard matrices
+        return self.rotation.block or self.rotation.order
+
+    @property
+    def kind(self) -> str:
+        """Its type in the words of the format."""
+        fast = self.rotation.block in _FAST_BLOCKS and self.rotation.seed is None
+        return "hadamard" if fast else "random-hadamard"
+
+    @property
     def key(self) -> str:
         """Where the matrix is stored."""
         return f"{self.modules[0]}.{self.name}_{_LOCATION}.weight"
 
     def entry(self, model: QuantizedModel) -> Entry:
         """The matrix ``[n, n]``, in the dtype of the model."""
-        order = self.rotation.order
-        assert order is not None  # online rotations are Hadamard matrices
+        order = self.order
 
         def read() -> Tensor:
-            return (self.rotation.dense() * math.sqrt(order)).to(model.dtype).contiguous()
+            block = self.rotation.dense()[:order, :order]
+            return (block * math.sqrt(order)).to(model.dtype).contiguous()
 
         return Entry(self.key, "other", model.dtype, (order, order), read)
 
@@ -60,18 +75,20 @@ def transforms_of(model: QuantizedModel, names: Names) -> list[Transform]:
     """The transforms of ``model``; R4 of the same order and signs is one of them.
 
     Raises:
-        BackendError: an online rotation that no reader of the format would apply.
+        BackendError: an online rotation that vLLM would not apply.
     """
-    if model.cache is not None and "r3" in model.rotations.kinds():
+    if "r3" in model.rotations.kinds():
         raise BackendError(
-            "R3 with a quantized KV cache: vLLM 0.33 and transformers apply no rotation of queries"
-            " and keys, and the scales of rotated keys would clip plain ones",
-            hint="leave r3 out of --rotate, or leave --kv out",
+            "R3: vLLM 0.33 applies no rotation of queries and keys",
+            hint="leave r3 out of --rotate",
         )
 
-    shared: dict[tuple[int | None, int | None], list[tuple[Rotation, str]]] = {}
+    shared: dict[tuple[int | None, ...], list[tuple[Rotation, str]]] = {}
     for rotation, module in _down_projections(model, names):
-        shared.setdefault((rotation.order, rotation.seed), []).append((rotation, module))
+        if rotation.block is not None and rotation.seed is not None:
+            raise BackendError(f"{rotation.name} has signs, which differ from block to block")
+        same = (rotation.order, rotation.seed, rotation.block)
+        shared.setdefault(same, []).append((rotation, module))
 
     return [
         Transform(
@@ -90,8 +107,9 @@ def transform_config(transforms: list[Transform]) -> dict[str, Any]:
     library = require("compressed_tensors.transform")
     groups = {
         transform.name: library.TransformScheme(
-            type="random-hadamard",
+            type=transform.kind,
             apply=[library.TransformArgs(targets=list(transform.modules), location=_LOCATION)],
+            head_dim=transform.rotation.block,
         )
         for transform in transforms
     }

@@ -91,12 +91,12 @@ WARNINGS: tuple[Rule, ...] = (
     Rule(
         lambda scheme: not _readers(scheme),
         "neither vLLM 0.33 nor TensorRT-LLM's PyTorch backend loads this format of ModelOpt; what"
-        " vLLM loads is --target compressed-tensors",
+        " vLLM loads is --target vllm",
     ),
     Rule(
         lambda scheme: _readers(scheme) == ("TensorRT-LLM",),
         "TensorRT-LLM loads this format of ModelOpt, vLLM 0.33 does not: for vLLM use --target"
-        " compressed-tensors",
+        " vllm",
     ),
     Rule(
         lambda scheme: _readers(scheme) == ("vLLM",),

@@ -30,11 +30,14 @@ from tests.tiny import fuse_tiny, make_tiny, quantize_fused
 
 GOLDEN = Path(__file__).parent / "golden_keys"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NEEDS = {"compressed-tensors": "compressed_tensors"}
+NEEDS = {"transformers": "compressed_tensors"}
 """Packages that writing for a target needs."""
+SAME_AS_TRANSFORMERS = ("vllm", "compressed-tensors")
+"""Targets of one layout: that they are is among the tests of compressed-tensors."""
 MODES = [
     (target, scheme, family, dtype)
     for target in TARGETS
+    if target not in SAME_AS_TRANSFORMERS
     for scheme in LINEAR_SCHEMES
     if linear_refusal(SafetensorsBackend(), LINEAR_SCHEMES[scheme], target) is None
     for family in FAMILIES
@@ -96,9 +99,7 @@ def as_stored(second: Tensor | None, target: str) -> Tensor | None:
     float32.
     """
     return (
-        second
-        if second is None or target != "compressed-tensors"
-        else second.reciprocal().reciprocal()
+        second if second is None or target != "transformers" else second.reciprocal().reciprocal()
     )
 
 

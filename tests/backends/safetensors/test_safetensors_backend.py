@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from backends.base import Request, RuntimeMissing, WriteOptions
+from backends.base import Request, WriteOptions
 from backends.registry import available, get_backend
 from backends.safetensors.backend import SafetensorsBackend
-from backends.safetensors.targets import TARGETS, Target
+from backends.safetensors.targets import TARGETS
 from backends.testing import tiny_model
-from backends.torch_model import TorchModel
 from calib.errors import BackendError
 from calib.schemes import LINEAR_SCHEMES, SCHEMES
 from tests.answers import linear_refusal
@@ -21,7 +20,16 @@ def test_it_is_found_through_its_entry_point() -> None:
     assert isinstance(get_backend("safetensors"), SafetensorsBackend)
     info = {entry.name: entry for entry in available()}["safetensors"]
     assert info.error is None
-    assert info.targets == ("tripy", "tensorrt", "modelopt", "compressed-tensors")
+    assert set(info.rotation_warnings["vllm"]) == {"r4"}
+    assert not any(warned for target, warned in info.rotation_warnings.items() if target != "vllm")
+    assert info.targets == (
+        "tripy",
+        "tensorrt",
+        "modelopt",
+        "vllm",
+        "transformers",
+        "compressed-tensors",
+    )
 
 
 def test_every_target_is_a_layout_of_its_name() -> None:
@@ -50,18 +58,6 @@ def test_a_library_of_the_targets_own_is_preferred(folder: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="it is what loads the bundle")
     model = SafetensorsBackend().load(folder, "compressed-tensors", exact=True)
     assert model.runtime.startswith("transformers")
-
-
-def test_torch_stands_in_where_that_library_cannot(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(self: Target, folder: Path, *, exact: bool) -> TorchModel:
-        raise RuntimeMissing("it is not here", hint="install it")
-
-    monkeypatch.setattr(Target, "run", missing)
-    model = SafetensorsBackend().load(folder, "compressed-tensors", exact=True)
-    assert isinstance(model, TorchModel)
-    assert model.runtime == "torch, from the file"
 
 
 def test_what_is_computed_is_no_business_of_a_bundle() -> None:

@@ -111,6 +111,27 @@ def test_the_matrix_is_orthonormal_and_the_fast_form_equals_it(n: int, seed: int
     torch.testing.assert_close(apply_hadamard(x, seed=seed), x @ matrix, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(("n", "block"), [(1536, 128), (96, 32), (88, 8), (36, 12), (7, 1)])
+def test_a_matrix_in_blocks_is_the_same_small_one_along_the_diagonal(
+    n: int, block: int, seed: int | None
+) -> None:
+    matrix = hadamard_matrix(n, block=block, seed=seed)
+    small = [hadamard_matrix(block)] * (n // block)
+    plain = matrix if seed is None else matrix * random_signs(n, seed)[:, None]
+    assert torch.equal(plain, torch.block_diag(*small))
+    x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # sums of n products in float64
+    assert torch.allclose(apply_hadamard(x, block=block, seed=seed), x @ matrix, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "block"), [(96, 64), (96, 3)])
+def test_blocks_that_there_are_not_are_refused(n: int, block: int) -> None:
+    with pytest.raises(RotationError, match=f"blocks of {block}") as caught:
+        hadamard_matrix(n, block=block)
+    assert "power of two" in str(caught.value.hint)
+
+
 def test_signs_multiply_rows_so_that_the_input_is_flipped_first() -> None:
     signs = random_signs(12, 3)
     assert torch.equal(hadamard_matrix(12, seed=3), signs[:, None] * hadamard_matrix(12))

@@ -169,7 +169,7 @@ def test_missing_or_damaged_files(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda manifest: manifest.update(format_version=2), "format version 2"),
+        (lambda manifest: manifest.update(format_version=3), "format version 3"),
         (lambda manifest: manifest["rotations"][0].update(space="moon"), "is damaged"),
         (lambda manifest: manifest["rotations"][0].pop("kind"), "is damaged"),
         (
@@ -245,6 +245,25 @@ def test_online_rotations_have_no_signs_whatever_the_seed() -> None:
     assert [made[rotation.name].seed for rotation in online] == [None] * 4
     for rotation in online:
         assert vars(made[rotation.name]) == vars(rotation)
+
+
+def test_r4_in_blocks_comes_back_from_a_file_that_older_readers_refuse(
+    config: Any, tmp_path: Path
+) -> None:
+    """88 channels and blocks of at most 32: of 8, the largest power of two that divides."""
+    blocked = RotationSet(online_rotations(wiring_for(config), ["r3", "r4"], block=32))
+    assert [rotation.block for rotation in blocked.values()] == [None, 8, None, 8]
+    assert blocked["R4.0"].origin == "Hadamard in blocks of 8"
+    save_rotations(blocked, tmp_path / "blocked")
+    found = load_rotations(tmp_path / "blocked")
+    assert_same(found, blocked)
+    assert torch.equal(found["R4.1"].dense(), hadamard_matrix(FFN, block=8))
+
+    def version(folder: str) -> object:
+        return json.loads((tmp_path / folder / "rotations.json").read_text())["format_version"]
+
+    save_rotations(RotationSet(online_rotations(wiring_for(config), ["r4"])), tmp_path / "whole")
+    assert (version("whole"), version("blocked")) == (1, 2)
 
 
 def test_refused_kind_is_refused_early() -> None:

@@ -125,6 +125,14 @@ def test_a_failed_parity_stands_out() -> None:
     assert "parity not checked" in summary_text(status="unverified", parity=[])
 
 
+def test_a_runtime_that_did_not_run_it_is_named() -> None:
+    row = sample_report().parity[1].model_copy(update={"runtime": "torch", "not_run_in": "vLLM"})
+    text = summary_text(parity=[row])
+    assert "ran in: torch\nnot run in: vLLM\n" in text
+    assert "parity passed, not run in vLLM" in text
+    assert "not run in" not in summary_text()
+
+
 def test_growing_is_not_called_shrinking() -> None:
     layers = sample_report().layers.model_copy(update={"bytes_after": 2 * 10_957_312})
     assert "(2.00 x larger: 'rotq inspect' says what is stored in which dtype)" in summary_text(

@@ -50,6 +50,25 @@ def test_a_passed_and_an_unverified_model_are_told_apart() -> None:
     assert "Not measured." in unverified
 
 
+def test_a_runtime_that_did_not_run_it_is_named_beside_what_did() -> None:
+    ran = (
+        sample_report()
+        .parity[1]
+        .model_copy(update={"runtime": "torch, from the file", "not_run_in": "vLLM"})
+    )
+    report = sample_report(target="vllm", backend="safetensors", parity=[ran])
+    text = render_card(Recipe(), report)
+    assert (
+        "**Parity passed, but not in vLLM**: the exported files were run in torch, from the file"
+        in text
+    )
+    assert "* not run in: vLLM" in text
+    assert "vllm serve FOLDER" in text
+    failed = render_card(Recipe(), report.model_copy(update={"status": "failed"}))
+    assert "PARITY FAILED. Do not deploy" in failed
+    assert "not run in" not in render_card(Recipe(), sample_report())
+
+
 def test_folded_and_online_rotations_are_told_apart() -> None:
     text = render_card(Recipe(), sample_report())
     assert "| r1 | residual | 256 | 1 | folded into the weights | trained |" in text

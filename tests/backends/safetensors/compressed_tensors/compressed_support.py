@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from backends.base import WriteOptions
 from backends.safetensors.backend import SafetensorsBackend
-from backends.safetensors.compressed_tensors.layout import CompressedTensorsLayout
+from backends.safetensors.compressed_tensors import runner
+from backends.safetensors.compressed_tensors.layout import VllmLayout
 from calib.architectures import Kind
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
+from calib.fusing import fuse
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import customised, resolve
+from calib.rotations.rotation_set import online_rotations
 from calib.schemes import scheme_named
 from tests.tiny import CONFIGS, PROVENANCE, fuse_tiny, make_tiny, token_rows, wide_llama
 
-TARGET = "compressed-tensors"
+BOTH = "compressed-tensors"
 FIXED_BLOCKS = ("nvfp4", "mxfp4", "mxfp8")
 
 
@@ -33,6 +36,7 @@ def artifact(
     scheme: str,
     *,
     kinds: Sequence[Kind] = (),
+    online_block: int | None = None,
     kv: str | None = None,
     overrides: Mapping[str, str] | None = None,
     weights: str = "rtn",
@@ -44,6 +48,9 @@ def artifact(
     """
     tiny = make_tiny(wide_llama() if family == "wide" else CONFIGS[family]())
     fused = fuse_tiny(tiny, kinds, dtype)
+    if online_block is not None:
+        blocked = online_rotations(tiny.wiring, kinds, block=online_block)
+        fused = fuse(tiny.state, tiny.wiring, fused.rotations.merged(blocked), dtype=dtype)
     wanted = resolve(
         customised(scheme_named(scheme), **controls),
         fused.wiring,
@@ -56,14 +63,19 @@ def artifact(
     )
 
 
-def written(model: QuantizedModel, folder: Path) -> Path:
+def written(model: QuantizedModel, folder: Path, target: str = "transformers") -> Path:
     """``folder``, with the bundle of ``model`` in it; skips where the library that describes it is
     missing.
     """
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     folder.mkdir()
-    SafetensorsBackend().write(model, folder, WriteOptions(TARGET))
+    SafetensorsBackend().write(model, folder, WriteOptions(target))
     return folder
+
+
+def opened(folder: Path, *, exact: bool) -> runner.TransformersModel:
+    """A bundle in transformers, whatever that makes of it."""
+    return runner.load(folder, exact=exact, stands_in=False, not_run_in="")
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def quantization_config(folder: Path) -> dict[str, Any]:
 def tensors_of(model: QuantizedModel) -> dict[str, Tensor]:
     """The tensors of the bundle by key, as they are described."""
     found = {}
-    for entry in CompressedTensorsLayout().entries(model):
+    for entry in VllmLayout().entries(model):
         tensor = entry.read()
         assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.key
         assert tensor.is_contiguous(), entry.key

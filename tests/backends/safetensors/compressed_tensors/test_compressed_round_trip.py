@@ -13,12 +13,14 @@ import torch
 
 from backends.safetensors.backend import SafetensorsBackend
 from backends.safetensors.compressed_tensors.layout import CompressedTensorsLayout
+from backends.safetensors.manifest import Manifest
+from backends.safetensors.names import Names
 from calib.artifact import LINEAR_PARTS, QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import LINEAR_SCHEMES, tensor_scheme_to_dict
 from tests.answers import model_refusal
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
-    TARGET,
+    BOTH,
     artifact,
     equal,
     quantization_config,
@@ -175,6 +177,19 @@ def test_groups_name_what_the_class_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.runtimes
+@pytest.mark.parametrize("scheme", ["int8", "nvfp4"])
+def test_the_files_are_the_same_for_all_readers(scheme: str, tmp_path: Path) -> None:
+    model = artifact("wide", scheme, kv="float8")
+    manifests = [
+        Manifest.load(written(model, tmp_path / target, target))
+        for target in ("vllm", "transformers", "compressed-tensors")
+    ]
+    first, *others = (dict(manifest.files) for manifest in manifests)
+    assert {"config.json", "model.safetensors"} <= first.keys()
+    assert others == [first, first]
+
+
+@pytest.mark.runtimes
 def test_float_models_have_no_quantization_config(tmp_path: Path) -> None:
     folder = written(artifact("llama", "float"), tmp_path / "bundle")
     assert '"quantization_config"' not in (folder / "config.json").read_text(encoding="utf-8")
@@ -212,12 +227,8 @@ def test_short_blocks_are_refused() -> None:
 def test_models_are_refused_with_a_reason(family: str, linears: list[str], words: str) -> None:
     config = artifact(family, "float").config
     scheme = LINEAR_SCHEMES["int8-weight-only"]
-    reason = model_refusal(SafetensorsBackend(), config, dict.fromkeys(linears, scheme), TARGET)
+    reason = model_refusal(SafetensorsBackend(), config, dict.fromkeys(linears, scheme), BOTH)
     assert reason is not None
     assert words in reason.reason
-    assert (
-        model_refusal(
-            SafetensorsBackend(), config, {"model.layers.0.self_attn.q_proj": scheme}, TARGET
-        )
-        is None
-    )
+    whole = dict.fromkeys(Names.of(config).specs, scheme)
+    assert model_refusal(SafetensorsBackend(), config, whole, BOTH) is None

@@ -4,6 +4,7 @@ fake-quantized model.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,17 @@ from torch import Tensor
 
 from backends.base import RuntimeMissing
 from backends.safetensors.backend import SafetensorsBackend
-from backends.safetensors.compressed_tensors.runner import TransformersModel, load
+from backends.safetensors.compressed_tensors.runner import TransformersModel
 from calib.arithmetic.grids import round_to_grid
 from calib.artifact import QuantizedModel
 from calib.measure.floor import split_sum_floor
 from calib.measure.reference import ReferenceLinear, build_reference
-from calib.schemes import FLOAT4
+from calib.schemes import FLOAT4, SCHEMES
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
     FIXED_BLOCKS,
-    TARGET,
     artifact,
     logits,
+    opened,
     with_maxbound,
     written,
 )
@@ -60,7 +61,6 @@ _EXACT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "float8-biases": ("qwen2", "float8", {}),
     "float8-dynamic": ("llama", "float8-dynamic", {}),
     "folded-rotations": ("llama", "int8", {"kinds": ["r1", "r2"]}),
-    "r3-without-cache": ("llama", "int8-weight-only", {"kinds": ["r3"]}),
     "cache-int8": ("llama", "int8", {"kv": "int8"}),
     "cache-int4": ("llama", "int4-weight-only", {"kv": "int4"}),
     "cache-float8": ("qwen2", "int8", {"kv": "float8"}),
@@ -94,25 +94,47 @@ def _pass(model: TransformersModel, row: Tensor) -> Tensor:
 def test_logits_are_those_of_the_fake_quantized_model(case: str, tmp_path: Path) -> None:
     family, scheme, controls = _EXACT[case]
     model = artifact(family, scheme, **controls)
-    found = load(written(model, tmp_path / "bundle"), exact=True)
+    found = opened(written(model, tmp_path / "bundle"), exact=True)
     assert found.note == ""
     assert relative_l2(_run(found), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
 
 
-@pytest.mark.parametrize("case", ["int8", "int4", "float8-dynamic", "mixed"])
-def test_plain_from_pretrained_gives_the_same(case: str, tmp_path: Path) -> None:
-    """No help from rotq: the library dequantizes when the model is first called."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_default_session_is_plain_from_pretrained(
+    scheme: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """No help from rotq, and no options: the library dequantizes when the model is first called."""
     import transformers
 
-    family, scheme, controls = _EXACT[case]
-    model = artifact(family, scheme, **controls)
-    folder = written(model, tmp_path / "bundle")
+    folder = written(artifact("wide", scheme, dtype=dtype), tmp_path / "bundle")
     network, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )
     assert not any(info.values()), info
-    assert network.dtype == torch.float32
-    assert relative_l2(logits(network, _ROWS), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
+    found = opened(folder, exact=False)
+    assert found.precision == str(network.dtype).removeprefix("torch.")
+    # the same operations on the same values
+    assert torch.equal(_run(found), logits(network, _ROWS))
+
+
+@pytest.mark.parametrize("case", ["int8", "int8-dynamic", "mixed", "layer-norm", "nvfp4"])
+def test_linears_are_probed_in_transformers(case: str, tmp_path: Path) -> None:
+    family, scheme, controls = _EXACT.get(case, ("wide", case, {}))
+    model = artifact(family, scheme, **controls)
+    reference = build_reference(model)
+    folder = written(model, tmp_path / "bundle")
+    probed: Any = SafetensorsBackend().load_probed(folder, "transformers")
+    assert probed.runtime.startswith("transformers ")
+    probes = probed.probe(_ROWS[0][None], list(model.linears))
+    assert list(probes) == list(model.linears)
+    for name, (entering, leaving) in probes.items():
+        linear = reference.get_submodule(name)
+        assert isinstance(linear, ReferenceLinear)
+        assert relative_l2(leaving, linear(entering)) <= WEIGHT_ONLY, name
+        rounded = linear.quantize(entering)
+        # what entered was seen before it was quantized
+        assert linear.source.input_scheme is None or not torch.equal(rounded, entering), name
 
 
 @pytest.mark.parametrize("scheme", FIXED_BLOCKS)
@@ -122,11 +144,9 @@ def test_block_formats_are_within_the_floor(
 ) -> None:
     """In float32; the split-sum floor is what summing in another order costs."""
     model = artifact("wide", scheme, dtype=dtype)
-    if scheme == "mxfp4":
-        model = _float_inputs(model)  # their scales follow another rule: see below
     reference = build_reference(model)
     floor = split_sum_floor(model, reference, _ROWS)
-    found = _run(load(written(model, tmp_path / "bundle"), exact=True))
+    found = _run(opened(written(model, tmp_path / "bundle"), exact=True))
     assert relative_l2(found, logits(reference, _ROWS)) <= max(floor.value, WEIGHT_ONLY)
 
 
@@ -149,14 +169,14 @@ def test_scales_while_running_differ_by_the_divisor_alone(
 ) -> None:
     model = artifact(family, scheme, **controls)
     folder = written(model, tmp_path / "bundle")
-    with pytest.raises(RuntimeMissing, match="half the number of levels"):
-        load(folder, exact=True)
-    found = load(folder, exact=False)
+    found, expected = opened(folder, exact=False), logits(build_reference(model), _ROWS)
     assert "half the number of levels" in found.note
-    logits_found = _run(found)
-    expected = logits(build_reference(with_maxbound(model, halved)), _ROWS)
-    assert relative_l2(logits_found, expected) <= WEIGHT_ONLY
-    assert relative_l2(logits_found, logits(build_reference(model), _ROWS)) > 10 * WEIGHT_ONLY
+    theirs = logits(build_reference(with_maxbound(model, halved)), _ROWS)
+    assert relative_l2(_run(found), theirs) <= WEIGHT_ONLY
+    assert relative_l2(_run(found), expected) > 10 * WEIGHT_ONLY
+    exact = opened(folder, exact=True)
+    assert exact.note == ""
+    assert relative_l2(_run(exact), expected) <= WEIGHT_ONLY
 
 
 def test_zero_points_while_running_have_no_such_divisor(tmp_path: Path) -> None:
@@ -164,8 +184,9 @@ def test_zero_points_while_running_have_no_such_divisor(tmp_path: Path) -> None:
     it.
     """
     model = artifact("llama", "int8-dynamic", activation_symmetric=False)
-    found = _run(load(written(model, tmp_path / "bundle"), exact=False))
-    assert relative_l2(found, logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
+    found = opened(written(model, tmp_path / "bundle"), exact=False)
+    assert found.note == ""
+    assert relative_l2(_run(found), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
 
 
 class _LibraryRule(ReferenceLinear):
@@ -184,10 +205,8 @@ class _LibraryRule(ReferenceLinear):
 def test_mxfp4_inputs_differ_by_the_rule_of_their_scales_alone(tmp_path: Path) -> None:
     model = artifact("wide", "mxfp4", dtype=torch.bfloat16)
     folder = written(model, tmp_path / "bundle")
-    with pytest.raises(RuntimeMissing, match="powers of two"):
-        load(folder, exact=True)
-    assert "powers of two" in load(folder, exact=False).note
-    network = load(written(_float_inputs(model), tmp_path / "weights"), exact=True)._network
+    assert "powers of two" in opened(folder, exact=False).note
+    network = opened(written(_float_inputs(model), tmp_path / "weights"), exact=True)._network
     reference, ruled = build_reference(model), build_reference(model)
     for module in ruled.modules():
         if type(module) is ReferenceLinear:
@@ -204,7 +223,7 @@ def test_mxfp4_inputs_differ_by_the_rule_of_their_scales_alone(tmp_path: Path) -
 @pytest.mark.parametrize("case", ["int8", "cache-int8", "cache-float8"])
 def test_decodes_with_a_cache_and_padding(case: str, tmp_path: Path) -> None:
     family, scheme, controls = _EXACT[case]
-    model = load(written(artifact(family, scheme, **controls), tmp_path / "bundle"), exact=True)
+    model = opened(written(artifact(family, scheme, **controls), tmp_path / "bundle"), exact=True)
     row = _ROWS[0][None]
     whole = _pass(model, row[0])
     first, past = model.forward(
@@ -219,28 +238,39 @@ def test_decodes_with_a_cache_and_padding(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme", "controls", "words"),
+    ("family", "scheme", "controls", "stands_in"),
     [
-        ("gpt2", "int8", {}, "Conv1D"),
-        ("llama", "int8", {"kinds": ["r4"]}, "transform_config"),
-        ("mixtral", "float8", {}, "experts"),
-        ("mixtral", "int8", {"overrides": {"*.experts.*": "float"}}, "experts"),
-        ("gpt_neox", "int8", {"kv": "int8"}, "caches"),
-        ("llama", "float", {}, "nothing of it is quantized"),
+        ("llama", "int8", {}, True),
+        ("llama", "int4-weight-only", {"block_size": 8, "kinds": ["r1", "r2"]}, True),
+        ("llama", "float", {}, True),
+        ("llama", "int8", {"kinds": ["r4"]}, False),
+        ("llama", "float", {"kinds": ["r4"]}, False),
+        ("llama", "int8-dynamic", {}, False),
+        ("gpt2", "int8", {}, False),
+        ("mixtral", "float8", {}, False),
+        ("gpt_neox", "int8", {"kv": "float8"}, False),
     ],
 )
-def test_what_transformers_does_not_run_is_run_in_torch(
-    family: str, scheme: str, controls: dict[str, Any], words: str, tmp_path: Path
+def test_for_vllm_transformers_stands_in_where_it_reads_the_same(
+    family: str, scheme: str, controls: dict[str, Any], stands_in: bool, tmp_path: Path
 ) -> None:
     model = artifact(family, scheme, **controls)
-    folder = written(model, tmp_path / "bundle")
-    with pytest.raises(RuntimeMissing, match=words):
-        load(folder, exact=True)
-    found: Any = SafetensorsBackend().load(folder, TARGET, exact=True)
-    assert found.runtime == "torch, from the file"
-    assert relative_l2(_run(found), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
+    folder = written(model, tmp_path / "bundle", "vllm")
+    for exact in (True, False):
+        found: Any = SafetensorsBackend().load(folder, "vllm", exact=exact)
+        assert found.runtime.startswith("transformers" if stands_in else "torch, from the file")
+        assert found.not_run_in == "vLLM"
+        assert relative_l2(_run(found), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
 
 
-def test_the_backend_runs_a_bundle_in_transformers(tmp_path: Path) -> None:
-    folder = written(artifact("llama", "int8"), tmp_path / "bundle")
-    assert SafetensorsBackend().load(folder, TARGET, exact=True).runtime.startswith("transformers ")
+@pytest.mark.parametrize("target", ["transformers", "compressed-tensors"])
+def test_what_is_for_transformers_is_run_there_or_not_at_all(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(artifact("llama", "int8"), tmp_path / "bundle", target)
+    found: Any = SafetensorsBackend().load(folder, target, exact=True)
+    assert found.runtime.startswith("transformers ")
+    assert found.not_run_in == ("" if target == "transformers" else "vLLM")
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(RuntimeMissing, match="which is not installed"):
+        SafetensorsBackend().load(folder, target, exact=True)

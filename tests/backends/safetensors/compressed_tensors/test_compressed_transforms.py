@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from backends.safetensors.compressed_tensors import runner
 from calib.errors import BackendError
 from calib.measure.reference import build_reference
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
@@ -63,7 +62,7 @@ def test_the_library_rotates_as_rotq_does(scheme: str, tmp_path: Path) -> None:
     model = artifact(
         "llama", scheme, kinds=("r1", "r2", "r4"), kv="float8" if scheme == "float" else None
     )
-    folder = written(model, tmp_path / "bundle")
+    folder = written(model, tmp_path / "bundle", "vllm")
     config = library.TransformConfig.model_validate(quantization_config(folder)["transform_config"])
     network = transformers.AutoModelForCausalLM.from_pretrained(folder)
     unrotated = logits(network, _ROWS)
@@ -75,18 +74,45 @@ def test_the_library_rotates_as_rotq_does(scheme: str, tmp_path: Path) -> None:
     assert relative_l2(unrotated, expected) > 0.1
 
 
-def test_r3_is_left_out_where_nothing_is_cached_in_integers(tmp_path: Path) -> None:
-    """``(q R3) (k R3)^T = q k^T``: that the logits stay is among the tests of transformers."""
-    model = artifact("llama", "int8", kinds=("r3",))
-    assert "r3" in model.rotations.kinds()
-    assert quantization_config(written(model, tmp_path / "bundle"))["transform_config"] == {}
-    assert not [key for key in tensors_of(model) if "R3" in key]
+@pytest.mark.parametrize(
+    ("family", "block", "kind"), [("wide", 32, "hadamard"), ("llama", 8, "random-hadamard")]
+)
+def test_blocks_are_sylvesters_matrix_where_there_is_a_kernel(
+    family: str, block: int, kind: str, tmp_path: Path
+) -> None:
+    """64 channels in blocks of 32; of 88 no power of two above 8 divides. The library makes the
+    matrix itself where it is called ``hadamard``.
+    """
+    import transformers
+
+    model = artifact(family, "int8", kinds=("r1", "r4"), online_block=32)
+    rotation = model.rotations["R4.0"]
+    assert rotation.block == block
+    folder = written(model, tmp_path / "bundle", "vllm")
+    config = library.TransformConfig.model_validate(quantization_config(folder)["transform_config"])
+    (scheme,) = config.config_groups.values()
+    assert (scheme.type, scheme.head_dim) == (kind, block)
+    matrix = tensors_of(model)[_MATRIX]
+    assert matrix.shape == (block, block)
+    whole = torch.block_diag(
+        *[matrix.double() / math.sqrt(block)] * (rotation.dense().shape[0] // block)
+    )
+    assert torch.allclose(whole, rotation.dense(), rtol=1e-7, atol=0)
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    library.apply_transform_config(network, config)
+    module = network.get_submodule(_MATRIX.removesuffix(".weight"))
+    if kind == "hadamard":
+        assert torch.equal(module.weight.data.to(matrix), matrix)
+    module.weight.data.copy_(matrix)
+    found = logits(network, _ROWS)
+    assert relative_l2(found, logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
 
 
 @pytest.mark.parametrize(
     ("family", "controls", "words"),
     [
-        ("llama", {"kinds": ("r3",), "kv": "float8"}, "R3 with a quantized KV cache"),
+        ("llama", {"kinds": ("r3",)}, "applies no rotation of queries"),
         ("mixtral", {"kinds": ("r4",)}, "R4 before the experts"),
         ("gpt2", {"kinds": ("r4",)}, "which has a bias"),
     ],
@@ -99,7 +125,8 @@ def test_what_no_reader_applies_is_refused(
     assert found.value.hint
 
 
-def test_a_bundle_with_r4_is_not_left_to_transformers(tmp_path: Path) -> None:
-    folder = written(artifact("llama", "int8", kinds=("r4",)), tmp_path / "bundle")
-    with pytest.raises(runner.RuntimeMissing, match="passes over transform_config"):
-        runner.load(folder, exact=False)
+@pytest.mark.parametrize("target", ["transformers", "compressed-tensors"])
+def test_it_is_not_written_for_who_would_pass_over_it(target: str, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="passes over rotations while running") as found:
+        written(artifact("llama", "int8", kinds=("r4",)), tmp_path / "bundle", target)
+    assert found.value.hint
