@@ -36,6 +36,8 @@ class GateRow(_Frozen):
     rotate: str
     """Rotations fused or online in this candidate, as ``--rotate`` takes them (``none``, ``r1,r2``,
     ``r1,r2,r4``); with ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
+    norms_kept: bool = False
+    """Whether norms keep their gains although the scheme would have them folded."""
     prefix: int = 0
     """Tokens before every sequence in this candidate."""
     wider: int = 0
@@ -52,6 +54,7 @@ class GateRow(_Frozen):
     def name(self) -> str:
         """The candidate in words."""
         words = [self.rotate]
+        words += ["norms kept"] if self.norms_kept else []
         words += ["prefix"] if self.prefix else []
         words += [f"{self.wider} wider"] if self.wider else []
         return " + ".join(words)

@@ -56,6 +56,12 @@ class Calibrating:
         """Whether norms are folded also without R1."""
         return folds_norms(self.inputs.recipe, self.quantization)
 
+    @property
+    def may_keep_norms(self) -> bool:
+        """Whether the gate may choose not to fold them: gains that are folded smooth activations,
+        and give weights another range."""
+        return self.fold_norms and self.inputs.recipe.rotation.fold_norms == "auto"
+
     def setups(self, sets: Iterable[GateSet]) -> list[Setup]:
         """What the gate compares, the simplest first.
 
@@ -77,10 +83,9 @@ class Calibrating:
             rotations: all of them; the online ones run while it is calibrated.
             clock: times the stages.
         """
-        fused = self._prefixed(
-            self.inputs.fuse(rotations, clock, fold_norms=self.fold_norms), setup.prefix
+        fused = self._smoothed(
+            self._prefixed(self._fused(setup, rotations, clock), setup.prefix), clock
         )
-        fused = self._smoothed(fused, clock)
         own = replace(self, quantization=self.widened(setup.wider))
         return Candidate(setup, fused, own.quantized(fused, clock))
 
@@ -97,9 +102,7 @@ class Calibrating:
             rotations: those of ``base``.
             clock: times the stages.
         """
-        fused = self._smoothed(
-            self.inputs.fuse(rotations, clock, fold_norms=self.fold_norms), clock
-        )
+        fused = self._smoothed(self._fused(base, rotations, clock), clock)
         with clock.stage("gate"):
             network = materialize(fused, device=self.inputs.device)
             sets = wider_sets(network, self.quantization, self.rows.train)
@@ -126,6 +129,10 @@ class Calibrating:
                 device=self.inputs.device,
                 progress=clock.progress,
             )
+
+    def _fused(self, setup: Setup, rotations: RotationSet, clock: Stopwatch) -> FusedModel:
+        fold = self.fold_norms and not setup.norms_kept
+        return self.inputs.fuse(rotations, clock, fold_norms=fold)
 
     def _prefixed(self, fused: FusedModel, tokens: Sequence[int]) -> FusedModel:
         reason = "" if self.prefix is None else self.prefix.reason
@@ -181,6 +188,8 @@ def best_candidate(
         bound=calibrating.quantization.scheme.max_perplexity_ratio,
     )
     gate.run(setups, clock.progress)
+    if calibrating.may_keep_norms and "r1" not in rotations[gate.best.setup.rotate].kinds():
+        gate.run([replace(gate.best.setup, norms_kept=True)], clock.progress)
     if not gate.met and inputs.recipe.widen == "auto" and fixes_limits(calibrating.quantization):
         base = gate.best.setup
         gate.run(quick.wider_setups(base, rotations[base.rotate], clock), clock.progress)

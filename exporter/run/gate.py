@@ -41,6 +41,8 @@ class Setup:
     """Ids of the tokens before every sequence."""
     wider: tuple[str, ...] = ()
     """Linears whose input gets a wider form than the scheme's."""
+    norms_kept: bool = False
+    """Whether norms keep their gains although the scheme would have them folded."""
     online: bool = False
     """Whether a rotation is computed at run time."""
 
@@ -52,6 +54,8 @@ class Setup:
 
     def __str__(self) -> str:
         words = [self.rotate]
+        if self.norms_kept:
+            words.append("norms kept")
         if self.prefix:
             words.append("prefix")
         if self.wider:
@@ -149,4 +153,9 @@ class Gate:
 
 def _row(setup: Setup) -> GateRow:
     """The row of a candidate that was not tried."""
-    return GateRow(rotate=setup.rotate, prefix=len(setup.prefix), wider=len(setup.wider))
+    return GateRow(
+        rotate=setup.rotate,
+        norms_kept=setup.norms_kept,
+        prefix=len(setup.prefix),
+        wider=len(setup.wider),
+    )
