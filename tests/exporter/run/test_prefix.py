@@ -93,8 +93,9 @@ def test_a_prefix_that_helps_is_found_kept_written_and_judged(sink: str, tmp_pat
     assert [(row.name, row.chosen) for row in report.gate] == [
         ("none", False),
         ("none + prefix", True),
+        ("none + norms kept + prefix", False),
     ]
-    without, with_it = (row.kl for row in report.gate)
+    without, with_it, _ = (row.kl for row in report.gate)
     assert without is not None
     assert with_it is not None
     assert with_it < without / 2
