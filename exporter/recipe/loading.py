@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from calib.errors import CheckpointError, RecipeError
-from exporter.recipe.schema import Recipe
+from exporter.recipe.schema import NEVER_IN_FILES, Recipe
 
 
 def presets() -> list[str]:
@@ -38,10 +38,16 @@ def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
             ``None`` values are skipped.
 
     Raises:
-        RecipeError: the source does not exist, is not YAML, or holds an unknown key or a value out
-            of range.
+        RecipeError: the source does not exist, is not YAML, or holds an unknown key, a value out of
+            range, or what only the command line may say.
     """
     values = _read(source) if source is not None else {}
+    for key in NEVER_IN_FILES:
+        if values.pop(key, False) is not False:
+            raise RecipeError(
+                f"the recipe '{source}' says '{key}', which no file may decide",
+                hint=f"remove the key; --{key.replace('_', '-')} on the command line says it",
+            )
     for key, value in (overrides or {}).items():
         if value is not None:
             _assign(values, key, value)

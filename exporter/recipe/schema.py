@@ -23,6 +23,8 @@ from exporter.recipe.scope import COST, EACH_RUN, WRITING, Scope, scope_of
 
 RECIPE_FILE = "rotq.yaml"
 EMBEDDED = "embedded"
+NEVER_IN_FILES = ("trust_remote_code",)
+"""Keys that a file, which somebody else may have written, does not decide."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -200,7 +202,9 @@ class Recipe(_Section):
     model: Annotated[str, EACH_RUN] = EMBEDDED
     """Checkpoint folder or hub id; ``embedded``: the example model that ships with rotq."""
     revision: Annotated[str | None, EACH_RUN] = None
-    trust_remote_code: Annotated[bool, EACH_RUN] = False
+    trust_remote_code: Annotated[bool, WRITING] = False
+    """Run Python code that comes with the model. Said on the command line or from Python alone: it
+    is neither written to a file nor believed of one."""
     backend: Annotated[str, WRITING] = "onnx"
     target: Annotated[str | list[str] | None, WRITING] = None
     """Runtime the output is for, or several of them; ``None``: the backend's default."""
@@ -279,8 +283,10 @@ class Recipe(_Section):
         return scope_of(key, cls)
 
     def to_yaml(self) -> str:
-        """As YAML, which :func:`exporter.recipe.load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """As YAML, which :func:`exporter.recipe.load_recipe` reads back to an equal recipe, but for
+        what no file may say."""
+        values = self.model_dump(mode="json", exclude=set(NEVER_IN_FILES))
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 def parse_size(text: str) -> int:

@@ -13,6 +13,7 @@ from calib.errors import RecipeError
 from calib.rotations.rotate import Rotate
 from calib.rotations.train_config import TrainConfig
 from exporter.recipe import Recipe, load_recipe, presets, recipe_of_artifact
+from exporter.recipe.schema import NEVER_IN_FILES
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -82,7 +83,18 @@ def test_a_saved_recipe_reads_back_equal_and_complete(tmp_path: Path) -> None:
     )
     assert str(recipe.rotate) == "r1,r4"
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
-    assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
+    assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields) - set(NEVER_IN_FILES)
+
+
+def test_no_file_decides_whether_code_of_a_model_is_run(tmp_path: Path) -> None:
+    for said in ("true", "1", "yes please", "null"):
+        with pytest.raises(RecipeError, match="'trust_remote_code', which no file may decide"):
+            load_recipe(write(tmp_path, f"trust_remote_code: {said}"))
+    path = write(tmp_path, "trust_remote_code: false")
+    assert not load_recipe(path).trust_remote_code
+    trusting = load_recipe(path, {"trust_remote_code": True})
+    assert trusting.trust_remote_code
+    assert "trust" not in trusting.to_yaml()
 
 
 def test_presets_load_and_int8_is_the_default() -> None:
@@ -110,8 +122,8 @@ def settings(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[st
 def test_what_an_artifact_and_a_work_folder_fix_is_said_by_the_recipe() -> None:
     """The whole list, so that a new field is a decision."""
     free = {key for key in settings() if not Recipe.scope(key).fixed_by_artifact}
-    running = {"model", "revision", "trust_remote_code", "device", "dtype"}
-    writing = {"backend", "target", "logits", "kv_buffer", "max_shard_size"}
+    running = {"model", "revision", "device", "dtype"}
+    writing = {"trust_remote_code", "backend", "target", "logits", "kv_buffer", "max_shard_size"}
     assert free == running | writing
     unkept = {key for key in settings() if not Recipe.scope(key).fixed_by_work_dir}
     assert unkept == writing | {"layerwise.max_memory"}
