@@ -211,3 +211,30 @@ def test_a_prefix_takes_the_place_of_the_massive_token(
         found = materialize(with_prefix(fused, choice.tokens))(input_ids=ids).logits
         expected = original(input_ids=whole).logits[:, 1:]
     assert relative_l2(found, expected) <= FLOATS
+
+
+def test_the_default_export_holds_its_bounds_and_is_smaller(
+    real_model: Path, tmp_path: Path
+) -> None:
+    """Static INT8 with nothing chosen by hand, on a few rows of the text that ships with rotq: what
+    is massive is found, and what its static scale would ruin gets a wider input.
+    """
+    from calib.stats.massive import MASSIVE
+    from exporter.commands.export import export
+    from exporter.run.options import RunOptions
+
+    few = {"calibration.nsamples": 16, "gate.nsamples": 8, "evaluation.nsamples": 8}
+    recipe = load_recipe(None, {"model": str(real_model), **few})
+    report = export(recipe, RunOptions(tmp_path / "out")).report
+    assert report.status == "passed"
+    assert report.massive[0].ratio > 10 * MASSIVE
+    assert next(row for row in report.gate if row.chosen).wider
+
+    figures = {row.metric: row.measured for row in report.parity if row.rung == 3}
+    assert figures["perplexity ratio"] is not None
+    assert figures["perplexity ratio"] <= 1.02
+    assert figures["top-1 agreement"] is not None
+    assert figures["top-1 agreement"] >= 0.9
+    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    checkpoint = sum(path.stat().st_size for path in real_model.glob("*.safetensors"))
+    assert size <= 0.65 * checkpoint
