@@ -226,11 +226,14 @@ class _Lowering:
 
     def _shared_with_embedding(self, nodes: LinearNodes, weight: Tensor) -> ir.Value | None:
         """The embedding's table as the weight ``[in, out]`` of the output head, where the two hold
-        the same numbers; else ``None``.
+        the same numbers; else ``None``. A folded norm is in the head alone, so that neither has to
+        be read then.
         """
         wiring = wiring_of(self.quantized.config)
         table = self.quantized.floats.get(wiring.embeddings[0].weight)
-        if nodes.name != wiring.head.name or table is None or not torch.equal(weight, table):
+        if nodes.name != wiring.head.name or table is None or self.quantized.norms_folded:
+            return None
+        if not torch.equal(weight, table):
             return None
         turned = nodes.tape.op(
             "Transpose",

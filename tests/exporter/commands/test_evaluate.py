@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,11 @@ def test_there_is_one_loader_of_checkpoints() -> None:
         path.relative_to(ROOT).as_posix()
         for package in ("calib", "exporter", "benchmarks")
         for path in (ROOT / package).rglob("*.py")
-        if "AutoModelForCausalLM.from_pretrained(\n" in path.read_text(encoding="utf-8")
-        or "= AutoModelForCausalLM.from_pretrained(" in path.read_text(encoding="utf-8")
+        if any(
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "AutoModelForCausalLM.from_pretrained"
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        )
     ]
     assert loaders == ["calib/network/original.py"]
 
