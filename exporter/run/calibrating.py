@@ -146,7 +146,7 @@ class Calibrating:
         device = self.inputs.device
         schemes = with_parameters(self.quantization.linears, fused.wiring)
         with clock.stage("smooth"):
-            groups = groups_of(fused.wiring, fused.rotations, schemes)
+            groups = groups_of(fused.wiring, fused.rotations, schemes, search=method.needs_moment)
             statistics = observe_channels(
                 materialize(fused, device=device),
                 groups,
