@@ -163,7 +163,9 @@ class BlockCalibrator:
     def _smooth(self, block: Block, run: RunBlock, method: Smoothing) -> None:
         fused = self._calibrator.fused
         schemes = with_parameters(self._calibrator.quantization.linears, fused.wiring)
-        groups = groups_of(fused.wiring, fused.rotations, schemes, block.index)
+        groups = groups_of(
+            fused.wiring, fused.rotations, schemes, block.index, search=method.needs_moment
+        )
         statistics = observe_channels(
             block.module, groups, run, moments=method.needs_moment, prefix=f"{block.name}."
         )

@@ -77,6 +77,7 @@ def watching(
     calls: Mapping[str, CallLook] | None = None,
     caches: Mapping[str, CacheLook] | None = None,
     optional: bool = False,
+    first: bool = False,
 ) -> Iterator[Watch]:
     """Inside, functions look at what passes through modules of ``network``, without gradients.
 
@@ -87,6 +88,7 @@ def watching(
         calls: what looks at all its arguments: of fused experts, which are given routes, say.
         caches: what looks at keys and values, by the name of the attention module.
         optional: modules may stay unreached.
+        first: look at inputs before the pre-hooks that are there already, such as R4.
 
     Raises:
         CheckpointError: a module does not exist.
@@ -101,7 +103,8 @@ def watching(
         for name, look in inputs.items():
             hook = partial(_enter, watch, name, look)
             module = get_submodule(network, name)
-            attached.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+            attached.callback(handle.remove)
         for name, look_at_call in calls.items():
             route = partial(_call, watch, name, look_at_call)
             module = get_submodule(network, name)

@@ -131,7 +131,9 @@ def hadamard_matrix(
     return matrix.to(dtype)
 
 
-def apply_hadamard(x: Tensor, *, seed: int | None = None, block: int | None = None) -> Tensor:
+def apply_hadamard(
+    x: Tensor, *, seed: int | None = None, block: int | None = None, transposed: bool = False
+) -> Tensor:
     """``x @ hadamard_matrix(n, seed=seed, block=block)`` over the last dimension, by one reshape
     and one matmul per factor.
 
@@ -143,6 +145,7 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None, block: int | None = No
         x: floating tensor ``[..., n]``.
         seed: seed of :func:`random_signs`; ``None`` for no signs.
         block: as for :func:`hadamard_matrix`.
+        transposed: multiply by the transpose instead, which is the inverse.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``.
@@ -160,8 +163,11 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None, block: int | None = No
 
     n = x.shape[-1]
     leading = x.shape[:-1]
+    signs = None
     if seed is not None:
-        x = x * torch.tensor(_signs(n, seed), dtype=x.dtype, device=x.device)
+        signs = torch.tensor(_signs(n, seed), dtype=x.dtype, device=x.device)
+    if signs is not None and not transposed:
+        x = x * signs
     block = _block(n, block)
     done, rest = n // block, block
     for order in factor_order(block) or ():
@@ -170,6 +176,7 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None, block: int | None = No
         # Built by numpy in the final dtype, each is one constant of a traced graph and not a chain
         # of casts.
         scaled = _base_matrix(order) * order**-0.5
+        scaled = scaled.T if transposed else scaled
         if rest == 1:
             x = x.reshape(*leading, done, order) @ torch.tensor(
                 scaled, dtype=x.dtype, device=x.device
@@ -179,7 +186,8 @@ def apply_hadamard(x: Tensor, *, seed: int | None = None, block: int | None = No
                 *leading, done, order, rest
             )
         done *= order
-    return x.reshape(*leading, n)
+    x = x.reshape(*leading, n)
+    return x if signs is None or not transposed else x * signs
 
 
 def _block(n: int, asked: int | None) -> int:

@@ -104,6 +104,12 @@ class Rotation:
             return apply_hadamard(x, seed=self.seed, block=self.block)
         return x @ self.matrix.to(x)
 
+    def undo(self, x: Tensor) -> Tensor:
+        """``x Q^T``, the inverse of :meth:`apply`, in the dtype and on the device of ``x``."""
+        if self.matrix is None:
+            return apply_hadamard(x, seed=self.seed, block=self.block, transposed=True)
+        return x @ self.matrix.mT.to(x)
+
     def to(self, device: torch.device | str) -> Rotation:
         """The same rotation with its matrix on ``device``."""
         return self if self.matrix is None else replace(self, matrix=self.matrix.to(device))

@@ -3,6 +3,7 @@
     writer, a norm:    gain g <- g / s,  bias b <- b / s
     writer, a linear:  its rows and their bias, divided by s
     readers:           columns, multiplied by s
+    behind R4:         W R4 becomes W diag(s) R4, and (W R4) R4^T is W
 
 Arithmetic is float64 and rounded once, to the dtype of the tensors. A norm's gain is rounded first,
 and the readers take ``s = g / g'`` of the gain ``g'`` as it is stored: rounding the gain then
@@ -56,11 +57,17 @@ def fold_scales(
         s = _divide_norm(state, group.writer, s, wiring.architecture.gain_offset)
     else:
         _divide_rows(state, group.writer, group.rows, s)
-    columns = group.expanded(s)
     for spec in group.readers:
-        weight = state[spec.weight]
-        _store(state, spec.weight, weight.double() * columns.to(weight.device))
+        _store(state, spec.weight, _multiplied(state[spec.weight].double(), group, s))
     return s
+
+
+def _multiplied(weight: Tensor, group: SmoothingGroup, s: Tensor) -> Tensor:
+    """``weight`` of a reader, ``[out, in]``, with its columns multiplied in front of R4."""
+    columns = group.expanded(s).to(weight.device)
+    if group.rotation is None:
+        return weight * columns
+    return group.rotation.apply(group.rotation.undo(weight) * columns)
 
 
 def _divide_norm(

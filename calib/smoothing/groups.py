@@ -5,19 +5,23 @@
 What makes ``x`` has to divide by ``s``, and everything that reads ``x`` has to multiply, quantized
 or not:
 
-=======  ==================================
-========================================================== writer   x
-readers =======  ==================================
-========================================================== norm     its output
-every linear behind it; routers and gates too value    attention output, per head          the
-output projection; the query heads that share a KV head
-                                             share its factors, as they mix the same values
-up       act(gate) * up                      the down projection; ``up`` enters linearly fc1
-relu(fc1)                           fc2: relu(x / s) = relu(x) / s =======
-==================================  ==========================================================
+======  ====================  ==============================================================
+writer  x                     readers
+======  ====================  ==============================================================
+norm    its output            every linear behind it; routers and gates too
+value   attention output,     the output projection; the query heads that share a KV head
+        per head              share its factors, as they mix the same values
+up      act(gate) * up        the down projection; ``up`` enters linearly
+fc1     relu(fc1)             fc2: relu(x / s) = relu(x) / s
+======  ====================  ==============================================================
 
-Nothing absorbs the scale behind GELU or SiLU, behind an online R4, which mixes the channels, or
-where a linear reads the residual stream itself. Norms of queries and keys are never touched.
+An online R4 between the last two and their readers mixes the channels, so they are scaled in front
+of it (SmoothRot, arXiv:2506.05413): the product of what is stored, ``W R4``, becomes
+``W diag(s) R4``. The formula of SmoothQuant takes amax of the unrotated ``x`` and ``W``. A search
+for a scale judges errors channel by channel, which R4 mixes, and leaves these pairs out.
+
+Nothing absorbs the scale behind GELU or SiLU, or where a linear reads the residual stream itself.
+Norms of queries and keys are never touched.
 """
 
 from __future__ import annotations
@@ -29,13 +33,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from calib.architectures import Dimensions, LinearSpec, NormSpec, Space, Wiring
-from calib.rotations.rotation_set import RotationSet
+from calib.rotations.rotation_set import Rotation, RotationSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _HEAD = "output head: the final norm is left as it is"
 _EXPERTS = "fused expert parameters: each expert's down projection would need a scale of its own"
+_SEARCH = "the online rotation R4 in front of it mixes the channels, and the scale is searched"
 _NO_NORM = "it reads the residual stream itself: no norm in front of it can be scaled"
 
 
@@ -58,6 +63,8 @@ class SmoothingGroup:
     """KV heads, query heads that share one, and head width, where readers see every channel once
     per query head.
     """
+    rotation: Rotation | None = None
+    """The R4 between writer and readers, which have its inverse in their weights."""
 
     @property
     def reader_names(self) -> tuple[str, ...]:
@@ -80,6 +87,11 @@ class SmoothingGroup:
         kv_heads, shared, head_dim = self.heads
         return values.reshape(kv_heads, 1, head_dim).expand(kv_heads, shared, head_dim).reshape(-1)
 
+    def unrotated(self, weight: Tensor) -> Tensor:
+        """The weight of a reader ``[out, in]`` as it would be without R4; float64 where there is
+        one."""
+        return weight if self.rotation is None else self.rotation.undo(weight.double())
+
     def largest(self, values: Tensor) -> Tensor:
         """``[in]`` to ``[width]``: the largest of the values that belong to one channel of the
         writer.
@@ -98,13 +110,20 @@ class SmoothingGroup:
 
 
 def smoothing_groups(
-    wiring: Wiring, rotations: RotationSet, layer: int | None = None
+    wiring: Wiring, rotations: RotationSet, layer: int | None = None, *, search: bool = False
 ) -> tuple[list[SmoothingGroup], dict[str, str]]:
     """The groups of a fused model, or of one decoder layer of it, and why the other linears are in
     none.
 
     Within a layer, groups whose writer is a linear come first: they change rows of linears that a
     norm's group then chooses its scale for.
+
+    Args:
+        wiring: that of the model.
+        rotations: those of the model; the online ones run in front of some readers.
+        layer: the decoder layer; ``None``: all of them, and the head.
+        search: whether scales are searched by the errors of single channels, as no pair around R4
+            can be.
 
     Returns:
         The groups, and the reason for every other linear that may be quantized, by name. A linear
@@ -117,6 +136,8 @@ def smoothing_groups(
         specs = wiring.layer_linears(index)
         for spec in specs:
             found = _behind_linear(spec, specs, wiring, rotations) if spec.norm is None else None
+            if search and isinstance(found, SmoothingGroup) and found.rotation is not None:
+                found = _SEARCH
             if isinstance(found, SmoothingGroup):
                 groups.append(found)
             elif found is not None:
@@ -145,11 +166,13 @@ def groups_of(
     rotations: RotationSet,
     quantized: Collection[str],
     layer: int | None = None,
+    *,
+    search: bool = False,
 ) -> list[SmoothingGroup]:
     """The :func:`smoothing_groups` with a reader among ``quantized``, the names of linears: those
     worth smoothing.
     """
-    groups, _ = smoothing_groups(wiring, rotations, layer)
+    groups, _ = smoothing_groups(wiring, rotations, layer, search=search)
     return [group for group in groups if any(name in quantized for name in group.reader_names)]
 
 
@@ -194,9 +217,6 @@ def _ffn_group(
     rotations: RotationSet,
 ) -> SmoothingGroup | str:
     assert spec.layer is not None  # the head reads no ffn space
-    if rotations.r4(spec.layer, spec.branch) is not None:
-        return "the online rotation R4 in front of it mixes the channels"
-
     parent = spec.name.rpartition(".")[0]
     writers = [
         one for one in specs if _writes(one, Space.FFN) and one.name.rpartition(".")[0] == parent
@@ -215,7 +235,9 @@ def _ffn_group(
                 f"the activation function {activation} between {writer.name} and it lets no scale"
                 " through"
             )
-    return SmoothingGroup(writer.name, writer, (spec,), width, (slice(first, first + width),))
+    rows = (slice(first, first + width),)
+    rotation = rotations.r4(spec.layer, spec.branch)
+    return SmoothingGroup(writer.name, writer, (spec,), width, rows, rotation=rotation)
 
 
 def _writes(spec: LinearSpec, space: Space) -> bool:

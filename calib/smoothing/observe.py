@@ -17,7 +17,8 @@ from calib.weights.moments import Moment, observe_moments
 
 @dataclass(frozen=True)
 class GroupInputs:
-    """Statistics of the activation that the readers of a group share, over all tokens.
+    """Statistics of the activation that the readers of a group share, over all tokens: where R4
+    rotates it, of what it is before.
 
     Attributes:
         amax: largest magnitude of each channel, float64 ``[in]``.
@@ -63,12 +64,12 @@ def observe_channels(
     channels = {name: _Channels() for name in names}
 
     def watched(model: nn.Module) -> None:
-        with watching(model, inputs=channels):
+        with watching(model, inputs=channels, first=True):
             run(model)
 
     found: Mapping[str, Moment] = {}
     if moments:
-        found = observe_moments(model, names, watched)
+        found = observe_moments(model, names, watched, first=True)
     else:
         watched(model)
     require_finite({name: statistics.amax for name, statistics in channels.items()})

@@ -88,7 +88,7 @@ def smooth(
     Raises:
         QuantizationError: a group was not observed, or a folded weight overflows.
     """
-    groups, reasons = smoothing_groups(fused.wiring, fused.rotations)
+    groups, reasons = smoothing_groups(fused.wiring, fused.rotations, search=method.needs_moment)
     state = dict(fused.state)
     rows = smooth_groups(
         state,
@@ -148,7 +148,9 @@ def smooth_groups(
     rows: list[SmoothingRow] = []
     for group in track(wanted, "smooth", len(wanted), progress):
         quantized = [spec for spec in group.readers if spec.name in schemes]
-        weights = [reader_weight(state[spec.weight]).to(device) for spec in quantized]
+        weights = [
+            group.unrotated(reader_weight(state[spec.weight]).to(device)) for spec in quantized
+        ]
         linear_schemes = [schemes[spec.name] for spec in quantized]
         chosen = _choose(group, method, statistics[group.name], weights, linear_schemes)
         folded = fold_scales(state, group, group.largest(chosen.scales), wiring)

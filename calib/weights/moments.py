@@ -68,7 +68,9 @@ class Moment:
         return self._matrix.cpu()
 
 
-def observe_moments(model: nn.Module, modules: Sequence[str], run: Run) -> dict[str, Moment]:
+def observe_moments(
+    model: nn.Module, modules: Sequence[str], run: Run, *, first: bool = False
+) -> dict[str, Moment]:
     """The second moments of the inputs of ``modules`` while ``run(model)`` runs.
 
     Modules that read the very same tensor (q, k and v; gate and up) get the same :class:`Moment`,
@@ -80,6 +82,7 @@ def observe_moments(model: nn.Module, modules: Sequence[str], run: Run) -> dict[
         modules: dotted names of modules whose first argument is the activation ``[..., n]``.
         run: feeds batches without padding to the model, as
             :func:`calib.data.forward_loop.create_forward_loop` makes them.
+        first: take inputs as they are before R4.
 
     Raises:
         CheckpointError: one of ``modules`` does not exist.
@@ -88,7 +91,8 @@ def observe_moments(model: nn.Module, modules: Sequence[str], run: Run) -> dict[
         UnsupportedModelError: modules share their input in one call and not in another.
     """
     observer = _Observer()
-    with watching(model, inputs={name: partial(observer.observe, name) for name in modules}):
+    looks = {name: partial(observer.observe, name) for name in modules}
+    with watching(model, inputs=looks, first=first):
         run(model)
     moments = {name: observer.moments[observer.leaders[name]] for name in modules}
     require_finite({name: moment.result() for name, moment in moments.items()})

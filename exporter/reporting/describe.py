@@ -14,7 +14,7 @@ from torch import Tensor
 from backends.asking import warnings_of
 from backends.base import Backend
 from backends.cpu import cpu_words
-from calib.artifact import QuantizedModel
+from calib.artifact import Provenance, QuantizedModel
 from calib.artifact.side_files import copy_side_files
 from calib.rotations.files import save_rotations
 from calib.rotations.rotate import Rotate
@@ -102,7 +102,7 @@ def describe(
             ),
             observer=origin.recipe["activations"]["observer"],
             weights=origin.recipe["weights"]["algorithm"],
-            smoothing=origin.recipe["smoothing"],
+            smoothing=_smoothing(origin),
             sha256=origin.calibration_sha256,
         ),
         rotations=rotation_summaries(quantized.rotations),
@@ -115,6 +115,14 @@ def describe(
         versions=package_versions(),
         cpu=cpu_words() if parity else "",
     )
+
+
+def _smoothing(origin: Provenance) -> str:
+    """What smoothed: the gate's choice, or else the recipe's."""
+    chosen = [row for row in map(GateRow.model_validate, origin.gate) if row.chosen]
+    by_gate = next((row.smoothing for row in chosen if row.smoothing != "none"), None)
+    recipe: str = origin.recipe["smoothing"]
+    return by_gate or recipe
 
 
 def prefix_summary(quantized: QuantizedModel) -> PrefixSummary | None:

@@ -38,6 +38,8 @@ class GateRow(_Frozen):
     ``r1,r2,r4``); with ``, Hadamard`` where random Hadamard matrices stand in for trained ones."""
     norms_kept: bool = False
     """Whether norms keep their gains although the scheme would have them folded."""
+    smoothing: str = "none"
+    """What smooths this candidate although the recipe asks for nothing."""
     prefix: int = 0
     """Tokens before every sequence in this candidate."""
     wider: int = 0
@@ -55,6 +57,7 @@ class GateRow(_Frozen):
         """The candidate in words."""
         words = [self.rotate]
         words += ["norms kept"] if self.norms_kept else []
+        words += [self.smoothing] if self.smoothing != "none" else []
         words += ["prefix"] if self.prefix else []
         words += [f"{self.wider} wider"] if self.wider else []
         return " + ".join(words)

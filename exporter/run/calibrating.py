@@ -31,6 +31,9 @@ from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS, folds_norms
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.widening import fixes_limits, widened, wider_sets
 
+SMOOTHING = "smoothquant:0.5"
+"""What the gate tries together with R4: a scale by formula, since a search passes over R4."""
+
 
 @dataclass(frozen=True)
 class Calibrating:
@@ -62,6 +65,17 @@ class Calibrating:
         and give weights another range."""
         return self.fold_norms and self.inputs.recipe.rotation.fold_norms == "auto"
 
+    @property
+    def may_smooth(self) -> bool:
+        """Whether the gate may smooth: the recipe does not, and some inputs are integers with
+        limits fixed beforehand, which R4 alone may leave too wide."""
+        return self.inputs.recipe.smoothing == "none" and any(
+            scheme.input is not None
+            and scheme.input.needs_calibration
+            and scheme.input.format.kind == "integer"
+            for scheme in self.quantization.linears.values()
+        )
+
     def setups(self, sets: Iterable[GateSet]) -> list[Setup]:
         """What the gate compares, the simplest first.
 
@@ -79,12 +93,12 @@ class Calibrating:
         """The model with ``rotations`` folded in, smoothed and quantized.
 
         Args:
-            setup: says whether there is a prefix.
+            setup: says whether there is a prefix, and what smooths where the recipe says nothing.
             rotations: all of them; the online ones run while it is calibrated.
             clock: times the stages.
         """
         fused = self._smoothed(
-            self._prefixed(self._fused(setup, rotations, clock), setup.prefix), clock
+            self._prefixed(self._fused(setup, rotations, clock), setup.prefix), setup, clock
         )
         own = replace(self, quantization=self.widened(setup.wider))
         return Candidate(setup, fused, own.quantized(fused, clock))
@@ -102,7 +116,7 @@ class Calibrating:
             rotations: those of ``base``.
             clock: times the stages.
         """
-        fused = self._smoothed(self._fused(base, rotations, clock), clock)
+        fused = self._smoothed(self._fused(base, rotations, clock), base, clock)
         with clock.stage("gate"):
             network = materialize(fused, device=self.inputs.device)
             sets = wider_sets(network, self.quantization, self.rows.train)
@@ -138,15 +152,16 @@ class Calibrating:
         reason = "" if self.prefix is None else self.prefix.reason
         return with_prefix(fused, tokens, reason, self.inputs.device)
 
-    def _smoothed(self, fused: FusedModel, clock: Stopwatch) -> FusedModel:
-        method = smoothing_named(self.inputs.recipe.smoothing)
+    def _smoothed(self, fused: FusedModel, setup: Setup, clock: Stopwatch) -> FusedModel:
+        asked = self.inputs.recipe.smoothing
+        method = smoothing_named(setup.smoothing if asked == "none" else asked)
         if method is None:
             return fused
 
         device = self.inputs.device
         schemes = with_parameters(self.quantization.linears, fused.wiring)
         with clock.stage("smooth"):
-            groups = groups_of(fused.wiring, fused.rotations, schemes)
+            groups = groups_of(fused.wiring, fused.rotations, schemes, search=method.needs_moment)
             statistics = observe_channels(
                 materialize(fused, device=device),
                 groups,
@@ -190,6 +205,10 @@ def best_candidate(
     gate.run(setups, clock.progress)
     if calibrating.may_keep_norms and "r1" not in rotations[gate.best.setup.rotate].kinds():
         gate.run([replace(gate.best.setup, norms_kept=True)], clock.progress)
+    if not gate.met and calibrating.may_smooth:
+        around_r4 = gate.lowest([name for name, each in rotations.items() if "r4" in each.kinds()])
+        if around_r4 is not None:
+            gate.run([replace(around_r4, smoothing=SMOOTHING)], clock.progress)
     if not gate.met and inputs.recipe.widen == "auto" and fixes_limits(calibrating.quantization):
         base = gate.best.setup
         gate.run(quick.wider_setups(base, rotations[base.rotate], clock), clock.progress)

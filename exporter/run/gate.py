@@ -15,7 +15,7 @@ wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,6 +43,8 @@ class Setup:
     """Linears whose input gets a wider form than the scheme's."""
     norms_kept: bool = False
     """Whether norms keep their gains although the scheme would have them folded."""
+    smoothing: str = "none"
+    """What smooths although the recipe asks for nothing."""
     online: bool = False
     """Whether a rotation is computed at run time."""
 
@@ -56,6 +58,8 @@ class Setup:
         words = [self.rotate]
         if self.norms_kept:
             words.append("norms kept")
+        if self.smoothing != "none":
+            words.append(self.smoothing)
         if self.prefix:
             words.append("prefix")
         if self.wider:
@@ -102,6 +106,15 @@ class Gate:
     def met(self) -> bool:
         """Whether a candidate is close enough."""
         return self._lowest <= self.enough
+
+    def lowest(self, rotates: Collection[str]) -> Setup | None:
+        """Of those tried whose rotations are among ``rotates`` the one with the lowest KL."""
+        tried = {
+            setup: row.kl
+            for setup, row in self._table.items()
+            if setup.rotate in rotates and row.kl is not None
+        }
+        return min(tried, key=lambda setup: tried[setup], default=None)
 
     def run(self, setups: Sequence[Setup], progress: Progress) -> None:
         """Judge all that cost the same, and go on to what costs more while nothing is close enough.
@@ -156,6 +169,7 @@ def _row(setup: Setup) -> GateRow:
     return GateRow(
         rotate=setup.rotate,
         norms_kept=setup.norms_kept,
+        smoothing=setup.smoothing,
         prefix=len(setup.prefix),
         wider=len(setup.wider),
     )

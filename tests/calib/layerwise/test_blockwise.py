@@ -155,12 +155,14 @@ def test_smoothing_block_by_block_is_that_of_the_whole_model(
     chosen = smoothing_named(method)
     assert chosen is not None
     schemes = with_parameters(how.linears, held.wiring)
-    groups = groups_of(held.wiring, held.rotations, schemes)
+    search = chosen.needs_moment
+    groups = groups_of(held.wiring, held.rotations, schemes, search=search)
     norms = held.wiring.norm_names[:-1]
+    assert any(group.rotation for group in groups) == (method == "smoothquant:0.5")  # around R4
     # Mixtral's second one feeds experts, and a router, only
     assert {group.name for group in groups} >= set(norms)
     loop = forward_loop_over(length_batches(token_rows(), 4))
-    statistics = observe_channels(materialize(held), groups, loop, moments=chosen.needs_moment)
+    statistics = observe_channels(materialize(held), groups, loop, moments=search)
     smoothed, _ = smooth(held, chosen, statistics, schemes)
     whole = quantize_model(smoothed, how, loop, PROVENANCE)
     found = blockwise(lazy, how, tmp_path, smoothing=chosen)

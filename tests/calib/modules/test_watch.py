@@ -96,6 +96,16 @@ def test_arguments_are_shown_as_they_are_given() -> None:
     assert len(shown) == 1
 
 
+def test_what_looks_first_sees_the_input_before_other_hooks() -> None:
+    block = Block()
+    block.first.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    seen: list[Tensor] = []
+    for first in (True, False):
+        with watching(block, inputs={"first": seen.append}, first=first):
+            block(X)
+    assert torch.equal(seen[1], 2 * seen[0])
+
+
 def test_what_was_never_reached_is_named() -> None:
     model = Model()
     names = ["layers.0.idle", "layers.0.first", "layers.1.idle"]

@@ -109,6 +109,8 @@ def test_the_matrix_is_orthonormal_and_the_fast_form_equals_it(n: int, seed: int
     )
     x = torch.randn(3, 5, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     torch.testing.assert_close(apply_hadamard(x, seed=seed), x @ matrix, rtol=0, atol=1e-13)
+    back = apply_hadamard(x, seed=seed, transposed=True)
+    torch.testing.assert_close(back, x @ matrix.T, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -123,6 +125,8 @@ def test_a_matrix_in_blocks_is_the_same_small_one_along_the_diagonal(
     x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     # sums of n products in float64
     assert torch.allclose(apply_hadamard(x, block=block, seed=seed), x @ matrix, atol=1e-12)
+    back = apply_hadamard(x, block=block, seed=seed, transposed=True)
+    assert torch.allclose(back, x @ matrix.T, atol=1e-12)
 
 
 @pytest.mark.parametrize(("n", "block"), [(96, 64), (96, 3)])

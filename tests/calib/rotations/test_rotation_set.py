@@ -89,6 +89,8 @@ def test_apply_is_multiplication_by_the_dense_matrix(rotations: RotationSet, nam
     )
     torch.testing.assert_close(rotation.apply(x), x @ dense, rtol=1e-12, atol=1e-12)
     assert rotation.apply(x.float()).dtype == torch.float32
+    torch.testing.assert_close(rotation.undo(x), x @ dense.mT, rtol=1e-12, atol=1e-12)
+    assert rotation.undo(x.float()).dtype == torch.float32
 
 
 def test_set_is_immutable_and_merges(rotations: RotationSet) -> None:

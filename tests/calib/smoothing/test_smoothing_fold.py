@@ -18,6 +18,7 @@ from calib.fusing import FusedModel, materialize
 from calib.smoothing.fold import fold_scales
 from calib.smoothing.groups import SmoothingGroup, smoothing_groups
 from calib.smoothing.scales import reader_weight
+from calib.smoothing.smooth import fold_all
 from tests.tiny import fuse_tiny
 
 OfName = Callable[[str], Any]
@@ -62,6 +63,28 @@ def test_float64_logits_agree(
     assert all(torch.equal(fused.state[name], tensor) for name, tensor in before.items())
     changed = {name for name in before if not torch.equal(smoothed.state[name], before[name])}
     assert changed == touched_by(groups_of(fused), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen2_moe", "opt"])
+@pytest.mark.parametrize("signs", [None, 3])
+def test_float32_logits_agree_around_r4(
+    name: str, signs: int | None, tiny_of: OfName, tokens: Tensor, relative: Distance
+) -> None:
+    fused = fuse_tiny(tiny_of(name), ["r1", "r2", "r4"], signs=signs)
+    around = [group for group in groups_of(fused) if group.rotation is not None]
+    assert around
+    scales = {group.name: random_scales(group, seed) for seed, group in enumerate(around)}
+    smoothed = fold_all(fused, scales)
+    # Every weight is rounded once more to float32 (6e-8), and so is every sum of two layers.
+    distance = relative(logits(materialize(smoothed), tokens), logits(materialize(fused), tokens))
+    assert distance <= 1e-5
+    for group in around:
+        (reader,) = group.readers
+        plain = group.unrotated(fused.state[reader.weight])
+        after = group.unrotated(smoothed.state[reader.weight])
+        # in the rotated basis an entry is as large as its row, and rounded in proportion
+        bound = float(after.abs().amax()) * 1e-6
+        torch.testing.assert_close(after, plain * scales[group.name], rtol=0, atol=bound)
 
 
 def touched_by(groups: list[SmoothingGroup], state: dict[str, Tensor]) -> set[str]:

@@ -57,11 +57,24 @@ def test_llama(tiny_of: OfName) -> None:
     assert list(reasons) == ["lm_head"]
 
 
-def test_nothing_passes_r4_or_gelu_or_stands_before_olmo(tiny_of: OfName) -> None:
-    assert "R4" in split(tiny_of("llama"), ["r4"])[1]["model.layers.0.mlp.down_proj"]
+def test_nothing_passes_gelu_or_stands_before_olmo(tiny_of: OfName) -> None:
     assert "gelu_new" in split(tiny_of("gpt2"), [])[1]["transformer.h.0.mlp.c_proj"]
     assert "residual stream itself" in split(tiny_of("olmo2"), [])[1]["model.layers.0.mlp.up_proj"]
     assert "no gain" in split(tiny_of("opt-noaffine"), [])[1]["model.decoder.layers.0.fc1"]
+
+
+def test_a_pair_around_r4_knows_it_and_is_left_out_of_a_search(tiny_of: OfName) -> None:
+    tiny = tiny_of("llama")
+    rotations = tiny.rotations(["r2", "r4"])
+    groups, _ = smoothing_groups(tiny.wiring, rotations)
+    assert {group.name: group.rotation for group in groups if group.rotation} == {
+        f"model.layers.{layer}.mlp.up_proj": rotations[f"R4.{layer}"] for layer in (0, 1)
+    }
+    searched, reasons = smoothing_groups(tiny.wiring, rotations, search=True)
+    assert searched == [group for group in groups if not group.rotation]
+    assert "searched" in reasons["model.layers.0.mlp.down_proj"]
+    # and whatever lets no scale through lets none through with R4 behind it
+    assert "gelu_new" in split(tiny_of("gpt2"), ["r4"])[1]["transformer.h.0.mlp.c_proj"]
 
 
 def test_scales_pass_relu_and_no_other_activation() -> None:

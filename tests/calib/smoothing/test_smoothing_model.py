@@ -26,7 +26,7 @@ from calib.smoothing.groups import SmoothingGroup, smoothing_groups
 from calib.smoothing.methods import Awq, Smoothing, SmoothQuant
 from calib.smoothing.observe import GroupInputs, observe_channels
 from calib.smoothing.scales import column_amax, smoothquant_scales
-from calib.smoothing.smooth import smooth, smooth_groups
+from calib.smoothing.smooth import fold_all, smooth, smooth_groups
 from tests.tiny import PROVENANCE, fuse_tiny, token_rows
 
 OfName = Callable[[str], Any]
@@ -76,6 +76,43 @@ def test_statistics_are_those_of_every_token(name: str, tiny_of: OfName) -> None
             torch.testing.assert_close(found.amax, x.abs().amax(dim=0), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found.mean_abs, x.abs().mean(dim=0), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found.moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_r4_rotates_is_observed_in_front_of_it(tiny_of: OfName) -> None:
+    tiny = tiny_of("llama")
+    fused = fuse_tiny(tiny, ["r1", "r2", "r4"])
+    plain = fuse_tiny(tiny, ["r1", "r2"])
+    statistics = observed(fused)
+    for group in groups_of(fused):
+        found = statistics[group.name]
+        x = inputs(plain, group.observed_at)
+        assert found.moment is not None
+        # the same function but for the float32 rounding of rotated weights
+        torch.testing.assert_close(found.amax, x.abs().amax(dim=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.moment, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+def test_around_r4_the_formula_sees_no_rotation_and_scales_fold_again(tiny_of: OfName) -> None:
+    tiny = tiny_of("llama")
+    fused, plain = fuse_tiny(tiny, ["r1", "r2", "r4"]), fuse_tiny(tiny, ["r1", "r2"])
+    smoothed, _ = smooth(fused, SmoothQuant(0.5), observed(fused, False), schemes_of(fused))
+    wanted, _ = smooth(plain, SmoothQuant(0.5), observed(plain, False), schemes_of(plain))
+    assert smoothed.smoothing.keys() == wanted.smoothing.keys()
+    for name, scales in wanted.smoothing.items():
+        # statistics of two float32 models that differ in their rounding
+        torch.testing.assert_close(smoothed.smoothing[name], scales, rtol=1e-4, atol=0)
+
+    again = fold_all(fused, smoothed.smoothing)
+    assert all(torch.equal(again.state[name], smoothed.state[name]) for name in fused.state)
+
+
+@pytest.mark.parametrize("method", [SmoothQuant("auto"), Awq(4)], ids=str)
+def test_a_search_leaves_weights_behind_r4_alone(tiny_of: OfName, method: Smoothing) -> None:
+    fused = fuse_tiny(tiny_of("llama"), ["r2", "r4"])
+    smoothed, rows = smooth(fused, method, observed(fused), schemes_of(fused))
+    name = "model.layers.0.mlp.down_proj"
+    assert torch.equal(smoothed.state[f"{name}.weight"], fused.state[f"{name}.weight"])
+    assert next(row.reason for row in rows if row.name == name) is not None
 
 
 def test_moments_only_where_they_are_wanted(tiny_of: OfName) -> None:

@@ -5,6 +5,7 @@ the lowest KL of what it tried.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -62,6 +63,23 @@ def test_where_nothing_is_close_enough_the_lowest_wins() -> None:
     assert own.best.setup == SETUPS[0]
     kls = [row.kl for row in own.table() if row.kl is not None]
     assert kls[0] > kls[1] > kls[2] == kls[3]
+
+
+def test_the_lowest_of_some_rotations_is_among_those_that_were_tried() -> None:
+    own, _ = gate(bound=1 + 1e-12)
+    assert own.lowest(["coarse", "finer"]) == SETUPS[2]
+    assert own.lowest(["finest"]) == SETUPS[0]  # of equals the first
+    assert gate(bound=100.0)[0].lowest(["finest"]) is None  # in the table, and not tried
+
+
+def test_a_smoothed_candidate_says_so_and_costs_nothing_more() -> None:
+    plain = Setup("finest", online=True, prefix=(1,))
+    smoothed = replace(plain, smoothing="smoothquant:0.5")
+    assert smoothed.cost == plain.cost
+    own, tried = gate(bound=1 + 1e-12)
+    own.run([smoothed], silent)
+    assert tried[-1] == str(smoothed) == "finest + smoothquant:0.5 + prefix"
+    assert own.table()[-1].name == str(smoothed)
 
 
 def test_the_first_rows_that_have_so_many_tokens() -> None:
