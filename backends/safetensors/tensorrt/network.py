@@ -13,6 +13,7 @@ Every constant is named by its key in the bundle, so that the engine can be refi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +151,12 @@ class NetworkBuilder:
         return self.network.add_elementwise(
             a, b, getattr(self.trt.ElementWiseOperation, operation)
         ).get_output(0)
+
+    def concatenate(self, parts: Sequence[NetworkTensor], axis: int) -> NetworkTensor:
+        """``parts`` one behind the other along ``axis``."""
+        layer = self.network.add_concatenation(parts)
+        layer.axis = axis
+        return layer.get_output(0)
 
     def reshape(
         self, x: NetworkTensor, shape: tuple[int, ...], *, permuted: tuple[int, ...] | None = None
