@@ -210,11 +210,10 @@ class _Block:
         query = self._heads(net.linear(x, f"{self.prefix}.self_attn.q_proj"), sizes.heads)
         key = self._heads(net.linear(x, f"{self.prefix}.self_attn.k_proj"), sizes.kv_heads)
         value = self._heads(net.linear(x, f"{self.prefix}.self_attn.v_proj"), sizes.kv_heads)
-        key = self._behind_prefix(self._rope(key), "key")
+        query = self._online(self._rope(query), sizes.heads)
+        key = self._behind_prefix(self._online(self._rope(key), sizes.kv_heads), "key")
         value = self._behind_prefix(value, "value")
-        scores = net.cast(
-            net.matmul(self._rope(query), key, transposed=True), net.trt.DataType.FLOAT
-        )
+        scores = net.cast(net.matmul(query, key, transposed=True), net.trt.DataType.FLOAT)
         scale = np.full((1, 1, 1, 1), sizes.head_dim**-0.5, np.float32)
         scores = net.binary("PROD", scores, net.array(scale, net.trt.DataType.FLOAT))
         scores = net.binary("SUM", scores, net.array(self._mask(), net.trt.DataType.FLOAT))
@@ -246,6 +245,17 @@ class _Block:
         return self.net.reshape(
             x, (self.tokens, kv_heads, count // kv_heads, width), permuted=(1, 2, 0, 3)
         )
+
+    def _online(self, x: NetworkTensor, count: int) -> NetworkTensor:
+        """``x R3`` over ``[K, count / K, T, d]`` where keys of the prefix are rotated, as in a
+        bundle with a quantized cache; else R3 would cancel.
+        """
+        name, sizes = f"{self.prefix}.self_attn", self.sizes
+        if not (self.before and self.net.rotates(name)):
+            return x
+        flat = self.net.reshape(x, (-1, sizes.head_dim))
+        shape = (sizes.kv_heads, count // sizes.kv_heads, self.tokens, sizes.head_dim)
+        return self.net.reshape(self.net.rotate(flat, name), shape)
 
     def _behind_prefix(self, x: NetworkTensor, part: str) -> NetworkTensor:
         """Keys or values ``[K, 1, T, d]`` with the constant ones before them: ``[K, 1, p + T,

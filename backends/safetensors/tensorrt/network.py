@@ -106,6 +106,10 @@ class NetworkBuilder:
         width = self.weights.forms[f"{name}.bias"].shape[0]
         return self.binary("SUM", out, self.constant(f"{name}.bias", (1, width)))
 
+    def rotates(self, name: str) -> bool:
+        """Whether the bundle has an online rotation for the module ``name``; see :meth:`rotate`."""
+        return name in self._rotated
+
     def rotate(self, x: NetworkTensor, name: str) -> NetworkTensor:
         """The online rotation of the module ``name``; see :mod:`backends.safetensors.source`.
 

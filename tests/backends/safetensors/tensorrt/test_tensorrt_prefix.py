@@ -70,6 +70,18 @@ def test_a_block_computes_the_layer_behind_its_prefix(
     del kept
 
 
+def test_where_keys_of_a_quantized_cache_are_rotated_those_of_the_text_are(
+    trt: Any, network: Any, tmp_path: Path
+) -> None:
+    """The example has no cache that would round them, so it computes the model without one."""
+    model = quantized("llama", SCHEME, ONLINE, prefix=PREFIX)
+    weights = open_weights(write(with_cache(model), tmp_path / "b"), trt)
+    kept = add_block(network, weights, layer=1, tokens=TOKENS)
+    x, y = layer_values(model, 1)
+    assert relative_l2(run(network, weights, {"hidden_states": x}), y) <= WEIGHT_ONLY
+    del kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_block_with_a_prefix_builds_ahead_of_time(
     dtype: torch.dtype, trt: Any, tmp_path: Path
