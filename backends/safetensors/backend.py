@@ -23,6 +23,7 @@ from backends.safetensors.file_names import (
     INDEX_FILE,
     MANIFEST_FILE,
     MAX_SHARD_BYTES,
+    PREFIX_FILES,
     WEIGHTS_FILE,
     WEIGHTS_SHARDS,
 )
@@ -71,7 +72,8 @@ class SafetensorsBackend:
         limit = request.max_shard_bytes or MAX_SHARD_BYTES
         weights = WEIGHTS_FILE if nbytes <= limit else WEIGHTS_SHARDS
         quantized = target.quantized_files if request.linears else ()
-        return (weights, INDEX_FILE, *target.files, *quantized, MANIFEST_FILE)
+        prefix = PREFIX_FILES if request.prefix else ()
+        return (weights, INDEX_FILE, *target.files, *quantized, *prefix, MANIFEST_FILE)
 
     def load(self, folder: Path, target: str, *, exact: bool) -> RuntimeModel:
         """See :class:`~backends.base.Backend`. A target that is a library is run there and nowhere

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from backends.base import WriteOptions
-from backends.safetensors.file_names import INDEX_FILE, MAX_SHARD_BYTES
+from backends.safetensors.file_names import INDEX_FILE, MAX_SHARD_BYTES, PREFIX_FILES
 from backends.safetensors.layout import Entry, Layout
 from backends.safetensors.manifest import (
     FORMAT_VERSION,
@@ -24,7 +24,7 @@ from backends.safetensors.manifest import (
     dtype_name,
 )
 from backends.safetensors.tensor_file import write_tensors
-from calib.artifact import QuantizedModel
+from calib.artifact import QuantizedModel, save_prefix
 from calib.rotations.files import MANIFEST as ROTATIONS_MANIFEST
 from calib.rotations.files import TENSORS as ROTATIONS_TENSORS
 from calib.rotations.files import save_rotations
@@ -71,6 +71,9 @@ def write_bundle(
     # online ones are part of the model; the folded ones say where it came from
     save_rotations(model.rotations, folder)
     names = [*checksums, INDEX_FILE, *texts, *ROTATION_FILES]
+    if model.prefix is not None:
+        save_prefix(model.prefix, folder)
+        names += PREFIX_FILES
     files = {
         name: FileEntry(
             sha256=checksums.get(name) or sha256(folder / name),

@@ -12,5 +12,7 @@ STATEMENT_FILE = "tripy.json"
 """Of ``tripy``: how each linear is stored and must be built."""
 QUANT_CONFIG_FILE = "hf_quant_config.json"
 """Of ``modelopt``: what is quantized how."""
+PREFIX_FILES = ("prefix.safetensors", "prefix.json")
+"""What :func:`calib.artifact.save_prefix` writes; only where a model has a prefix."""
 MAX_SHARD_BYTES = 5 * 10**9
 """What the hub's own tools split at."""

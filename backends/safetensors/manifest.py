@@ -92,7 +92,7 @@ class Manifest(_Entry):
     """Linears left in float, with the reason."""
     cache: CacheEntry | None
     files: dict[str, FileEntry]
-    """By name: weights, their index, rotations, and what the target wants besides."""
+    """By name: weights, their index, rotations, a prefix, and what the target wants besides."""
 
     def save(self, folder: Path) -> None:
         """Write it into ``folder``."""

@@ -15,12 +15,21 @@ from torch import Tensor
 
 from backends.safetensors.bundle import sha256
 from backends.safetensors.differences import differences
+from backends.safetensors.file_names import PREFIX_FILES
 from backends.safetensors.layout import Layout
 from backends.safetensors.manifest import Manifest
 from backends.safetensors.tensor_file import DTYPES
-from calib.artifact import Provenance, QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.artifact import (
+    Prefix,
+    Provenance,
+    QuantizedCache,
+    QuantizedLinear,
+    QuantizedModel,
+    load_prefix,
+)
 from calib.errors import BackendError, RotqError
 from calib.rotations.files import load_rotations
+from calib.rotations.rotation_set import RotationSet
 from calib.schemes import scheme_named
 
 _HINT = "export the model again, or copy the folder again"
@@ -123,6 +132,27 @@ def read_cache(bundle: Bundle, layout: Layout) -> QuantizedCache | None:
     return _undamaged(bundle, lambda: layout.cache(bundle.tensors, described, manifest.config))
 
 
+def read_prefix(bundle: Bundle) -> Prefix | None:
+    """The prefix of ``bundle`` as the artifact had it, keys after R3, if it has one.
+
+    Raises:
+        BackendError: it is not sound.
+    """
+    # only what the manifest lists is under a checksum
+    if not bundle.manifest.files.keys() & set(PREFIX_FILES):
+        return None
+    return _sound(bundle, lambda: load_prefix(bundle.folder))
+
+
+def read_rotations(bundle: Bundle) -> RotationSet:
+    """The rotations of ``bundle``, folded ones too.
+
+    Raises:
+        BackendError: they are not sound.
+    """
+    return _sound(bundle, lambda: load_rotations(bundle.folder))
+
+
 def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
     """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
     manifest = bundle.manifest
@@ -130,23 +160,17 @@ def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
         bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config)
     )
 
-    try:
-        scheme, rotations = scheme_named(manifest.scheme), load_rotations(bundle.folder)
-    except RotqError as error:
-        raise BackendError(
-            f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint
-        ) from error
-
     return QuantizedModel(
         config=manifest.config,
-        scheme=scheme,
+        scheme=_sound(bundle, lambda: scheme_named(manifest.scheme)),
         dtype=getattr(torch, manifest.dtype),
         linears=read_linears(bundle, layout),
         floats=floats,
         kept=manifest.kept,
-        rotations=rotations,
+        rotations=read_rotations(bundle),
         provenance=_provenance(bundle),
         cache=read_cache(bundle, layout),
+        prefix=read_prefix(bundle),
     )
 
 
@@ -218,6 +242,16 @@ def _undamaged(bundle: Bundle, read: Callable[[], _T]) -> _T:
         raise BackendError(
             f"the bundle '{bundle.folder}' does not hold what its manifest says: {error}",
             hint=_HINT,
+        ) from error
+
+
+def _sound(bundle: Bundle, read: Callable[[], _T]) -> _T:
+    """``read()``, whose errors name the bundle."""
+    try:
+        return read()
+    except RotqError as error:
+        raise BackendError(
+            f"the bundle '{bundle.folder}' is damaged: {error.message}", hint=error.hint
         ) from error
 
 

@@ -148,10 +148,6 @@ _OWN_CACHE = (
     " per token (activations.granularity 'token' in the recipe)"
 )
 
-_NO_CACHE = (
-    "what rotq builds for it runs whole sequences without a cache that could be begun with one"
-)
-
 TARGETS: Mapping[str, Target] = {
     "tripy": Target(
         tripy.RULES,
@@ -164,7 +160,6 @@ TARGETS: Mapping[str, Target] = {
         how="tested",
         files=(STATEMENT_FILE,),
         not_run_in="Tripy",
-        prefix_refusal=_NO_CACHE,
     ),
     "tensorrt": Target(
         tensorrt.RULES,
@@ -176,7 +171,6 @@ TARGETS: Mapping[str, Target] = {
         readers=(),
         how="tried",
         not_run_in="TensorRT",
-        prefix_refusal=_NO_CACHE,
     ),
     "modelopt": Target(
         modelopt.RULES,

@@ -132,7 +132,8 @@ class Destination:
             linears: how each linear is quantized.
             nbytes: of all weights and scales, about.
         """
-        return files_of(self.backend, self._request(target, recipe, linears), nbytes)
+        request = self._request(target, recipe, linears)
+        return files_of(self.backend, replace(request, prefix=recipe.certain_prefix), nbytes)
 
     def warnings(
         self, linears: Mapping[str, LinearScheme], rotations: Collection[str] = ()

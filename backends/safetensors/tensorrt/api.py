@@ -76,6 +76,12 @@ class DequantizeLayer(Layer, Protocol):
     axis: int
 
 
+class ConcatenationLayer(Layer, Protocol):
+    """``trt.IConcatenationLayer``."""
+
+    axis: int
+
+
 class SoftMaxLayer(Layer, Protocol):
     """``trt.ISoftMaxLayer``."""
 
@@ -112,6 +118,9 @@ class Network(Protocol):
 
     def add_shuffle(self, x: NetworkTensor) -> ShuffleLayer:
         """Another shape."""
+
+    def add_concatenation(self, parts: Sequence[NetworkTensor]) -> ConcatenationLayer:
+        """Values one behind the other."""
 
     def add_matrix_multiply(
         self, a: NetworkTensor, a_as: object, b: NetworkTensor, b_as: object

@@ -8,7 +8,8 @@ engine, and its run.
     # on a GPU
 
 The layer takes hidden states ``[T, D]`` of the rotated stream in the bundle's dtype and returns
-them. T = tokens, D = model width, H = query heads, K = key and value heads, d = head width.
+them. T = tokens, D = model width, H = query heads, K = key and value heads, d = head width, p =
+tokens of the bundle's prefix, whose keys and values are constants of the layer.
 """
 
 from __future__ import annotations
@@ -184,6 +185,7 @@ class _Block:
         self.tokens = tokens
         wiring = wiring_of(net.weights.bundle.manifest.config)
         self.config, self.sizes = wiring.config, wiring.sizes
+        self.before = 0 if net.weights.prefix is None else net.weights.prefix.length
 
     def norm(self, x: NetworkTensor, name: str) -> NetworkTensor:
         """``x / rms(x) g`` in float32."""
@@ -203,14 +205,15 @@ class _Block:
         )
 
     def attention(self, x: NetworkTensor) -> NetworkTensor:
-        """Causal attention over grouped heads ``[K, H / K, T, d]``."""
+        """Causal attention over grouped heads ``[K, H / K, T, d]``, behind the prefix."""
         net, sizes = self.net, self.sizes
         query = self._heads(net.linear(x, f"{self.prefix}.self_attn.q_proj"), sizes.heads)
         key = self._heads(net.linear(x, f"{self.prefix}.self_attn.k_proj"), sizes.kv_heads)
         value = self._heads(net.linear(x, f"{self.prefix}.self_attn.v_proj"), sizes.kv_heads)
-        scores = net.cast(
-            net.matmul(self._rope(query), self._rope(key), transposed=True), net.trt.DataType.FLOAT
-        )
+        query = self._online(self._rope(query), sizes.heads)
+        key = self._behind_prefix(self._online(self._rope(key), sizes.kv_heads), "key")
+        value = self._behind_prefix(value, "value")
+        scores = net.cast(net.matmul(query, key, transposed=True), net.trt.DataType.FLOAT)
         scale = np.full((1, 1, 1, 1), sizes.head_dim**-0.5, np.float32)
         scores = net.binary("PROD", scores, net.array(scale, net.trt.DataType.FLOAT))
         scores = net.binary("SUM", scores, net.array(self._mask(), net.trt.DataType.FLOAT))
@@ -243,13 +246,35 @@ class _Block:
             x, (self.tokens, kv_heads, count // kv_heads, width), permuted=(1, 2, 0, 3)
         )
 
+    def _online(self, x: NetworkTensor, count: int) -> NetworkTensor:
+        """``x R3`` over ``[K, count / K, T, d]`` where keys of the prefix are rotated, as in a
+        bundle with a quantized cache; else R3 would cancel.
+        """
+        name, sizes = f"{self.prefix}.self_attn", self.sizes
+        if not (self.before and self.net.rotates(name)):
+            return x
+        flat = self.net.reshape(x, (-1, sizes.head_dim))
+        shape = (sizes.kv_heads, count // sizes.kv_heads, self.tokens, sizes.head_dim)
+        return self.net.reshape(self.net.rotate(flat, name), shape)
+
+    def _behind_prefix(self, x: NetworkTensor, part: str) -> NetworkTensor:
+        """Keys or values ``[K, 1, T, d]`` with the constant ones before them: ``[K, 1, p + T,
+        d]``.
+        """
+        if not self.before:
+            return x
+        shape = (self.sizes.kv_heads, 1, self.before, self.sizes.head_dim)
+        constant = self.net.constant(f"{self.prefix}.self_attn.prefix.{part}", shape)
+        return self.net.concatenate([constant, x], axis=2)
+
     def _rope(self, x: NetworkTensor) -> NetworkTensor:
-        """``x cos + x P sin`` where ``P`` takes ``(x1, x2)`` to ``(-x2, x1)``."""
+        """``x cos + x P sin`` where ``P`` takes ``(x1, x2)`` to ``(-x2, x1)``, from p on."""
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         net, width = self.net, self.sizes.head_dim
         source: Any = LlamaRotaryEmbedding(self.config)
-        angles = np.outer(np.arange(self.tokens), source.inv_freq.double().numpy())
+        positions = self.before + np.arange(self.tokens)
+        angles = np.outer(positions, source.inv_freq.double().numpy())
         angles = np.concatenate([angles, angles], axis=1)[None, None]
         half = width // 2
         turn = np.zeros((1, 1, width, width), np.float32)
@@ -263,12 +288,15 @@ class _Block:
         return net.binary("SUM", net.binary("PROD", x, cosines), net.binary("PROD", turned, sines))
 
     def _mask(self) -> npt.NDArray[np.float32]:
-        """0 where a token sees another, else a score that vanishes in the softmax; float32 ``[1, 1,
-        T, T]``.
+        """0 where a token sees another or the prefix, else a score that vanishes in the softmax;
+        float32 ``[1, 1, T, p + T]``.
         """
         back = np.arange(self.tokens)[:, None] - np.arange(self.tokens)[None]
         window = sliding_window(self.config, self.layer) or self.tokens
-        return np.where((back >= 0) & (back < window), 0, _HIDDEN).astype(np.float32)[None, None]
+        seen = np.pad(
+            (back >= 0) & (back < window), ((0, 0), (self.before, 0)), constant_values=True
+        )
+        return np.where(seen, 0, _HIDDEN).astype(np.float32)[None, None]
 
 
 def _strongly_typed(trt: ModuleType) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from backends.base import RuntimeMissing
 from backends.safetensors.differences import grouped
+from backends.safetensors.prefix import network_prefix, prefix_tensors
 from backends.safetensors.read import Bundle, open_bundle
 from backends.safetensors.tensorrt.api import ConstantLayer, Engine, Logger, Network, Weights
 from backends.safetensors.tensorrt.layout import unpacked_shape
 from calib.architectures import wiring_of
+from calib.artifact import Prefix
 from calib.errors import BackendError
 from calib.schemes import tensor_scheme_from_dict
 
@@ -90,20 +93,44 @@ class BundleWeights:
     Attributes:
         trt: ``tensorrt`` or ``tensorrt_rtx``.
         bundle: where the tensors are.
-        forms: what each is to TensorRT, by key.
+        forms: what each is to TensorRT, by key. A prefix has ``{attention}.prefix.key`` and
+            ``.value``, which a network may have as constants, or have in its cache instead.
     """
 
     trt: ModuleType
     bundle: Bundle
     forms: Mapping[str, Form] = field(init=False)
-    _held: dict[str, Tensor] = field(default_factory=dict)
+    _held: dict[str, Tensor] = field(init=False)
+    _optional: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.forms = _forms(self.bundle)
+        self._held = prefix_tensors(self.bundle, self.prefix)
+        self._optional = frozenset(self._held)
+        self.forms = _forms(self.bundle) | {
+            key: Form(_NAMES[tensor.dtype], tuple(tensor.shape))
+            for key, tensor in self._held.items()
+        }
+
+    @cached_property
+    def prefix(self) -> Prefix | None:
+        """What stands before the keys and values of every sequence: to fill the first p places of a
+        cache with. The first token of a text is at position p, and sees them whatever its window.
+
+        Keys ``[kv_heads, p, head_dim]`` by layer are as the network caches them: after RoPE, and
+        after R3 where the attention has ``rotation.*``. Both are float, in the bundle's dtype.
+        """
+        return network_prefix(self.bundle)
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Keys that a whole network has a constant for."""
+        return frozenset(self.forms) - self._optional
 
     def weights(self, key: str) -> Weights:
         """The ``trt.Weights`` of a tensor, whose memory this object keeps."""
-        tensor = self._held.setdefault(key, self.bundle.tensors[key])
+        if key not in self._held:
+            self._held[key] = self.bundle.tensors[key]
+        tensor = self._held[key]
         form = self.forms[key]
         count = tensor.numel() * 8 // _BITS[form.dtype] if form.dtype in _BITS else tensor.numel()
         weights: Weights = self.trt.Weights(
@@ -232,8 +259,8 @@ def _check(what: str, forms: Mapping[str, Form], weights: BundleWeights, *, part
         elif form != expected:
             problems.setdefault(f"{form} where the bundle has {expected}", []).append(name)
 
-    if not partial and weights.forms.keys() - forms.keys():
-        problems["without a constant"] = sorted(weights.forms.keys() - forms.keys())
+    if not partial and weights.required - forms.keys():
+        problems["without a constant"] = sorted(weights.required - forms.keys())
     if problems:
         raise _does_not_fit(
             what,

@@ -13,6 +13,7 @@ Every constant is named by its key in the bundle, so that the engine can be refi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +106,10 @@ class NetworkBuilder:
         width = self.weights.forms[f"{name}.bias"].shape[0]
         return self.binary("SUM", out, self.constant(f"{name}.bias", (1, width)))
 
+    def rotates(self, name: str) -> bool:
+        """Whether the bundle has an online rotation for the module ``name``; see :meth:`rotate`."""
+        return name in self._rotated
+
     def rotate(self, x: NetworkTensor, name: str) -> NetworkTensor:
         """The online rotation of the module ``name``; see :mod:`backends.safetensors.source`.
 
@@ -150,6 +155,12 @@ class NetworkBuilder:
         return self.network.add_elementwise(
             a, b, getattr(self.trt.ElementWiseOperation, operation)
         ).get_output(0)
+
+    def concatenate(self, parts: Sequence[NetworkTensor], axis: int) -> NetworkTensor:
+        """``parts`` one behind the other along ``axis``."""
+        layer = self.network.add_concatenation(parts)
+        layer.axis = axis
+        return layer.get_output(0)
 
     def reshape(
         self, x: NetworkTensor, shape: tuple[int, ...], *, permuted: tuple[int, ...] | None = None

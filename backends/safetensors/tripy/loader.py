@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backends.base import RuntimeMissing
 from backends.safetensors.differences import differences, grouped
+from backends.safetensors.prefix import network_prefix, prefix_tensors
 from backends.safetensors.read import Form, open_bundle
 from backends.safetensors.tripy.dtypes import tripy_name
 from calib.errors import BackendError
@@ -41,11 +42,24 @@ def load_bundle(model: tp.Module, folder: Path | str) -> Any:
 
     Raises:
         BackendError: the bundle is damaged, written for another target or by a newer version; or it
-            does not fit the module, with everything that does not fit.
+            does not fit the module, with everything that does not fit; or it has a prefix, and the
+            module no place for one.
     """
     bundle = open_bundle(Path(folder), target="tripy", verify=True)
     what = f"the bundle '{bundle.folder}' of a '{bundle.manifest.model_type}' model"
-    return fill(model, bundle.tensors, bundle.manifest.linears, what)
+    prefix = network_prefix(bundle)
+    before = prefix_tensors(bundle, prefix)
+    _nvtripy_of(model)
+
+    # without it, what the bundle was calibrated for is another model
+    if prefix is not None and not before.keys() & model.state_dict().keys():
+        raise BackendError(
+            f"{what} has a prefix of {prefix.length} tokens, and the {type(model).__name__} module"
+            " has no place for one",
+            hint=f"{_HINT}, with --prefix none",
+        )
+
+    return fill(model, {**bundle.tensors, **before}, bundle.manifest.linears, what)
 
 
 def fill(
@@ -142,10 +156,10 @@ def _made_by_the_module(
     """
     import nvtripy as tp  # here, because the package is optional
 
-    from backends.safetensors.tripy.modules.layers import RMSNorm
+    from backends.safetensors.tripy.modules.layers import Prefix, RMSNorm
     from backends.safetensors.tripy.modules.linear import BlockLinear, Hadamard
 
-    layers = (tp.Linear, tp.Embedding, tp.LayerNorm, BlockLinear, Hadamard, RMSNorm)
+    layers = (tp.Linear, tp.Embedding, tp.LayerNorm, BlockLinear, Hadamard, Prefix, RMSNorm)
     return {
         key
         for key, value in state.items()

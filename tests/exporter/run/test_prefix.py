@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from calib.artifact import load_artifact
+from calib.artifact import load_artifact, load_prefix
 from calib.errors import BackendError, RecipeError
 from calib.stats.massive import MASSIVE
 from exporter.commands.export import calibrate, export
@@ -172,6 +172,25 @@ def test_what_a_target_cannot_have_is_said_and_left_out(
 
     with pytest.raises(BackendError, match="--prefix 1: its readers own their KV cache"):
         export(few(sink, prefix=1, **bundle), RunOptions(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("target", ["tripy", "tensorrt"])
+def test_a_bundle_has_it_for_whoever_builds_the_network(
+    llama: str, target: str, tmp_path: Path
+) -> None:
+    bundle = {"backend": "safetensors", "target": target, "scheme": "int8-weight-only"}
+    recipe = few(llama, prefix=2, rotate="r1,r2,r3,r4", **bundle)
+    report = export(recipe, RunOptions(tmp_path / "out")).report
+    prefix = load_prefix(tmp_path / "out")
+    assert prefix is not None
+    assert report.prefix is not None
+    assert list(prefix.tokens) == report.prefix.tokens
+    assert len(prefix.tokens) == 2
+    # what a random model makes of two more tokens (rung 3) is another question
+    for judged in (report, verify(tmp_path / "out")):
+        rows = [row for row in judged.parity if row.metric == "relative L2"]
+        assert [row.rung for row in rows] == [1, 2, 2, 2, 2, 2]
+        assert all(row.passed for row in rows)
 
 
 def test_a_prefix_has_to_fit_into_the_positions(sink: str, tmp_path: Path) -> None:

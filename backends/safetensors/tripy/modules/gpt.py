@@ -6,18 +6,27 @@ from __future__ import annotations
 
 import nvtripy as tp
 
-from backends.safetensors.tripy.modules.layers import ACTIVATIONS, LayerNorm, attention
+from backends.safetensors.tripy.modules.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Prefix,
+    attention,
+    positions,
+)
 from backends.safetensors.tripy.modules.linear import make_linear
 from backends.safetensors.tripy.modules.plan import ModulePlan
 
 
 class _Attention(tp.Module):  # type: ignore[misc]
-    def __init__(self, plan: ModulePlan, prefix: str, dtype: tp.dtype) -> None:
+    def __init__(self, plan: ModulePlan, name: str, dtype: tp.dtype) -> None:
         super().__init__()
         self.heads = plan.config.n_head
         self.width = plan.config.n_embd
-        self.c_attn = make_linear(plan.linears[f"{prefix}.c_attn"], dtype)
-        self.c_proj = make_linear(plan.linears[f"{prefix}.c_proj"], dtype)
+        self.before = plan.prefix
+        self.c_attn = make_linear(plan.linears[f"{name}.c_attn"], dtype)
+        self.c_proj = make_linear(plan.linears[f"{name}.c_proj"], dtype)
+        if self.before:
+            self.prefix = Prefix(self.heads, self.before, self.width // self.heads, dtype)
 
     def forward(self, x: tp.Tensor) -> tp.Tensor:
         batch, tokens = x.shape[0], x.shape[1]
@@ -27,7 +36,9 @@ class _Attention(tp.Module):  # type: ignore[misc]
             tp.transpose(tp.reshape(part, split), 1, 2)
             for part in tp.split(self.c_attn(x), 3, dim=2)
         )
-        out = attention(query, key, value, head_dim**-0.5, None)
+        if self.before:
+            key, value = self.prefix(key, value)
+        out = attention(query, key, value, head_dim**-0.5, None, self.before)
         return self.c_proj(tp.reshape(tp.transpose(out, 1, 2), (batch, tokens, self.width)))
 
 
@@ -60,20 +71,22 @@ class _Transformer(tp.Module):  # type: ignore[misc]
     def __init__(self, plan: ModulePlan, dtype: tp.dtype) -> None:
         super().__init__()
         config = plan.config
+        self.before = plan.prefix
         self.wte = tp.Embedding(config.vocab_size, config.n_embd, dtype=dtype)
         self.wpe = tp.Embedding(config.n_positions, config.n_embd, dtype=dtype)
         self.h = [_Block(plan, f"transformer.h.{layer}", dtype) for layer in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
     def forward(self, input_ids: tp.Tensor) -> tp.Tensor:
-        x = self.wte(input_ids) + self.wpe(tp.arange(input_ids.shape[1], dtype=tp.int32))
+        position = positions(input_ids.shape[1], self.before, tp.int32)
+        x = self.wte(input_ids) + self.wpe(position)
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
 
 
 class GPT(tp.Module):  # type: ignore[misc]
-    """GPT-2 over whole sequences, without padding or cache."""
+    """GPT-2 over whole sequences, without padding or cache, behind the plan's prefix."""
 
     def __init__(self, plan: ModulePlan) -> None:
         """

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import nvtripy as tp
 
 from backends.safetensors.source import sliding_window
-from backends.safetensors.tripy.modules.layers import ACTIVATIONS, RMSNorm, attention
+from backends.safetensors.tripy.modules.layers import (
+    ACTIVATIONS,
+    Prefix,
+    RMSNorm,
+    attention,
+    positions,
+)
 from backends.safetensors.tripy.modules.linear import make_linear
 from backends.safetensors.tripy.modules.plan import ModulePlan
 
@@ -24,16 +30,22 @@ class Rope:
     angles are float32.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, first: int = 0) -> None:
+        """
+        Args:
+            config: of the model.
+            first: position of the first token.
+        """
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         source: Any = LlamaRotaryEmbedding(config)
         self.frequencies: list[float] = source.inv_freq.double().tolist()
+        self.first = first
         self.scaling = float(source.attention_scaling)
 
     def tables(self, tokens: tp.DimensionSize, dtype: tp.dtype) -> tuple[tp.Tensor, tp.Tensor]:
-        """Cosines and sines ``[T, d]`` of ``tokens`` positions from 0 on."""
-        position = tp.reshape(tp.arange(tokens, dtype=tp.float32), (tokens, 1))
+        """Cosines and sines ``[T, d]`` of ``tokens`` positions from the first one on."""
+        position = tp.reshape(positions(tokens, self.first, tp.float32), (tokens, 1))
         angles = position * tp.reshape(tp.Tensor(self.frequencies), (1, len(self.frequencies)))
         angles = tp.concatenate([angles, angles], dim=1)
         return tp.cast(tp.cos(angles) * self.scaling, dtype), tp.cast(
@@ -51,15 +63,18 @@ def _rotate(x: tp.Tensor, tables: tuple[tp.Tensor, tp.Tensor]) -> tp.Tensor:
 class _Attention(tp.Module):  # type: ignore[misc]
     def __init__(self, plan: ModulePlan, layer: int, dtype: tp.dtype) -> None:
         super().__init__()
-        config, prefix = plan.config, f"model.layers.{layer}.self_attn"
+        config, name = plan.config, f"model.layers.{layer}.self_attn"
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.window = sliding_window(config, layer)
-        self.q_proj = make_linear(plan.linears[f"{prefix}.q_proj"], dtype)
-        self.k_proj = make_linear(plan.linears[f"{prefix}.k_proj"], dtype)
-        self.v_proj = make_linear(plan.linears[f"{prefix}.v_proj"], dtype)
-        self.o_proj = make_linear(plan.linears[f"{prefix}.o_proj"], dtype)
+        self.before = plan.prefix
+        self.q_proj = make_linear(plan.linears[f"{name}.q_proj"], dtype)
+        self.k_proj = make_linear(plan.linears[f"{name}.k_proj"], dtype)
+        self.v_proj = make_linear(plan.linears[f"{name}.v_proj"], dtype)
+        self.o_proj = make_linear(plan.linears[f"{name}.o_proj"], dtype)
+        if self.before:
+            self.prefix = Prefix(self.kv_heads, self.before, self.head_dim, dtype)
 
     def forward(self, x: tp.Tensor, tables: tuple[tp.Tensor, tp.Tensor]) -> tp.Tensor:
         batch, tokens = x.shape[0], x.shape[1]
@@ -70,6 +85,8 @@ class _Attention(tp.Module):  # type: ignore[misc]
         query = _rotate(split(self.q_proj(x), self.heads), tables)
         key = _rotate(split(self.k_proj(x), self.kv_heads), tables)
         value = split(self.v_proj(x), self.kv_heads)
+        if self.before:
+            key, value = self.prefix(key, value)
         # Query heads h = k H/K + g share key head k; the keys broadcast over g.
         grouped = (batch, self.kv_heads, self.heads // self.kv_heads, tokens, self.head_dim)
         out = attention(
@@ -78,6 +95,7 @@ class _Attention(tp.Module):  # type: ignore[misc]
             tp.unsqueeze(value, 2),
             self.head_dim**-0.5,
             self.window,
+            self.before,
         )
         out = tp.transpose(tp.reshape(out, (batch, self.heads, tokens, self.head_dim)), 1, 2)
         return self.o_proj(tp.reshape(out, (batch, tokens, self.heads * self.head_dim)))
@@ -114,7 +132,7 @@ class _Decoder(tp.Module):  # type: ignore[misc]
         super().__init__()
         config = plan.config
         self.dtype = dtype
-        self.rope = Rope(config)
+        self.rope = Rope(config, plan.prefix)
         self.embed_tokens = tp.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = [_Layer(plan, layer, dtype) for layer in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -128,7 +146,9 @@ class _Decoder(tp.Module):  # type: ignore[misc]
 
 
 class Llama(tp.Module):  # type: ignore[misc]
-    """A Llama-family model over whole sequences, without padding or cache."""
+    """A Llama-family model over whole sequences, without padding or cache, behind the plan's
+    prefix.
+    """
 
     def __init__(self, plan: ModulePlan) -> None:
         """

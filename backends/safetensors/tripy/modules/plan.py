@@ -50,10 +50,12 @@ class ModulePlan:
     """Tripy's name of the dtype of weights and scales."""
     linears: Mapping[str, LinearPlan]
     """Every linear, the head included, by name in the source model."""
+    prefix: int = 0
+    """Tokens whose keys and values stand before every sequence."""
 
 
-def plan_of_bundle(manifest: Manifest) -> ModulePlan:
-    """The module that the bundle with ``manifest`` fills."""
+def plan_of_bundle(manifest: Manifest, prefix: int = 0) -> ModulePlan:
+    """The module that the bundle with ``manifest``, and a prefix of that many tokens, fills."""
     wiring = wiring_of(manifest.config)
     shapes = {key: entry.shape for key, entry in manifest.tensors.items()}
     schemes = {
@@ -68,19 +70,19 @@ def plan_of_bundle(manifest: Manifest) -> ModulePlan:
         key: shape[::-1] if key.endswith(".weight") and _blocked(schemes.get(key[:-7])) else shape
         for key, shape in shapes.items()
     }
-    return ModulePlan(wiring.config, manifest.dtype, _linears(wiring, upright, schemes))
+    return ModulePlan(wiring.config, manifest.dtype, _linears(wiring, upright, schemes), prefix)
 
 
 def plan_of_config(
-    config: Mapping[str, Any], dtype: str, scheme: LinearScheme | None
+    config: Mapping[str, Any], dtype: str, scheme: LinearScheme | None, prefix: int = 0
 ) -> ModulePlan:
     """The module of ``config`` whose decoder's linears are quantized by ``scheme``, without
-    rotations.
+    rotations, behind a prefix of that many tokens.
     """
     wiring = wiring_of(config)
     shapes = oriented_shapes(wiring)
     schemes = {} if scheme is None else dict.fromkeys(wiring.linear_names, scheme)
-    return ModulePlan(wiring.config, dtype, _linears(wiring, shapes, schemes))
+    return ModulePlan(wiring.config, dtype, _linears(wiring, shapes, schemes), prefix)
 
 
 def _linears(

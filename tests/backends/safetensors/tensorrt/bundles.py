@@ -15,6 +15,7 @@ from backends.safetensors.bundle import write_bundle
 from backends.safetensors.tensorrt.layout import TensorRTLayout
 from calib.architectures import Kind
 from calib.artifact import QuantizedCache, QuantizedModel
+from calib.fusing import with_prefix
 from calib.measure.reference import build_reference
 from calib.schemes import KV_SCHEMES
 from tests.tiny import CONFIGS, VOCABULARY, fuse_tiny, make_tiny, quantize_fused, wide_llama
@@ -28,9 +29,11 @@ def quantized(
     scheme: str,
     kinds: tuple[Kind, ...] = ("r1", "r2", "r4"),
     dtype: torch.dtype = torch.float32,
+    prefix: tuple[int, ...] = (),
 ) -> QuantizedModel:
     config = wide_llama() if family == "wide" else CONFIGS[family]()
-    return quantize_fused(fuse_tiny(make_tiny(config), kinds, dtype, signs=5), scheme)
+    fused = fuse_tiny(make_tiny(config), kinds, dtype, signs=5)
+    return quantize_fused(with_prefix(fused, prefix), scheme)
 
 
 def write(model: QuantizedModel, folder: Path) -> Path:

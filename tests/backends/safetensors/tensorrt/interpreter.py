@@ -1,7 +1,8 @@
 """Runs a TensorRT network definition layer by layer in torch on the CPU: what the engine would have
 to compute.
 
-Values of constants are taken from the bundle by the name of the layer: numpy has no dtype for some.
+Values of constants are taken from the bundle by the name of the layer, as numpy has no dtype for
+some; what is no tensor of the bundle is read from the memory that TensorRT was given.
 ``Quantize`` divides in float32, rounds ties to even and saturates; ``Dequantize`` multiplies in
 float32 and rounds to its dtype. The number formats are :mod:`formats`' own: the arithmetic that is
 checked here must not be what checks it.
@@ -56,7 +57,7 @@ def run(network: Any, weights: BundleWeights, inputs: Mapping[str, Tensor]) -> T
 
 def _constant(layer: Any, weights: BundleWeights) -> Tensor:
     shape, form = tuple(layer.shape), weights.forms.get(layer.name)
-    if form is None:
+    if form is None or layer.name not in weights.bundle.tensors:
         return torch.tensor(layer.weights).reshape(shape)
     assert layer.get_output(0).dtype.name == form.dtype
     stored = weights.bundle.tensors[layer.name]
@@ -136,6 +137,7 @@ _LAYERS: dict[str, Callable[..., Any]] = {
     "UNARY": _unary,
     "ACTIVATION": _activation,
     "CAST": lambda layer, x: x.to(_DTYPES[layer.get_output(0).dtype.name]),
+    "CONCATENATION": lambda layer, *parts: torch.cat(parts, dim=layer.axis),
     "SOFTMAX": lambda layer, x: x.softmax(layer.axes.bit_length() - 1),
     "GATHER": lambda layer, x, index: x.index_select(layer.axis, index),
 }
@@ -151,6 +153,7 @@ _CLASSES = {
     "UNARY": "IUnaryLayer",
     "ACTIVATION": "IActivationLayer",
     "CAST": "ICastLayer",
+    "CONCATENATION": "IConcatenationLayer",
     "SOFTMAX": "ISoftMaxLayer",
     "GATHER": "IGatherLayer",
 }

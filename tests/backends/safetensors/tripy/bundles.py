@@ -14,6 +14,7 @@ from backends.safetensors.bundle import write_bundle
 from backends.safetensors.tripy.layout import TripyLayout
 from calib.architectures import Kind
 from calib.artifact import QuantizedModel
+from calib.fusing import with_prefix
 from calib.measure.reference import build_reference
 from tests.tiny import CONFIGS, VOCABULARY, fuse_tiny, make_tiny, quantize_fused
 
@@ -24,8 +25,10 @@ def quantized(
     scheme: str,
     kinds: tuple[Kind, ...] = ("r1", "r2", "r4"),
     dtype: torch.dtype = torch.float32,
+    prefix: tuple[int, ...] = (),
 ) -> QuantizedModel:
-    return quantize_fused(fuse_tiny(make_tiny(CONFIGS[family]()), kinds, dtype, signs=5), scheme)
+    fused = fuse_tiny(make_tiny(CONFIGS[family]()), kinds, dtype, signs=5)
+    return quantize_fused(with_prefix(fused, prefix), scheme)
 
 
 def write(model: QuantizedModel, folder: Path) -> Path:
