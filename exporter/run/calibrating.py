@@ -205,10 +205,13 @@ def best_candidate(
     gate.run(setups, clock.progress)
     if calibrating.may_keep_norms and "r1" not in rotations[gate.best.setup.rotate].kinds():
         gate.run([replace(gate.best.setup, norms_kept=True)], clock.progress)
-    if not gate.met and calibrating.may_smooth:
+    if calibrating.may_smooth:
         around_r4 = gate.lowest([name for name, each in rotations.items() if "r4" in each.kinds()])
-        if around_r4 is not None:
-            gate.run([replace(around_r4, smoothing=SMOOTHING)], clock.progress)
+        # without the prefix first: it is not needed where smoothing is enough
+        smoothed = () if around_r4 is None else _smoothed_setups(around_r4)
+        for setup in smoothed:
+            if not gate.met:
+                gate.run([setup], clock.progress)
     if not gate.met and inputs.recipe.widen == "auto" and fixes_limits(calibrating.quantization):
         base = gate.best.setup
         gate.run(quick.wider_setups(base, rotations[base.rotate], clock), clock.progress)
@@ -218,3 +221,9 @@ def best_candidate(
     if not everything or quick.quantization != calibrating.quantization:
         best = calibrating.candidate(best.setup, rotations[best.setup.rotate], clock)
     return best, gate.table()
+
+
+def _smoothed_setups(base: Setup) -> list[Setup]:
+    """``base`` with its activations smoothed, without its prefix and then with it."""
+    prefixes = dict.fromkeys(((), base.prefix))
+    return [replace(base, prefix=prefix, smoothing=SMOOTHING) for prefix in prefixes]
