@@ -89,12 +89,12 @@ def folds_norms(recipe: Recipe, quantization: Quantization) -> bool:
 
 
 def captured_tokens(recipe: Recipe) -> int:
-    """How many calibration tokens are run to capture statistics, at most: as many as the reservoir
-    of R1 has places, and never fewer than it has by default. Each token passes several sites, so
+    """How many calibration tokens are run to capture statistics, at most: twice what the reservoir
+    of R1 has places for, and never fewer than by default. Each token passes several sites, so
     that more would hardly change what is kept.
     """
     settings = recipe.rotation
-    return max(settings.r1_tokens, type(settings)().r1_tokens)
+    return 2 * max(settings.r1_tokens, type(settings)().r1_tokens)
 
 
 def capture_config(recipe: Recipe) -> CaptureConfig:
