@@ -116,6 +116,11 @@ class TensorScheme:
         """
         return not self.dynamic or self.scale_format == "e4m3"
 
+    @property
+    def static_integer(self) -> bool:
+        """Whether it is rounded in equal steps whose size is fixed beforehand."""
+        return self.needs_calibration and self.format.kind == "integer"
+
 
 @dataclass(frozen=True)
 class LinearScheme:

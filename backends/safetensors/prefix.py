@@ -40,7 +40,7 @@ def network_prefix(bundle: Bundle) -> Prefix | None:
     for layer, key in prefix.keys.items():
         rotation = rotations.r3(layer)
         if rotation is not None and wiring.attention(layer) not in spelled_out:
-            key = key.double() @ rotation.dense().T
+            key = rotation.undo(key.double())
         keys[layer] = key
 
     return replace(prefix, keys=keys).to(getattr(torch, bundle.manifest.dtype))

@@ -37,11 +37,7 @@ def static_noise(
     Returns:
         The noise by linear. Those that no token reached (experts) are left out.
     """
-    static = {
-        name: scheme
-        for name, scheme in schemes.items()
-        if scheme.needs_calibration and scheme.format.kind == "integer"
-    }
+    static = {name: scheme for name, scheme in schemes.items() if scheme.static_integer}
     amax = dict.fromkeys(static, 0.0)
     powers: dict[str, list[Tensor]] = {name: [] for name in static}
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from backends.base import StoredTensor
+from exporter.reporting.report import LayerSummary
 from exporter.reporting.summary import human_bytes, size_words
 
 _NAMED = 3
 """Tensors that are named; the rest of them is small beside these, or too many."""
 
 
-def growth_warning(contents: Sequence[StoredTensor], before: int) -> str | None:
+def growth_warning(
+    layers: LayerSummary, contents: Callable[[], Sequence[StoredTensor]]
+) -> str | None:
     """What to say of a folder that is larger than its checkpoint; ``None`` where it is not.
 
     Args:
-        contents: every tensor of the folder.
-        before: bytes of all weights of the checkpoint, in its own dtypes.
+        layers: says how large both are.
+        contents: gives every tensor of the folder; called only where one is to be named.
     """
-    after = sum(tensor.nbytes for tensor in contents)
+    before, after = layers.bytes_before, layers.bytes_after
     if after <= before:
         return None
 
-    floats = [tensor for tensor in contents if tensor.kind == "float weight"]
+    floats = [tensor for tensor in contents() if tensor.kind == "float weight"]
     largest = sorted(floats, key=lambda tensor: tensor.nbytes, reverse=True)[:_NAMED]
     named = ", ".join(
         f"{tensor.name} ({tensor.dtype}, {human_bytes(tensor.nbytes)})" for tensor in largest

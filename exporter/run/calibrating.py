@@ -70,9 +70,7 @@ class Calibrating:
         """Whether the gate may smooth: the recipe does not, and some inputs are integers with
         limits fixed beforehand, which R4 alone may leave too wide."""
         return self.inputs.recipe.smoothing == "none" and any(
-            scheme.input is not None
-            and scheme.input.needs_calibration
-            and scheme.input.format.kind == "integer"
+            scheme.input is not None and scheme.input.static_integer
             for scheme in self.quantization.linears.values()
         )
 

@@ -55,16 +55,17 @@ class Setup:
         return int(self.online) + (1 + len(self.wider) if self.wider else 0)
 
     def __str__(self) -> str:
-        words = [self.rotate]
-        if self.norms_kept:
-            words.append("norms kept")
-        if self.smoothing != "none":
-            words.append(self.smoothing)
-        if self.prefix:
-            words.append("prefix")
-        if self.wider:
-            words.append(f"{len(self.wider)} wider")
-        return " + ".join(words)
+        return self.row().name
+
+    def row(self) -> GateRow:
+        """Its row in the report while it is not tried."""
+        return GateRow(
+            rotate=self.rotate,
+            norms_kept=self.norms_kept,
+            smoothing=self.smoothing,
+            prefix=len(self.prefix),
+            wider=len(self.wider),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Gate:
     @property
     def met(self) -> bool:
         """Whether a candidate is close enough."""
-        return self._lowest <= self.enough
+        return self._met_below(math.inf)
 
     def lowest(self, rotates: Collection[str]) -> Setup | None:
         """Of those tried whose rotations are among ``rotates`` the one with the lowest KL."""
@@ -130,7 +131,7 @@ class Gate:
             if setup.cost == costs[0] or not self._met_below(setup.cost):
                 self._judge(setup)
             else:
-                self._table[setup] = _row(setup)
+                self._table[setup] = setup.row()
 
     def table(self) -> list[GateRow]:
         """The rows of the report."""
@@ -139,11 +140,7 @@ class Gate:
             for setup, row in self._table.items()
         ]
 
-    @property
-    def _lowest(self) -> float:
-        return min((row.kl for row in self._table.values() if row.kl is not None), default=math.inf)
-
-    def _met_below(self, cost: int) -> bool:
+    def _met_below(self, cost: float) -> bool:
         """Whether a candidate that costs less than ``cost`` is close enough."""
         return any(
             row.kl is not None and row.kl <= self.enough
@@ -156,20 +153,11 @@ class Gate:
         window = max(row.numel() for row in self.rows)
         reference = model_logits(build_reference(candidate.quantized))
         result = compare_logits(self.original, reference, self.rows, window=window, stride=window)
-        if self._best is None or result.kl < self._lowest:
+        kls = [
+            row.kl for row in self._table.values() if row.kl is not None and math.isfinite(row.kl)
+        ]
+        if all(result.kl < kl for kl in kls):
             self._best = candidate
-        row = _row(setup)
-        self._table[setup] = row.model_copy(
+        self._table[setup] = setup.row().model_copy(
             update={"kl": result.kl, "top1": result.top1, "perplexity": result.candidate.value}
         )
-
-
-def _row(setup: Setup) -> GateRow:
-    """The row of a candidate that was not tried."""
-    return GateRow(
-        rotate=setup.rotate,
-        norms_kept=setup.norms_kept,
-        smoothing=setup.smoothing,
-        prefix=len(setup.prefix),
-        wider=len(setup.wider),
-    )

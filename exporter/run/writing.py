@@ -93,7 +93,7 @@ def _write(
             parity = check_parity(subject, clock.progress)
 
     report = describe(quantized, parity, folder, backend, target, clock.seconds)
-    grown = growth_warning(backend.contents(folder, target), report.layers.bytes_before)
+    grown = growth_warning(report.layers, lambda: backend.contents(folder, target))
     if grown is not None:
         logger.warning("target '%s': %s", target, grown)
     return finish(report, recipe, folder)
