@@ -13,6 +13,7 @@ import torch
 from exporter.commands.export import export
 from exporter.commands.verify import verify
 from exporter.parity.passes import steady_length
+from exporter.parity.subject import chosen_rows
 from exporter.recipe import Recipe, load_recipe
 from exporter.reporting.report import ParityRow, Report
 from exporter.run.options import RunOptions
@@ -217,3 +218,21 @@ def test_texts_are_compared_where_their_length_changes_nothing(
     if rope["rope_type"] in ("longrope", "yarn"):
         rope["original_max_position_embeddings"] = 32
     assert steady_length(config | {"rope_parameters": rope}) == steady
+
+
+def test_rows_of_the_exact_rungs_are_the_longest_and_those_with_the_most_new_tokens() -> None:
+    long, same, other, more = (
+        torch.tensor(ids) for ids in ([1, 1, 1, 1, 1], [1, 1, 1, 1], [2, 3, 2, 3], [4, 5, 6, 7])
+    )
+    rows = [same, other, long, more]
+    assert [row.tolist() for row in chosen_rows(rows, tokens=9, least=1)] == [
+        long.tolist(),
+        more.tolist(),
+    ]
+    assert [row.tolist() for row in chosen_rows(rows, tokens=1, least=3)] == [
+        other.tolist(),
+        long.tolist(),
+        more.tolist(),
+    ]
+    # no more than there are, in their order
+    assert all(map(torch.equal, chosen_rows(rows, tokens=99), rows))

@@ -145,7 +145,7 @@ def test_block_formats_are_within_the_floor(
     """In float32; the split-sum floor is what summing in another order costs."""
     model = artifact("wide", scheme, dtype=dtype)
     reference = build_reference(model)
-    floor = split_sum_floor(model, reference, _ROWS)
+    floor = split_sum_floor(reference, _ROWS)
     found = _run(opened(written(model, tmp_path / "bundle"), exact=True))
     assert relative_l2(found, logits(reference, _ROWS)) <= max(floor.value, WEIGHT_ONLY)
 
