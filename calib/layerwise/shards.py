@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from calib.errors import CheckpointError, OutputError
-from calib.layerwise.files import digest, write_json, write_tensors
+from calib.layerwise.files import write_json, write_tensors
+from calib.sealed import digest
 
 JOURNAL = "journal.json"
 _FOLDER = "shards"
