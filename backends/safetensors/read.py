@@ -153,19 +153,25 @@ def read_rotations(bundle: Bundle) -> RotationSet:
     return _sound(bundle, lambda: load_rotations(bundle.folder))
 
 
-def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
-    """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
+def read_floats(bundle: Bundle, layout: Layout) -> Mapping[str, Tensor]:
+    """The float tensors of ``bundle`` as the artifact had them; errors as for
+    :func:`read_linears`.
+    """
     manifest = bundle.manifest
-    floats = _undamaged(
+    return _undamaged(
         bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config)
     )
 
+
+def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
+    """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
+    manifest = bundle.manifest
     return QuantizedModel(
         config=manifest.config,
         scheme=_sound(bundle, lambda: scheme_named(manifest.scheme)),
         dtype=getattr(torch, manifest.dtype),
         linears=read_linears(bundle, layout),
-        floats=floats,
+        floats=read_floats(bundle, layout),
         kept=manifest.kept,
         rotations=read_rotations(bundle),
         provenance=_provenance(bundle),

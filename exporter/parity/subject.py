@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -69,6 +69,9 @@ class Subject:
     """The original; ``None`` where it is not at hand: rungs 1 and 3 cannot be run then."""
     fused: FusedModel | None
     """The rotated float model; ``None`` with ``source``."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the quantized linears that ``folder`` should hold:
+    :func:`exporter.parity.stored.kept_digests`; empty: unknown."""
     device: torch.device | str = "cpu"
     last: bool = False
     """Whether the logits of the last token alone were written."""
