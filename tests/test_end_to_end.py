@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from calib.artifact import load_artifact
+from calib.artifact.files import MANIFEST
 from calib.errors import CheckpointError, OutputError
 from exporter import export as export_from_python
 from exporter.commands.evaluate import evaluate
@@ -24,6 +25,7 @@ from exporter.reporting.report import REPORT_FILE, ParityRow, Report
 from exporter.run.options import RunOptions
 from tests.checkpoints import write_checkpoint
 from tests.conftest import SMALL
+from tests.sealing import edit_sealed
 
 FEW = {
     "calibration.nsamples": 8,
@@ -119,7 +121,7 @@ def test_no_file_of_the_output_names_this_machine(exported: Path) -> None:
 def test_verify_repeats_the_verdict_from_the_folder_alone(exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "copy")
     before = Report.load(folder)
-    after = verify(folder, rows=6)
+    after = verify(folder)
     assert after.status == "passed"
     assert "verify" in Report.load(folder).seconds
     # The same linears on the same rows: the reference was rebuilt from the graph's own integers and
@@ -153,12 +155,16 @@ def test_a_wrong_scale_fails_the_parity_check(exported: Path, tmp_path: Path) ->
     folder = shutil.copytree(artifact, tmp_path / "artifact")
     from safetensors.torch import load_file, save_file
 
+    recipe = load_recipe(artifact.parent / RECIPE_FILE)
+    options = RunOptions(tmp_path / "out", from_artifact=folder)
     path = next(folder.glob("quantized_model*.safetensors"))
     tensors = load_file(path)
     tensors["model.layers.0.mlp.down_proj.weight_scale"] *= 2
     save_file(tensors, path, metadata={"format": "pt"})
-    options = RunOptions(tmp_path / "out", from_artifact=folder)
-    result = export(load_recipe(artifact.parent / RECIPE_FILE), options)
+    with pytest.raises(CheckpointError, match="its checksum does not fit"):
+        export(recipe, options)
+    edit_sealed(folder / MANIFEST, lambda manifest: None)  # by whoever changed it
+    result = export(recipe, options)
     assert result.report.status == "failed"
     assert (tmp_path / "out" / "model.onnx").is_file()  # kept, marked failed
 

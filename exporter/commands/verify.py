@@ -131,6 +131,7 @@ def read_back(
             calibration_tokens=report.calibration.tokens,
             calibration_sha256=report.calibration.sha256,
             versions=report.versions,
+            gate=tuple(row.model_dump() for row in report.gate),
         ),
         cache=backend.read_cache(folder, report.target),
         smoothing=smoothing,

@@ -4,6 +4,7 @@ invented.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from backends.base import DescribedModel, RuntimeModel
+from calib.artifact import QuantizedModel
 from calib.measure.floor import Distances, naive_logits, one_flip_floor, split_logits
 from calib.measure.perplexity import LogitsFunction
 from exporter.parity.rows import row
@@ -118,6 +120,30 @@ class Floors:
 
 def _own_named(dtype: torch.dtype) -> str:
     return f"{_NAIVE} in {str(dtype).removeprefix('torch.')}"
+
+
+KL_FACTOR = 3.0
+"""KL of an export over that of the gate's own row, or over the logarithm of the bound on
+perplexity: other text, and a runtime that rounds more than it is told, made up to 1.5 of it on the
+models of the benchmarks. Scales of activations twice too large make four times and more."""
+KL_LEAST = 2e-3
+"""In nats per token: what a default session may add by itself where the artifact adds nothing."""
+
+
+def kl_bound(quantized: QuantizedModel) -> tuple[float | None, str]:
+    """The bound on KL(original ‖ export), and where it comes from.
+
+    A perplexity may stay as it is while the model becomes another one; the divergence does not. It
+    is about the logarithm of the ratio of perplexities on text that the original writes, and was
+    measured by the gate, where there was one, on text like this.
+    """
+    allowed = math.log(quantized.scheme.max_perplexity_ratio)
+    chosen = [row["kl"] for row in quantized.provenance.gate if row["chosen"]]
+    if chosen and chosen[0] is not None and (chosen[0] < allowed or quantized.prefix is not None):
+        return KL_FACTOR * chosen[0] + KL_LEAST, f"the gate measured {chosen[0]:.3g}"
+    if quantized.prefix is not None:
+        return None, "the prefix makes another float model, and no gate measured what it changes"
+    return KL_FACTOR * allowed + KL_LEAST, ""
 
 
 def _rounds_on_the_way(subject: Subject) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from calib.measure.perplexity import compare_logits, model_logits
 from exporter.parity.behaviour import behaviour_rows
+from exporter.parity.bounds import kl_bound
 from exporter.parity.passes import runtime_logits
 from exporter.parity.rows import NO_ORIGINAL, not_run, ran, row
 from exporter.parity.subject import Missing, Sessions, Subject
@@ -40,7 +41,7 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
         " tokens"
     )
     return [
-        row(3, _NAME, "KL", scores.kl, None, **ran(runtime)),
+        row(3, _NAME, "KL", scores.kl, *kl_bound(subject.quantized), **ran(runtime)),
         row(3, _NAME, "top-1 agreement", scores.top1, None, **ran(runtime)),
         row(3, _NAME, "perplexity ratio", ratio, bound, note, **ran(runtime)),
         *behaviour_rows(subject, original, scores.reference.value, runtime),
