@@ -7,6 +7,7 @@ from collections.abc import Callable
 from calib.progress import Progress, track
 from exporter.parity.fold import fold_row
 from exporter.parity.quality import quality_rows
+from exporter.parity.rounding import rounding_rows
 from exporter.parity.runtime import runtime_rows
 from exporter.parity.stored import stored_rows
 from exporter.parity.subject import Sessions, Subject
@@ -22,7 +23,7 @@ def check_parity(subject: Subject, progress: Progress) -> list[ParityRow]:
     """
     sessions = Sessions(subject.backend, subject.target, subject.folder)
     rungs: list[Callable[[], list[ParityRow]]] = [
-        lambda: stored_rows(subject),
+        lambda: [*stored_rows(subject), *rounding_rows(subject)],
         lambda: [fold_row(subject)],
         lambda: runtime_rows(subject, sessions),
         lambda: quality_rows(subject, sessions),

@@ -93,7 +93,7 @@ class ParityRow(_Frozen):
     """What was compared, in a few words."""
     metric: str
     """``relative L2``, ``KL``, ``top-1 agreement``, ``perplexity ratio``, ``tokens until they
-    part``, ``repeated 4-grams, difference``, ``unfused`` or ``altered``."""
+    part``, ``repeated 4-grams, difference``, ``unfused``, ``altered`` or ``steps``."""
     measured: float | None
     """``None`` where the row could not be run; ``note`` then says why."""
     bound: float | None

@@ -1,0 +1,66 @@
+"""Rung 0, of the weights: whether rounding to nearest is what became of the rotated float weights.
+
+Rounded to the nearest integer ``q`` of its format, a weight is half a step away at most:
+
+    |w - (q - z) s| <= s / 2 + |w| eps
+
+where ``eps`` is that of the dtype that the scale ``s`` was rounded to after ``q`` was chosen, and
+``q`` is not the last of its format, beyond which a weight is clipped. What an algorithm chose
+otherwise (GPTQ, AdaRound) has no such bound: it is the worse for the weight and the better for the
+output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib.arithmetic.grids import expand_grid
+from calib.artifact import QuantizedLinear
+from exporter.parity.rows import row
+from exporter.parity.subject import Subject
+from exporter.reporting.report import ParityRow
+
+HALF = 0.5 + 1e-3
+"""Half a step; a thousandth of one for ties, which float32 divides to either side."""
+_NEAREST = "rtn"
+
+
+def rounding_rows(subject: Subject) -> list[ParityRow]:
+    """The largest distance, in steps; nothing where the weights were not rounded to nearest, or the
+    rotated model is not at hand.
+    """
+    algorithm = subject.quantized.provenance.recipe.get("weights", {}).get("algorithm")
+    if subject.fused is None or algorithm != _NEAREST:
+        return []
+    distances = {
+        name: _steps_away(linear, subject.fused.state[f"{name}.weight"])
+        for name, linear in subject.quantized.linears.items()
+        if linear.weight_scheme.format.kind == "integer"
+        and linear.weight_order is None
+        and f"{name}.weight" in subject.fused.state  # not those of single experts
+    }
+    if not distances:
+        return []
+    worst = max(distances, key=lambda name: distances[name])
+    return [
+        row(
+            0,
+            "quantized weights against rotated float weights",
+            "steps",
+            distances[worst],
+            HALF,
+            f"{len(distances)} linears, rounded to nearest; worst: {worst}",
+        )
+    ]
+
+
+def _steps_away(linear: QuantizedLinear, weight: Tensor) -> float:
+    """The largest of ``|w / s - (q - z)| - |w / s| eps`` over what is not clipped."""
+    fmt = linear.weight_scheme.format
+    scale, zero = expand_grid(linear.grid, weight.shape, linear.weight_scheme.granularity)
+    inside = (linear.weight > fmt.qmin) & (linear.weight < fmt.qmax)
+    steps = linear.weight.float() if zero is None else linear.weight.float() - zero
+    exact = weight.float() / scale
+    away = (exact - steps).abs() - exact.abs() * torch.finfo(linear.weight_scale.dtype).eps
+    return float(away[inside].amax()) if bool(inside.any()) else 0.0
