@@ -18,7 +18,7 @@ from calib.measure.floor import Distances, naive_logits, one_flip_floor, split_l
 from calib.measure.perplexity import LogitsFunction
 from exporter.parity.rows import row
 from exporter.parity.subject import Missing, Subject
-from exporter.reporting.report import ParityRow
+from exporter.reporting.report import GateRow, ParityRow
 
 LINEAR_BOUND = 1e-5
 """One linear in float32: only the order of a float sum differs; 2e-7 is usual, 1e-5 leaves room for
@@ -138,9 +138,10 @@ def kl_bound(quantized: QuantizedModel) -> tuple[float | None, str]:
     measured by the gate, where there was one, on text like this.
     """
     allowed = math.log(quantized.scheme.max_perplexity_ratio)
-    chosen = [row["kl"] for row in quantized.provenance.gate if row["chosen"]]
-    if chosen and chosen[0] is not None and (chosen[0] < allowed or quantized.prefix is not None):
-        return KL_FACTOR * chosen[0] + KL_LEAST, f"the gate measured {chosen[0]:.3g}"
+    tried = map(GateRow.model_validate, quantized.provenance.gate)
+    measured = next((row.kl for row in tried if row.chosen), None)
+    if measured is not None and (measured < allowed or quantized.prefix is not None):
+        return KL_FACTOR * measured + KL_LEAST, f"the gate measured {measured:.3g}"
     if quantized.prefix is not None:
         return None, "the prefix makes another float model, and no gate measured what it changes"
     return KL_FACTOR * allowed + KL_LEAST, ""
