@@ -25,7 +25,7 @@ from calib.data.corpus import read_corpus
 from calib.data.rows import RowCounts, RowCutter, RowSplits
 from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError, DataError
-from calib.fusing import FusedModel, fuse
+from calib.fusing import FusedModel, check_contents, fuse
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from calib.network.original import load_network
 from calib.progress import Progress, silent
@@ -136,15 +136,17 @@ def open_source(
     """Open the float model of a recipe, or wrap a model object.
 
     Raises:
-        CheckpointError: missing, incomplete or damaged files.
+        CheckpointError: missing, incomplete or damaged files; weights that are quantized already;
+            tensors that the config does not call for.
         UnsupportedModelError: an architecture that rotq refuses.
     """
     if model is not None:
-        return _wrap(model, tokenizer)
+        return _wrap(model, tokenizer, ignore_unused=recipe.ignore_unused)
     path = embedded_folder() if recipe.model == EMBEDDED else recipe.model
     config = load_config(path, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
     wiring = wiring_for(config)
     checkpoint = open_checkpoint(path, revision=recipe.revision)
+    check_contents(checkpoint, wiring, recipe.model, ignore_unused=recipe.ignore_unused)
 
     folder = checkpoint.folder
     assert folder is not None  # it was opened from files
@@ -197,7 +199,9 @@ def read_rows(
     )
 
 
-def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> Source:
+def _wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, ignore_unused: bool
+) -> Source:
     config = getattr(model, "config", None)
     if config is None:
         raise CheckpointError(
@@ -205,6 +209,8 @@ def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | No
         )
 
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    wiring, checkpoint = wiring_for(config), Checkpoint.from_module(model)
+    check_contents(checkpoint, wiring, name, ignore_unused=ignore_unused)
     if tokenizer is None:
         if not Path(name).is_dir():
             raise DataError(
@@ -222,8 +228,8 @@ def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | No
 
     source = Source(
         name=name,
-        wiring=wiring_for(config),
-        checkpoint=Checkpoint.from_module(model),
+        wiring=wiring,
+        checkpoint=checkpoint,
         tokenizer=tokenizer,
         files=side_files(scratch),
         model=model,

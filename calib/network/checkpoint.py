@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calib.architectures import supported_model_types
 from calib.errors import CheckpointError, UnsupportedModelError
+from calib.network.contents import refuse_files
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -63,6 +64,19 @@ class Checkpoint(Mapping[str, Tensor]):
         """Shape of a tensor, without reading it."""
         held = self._tensors[name]
         return tuple(held.shape if isinstance(held, Tensor) else held.get_slice(name).get_shape())
+
+    def stored_dtypes(self) -> dict[str, tuple[str, int]]:
+        """Of each tensor in a file, its dtype as safetensors spells it (``BF16``) and how many
+        dimensions it has, without reading it.
+        """
+        slices = {
+            name: held.get_slice(name)
+            for name, held in self._tensors.items()
+            if not isinstance(held, Tensor)
+        }
+        return {
+            name: (str(part.get_dtype()), len(part.get_shape())) for name, part in slices.items()
+        }
 
 
 def load_config(
@@ -114,6 +128,7 @@ def open_checkpoint(
     """
     folder = _local_folder(path_or_id) or _download(str(path_or_id), revision)
     _check_config_json(folder)
+    refuse_files(folder, str(folder), ignore_unused=True)  # of adapters, the run decides
     if (folder / _INDEX).is_file():
         return Checkpoint(_open_sharded(folder), folder=folder)
     if (folder / _SINGLE).is_file():
@@ -153,6 +168,7 @@ def _local_folder(path_or_id: str | os.PathLike[str]) -> Path | None:
 
 def _check_config_json(folder: Path) -> None:
     if not (folder / "config.json").is_file():
+        refuse_files(folder, str(folder))  # an adapter, or GGUF
         raise CheckpointError(
             f"model folder {folder} has no config.json",
             hint="pass the folder that the model was saved to",

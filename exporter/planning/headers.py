@@ -17,8 +17,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from calib.architectures.lookup import refuse_config
+from calib.architectures.stored import uncalled_names
 from calib.artifact.side_files import SIDE_FILES, side_files
 from calib.errors import CheckpointError
+from calib.network.contents import (
+    refuse_files,
+    refuse_layers,
+    refuse_quantized,
+    refuse_unused,
+)
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 from exporter.recipe import EMBEDDED
 
@@ -57,6 +65,8 @@ class CheckpointHeaders:
     tensors: tuple[TensorHeader, ...]
     side_files: tuple[str, ...] = ()
     """Files that every output carries along."""
+    beside: tuple[str, ...] = ()
+    """Names of all files beside the weights."""
 
     @property
     def dtype(self) -> str:
@@ -90,12 +100,36 @@ def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
 
 def read_folder(folder: Path, source: str) -> CheckpointHeaders:
     """Describe a local folder whose weights are ``model.safetensors`` or shards with an index."""
+    beside = tuple(path.name for path in folder.iterdir())
+    refuse_files(beside, source, ignore_unused=True)  # of adapters, check_headers decides
     return CheckpointHeaders(
         source,
         _read_json(folder / "config.json"),
         _tensors(folder, "model"),
         tuple(side_files(folder)),
+        beside,
     )
+
+
+def check_headers(checkpoint: CheckpointHeaders, *, ignore_unused: bool) -> None:
+    """Refuse what the run would refuse at its start (:func:`calib.fusing.check_contents`), as far
+    as names tell.
+
+    Args:
+        checkpoint: the float model.
+        ignore_unused: go on without tensors that the config does not call for.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: with the reason.
+    """
+    source, config = checkpoint.source, checkpoint.config
+    refuse_config(config)
+    refuse_files(checkpoint.beside, source, ignore_unused=ignore_unused)
+    stored = {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in checkpoint.tensors}
+    refuse_quantized(stored, source)
+    refuse_layers(config.get("num_hidden_layers", config.get("n_layer")), len(stored), source)
+    if not ignore_unused:
+        refuse_unused(uncalled_names(stored, config), source)
 
 
 def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
@@ -227,7 +261,7 @@ def _read_hub(repo: str, revision: str | None) -> CheckpointHeaders:
         config = _read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
         there = list_repo_files(repo, revision=revision)
         side = tuple(name for name in SIDE_FILES if name in there)
-        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision), side)
+        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision), side, tuple(there))
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
         # HfHubHTTPError is an OSError too: the hub answered, and said no.
         if isinstance(error, HfHubHTTPError) and error.response is not None:

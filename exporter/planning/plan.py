@@ -29,7 +29,7 @@ from exporter.planning.files import (
     export_files,
     rotate_files,
 )
-from exporter.planning.headers import ArtifactHeaders, read_artifact, read_headers
+from exporter.planning.headers import ArtifactHeaders, check_headers, read_artifact, read_headers
 from exporter.planning.sizes import (
     FLOAT_BYTES,
     Sizes,
@@ -103,6 +103,8 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     )
     model_type = str(checkpoint.config.get("model_type", "unknown"))
     offered = architecture_named(model_type).offered
+    if artifact is None:
+        check_headers(checkpoint, ignore_unused=recipe.ignore_unused)
     sizes, scheme = sizes_of(checkpoint, recipe), customised_scheme(recipe)
     destination = Destination.of(recipe)
     if goal == "export" and artifact is None:
