@@ -16,6 +16,7 @@ from backends.asking import reasons_against, refusal_of
 from backends.base import CONTRACT_VERSION, OLDEST_CONTRACT, Backend, Request
 from calib.architectures.spec import KINDS
 from calib.errors import BackendError
+from calib.reading import reason_of
 from calib.schemes import FLOAT, KV_SCHEMES, LINEAR_SCHEMES
 
 __all__ = ["GROUP", "BackendInfo", "available", "get_backend", "target_of"]
@@ -72,9 +73,9 @@ def get_backend(name: str) -> Backend:
     subject = f"backend '{name}' of {_distribution(entries[name])}"
     try:
         backend: Backend = entries[name].load()()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit at import is the plugin's end, not rotq's
         raise BackendError(
-            f"{subject} failed to load: {error}",
+            f"{subject} failed to load: {reason_of(error)}",
             hint="reinstall or remove that package",
         ) from error
 
@@ -134,7 +135,7 @@ def _describe(entry: EntryPoint) -> BackendInfo:
             rotations=_for_each_target(backend, _rotations),
             rotation_warnings=_for_each_target(backend, _rotation_warnings),
         )
-    except Exception as error:  # a broken plugin must not take the list down
+    except (Exception, SystemExit) as error:  # a broken plugin must not take the list down
         return BackendInfo(entry.name, distribution, (), error=f"{type(error).__name__}: {error}")
 
 

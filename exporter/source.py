@@ -29,6 +29,7 @@ from calib.fusing import FusedModel, check_contents, fuse
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from calib.network.original import load_network
 from calib.progress import Progress, silent
+from calib.reading import reason_of
 from calib.rotations.rotation_set import RotationSet
 from exporter.recipe import EMBEDDED, Recipe
 
@@ -251,9 +252,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             folder, trust_remote_code=trust_remote_code
         )
         return tokenizer
-    # transformers raises OSError, ValueError or a tokenizers exception of its own
-    except Exception as error:
-        reason = " ".join(str(error).split())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # transformers raises OSError, ValueError or a tokenizers exception of its own, which a panic in
+    # Rust is none of
+    except BaseException as error:
+        reason = reason_of(error)
         raise CheckpointError(
             f"cannot load the tokenizer in '{folder}': {reason}",
             hint="copy tokenizer.json of the model into the folder",

@@ -27,6 +27,7 @@ from calib.artifact.model import (
 from calib.artifact.prefix import load_prefix, save_prefix
 from calib.artifact.side_files import copy_side_files, side_files
 from calib.errors import CheckpointError
+from calib.reading import read_json
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
     scheme_from_dict,
@@ -195,9 +196,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
 
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version = manifest["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
         ) from error

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calib.errors import CheckpointError
+from calib.reading import read_json, regular_file
 
 PREFIX_TENSORS = "prefix.safetensors"
 PREFIX_MANIFEST = "prefix.json"
@@ -82,9 +83,9 @@ def load_prefix(folder: Path) -> Prefix | None:
     if not manifest.is_file():
         return None
     try:
-        entry = json.loads(manifest.read_text(encoding="utf-8"))
+        entry = read_json(manifest)
         version = entry["format_version"]
-        tensors = load_file(folder / PREFIX_TENSORS)
+        tensors = load_file(regular_file(folder / PREFIX_TENSORS))
         keys, values = (
             {layer: tensors[f"{layer}.{part}"] for layer in range(entry["layers"])}
             for part in ("key", "value")

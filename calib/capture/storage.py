@@ -24,6 +24,7 @@ from calib.capture.result import Provenance, Samples, SiteStatistics
 from calib.capture.sites import CaptureConfig, Rotation
 from calib.capture.statistics import ChannelStatistics
 from calib.errors import CheckpointError, OutputError, RotationError
+from calib.reading import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -201,7 +202,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"'{folder}' holds no capture: {MANIFEST} is missing", hint=_AGAIN)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version = manifest["format_version"]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"'{path}' is damaged: {error!r}", hint=_AGAIN) from error
@@ -210,8 +211,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"'{folder}' has capture format {version}, this rotq reads {FORMAT_VERSION}",
             hint="Upgrade rotq (pip install --upgrade rotq), or capture again.",
         )
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"'{path}' is damaged: it is no object", hint=_AGAIN)
     return manifest
 
 

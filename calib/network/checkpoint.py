@@ -7,7 +7,6 @@ it is refused.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from calib.architectures import supported_model_types
 from calib.errors import CheckpointError, UnsupportedModelError
-from calib.network.contents import refuse_files
+from calib.network.contents import MOST_LAYERS, layers_of, refuse_files, too_many_layers
+from calib.reading import read_json, reason_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -167,16 +167,27 @@ def _local_folder(path_or_id: str | os.PathLike[str]) -> Path | None:
 
 
 def _check_config_json(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    """Refuse a config.json that transformers would wait for, or fill the memory with."""
+    path = folder / "config.json"
+    if not path.exists():
         refuse_files(folder, str(folder))  # an adapter, or GGUF
         raise CheckpointError(
             f"model folder {folder} has no config.json",
             hint="pass the folder that the model was saved to",
         )
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(
+            f"config.json in {folder} is damaged: {error}", hint="download or copy it again"
+        ) from error
+    layers = layers_of(config)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise too_many_layers(layers, folder)
 
 
 def _config_error(source: str, error: Exception) -> CheckpointError | UnsupportedModelError:
-    reason = str(error).strip().split("\n")[0]
+    reason = reason_of(error)
     if isinstance(error, ValueError) and (
         "model type" in str(error) or "trust_remote_code" in str(error)
     ):
@@ -201,7 +212,7 @@ def _download(model_id: str, revision: str | None) -> Path:
         )
     # the hub client raises a dozen kinds: HTTP, offline, validation, not found, disk
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise CheckpointError(
             f"{model_id} is no folder here and cannot be downloaded from the hub: {reason}",
             hint="check the id and the network; a gated model needs: hf auth login",
@@ -263,8 +274,7 @@ def _open_sharded(folder: Path) -> dict[str, Any]:
 def _read_index(folder: Path) -> dict[str, str]:
     """The ``weight_map`` of a sharded checkpoint: shard by tensor name."""
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
+        weight_map = read_json(folder / _INDEX)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard is not given by its name")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -15,6 +15,8 @@ from calib.architectures.lookup import FLOAT_CHECKPOINT
 from calib.architectures.stored import is_buffer, listed
 from calib.errors import CheckpointError
 
+MOST_LAYERS = 10_000
+"""Of any config that is looked at."""
 ADAPTER = "adapter_config.json"
 """What peft writes beside an adapter."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -115,6 +117,11 @@ def refuse_unused(names: list[str], source: str) -> None:
     )
 
 
+def layers_of(config: Mapping[str, object]) -> object:
+    """How many decoder layers a config.json says there are."""
+    return config.get("num_hidden_layers", config.get("n_layer"))
+
+
 def refuse_layers(layers: object, tensors: int, source: str) -> None:
     """Refuse a config with more decoder layers than the checkpoint has tensors, before a module
     tree of that size is built.
@@ -128,11 +135,15 @@ def refuse_layers(layers: object, tensors: int, source: str) -> None:
         CheckpointError: there cannot be that many.
     """
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= tensors:
-        raise CheckpointError(
-            f"the config of '{source}' calls for {layers} layers, and its weights are {tensors}"
-            " tensors",
-            hint="check num_hidden_layers in config.json",
-        )
+        raise too_many_layers(layers, source, f", and its weights are {tensors} tensors")
+
+
+def too_many_layers(layers: object, source: object, beside: str = "") -> CheckpointError:
+    """What is raised of a number of layers that cannot be."""
+    return CheckpointError(
+        f"the config of '{source}' calls for {layers} layers{beside}",
+        hint="check num_hidden_layers in config.json",
+    )
 
 
 def _quantized(source: str, how: str) -> CheckpointError:

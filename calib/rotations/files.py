@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calib.architectures import Space
 from calib.errors import RotationError
+from calib.reading import read_json, regular_file
 from calib.rotations.rotation_set import Rotation, RotationSet
 
 FORMAT_VERSION = 2
@@ -59,10 +60,10 @@ def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
     """
     source = Path(folder)
     try:
-        manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(source / MANIFEST)
         version = manifest["format_version"]
         entries = manifest["rotations"]
-        matrices = load_file(source / TENSORS)
+        matrices = load_file(regular_file(source / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RotationError(
             f"the rotations in {source} cannot be read: {error}",

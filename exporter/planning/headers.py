@@ -8,7 +8,6 @@ hundred kilobytes.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterator
@@ -22,11 +21,13 @@ from calib.architectures.stored import uncalled_names
 from calib.artifact.side_files import SIDE_FILES, side_files
 from calib.errors import CheckpointError
 from calib.network.contents import (
+    layers_of,
     refuse_files,
     refuse_layers,
     refuse_quantized,
     refuse_unused,
 )
+from calib.reading import parse_json, read_json
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 from exporter.recipe import EMBEDDED
 
@@ -127,7 +128,7 @@ def check_headers(checkpoint: CheckpointHeaders, *, ignore_unused: bool) -> None
     refuse_files(checkpoint.beside, source, ignore_unused=ignore_unused)
     stored = {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in checkpoint.tensors}
     refuse_quantized(stored, source)
-    refuse_layers(config.get("num_hidden_layers", config.get("n_layer")), len(stored), source)
+    refuse_layers(layers_of(config), len(stored), source)
     if not ignore_unused:
         refuse_unused(uncalled_names(stored, config), source)
 
@@ -206,14 +207,11 @@ def _read_json(
     path: Path, absent: str = _NO_MODEL, damaged: str = "download the checkpoint again"
 ) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"'{path.parent}' has no {path.name}", hint=absent) from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"cannot read '{path}': {error}", hint=damaged) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' is not a JSON object", hint=damaged)
-    return content
 
 
 def _read_header(path: Path) -> Iterator[TensorHeader]:
@@ -231,13 +229,15 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
         header = file.read(length)
 
     try:
-        entries = json.loads(header)
+        entries = parse_json(header)
         entries.pop("__metadata__", None)
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - 8 - length:
+            shape = tuple(entry["shape"])
+            whole = all(isinstance(length, int) and length >= 0 for length in shape)
+            if not whole or not 0 <= begin <= end <= size - 8 - length:
                 raise corrupt
-            yield TensorHeader(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+            yield TensorHeader(name, str(entry["dtype"]), shape, end - begin)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise corrupt from error
 
