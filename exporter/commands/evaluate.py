@@ -10,6 +10,7 @@ from typing import Any
 
 from backends.base import StandIn
 from backends.registry import get_backend
+from calib.ambient import plain_torch
 from calib.artifact import load_artifact
 from calib.artifact.files import MANIFEST
 from calib.data.documents import read_documents
@@ -42,6 +43,7 @@ class EvalResult:
     """What ran it, as its backend calls it, or ``torch``."""
 
 
+@plain_torch()
 def evaluate(
     source: str,
     text: str | None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calib.ambient import plain_torch
 from calib.architectures import Kind
 from calib.artifact.older_config import with_older_keys
 from calib.artifact.side_files import copy_side_files
@@ -59,6 +60,7 @@ class RotateResult:
     report: RotateReport
 
 
+@plain_torch()
 def rotate(
     recipe: Recipe,
     options: RunOptions,
