@@ -7,6 +7,8 @@ One that fails to load is listed with its error and never stops the others.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -72,7 +74,7 @@ def get_backend(name: str) -> Backend:
 
     subject = f"backend '{name}' of {_distribution(entries[name])}"
     try:
-        backend: Backend = entries[name].load()()
+        backend = _loaded(entries[name])
     except (Exception, SystemExit) as error:  # sys.exit at import is the plugin's end, not rotq's
         raise BackendError(
             f"{subject} failed to load: {reason_of(error)}",
@@ -117,10 +119,17 @@ def _strange_contract(backend: Backend) -> tuple[str, str] | None:
     return reason, "update rotq" if version > CONTRACT_VERSION else "update that package"
 
 
+def _loaded(entry: EntryPoint) -> Backend:
+    """The backend; what its package prints meanwhile is no result of rotq."""
+    with contextlib.redirect_stdout(sys.stderr):
+        backend: Backend = entry.load()()
+    return backend
+
+
 def _describe(entry: EntryPoint) -> BackendInfo:
     distribution = _distribution(entry)
     try:
-        backend: Backend = entry.load()()
+        backend = _loaded(entry)
         strange = _strange_contract(backend)
         if strange is not None:
             return BackendInfo(entry.name, distribution, (), error=f"it {strange[0]}")
