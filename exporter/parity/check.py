@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from calib.progress import Progress
 from exporter.parity.fold import fold_row
+from exporter.parity.overflow import overflow_rows
 from exporter.parity.quality import quality_rows
 from exporter.parity.runtime import runtime_rows
 from exporter.parity.subject import Sessions, Subject
@@ -27,4 +28,4 @@ def check_parity(subject: Subject, progress: Progress) -> list[ParityRow]:
     progress("parity", 2, _RUNGS)
     rows += quality_rows(subject, sessions)
     progress("parity", 3, _RUNGS)
-    return rows
+    return rows + overflow_rows(subject, rows)
