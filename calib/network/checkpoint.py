@@ -8,6 +8,7 @@ it is refused.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -224,16 +225,23 @@ def _no_weights(folder: Path) -> CheckpointError:
         return CheckpointError(
             f"model folder {folder} holds its weights as pickles only, which can run code when they"
             " are loaded",
-            hint=(
-                'if you trust them, convert once: python -c "from transformers import'
-                " AutoModelForCausalLM as M; "
-                f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-            ),
+            hint=f"if you trust them, convert once: {_conversion(folder)}",
         )
     return CheckpointError(
         f"model folder {folder} has neither {_SINGLE} nor {_INDEX}",
         hint="rotq reads safetensors only; save the model with save_pretrained",
     )
+
+
+def _conversion(folder: Path) -> str:
+    """A command that loads the pickles and writes the model with its tokenizer."""
+    source, target = repr(str(folder)), repr(f"{folder}-safetensors")
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"M.from_pretrained({source}).save_pretrained({target}); "
+        f"T.from_pretrained({source}).save_pretrained({target})"
+    )
+    return f"python -c {shlex.quote(code)}"
 
 
 def _open(path: Path) -> Any:
