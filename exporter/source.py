@@ -27,6 +27,7 @@ from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError, DataError
 from calib.fusing import FusedModel, check_contents, fuse
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
+from calib.network.given import check_given, unwrapped
 from calib.network.original import load_network
 from calib.progress import Progress, silent
 from calib.reading import reason_of
@@ -203,6 +204,7 @@ def read_rows(
 def _wrap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, ignore_unused: bool
 ) -> Source:
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if config is None:
         raise CheckpointError(
@@ -211,6 +213,7 @@ def _wrap(
 
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     wiring, checkpoint = wiring_for(config), Checkpoint.from_module(model)
+    check_given(model)
     check_contents(checkpoint, wiring, name, ignore_unused=ignore_unused)
     if tokenizer is None:
         if not Path(name).is_dir():

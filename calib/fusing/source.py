@@ -20,6 +20,13 @@ from calib.network.checkpoint import Checkpoint
 from calib.network.contents import refuse_files, refuse_layers, refuse_quantized, refuse_unused
 from calib.network.skeleton import expected_tensors
 
+_WRAPPERS = {
+    "_orig_mod.": "save the model inside torch.compile: model._orig_mod.save_pretrained(FOLDER)",
+    "module.": "save the model inside its wrapper: model.module.save_pretrained(FOLDER)",
+    "base_model.model.": "merge first: model.merge_and_unload().save_pretrained(FOLDER)",
+    "base_layer.": "merge first: model.merge_and_unload().save_pretrained(FOLDER)",
+}
+"""What wrappers put into the names of tensors, and how to save what they wrap."""
 _OTHER_CONFIG = "check that config.json belongs to these weights and that every shard is there"
 
 
@@ -165,8 +172,24 @@ def _expert_names(spec: LinearSpec, experts: int, stored: dict[str, str]) -> lis
 
 def _find(name: str, stored: dict[str, str]) -> str:
     if name not in stored:
+        wrapped = next((held for held in stored.values() if _bare(held) == _bare(name)), None)
+        if wrapped is not None:
+            raise CheckpointError(
+                f"the checkpoint holds {wrapped}, expected {name}", hint=_wrapped_hint(wrapped)
+            )
         raise CheckpointError(
             f"tensor {name} is missing from the checkpoint, but the config calls for it",
             hint=_OTHER_CONFIG,
         )
     return stored[name]
+
+
+def _bare(name: str) -> str:
+    """``name`` without what wrappers put into it."""
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name
+
+
+def _wrapped_hint(name: str) -> str:
+    return next(hint for part, hint in reversed(_WRAPPERS.items()) if part in name)

@@ -83,6 +83,29 @@ def test_missing_tensor_is_named(tiny_of: OfName) -> None:
         fold(tiny, tiny.state)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "hint"),
+    [
+        (lambda name: f"_orig_mod.{name}", "model._orig_mod"),
+        (lambda name: f"module.{name}", "model.module"),
+        (lambda name: f"base_model.model.{name}", "merge first"),
+        (lambda name: name.replace("_proj.", "_proj.base_layer."), "merge first"),
+    ],
+)
+def test_names_of_wrappers_are_said_with_what_was_expected(
+    tiny_of: OfName, wrap: Callable[[str], str], hint: str
+) -> None:
+    tiny = tiny_of("llama")
+    state = {wrap(name): tensor for name, tensor in tiny.state.items()}
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint holds (\S+), expected (\S+)"
+    ) as caught:
+        fold(tiny, state)
+    held, wanted = caught.value.message.removeprefix("the checkpoint holds ").split(", expected ")
+    assert (held in state, held) == (True, wrap(wanted))
+    assert hint in str(caught.value.hint)
+
+
 def test_missing_expert_is_named(tiny_of: OfName) -> None:
     tiny = tiny_of("mixtral")
     stacked = tiny.state.pop("model.layers.1.mlp.experts.down_proj")

@@ -45,7 +45,6 @@ def test_pickles_become_a_folder_that_an_export_takes(model: Path, tmp_path: Pat
     "command",
     [
         ("stats", "--scheme", "w4a4", "--rotate", "none"),
-        ("stats", "--clusters", "4", "--rotate", "none"),
         ("capture",),
     ],
     ids=" ".join,
@@ -57,6 +56,5 @@ def test_what_comes_next_is_planned(model: Path, tmp_path: Path, command: tuple[
     advised = done.stderr.partition("next:\n")[2].strip().partition("  (")[0]
     program, *arguments = shlex.split(advised)
     assert program == "rotq"
-    assert ("calibrate" in arguments) == ("--clusters" in command)
     advised_run = rotq(*arguments, "--dry-run", cwd=tmp_path)
     assert advised_run.returncode == 0, advised_run.stderr
