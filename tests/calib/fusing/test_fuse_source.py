@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from calib.rotations.rotation_set import RotationSet, fused_rotation
 OfName = Callable[[str], Any]
 
 
-def fold(tiny: Any, state: dict[str, Tensor]) -> FusedModel:
+def fold(tiny: Any, state: Mapping[str, Tensor]) -> FusedModel:
     return fuse(state, tiny.wiring, RotationSet(), dtype=torch.float32)
 
 
