@@ -336,6 +336,21 @@ class ListsFiles(Protocol):
 
 
 @runtime_checkable
+class ReadsFloats(Protocol):
+    """A backend that can read back what it stores in float; :class:`Backend` asks for no such
+    thing.
+    """
+
+    def read_floats(self, folder: Path, target: str) -> Mapping[str, Tensor]:
+        """Float tensors of a written folder, memory-mapped where they can be.
+
+        Returns:
+            By the name that the artifact's have; weights of linears ``[out, in]`` or ``[in, out]``.
+            What the folder holds in another form is left out.
+        """
+
+
+@runtime_checkable
 class BlocksRotations(Protocol):
     """A backend with targets that take online rotations of a limited order; :class:`Backend` asks
     for no such thing.

@@ -157,6 +157,9 @@ class TorchBackend:
     def read_cache(self, folder: Path, target: str) -> QuantizedCache | None:
         return load_artifact(folder / WEIGHTS).cache
 
+    def read_floats(self, folder: Path, target: str) -> Mapping[str, Tensor]:
+        return load_artifact(folder / WEIGHTS).floats
+
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         model = load_artifact(folder / WEIGHTS)
         tensors = {
@@ -176,6 +179,16 @@ class WrongScales(TorchBackend):
         )
         broken = replace(linear, weight_scale=linear.weight_scale * 2)
         super().write(replace(model, linears={**model.linears, name: broken}), folder, options)
+
+
+class WrongEmbedding(TorchBackend):
+    """Enlarges one row of the embedding on the way: what few texts show."""
+
+    def write(self, model: QuantizedModel, folder: Path, options: WriteOptions) -> None:
+        (name,) = (name for name in model.floats if name.endswith("embed_tokens.weight"))
+        table = model.floats[name].clone()
+        table[-1] *= 1.05
+        super().write(replace(model, floats={**model.floats, name: table}), folder, options)
 
 
 class RepeatingRuntime(TorchRuntime):
@@ -222,6 +235,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, kind in (
             ("torch", "TorchBackend"),
             ("wrong", "WrongScales"),
+            ("wrong-embedding", "WrongEmbedding"),
             ("repeats", "Repeats"),
         )
     )

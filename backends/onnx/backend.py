@@ -14,6 +14,8 @@ from backends.onnx.targets import TARGETS, Target
 from backends.rules import Limits
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from backends.onnx.openvino_runner import OpenVinoModel
     from backends.onnx.runner import OnnxModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
@@ -86,6 +88,12 @@ class OnnxBackend:
         from backends.onnx.read import read_cache
 
         return read_cache(folder / MODEL_FILE)
+
+    def read_floats(self, folder: Path, target: str) -> Mapping[str, Tensor]:
+        """See :class:`~backends.base.ReadsFloats`."""
+        from backends.onnx.read import read_floats
+
+        return read_floats(folder / MODEL_FILE)
 
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         """See :class:`~backends.base.Backend`."""

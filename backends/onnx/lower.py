@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-import torch
 from onnx_ir import tape
 from torch import Tensor
 
@@ -226,14 +225,10 @@ class _Lowering:
 
     def _shared_with_embedding(self, nodes: LinearNodes, weight: Tensor) -> ir.Value | None:
         """The embedding's table as the weight ``[in, out]`` of the output head, where the two hold
-        the same numbers; else ``None``. A folded norm is in the head alone, so that neither has to
-        be read then.
+        the same numbers; else ``None``.
         """
         wiring = wiring_of(self.quantized.config)
-        table = self.quantized.floats.get(wiring.embeddings[0].weight)
-        if nodes.name != wiring.head.name or table is None or self.quantized.norms_folded:
-            return None
-        if not torch.equal(weight, table):
+        if nodes.name != wiring.head.name or not self.quantized.repeats_embedding():
             return None
         turned = nodes.tape.op(
             "Transpose",

@@ -23,6 +23,7 @@ from backends.onnx.names import (
     CACHE_METADATA_KEY,
     METADATA_KEY,
     Label,
+    Part,
     linear_of,
     members,
     node_name,
@@ -35,6 +36,7 @@ from calib.errors import BackendError
 from calib.schemes import TensorScheme, tensor_scheme_from_dict
 
 _Read = TypeVar("_Read")
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def read_linears(path: Path) -> Mapping[str, QuantizedLinear]:
@@ -72,6 +74,27 @@ def read_cache(path: Path) -> QuantizedCache | None:
             for part in ("key", "value")
         )
         return QuantizedCache(tensor_scheme_from_dict(entry["scheme"]), key, value)
+
+    return _opened(path, read)
+
+
+def read_floats(path: Path) -> Mapping[str, Tensor]:
+    """The float initializers of the graph at ``path`` that have the name of a parameter, weights of
+    linears ``[in, out]``; those of quantized linears, and of linears packed into one, are left out.
+
+    Raises:
+        BackendError: as for :func:`read_linears`.
+    """
+
+    def read(model: ir.Model) -> Mapping[str, Tensor]:
+        quantized = json.loads(model.metadata_props.get(METADATA_KEY, "{}"))
+        floats = {}
+        for name, value in model.graph.initializers.items():
+            module, _, part = name.rpartition(".")
+            own = module not in quantized and len(members(module)) == 1
+            if own and part in (Part.WEIGHT, Part.BIAS) and value.dtype in _FLOATS:
+                floats[name] = _tensor(value)
+        return floats
 
     return _opened(path, read)
 

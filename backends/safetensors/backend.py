@@ -30,6 +30,8 @@ from backends.safetensors.file_names import (
 from backends.safetensors.targets import TARGETS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from backends.safetensors.read import Bundle
     from backends.torch_model import TorchModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
@@ -105,6 +107,12 @@ class SafetensorsBackend:
         from backends.safetensors.read import read_cache
 
         return read_cache(_open(folder, target, verify=True), TARGETS[target].layout())
+
+    def read_floats(self, folder: Path, target: str) -> Mapping[str, Tensor]:
+        """See :class:`~backends.base.ReadsFloats`."""
+        from backends.safetensors.read import read_floats
+
+        return read_floats(_open(folder, target, verify=False), TARGETS[target].layout())
 
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         """See :class:`~backends.base.Backend`; from the headers alone."""

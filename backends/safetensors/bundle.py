@@ -4,7 +4,6 @@ manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from calib.rotations.files import MANIFEST as ROTATIONS_MANIFEST
 from calib.rotations.files import TENSORS as ROTATIONS_TENSORS
 from calib.rotations.files import save_rotations
 from calib.schemes import tensor_scheme_to_dict
+from calib.sealed import digest
 
 ROTATION_FILES = (ROTATIONS_MANIFEST, ROTATIONS_TENSORS)
 _PATTERN = "model{suffix}.safetensors"
@@ -76,18 +76,12 @@ def write_bundle(
         names += PREFIX_FILES
     files = {
         name: FileEntry(
-            sha256=checksums.get(name) or sha256(folder / name),
+            sha256=checksums.get(name) or digest(folder / name),
             bytes=(folder / name).stat().st_size,
         )
         for name in names
     }
     _manifest(model, layout.target, entries, plan.tensor_to_filename, files).save(folder)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unique(entries: Iterable[Entry]) -> dict[str, Entry]:

@@ -7,7 +7,6 @@ is under some checksum, and what is missing or too much is known before anything
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -20,6 +19,7 @@ from backends.base import ContentKind
 from backends.safetensors.file_names import MANIFEST_FILE
 from calib.errors import BackendError
 from calib.reading import read_json
+from calib.sealed import seal_of
 
 FORMAT_VERSION = 1
 _CHECKSUM = "sha256"
@@ -100,7 +100,7 @@ class Manifest(_Entry):
         # twice through JSON: what is sealed must be what a reader parses, where keys that were
         # numbers are strings
         values = json.loads(json.dumps(self.model_dump(), allow_nan=False))
-        values[_CHECKSUM] = _digest(values)
+        values[_CHECKSUM] = seal_of(values)
         text = json.dumps(values, indent=1)
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -129,7 +129,7 @@ class Manifest(_Entry):
                 f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
                 hint="use the rotq that wrote it, or a newer one",
             )
-        if values.pop(_CHECKSUM, None) != _digest(values):
+        if values.pop(_CHECKSUM, None) != seal_of(values):
             raise BackendError(
                 f"'{path}' is damaged or was edited: its checksum does not fit", hint=_HINT
             )
@@ -146,9 +146,3 @@ class Manifest(_Entry):
 def dtype_name(dtype: torch.dtype) -> str:
     """``int8`` for ``torch.int8``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of ``values`` as JSON, however the file lays it out."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from backends.safetensors.bundle import sha256
 from backends.safetensors.differences import differences
 from backends.safetensors.file_names import PREFIX_FILES
 from backends.safetensors.layout import Layout
@@ -31,6 +30,7 @@ from calib.errors import BackendError, RotqError
 from calib.rotations.files import load_rotations
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import scheme_named
+from calib.sealed import digest
 
 _HINT = "export the model again, or copy the folder again"
 _T = TypeVar("_T")
@@ -153,19 +153,25 @@ def read_rotations(bundle: Bundle) -> RotationSet:
     return _sound(bundle, lambda: load_rotations(bundle.folder))
 
 
-def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
-    """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
+def read_floats(bundle: Bundle, layout: Layout) -> Mapping[str, Tensor]:
+    """The float tensors of ``bundle`` as the artifact had them; errors as for
+    :func:`read_linears`.
+    """
     manifest = bundle.manifest
-    floats = _undamaged(
+    return _undamaged(
         bundle, lambda: layout.floats(bundle.tensors, manifest.linears, manifest.config)
     )
 
+
+def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
+    """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
+    manifest = bundle.manifest
     return QuantizedModel(
         config=manifest.config,
         scheme=_sound(bundle, lambda: scheme_named(manifest.scheme)),
         dtype=getattr(torch, manifest.dtype),
         linears=read_linears(bundle, layout),
-        floats=floats,
+        floats=read_floats(bundle, layout),
         kept=manifest.kept,
         rotations=read_rotations(bundle),
         provenance=_provenance(bundle),
@@ -223,7 +229,7 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}")
-        elif verify and sha256(path) != entry.sha256:
+        elif verify and digest(path) != entry.sha256:
             problems.append(f"{name} was changed: its checksum does not fit")
 
     listed = {entry.file for entry in manifest.tensors.values()}

@@ -19,6 +19,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from backends.altered import altered_cache, altered_parts, same_values
 from backends.asking import expressible
 from backends.base import (
     CONTRACT_VERSION,
@@ -26,6 +27,7 @@ from backends.base import (
     Backend,
     Fusion,
     ListsFiles,
+    ReadsFloats,
     Request,
     RuntimeMissing,
 )
@@ -40,7 +42,6 @@ from backends.testing.cases import (
 )
 from backends.testing.damage import DAMAGE, openers
 from backends.testing.models import FAMILIES, token_rows
-from backends.testing.parts import bits_of, check_part, check_second_scale, second_scales
 from backends.testing.questions import check_reasons, requests
 from backends.testing.running import (
     LINEAR,
@@ -249,31 +250,23 @@ class BackendConformance:
         linears = written.backend.read_linears(written.folder, written.case.target)
         assert list(linears) == list(written.model.linears)
         for name, expected in written.model.linears.items():
-            linear = linears[name]
-            assert linear.description() == expected.description(), name
-            assert torch.equal(bits_of(linear.weight), bits_of(expected.weight)), f"{name}.weight"
-            for key, tensor in expected.tensors().items():
-                part = key.removeprefix(f"{name}.")
-                check = check_second_scale if part in second_scales(expected) else check_part
-                check(key, getattr(linear, part), tensor)
-            assert linear.tensors().keys() == expected.tensors().keys(), name
+            assert altered_parts(linears[name], expected) == [], name
 
     def test_the_cache_is_read_back(self, written: Written) -> None:
         """Scales by layer, or ``None`` where the cache is in float."""
-        actual, expected = (
-            written.backend.read_cache(written.folder, written.case.target),
-            written.model.cache,
-        )
-        assert (actual is None) == (expected is None)
-        if actual is not None and expected is not None:
-            assert actual.scheme == expected.scheme
-            for scales, scales_written in (
-                (actual.key_scale, expected.key_scale),
-                (actual.value_scale, expected.value_scale),
-            ):
-                assert scales.keys() == scales_written.keys()
-                for layer, tensor in scales_written.items():
-                    check_part(f"cache scale of layer {layer}", scales[layer], tensor)
+        cache = written.backend.read_cache(written.folder, written.case.target)
+        assert altered_cache(cache, written.model.cache) == []
+
+    def test_floats_are_read_back(self, written: Written) -> None:
+        """Where the backend can: what it finds is what the artifact has."""
+        if not isinstance(written.backend, ReadsFloats):
+            pytest.skip("it does not read them")
+        floats = written.backend.read_floats(written.folder, written.case.target)
+        assert floats
+        for name, tensor in floats.items():
+            expected = written.model.floats[name]
+            turned = expected.dim() == 2 and same_values(tensor, expected.T)
+            assert turned or same_values(tensor, expected), name
 
     def test_contents_are_everything(self, written: Written) -> None:
         """What ``rotq inspect`` counts is all there is, and no more than the files hold."""

@@ -7,7 +7,6 @@ generation config, tokenizer). Loading is by memory map: a tensor is read when i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from calib.artifact.model import (
 )
 from calib.artifact.prefix import load_prefix, save_prefix
 from calib.artifact.side_files import copy_side_files, side_files
+from calib.artifact.sound import check_linear
 from calib.errors import CheckpointError
-from calib.reading import read_json
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
     scheme_from_dict,
@@ -35,12 +34,14 @@ from calib.schemes import (
     tensor_scheme_from_dict,
     tensor_scheme_to_dict,
 )
+from calib.sealed import DamagedError, read_sealed, write_sealed
 
 MANIFEST = "quantized_model.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever a reader of the version before would misread a folder. 3: the whole scheme, not
-its name; float weights of linears [out, in].
+its name; float weights of linears [out, in]. 4: checksums.
 """
+_SHARDS = "quantized_model*.safetensors"
 
 
 def save_artifact(model: QuantizedModel, folder: Path) -> None:
@@ -56,7 +57,9 @@ def save_artifact(model: QuantizedModel, folder: Path) -> None:
 
 
 def save_description(model: QuantizedModel, folder: Path) -> None:
-    """Write everything but the shards into ``folder``: manifest, rotations and side files."""
+    """Write everything but the shards, which are there, into ``folder``: manifest, rotations and
+    side files.
+    """
     manifest = {
         "format_version": FORMAT_VERSION,
         "config": model.config,
@@ -79,8 +82,8 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
     if model.prefix is not None:
         save_prefix(model.prefix, folder)
     copy_side_files(model.files, folder)
-    text = json.dumps(manifest, indent=2, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    shards = [path.name for path in folder.glob(_SHARDS)]
+    write_sealed(folder / MANIFEST, manifest, [*shards, *side_files(folder)])
 
 
 def load_artifact(folder: Path) -> QuantizedModel:
@@ -126,6 +129,7 @@ def _from_manifest(
     if cache is not None:
         parts |= {cache_key(layer, part) for layer in cache.key_scale for part in ("key", "value")}
     smoothing = {group: tensors[smoothing_key(group)] for group in manifest["smoothing"]}
+    sides = side_files(folder)
     parts |= {smoothing_key(group) for group in smoothing}
 
     return QuantizedModel(
@@ -137,7 +141,7 @@ def _from_manifest(
         kept=manifest["kept"],
         rotations=load_rotations(folder),
         provenance=_provenance(manifest["provenance"]),
-        files=side_files(folder),
+        files={name: sides[name] for name in sides.keys() & manifest["files"].keys()},
         cache=cache,
         smoothing=smoothing,
         prefix=load_prefix(folder),
@@ -149,7 +153,7 @@ def _read_linear(
     name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> QuantizedLinear:
     optional = {part: tensors.get(f"{name}.{part}") for part in OPTIONAL_PARTS}
-    return QuantizedLinear(
+    linear = QuantizedLinear(
         name=name,
         weight=tensors[f"{name}.weight"],
         weight_scale=tensors[f"{name}.weight_scale"],
@@ -158,6 +162,8 @@ def _read_linear(
         online_rotation=entry["online_rotation"],
         **optional,
     )
+    check_linear(linear)
+    return linear
 
 
 def _read_cache(
@@ -196,12 +202,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
 
     try:
-        manifest = read_json(path)
-        version = manifest["format_version"]
-    except (ValueError, KeyError) as error:
+        return read_sealed(path, lambda manifest: _check_version(path, manifest["format_version"]))
+    except (DamagedError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
+            f"the quantized model '{path}' is damaged: {error}", hint="run `rotq calibrate` again"
         ) from error
+
+
+def _check_version(path: Path, version: Any) -> None:
     if version != FORMAT_VERSION:
         older = isinstance(version, int) and version < FORMAT_VERSION
         raise CheckpointError(
@@ -209,7 +217,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f" {'an older' if older else 'a newer'} rotq; this one reads version {FORMAT_VERSION}",
             hint="run `rotq calibrate` again" if older else "use the rotq that wrote it",
         )
-    return manifest
 
 
 class ShardedTensors(Mapping[str, Tensor]):
@@ -224,10 +231,10 @@ class ShardedTensors(Mapping[str, Tensor]):
             CheckpointError: there is none, or one is damaged.
         """
         self._shards: dict[str, Any] = {}
-        paths = sorted(folder.glob("quantized_model*.safetensors"))
+        paths = sorted(folder.glob(_SHARDS))
         if not paths:
             raise CheckpointError(
-                f"'{folder}' holds no weights (quantized_model*.safetensors)",
+                f"'{folder}' holds no weights ({_SHARDS})",
                 hint="run `rotq calibrate` again",
             )
         for path in paths:

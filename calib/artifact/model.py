@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from calib.architectures import wiring_of
 from calib.arithmetic.grids import Grid, dequantize
 from calib.artifact.prefix import Prefix
 from calib.rotations.rotation_set import RotationSet
@@ -207,6 +208,17 @@ class QuantizedModel:
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: Prefix | None = None
     norms_folded: bool = True
+
+    def repeats_embedding(self) -> bool:
+        """Whether the output head has the table of the embedding once more, bit for bit: no
+        rotation, norm or scheme parts the two. Where norms are folded that is not looked at.
+        """
+        if self.norms_folded:
+            return False
+        wiring = wiring_of(self.config)
+        head = self.floats.get(wiring.head.weight)
+        table = self.floats.get(wiring.embeddings[0].weight)
+        return head is not None and table is not None and torch.equal(head, table)
 
     def schemes(self) -> dict[str, LinearScheme]:
         """How each quantized linear is quantized, by name."""

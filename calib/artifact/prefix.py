@@ -7,10 +7,10 @@ which holds the token ids and why they are there. What it is for, and how a mode
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calib.errors import CheckpointError
-from calib.reading import read_json, regular_file
+from calib.sealed import read_sealed, write_sealed
 
 PREFIX_TENSORS = "prefix.safetensors"
 PREFIX_MANIFEST = "prefix.json"
@@ -69,8 +69,7 @@ def save_prefix(prefix: Prefix, folder: Path) -> None:
         "layers": len(prefix.keys),
         "reason": prefix.reason,
     }
-    text = json.dumps(manifest, indent=2)
-    (folder / PREFIX_MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_sealed(folder / PREFIX_MANIFEST, manifest, [PREFIX_TENSORS])
 
 
 def load_prefix(folder: Path) -> Prefix | None:
@@ -83,9 +82,8 @@ def load_prefix(folder: Path) -> Prefix | None:
     if not manifest.is_file():
         return None
     try:
-        entry = read_json(manifest)
-        version = entry["format_version"]
-        tensors = load_file(regular_file(folder / PREFIX_TENSORS))
+        entry = read_sealed(manifest, lambda values: _check_version(folder, values))
+        tensors = load_file(folder / PREFIX_TENSORS)
         keys, values = (
             {layer: tensors[f"{layer}.{part}"] for layer in range(entry["layers"])}
             for part in ("key", "value")
@@ -100,10 +98,19 @@ def load_prefix(folder: Path) -> Prefix | None:
             f"the prefix in '{folder}' is damaged: {error}",
             hint=f"it needs {PREFIX_MANIFEST} and {PREFIX_TENSORS}, both written by rotq",
         ) from error
-    if version != _FORMAT_VERSION or not whole:
+    if not whole:
         raise CheckpointError(
-            f"the prefix in '{folder}' has format version {version}, or keys and values that are"
-            " not of its tokens",
-            hint="use the version of rotq that wrote it, or write it again",
+            f"the prefix in '{folder}' has keys and values that are not of its tokens",
+            hint="write it again",
         )
     return prefix
+
+
+def _check_version(folder: Path, manifest: Mapping[str, Any]) -> None:
+    version = manifest["format_version"]
+    if version != _FORMAT_VERSION:
+        raise CheckpointError(
+            f"the prefix in '{folder}' has format version {version}, this rotq reads"
+            f" {_FORMAT_VERSION}",
+            hint="use the version of rotq that wrote it, or write it again",
+        )

@@ -8,7 +8,6 @@ the files into memory and reads what is used.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,9 +23,10 @@ from calib.capture.result import Provenance, Samples, SiteStatistics
 from calib.capture.sites import CaptureConfig, Rotation
 from calib.capture.statistics import ChannelStatistics
 from calib.errors import CheckpointError, OutputError, RotationError
-from calib.reading import read_json
+from calib.sealed import DamagedError, read_sealed, write_sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: checksums."""
 MANIFEST = "manifest.json"
 STATISTICS, R1_SAMPLES, R2_SAMPLES = "statistics.safetensors", "r1.safetensors", "r2.safetensors"
 _CHANNELS = ("mean", "std", "minimum", "maximum")
@@ -191,11 +191,8 @@ class Capture:
                 file: {"massive": kept.massive, "group": kept.group}
                 for file, kept in samples.items()
             },
-            "bytes": {file: (folder / file).stat().st_size for file in (STATISTICS, *samples)},
         }
-        (folder / MANIFEST).write_text(
-            json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        write_sealed(folder / MANIFEST, manifest, (STATISTICS, *samples))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -203,32 +200,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"'{folder}' holds no capture: {MANIFEST} is missing", hint=_AGAIN)
     try:
-        manifest = read_json(path)
-        version = manifest["format_version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {error!r}", hint=_AGAIN) from error
+        return read_sealed(path, lambda manifest: _check_version(folder, manifest))
+    except (DamagedError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"the capture in '{folder}' is damaged: {error}", hint=_AGAIN
+        ) from error
+
+
+def _check_version(folder: Path, manifest: dict[str, Any]) -> None:
+    version = manifest["format_version"]
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"'{folder}' has capture format {version}, this rotq reads {FORMAT_VERSION}",
             hint="Upgrade rotq (pip install --upgrade rotq), or capture again.",
         )
-    return manifest
 
 
 def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
-    for file, size in manifest["bytes"].items():
+    for file in manifest["files"]:
         path = folder / file
-        if not path.is_file():
-            raise CheckpointError(
-                f"the capture in '{folder}' is incomplete: {file} is missing", hint=_AGAIN
-            )
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"'{path}' is truncated or changed: {path.stat().st_size} bytes, written were"
-                f" {size}",
-                hint=_AGAIN,
-            )
         try:
             tensors[file] = load_file(path)
         except SafetensorError as error:

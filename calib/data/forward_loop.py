@@ -39,14 +39,21 @@ class ForwardLoop:
     """Runs a model over fixed batches; to be given to ``modelopt.torch.quantization.quantize(model,
     cfg, loop)``.
 
+    Args:
+        batches: what is run.
+        progress: called after each batch.
+        head: whether the output head is run. Its logits are the largest tensor of a pass, and
+            nothing but an observer at its own input wants them.
+
     Attributes:
         tokens: tokens in the batches, without padding.
         rows: rows in the batches.
     """
 
-    def __init__(self, batches: Sequence[Batch], progress: Progress) -> None:
+    def __init__(self, batches: Sequence[Batch], progress: Progress, *, head: bool = True) -> None:
         self._batches = batches
         self._progress = progress
+        self._head = head
         self.tokens = sum(batch.tokens for batch in batches)
         self.rows = sum(len(batch.row_ids) for batch in batches)
 
@@ -55,19 +62,22 @@ class ForwardLoop:
         ``model``.
 
         Raises:
-            QuantizationError: the logits of a token hold NaN or Inf; the message names the first
-                module that made one.
+            QuantizationError: the logits of a token, or what the head would read, hold NaN or Inf;
+                the message names the first module that made one.
         """
         device = next(model.parameters()).device
+        run = model if self._head else getattr(model, "base_model", model)
         with evaluating(model), torch.no_grad():
             for batch in track(self._batches, "forward", len(self._batches), self._progress):
-                logits = model(**batch.model_inputs(device), use_cache=False).logits
-                if not _finite(logits, batch):
+                output = run(**batch.model_inputs(device), use_cache=False)
+                if not _finite(output.logits if self._head else output[0], batch):
                     raise _not_finite(model, batch)
 
 
-def forward_loop_over(batches: Sequence[Batch], *, progress: Progress = silent) -> ForwardLoop:
-    """A forward loop over batches that are made already.
+def forward_loop_over(
+    batches: Sequence[Batch], *, progress: Progress = silent, head: bool = True
+) -> ForwardLoop:
+    """A forward loop over batches that are made already; arguments as for :class:`ForwardLoop`.
 
     Raises:
         DataError: there are no batches; calibrating on nothing would leave every scale undefined.
@@ -77,7 +87,7 @@ def forward_loop_over(batches: Sequence[Batch], *, progress: Progress = silent) 
             "the forward loop has no calibration batches",
             hint="Give a longer text with --calib-dataset.",
         )
-    return ForwardLoop(batches, progress)
+    return ForwardLoop(batches, progress, head=head)
 
 
 def create_forward_loop(

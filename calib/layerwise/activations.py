@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calib.errors import CheckpointError
-from calib.layerwise.files import digest, write_tensors
+from calib.layerwise.files import write_tensors
+from calib.sealed import digest
 
 _KEY = "hidden_states"
 _AGAIN = "start again in another --work-dir"

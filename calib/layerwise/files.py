@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib.errors import OutputError
+from calib.sealed import digest
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -45,12 +45,6 @@ def write_json(path: Path, value: Any) -> None:
         _publish(partial, path)
     except OSError as error:
         raise _cannot_write(path, error) from error
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _publish(partial: Path, path: Path) -> None:

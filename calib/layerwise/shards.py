@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from calib.errors import CheckpointError, OutputError
-from calib.layerwise.files import digest, write_json, write_tensors
+from calib.layerwise.files import write_json, write_tensors
 from calib.reading import read_json
+from calib.sealed import digest
 
 JOURNAL = "journal.json"
 _FOLDER = "shards"

@@ -9,27 +9,30 @@ from calib._faces import lazy_names
 if TYPE_CHECKING:
     from calib.measure.floor import (
         Difference,
-        SplitSumFloor,
+        Distances,
+        distances,
         naive_floor,
         one_flip_floor,
         settled,
         split_sum_floor,
     )
     from calib.measure.perplexity import Comparison, Perplexity, compare_logits
-    from calib.measure.reference import ReferenceLinear, build_reference
+    from calib.measure.reference import ReferenceLinear, build_reference, split_sums
 
 __all__ = [
     "Comparison",
     "Difference",
+    "Distances",
     "Perplexity",
     "ReferenceLinear",
-    "SplitSumFloor",
     "build_reference",
     "compare_logits",
+    "distances",
     "naive_floor",
     "one_flip_floor",
     "settled",
     "split_sum_floor",
+    "split_sums",
 ]
 
 if not TYPE_CHECKING:
@@ -38,7 +41,8 @@ if not TYPE_CHECKING:
         {
             "floor": (
                 "Difference",
-                "SplitSumFloor",
+                "Distances",
+                "distances",
                 "naive_floor",
                 "one_flip_floor",
                 "settled",
@@ -52,6 +56,7 @@ if not TYPE_CHECKING:
             "reference": (
                 "ReferenceLinear",
                 "build_reference",
+                "split_sums",
             ),
         },
     )

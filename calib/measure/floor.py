@@ -20,8 +20,8 @@ A graph in float16 or bfloat16 rounds every value on its way, and flips far more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -32,7 +32,7 @@ from calib.arithmetic.inputs import input_steps
 from calib.arithmetic.rounding import neighbours, round_to_format
 from calib.artifact import QuantizedModel
 from calib.measure.perplexity import LogitsFunction, model_logits
-from calib.measure.reference import ReferenceLinear, build_reference
+from calib.measure.reference import ReferenceLinear, build_reference, split_sums
 from calib.modules.watch import watching
 from calib.network.kv_cache import CacheRounding, attached_caches
 from calib.schemes import NumberFormat
@@ -63,13 +63,30 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class SplitSumFloor:
-    """The split-sum floor of some rows."""
+class Distances:
+    """How far logits are from the reference's, over some rows."""
 
-    value: float
-    """Relative L2 of the logits of all rows."""
-    flipped: float
-    """Share of the rows in which something flipped, 0 to 1."""
+    total: Difference = field(default_factory=Difference)
+    of_rows: list[float] = field(default_factory=list)
+    """Relative L2 of each row."""
+
+    def add(self, values: Tensor, reference: Tensor) -> None:
+        """Take in the logits of one row, and what they should be."""
+        one = Difference()
+        for each in (one, self.total):
+            each.add(values, reference)
+        self.of_rows.append(one.value)
+
+    @property
+    def value(self) -> float:
+        """Relative L2 of the logits of all rows."""
+        return self.total.value
+
+    @property
+    def flipped(self) -> float:
+        """Share of the rows in which something flipped, 0 to 1."""
+        flips = sum(value > UNFLIPPED for value in self.of_rows)
+        return flips / max(len(self.of_rows), 1)
 
     @property
     def representative(self) -> bool:
@@ -77,21 +94,61 @@ class SplitSumFloor:
         return self.flipped >= 0.5
 
 
+def distances(
+    reference: LogitsFunction,
+    others: Mapping[str, LogitsFunction],
+    rows: Iterable[Tensor],
+    *,
+    last: bool = False,
+) -> dict[str, Distances]:
+    """How far each of ``others`` is from ``reference``, which runs once over each row.
+
+    Args:
+        reference: what the others should compute.
+        others: by name. One that gives the logits ``[1, n, V]`` of the last tokens only is held
+            against these.
+        rows: token rows, int64 ``[tokens]``.
+        last: compare the logits of the last token only.
+    """
+    found = {name: Distances() for name in others}
+    for row in rows:
+        ids = row.unsqueeze(0)
+        expected = reference(ids)
+        for name, logits in others.items():
+            values = logits(ids)
+            shown = slice(-1, None) if last else slice(-values.shape[1], None)
+            found[name].add(values[:, shown], expected[:, shown])
+    return found
+
+
+def split_logits(reference: nn.Module) -> LogitsFunction:
+    """The logits of ``reference`` with every matmul summed in two halves."""
+    logits = model_logits(reference)
+
+    def run(ids: Tensor) -> Tensor:
+        with split_sums(reference):
+            return logits(ids)
+
+    return run
+
+
 def split_sum_floor(
-    quantized: QuantizedModel, reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False
-) -> SplitSumFloor:
+    reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False
+) -> Distances:
     """The reference against its split-sum variant over ``rows`` (int64 ``[tokens]``), or over their
     ``last`` logits.
     """
-    split = _logits_of(build_reference(quantized, split_sum=True), last)
-    plain = _logits_of(reference, last)
-    total, flipped = Difference(), 0
-    for row in rows:
-        one, values, expected = Difference(), split(row.unsqueeze(0)), plain(row.unsqueeze(0))
-        one.add(values, expected)
-        total.add(values, expected)
-        flipped += one.value > UNFLIPPED
-    return SplitSumFloor(total.value, flipped / max(len(rows), 1))
+    others = {"split": split_logits(reference)}
+    return distances(model_logits(reference), others, rows, last=last)["split"]
+
+
+def naive_logits(quantized: QuantizedModel, dtype: torch.dtype | None = None) -> LogitsFunction:
+    """The logits of the naive path in ``dtype``.
+
+    ``dtype`` is the artifact's unless another is given: a runtime may compute in a shorter one of
+    its own accord.
+    """
+    return model_logits(build_reference(quantized, dtype=dtype or quantized.dtype))
 
 
 def naive_floor(
@@ -103,17 +160,10 @@ def naive_floor(
     dtype: torch.dtype | None = None,
 ) -> float:
     """Relative L2 of logits over ``rows`` of the naive path in ``dtype`` against the float32
-    reference.
-
-    ``dtype`` is the artifact's unless another is given: a runtime may compute in a shorter one of
-    its own accord.
+    reference; arguments as for :func:`naive_logits`.
     """
-    naive = _logits_of(build_reference(quantized, dtype=dtype or quantized.dtype), last)
-    plain = _logits_of(reference, last)
-    difference = Difference()
-    for row in rows:
-        difference.add(naive(row.unsqueeze(0)), plain(row.unsqueeze(0)))
-    return difference.value
+    others = {"naive": naive_logits(quantized, dtype)}
+    return distances(model_logits(reference), others, rows, last=last)["naive"].value
 
 
 def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor], *, last: bool = False) -> float:
@@ -123,7 +173,8 @@ def one_flip_floor(reference: nn.Module, rows: Sequence[Tensor], *, last: bool =
     Inputs of linears and cached keys and values count. Inputs behind an online rotation are left
     out: they cannot be set from outside. 0 where nothing is rounded.
     """
-    logits = _logits_of(reference, last)
+    whole = model_logits(reference)
+    logits = (lambda ids: whole(ids)[:, -1:]) if last else whole
     difference = Difference()
     for row in rows:
         ties: dict[_Place, _Tie] = {}
@@ -193,11 +244,6 @@ def settled(linear: ReferenceLinear, x: Tensor, found: Tensor) -> tuple[Tensor, 
             rows[row] = flipped
             flips += 1
     return rows.view(expected.shape), flips
-
-
-def _logits_of(model: nn.Module, last: bool) -> LogitsFunction:
-    logits = model_logits(model)
-    return (lambda ids: logits(ids)[:, -1:]) if last else logits
 
 
 _Place = tuple[str, str]

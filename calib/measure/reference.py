@@ -13,12 +13,14 @@ In float16 or bfloat16 the same model is the naive path of a graph in that dtype
 layer passes on is rounded to it. What that loses against float32 is what a runtime may lose.
 
 The same model with every matmul summed in two halves, ``y = x_1 W_1^T + x_2 W_2^T`` (linears,
-attention, head), is just as right: addition of floats fixes no order. :mod:`calib.measure.floor`
-measures what the two differ by.
+attention, head), is just as right: addition of floats fixes no order. So it computes within
+:func:`split_sums`; :mod:`calib.measure.floor` measures what the two differ by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -39,7 +41,7 @@ from calib.network.prefix import attach_prefix
 from calib.network.skeleton import build_skeleton
 from calib.rotations.rotation_set import Rotation, RotationSet
 
-_SPLIT_ATTENTION = "rotq_split_sum"
+_ATTENTION = "rotq_reference_"
 
 
 class ReferenceLinear(nn.Module):
@@ -52,13 +54,11 @@ class ReferenceLinear(nn.Module):
         linear: QuantizedLinear,
         rotation: Rotation | None,
         *,
-        split_sum: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.source = linear
         self.rotation = rotation
-        self.split_sum = split_sum
         self.register_buffer("weight", linear.values().to(dtype), persistent=False)
         self.register_buffer(
             "bias", None if linear.bias is None else linear.bias.to(dtype), persistent=False
@@ -81,27 +81,25 @@ class ReferenceLinear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """``x W^T + b`` on already quantized values."""
-        linear = _split_linear if self.split_sum else functional.linear
+        linear = _split_linear if _split(self) else functional.linear
         return linear(x, cast(Tensor, self.weight), cast("Tensor | None", self.bias))
 
 
-class _SplitLinear(nn.Linear):
-    """A float linear whose products are summed in two halves."""
+class _FloatLinear(nn.Linear):
+    """A float linear whose products can be summed in two halves."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _split_linear(x, self.weight, self.bias)
+        linear = _split_linear if _split(self) else functional.linear
+        return linear(x, self.weight, self.bias)
 
 
-def build_reference(
-    model: QuantizedModel, *, split_sum: bool = False, dtype: torch.dtype = torch.float32
-) -> nn.Module:
+def build_reference(model: QuantizedModel, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The Hugging Face model of ``model.config`` in eval mode on the CPU, its quantized linears
     fake-quantized.
 
     Args:
         model: the artifact. Any rotation may be in it; :mod:`calib.network.online` attaches those
             outside the linears.
-        split_sum: sum every matmul in two halves (see the module's docstring).
         dtype: what it computes in; anything but float32 is the naive path of such a graph.
     """
     wiring = wiring_of(model.config)
@@ -115,7 +113,7 @@ def build_reference(
     for name, linear in model.linears.items():
         if name not in tables:
             rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
-            modules[name] = ReferenceLinear(linear, rotation, split_sum=split_sum, dtype=dtype)
+            modules[name] = ReferenceLinear(linear, rotation, dtype=dtype)
     gather_experts(modules, floats, wiring, model.rotations)
     stock = StockTensors(floats, wiring)
     network = build_skeleton(model.config, stock, skip=set(modules))
@@ -130,18 +128,51 @@ def build_reference(
         rotation for name, rotation in model.rotations.items() if name not in inside
     )
     attach_online(network, wiring, outside)
-    if split_sum:
-        for module in network.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = _SplitLinear
-        split = registered(_SPLIT_ATTENTION, _split_attention)
-        network.set_attn_implementation(split)  # type: ignore[operator]
+    _open_sums(network)
     if model.prefix is not None:  # within what rounds the cache: it stays in float
         attach_prefix(network, wiring, model.prefix.to(dtype))
     if model.cache is not None:
         attach_cache(network, wiring, model.cache)
 
     return network.eval()
+
+
+@contextmanager
+def split_sums(reference: nn.Module) -> Iterator[None]:
+    """Within the block, ``reference``, of :func:`build_reference`, sums every matmul in two
+    halves.
+    """
+    modules: list[Any] = list(reference.modules())
+    for module in modules:
+        module.split_sums = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.split_sums
+
+
+def _split(module: nn.Module) -> bool:
+    return getattr(module, "split_sums", False)
+
+
+def _open_sums(network: Any) -> None:
+    """Let the float linears and the attention of ``network`` follow :func:`split_sums`."""
+    from transformers import AttentionInterface  # here, because it takes seconds to import
+
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _FloatLinear
+
+    whole = network.config._attn_implementation
+    attention = AttentionInterface()[whole]
+
+    def either(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        function = _split_attention if _split(module) else attention
+        result: tuple[Tensor, Tensor | None] = function(module, *args, **kwargs)
+        return result
+
+    network.set_attn_implementation(registered(_ATTENTION + whole, either, masks=whole))
 
 
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

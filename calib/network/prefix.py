@@ -91,7 +91,9 @@ def attach_prefix(model: nn.Module, wiring: Wiring, prefix: Prefix) -> None:
         module = model.get_submodule(wiring.attention(layer))
         _switch(module, _PutBefore(prefix.keys[layer], prefix.values[layer]))
     setattr(model, _ATTRIBUTE, prefix)
-    model.register_forward_pre_hook(_MovePositions(prefix.length), with_kwargs=True)
+    # The module that holds the layers: without logits the model is run without its head.
+    stack = model.get_submodule(wiring.block_prefix.rstrip(".").rpartition(".")[0])
+    stack.register_forward_pre_hook(_MovePositions(prefix.length), with_kwargs=True)
 
 
 _Transform = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tensor | None]"]
@@ -128,7 +130,7 @@ def _widened(mask: Tensor | None, length: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _MovePositions:
-    """Forward pre-hook of a causal LM: the first token of the text is at position p."""
+    """Forward pre-hook of what holds the layers: the first token of the text is at position p."""
 
     length: int
 

@@ -7,7 +7,6 @@ online, how it was chosen, and the size of its blocks where that was asked for.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from calib.architectures import Space
 from calib.errors import RotationError
-from calib.reading import read_json, regular_file
+from calib.reading import regular_file
 from calib.rotations.rotation_set import Rotation, RotationSet
+from calib.sealed import read_sealed, write_sealed
 
 FORMAT_VERSION = 2
 _WITHOUT_BLOCKS = 1
@@ -48,7 +48,7 @@ def save_rotations(rotations: RotationSet, folder: str | os.PathLike[str]) -> No
     ]
     version = FORMAT_VERSION if blocked else _WITHOUT_BLOCKS
     manifest = {"format_version": version, "rotations": entries}
-    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_sealed(target / MANIFEST, manifest, [TENSORS])
 
 
 def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
@@ -60,8 +60,10 @@ def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
     """
     source = Path(folder)
     try:
-        manifest = read_json(source / MANIFEST)
-        version = manifest["format_version"]
+        # neither version asks for a seal: it was added to both
+        manifest = read_sealed(
+            source / MANIFEST, lambda values: _check_version(source, values), required=False
+        )
         entries = manifest["rotations"]
         matrices = load_file(regular_file(source / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -69,13 +71,17 @@ def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
             f"the rotations in {source} cannot be read: {error}",
             hint=f"the folder needs {MANIFEST} and {TENSORS}, both written by rotq",
         ) from error
+    return RotationSet(_from_entry(entry, matrices, source) for entry in entries)
+
+
+def _check_version(source: Path, manifest: dict[str, Any]) -> None:
+    version = manifest["format_version"]
     if version not in (_WITHOUT_BLOCKS, FORMAT_VERSION):
         raise RotationError(
             f"the rotations in {source} have format version {version}; this rotq reads versions"
             f" {_WITHOUT_BLOCKS} and {FORMAT_VERSION}",
             hint="use the version of rotq that wrote them",
         )
-    return RotationSet(_from_entry(entry, matrices, source) for entry in entries)
 
 
 def _from_entry(entry: Any, matrices: dict[str, Tensor], source: Path) -> Rotation:

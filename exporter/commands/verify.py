@@ -80,6 +80,7 @@ def verify(
             evaluation,
             source=source,
             fused=fused,
+            digests=report.linears,
             last=recipe.logits == "last",
         ),
         progress,

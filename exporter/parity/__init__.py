@@ -1,5 +1,7 @@
-"""Does the export still compute the same? Three rungs, each with its own figure and bound.
+"""Does the export still compute the same? Rungs, each with its own figure and bound.
 
+0. The files against the artifact: the numbers of every quantized linear, of the cache and of what
+   is in float, bit by bit. Nothing is altered.
 1. The original float model against the rotated one: relative L2 of logits, at most 1e-5 in float32.
    The fold is exact.
 2. The torch fake-quant reference, computed from the artifact alone, against the export *run in its
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from exporter.parity.check import check_parity
 from exporter.parity.passes import runtime_logits
+from exporter.parity.stored import kept_digests
 from exporter.parity.subject import Subject
 
-__all__ = ["Subject", "check_parity", "runtime_logits"]
+__all__ = ["Subject", "check_parity", "kept_digests", "runtime_logits"]

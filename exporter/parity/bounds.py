@@ -4,11 +4,16 @@ invented.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import nn
 
 from backends.base import DescribedModel, RuntimeModel
-from calib.measure.floor import naive_floor, one_flip_floor, split_sum_floor
+from calib.measure.floor import Distances, naive_logits, one_flip_floor, split_logits
+from calib.measure.perplexity import LogitsFunction
 from exporter.parity.rows import row
 from exporter.parity.subject import Missing, Subject
 from exporter.reporting.report import ParityRow
@@ -23,70 +28,96 @@ weight-only, and float.
 """
 FLOOR_FACTOR = 2.0
 """Two right orders of summation are one floor apart; a runtime differs in every operator."""
+_SPLIT, _NAIVE = "split-sum floor", "naive floor"
 NAIVE_FACTOR = 2.0
 """A short dtype: a runtime may lose twice what the naive path in that dtype loses. It rounds at
 other places.
 """
 
 
-def end_to_end_bound(subject: Subject, reference: nn.Module) -> tuple[float, list[ParityRow]]:
-    """The bound of the end-to-end rows, and the rows that say where it comes from."""
-    if subject.short:
-        naive = naive_floor(subject.quantized, reference, subject.rows, last=subject.last)
-        note = f"the same fake-quant in torch in {subject.dtype_name}, against float32"
-        return NAIVE_FACTOR * naive, [row(2, "naive floor", "relative L2", naive, None, note)]
-    if not _rounds_on_the_way(subject):
-        return UNROUNDED_BOUND, []
-
-    split = split_sum_floor(subject.quantized, reference, subject.rows, last=subject.last)
-    note = f"torch against itself, sums in another order; flips in {split.flipped:.0%} of the rows"
-    rows = [row(2, "split-sum floor", "relative L2", split.value, None, note)]
-    floor = split.value
-    if not split.representative:
-        flip = one_flip_floor(reference, subject.rows, last=subject.last)
-        rows.append(
-            row(
-                2,
-                "one-flip floor",
-                "relative L2",
-                flip,
-                None,
-                "flips are rare here: one value a row rounded over",
-            )
-        )
-        floor = max(floor, flip)
-
-    return max(FLOOR_FACTOR * floor, UNROUNDED_BOUND), rows
-
-
-def own_precision_bound(
-    subject: Subject, reference: nn.Module, runtime: RuntimeModel | Missing, bound: float
-) -> tuple[float, list[ParityRow]]:
-    """The bound of a session that computes in a shorter dtype than the file of its own accord; else
-    ``bound``.
-
-    Args:
-        subject: what is compared.
-        reference: its fake-quant in float32.
-        runtime: the session as a user gets it, which says what it computes in. One with a note is
-            not judged at all.
-        bound: of a session with arithmetic as written.
-
-    Returns:
-        The bound, and the rows that say where it comes from.
+@dataclass(frozen=True)
+class Floors:
+    """What rung 2 runs in torch beside the export, on the same rows, to know what may be asked of
+    it.
     """
-    if isinstance(runtime, Missing) or runtime.note or not isinstance(runtime, DescribedModel):
-        return bound, []
-    dtype: torch.dtype = getattr(torch, runtime.precision)
-    if torch.finfo(dtype).eps <= torch.finfo(subject.quantized.dtype).eps:
-        return bound, []
-    naive = naive_floor(subject.quantized, reference, subject.rows, last=subject.last, dtype=dtype)
-    note = (
-        f"the default session computes in {runtime.precision} of its own accord: the same"
-        f" fake-quant in torch in {runtime.precision}, against float32"
-    )
-    floor = row(2, f"naive floor in {runtime.precision}", "relative L2", naive, None, note)
-    return max(bound, NAIVE_FACTOR * naive), [floor]
+
+    subject: Subject
+    reference: nn.Module
+    """Its fake-quant in float32."""
+    default: RuntimeModel | Missing
+    """The session as a user gets it, which may say what it computes in."""
+
+    def logits(self) -> dict[str, LogitsFunction]:
+        """What to run, by the name of its row."""
+        subject, own = self.subject, self.own_precision
+        found = {}
+        if subject.short:
+            found[_NAIVE] = naive_logits(subject.quantized)
+        elif _rounds_on_the_way(subject):
+            found[_SPLIT] = split_logits(self.reference)
+        if own is not None:
+            found[_own_named(own)] = naive_logits(subject.quantized, own)
+        return found
+
+    @cached_property
+    def own_precision(self) -> torch.dtype | None:
+        """What the default session computes in where that is shorter than the file says; ``None``
+        too where it has a note, and so is not judged at all.
+        """
+        runtime = self.default
+        if isinstance(runtime, Missing) or runtime.note or not isinstance(runtime, DescribedModel):
+            return None
+        dtype: torch.dtype = getattr(torch, runtime.precision)
+        same = torch.finfo(dtype).eps <= torch.finfo(self.subject.quantized.dtype).eps
+        return None if same else dtype
+
+    def exact_bound(self, found: Mapping[str, Distances]) -> tuple[float, list[ParityRow]]:
+        """The bound of a session with arithmetic as written, and the rows that say where it comes
+        from.
+
+        Args:
+            found: how far what :meth:`logits` names is from the reference.
+        """
+        subject = self.subject
+        if subject.short:
+            naive = found[_NAIVE].value
+            note = f"the same fake-quant in torch in {subject.dtype_name}, against float32"
+            return NAIVE_FACTOR * naive, [row(2, _NAIVE, "relative L2", naive, None, note)]
+        if _SPLIT not in found:
+            return UNROUNDED_BOUND, []
+
+        split = found[_SPLIT]
+        note = (
+            f"torch against itself, sums in another order; flips in {split.flipped:.0%} of the rows"
+        )
+        rows = [row(2, _SPLIT, "relative L2", split.value, None, note)]
+        floor = split.value
+        if not split.representative:
+            flip = one_flip_floor(self.reference, subject.proof_rows, last=subject.last)
+            note = "flips are rare here: one value a row rounded over"
+            rows.append(row(2, "one-flip floor", "relative L2", flip, None, note))
+            floor = max(floor, flip)
+        return max(FLOOR_FACTOR * floor, UNROUNDED_BOUND), rows
+
+    def default_bound(
+        self, found: Mapping[str, Distances], exact: float
+    ) -> tuple[float, list[ParityRow]]:
+        """The same for the default session; ``exact`` where it computes as the file says."""
+        dtype = self.own_precision
+        if dtype is None:
+            return exact, []
+        name = str(dtype).removeprefix("torch.")
+        naive = found[_own_named(dtype)].value
+        note = (
+            f"the default session computes in {name} of its own accord: the same fake-quant in"
+            f" torch in {name}, against float32"
+        )
+        floor = row(2, _own_named(dtype), "relative L2", naive, None, note)
+        return max(exact, NAIVE_FACTOR * naive), [floor]
+
+
+def _own_named(dtype: torch.dtype) -> str:
+    return f"{_NAIVE} in {str(dtype).removeprefix('torch.')}"
 
 
 def _rounds_on_the_way(subject: Subject) -> bool:

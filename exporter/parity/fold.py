@@ -94,7 +94,7 @@ def fold_row(subject: Subject) -> ParityRow:
         wiring, tokens = subject.source.wiring, subject.fused.prefix.tokens
         attach_prefix(original, wiring, compute_prefix(original, wiring, tokens))
     rotated = materialize(subject.fused).to(subject.device)
-    error = fold_error(original, rotated, subject.rows, subject.quantized.dtype)
+    error = fold_error(original, rotated, subject.proof_rows, subject.quantized.dtype)
     note = ""
     if error.rounded is not None:
         note = f"both in {subject.dtype_name}; the original itself loses {error.rounded:.3g} in it"

@@ -1,5 +1,5 @@
-"""Ways to run an export (prefill, decode with the cache, a padded batch), each against the
-reference on whole rows.
+"""Ways to run an export: prefill, and decode with the cache and a padded batch against the
+reference on the rows alone.
 
 A folder with the logits of the last token only is compared on those: each found ``[B, n, V]`` is
 held against the last ``n`` positions of what is expected.
@@ -48,13 +48,11 @@ def steady_length(config: Mapping[str, Any]) -> int | None:
     return min(steady, default=None)
 
 
-def prefill(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:
-    """Each row at once."""
-    difference = Difference()
-    for row in rows:
-        logits, _ = _run(runtime, row.unsqueeze(0))
-        difference.add(logits, reference(row.unsqueeze(0))[:, -logits.shape[1] :])
-    return difference.value
+def prefill_logits(runtime: RuntimeModel) -> LogitsFunction:
+    """A whole row at once: from token ids ``[1, T]`` to logits ``[1, T, V]``, or those of the last
+    tokens.
+    """
+    return lambda ids: _run(runtime, ids)[0]
 
 
 def decode(runtime: RuntimeModel, reference: LogitsFunction, rows: Sequence[Tensor]) -> float:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from backends.base import DescribedModel, ProbedModel, RuntimeModel, StandIn
-from exporter.reporting.report import ParityRow
+from exporter.reporting.report import ParityRow, Rung
 
 NOT_FINITE = "not finite"
 NO_ORIGINAL = "the original checkpoint is not at hand (-m/--model names it)"
 
 
 def row(
-    rung: Literal[1, 2, 3],
+    rung: Rung,
     name: str,
     metric: str,
     measured: float,
@@ -58,7 +58,7 @@ def ran(running: RuntimeModel | ProbedModel) -> Ran:
     }
 
 
-def not_run(rung: Literal[1, 2, 3], name: str, metric: str, reason: str) -> ParityRow:
+def not_run(rung: Rung, name: str, metric: str, reason: str) -> ParityRow:
     """A figure that could not be had here."""
     return ParityRow(
         rung=rung,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backends.asking import slow_linears
-from backends.base import RuntimeMissing
-from calib.measure.floor import Difference, settled
-from calib.measure.perplexity import LogitsFunction, model_logits
+from backends.base import RuntimeMissing, RuntimeModel
+from calib.measure.floor import Difference, distances, settled
+from calib.measure.perplexity import model_logits
 from calib.measure.reference import ReferenceLinear, build_reference
-from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, end_to_end_bound, own_precision_bound
+from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, Floors
 from exporter.parity.passes import (
     DECODE_STEPS,
     PADDED_ROWS,
     Pass,
     decode,
     padded,
-    prefill,
+    prefill_logits,
     steady_length,
 )
 from exporter.parity.rows import not_run, ran, row
@@ -30,15 +30,12 @@ from exporter.reporting.report import ParityRow
 
 _PROBE_ROWS, _PROBE_TOKENS = 3, 64
 _LINEARS = "each linear on identical inputs"
-_PASSES: tuple[tuple[str, Pass, bool], ...] = (
-    ("prefill, exact session", prefill, True),
-    ("prefill, default session", prefill, False),
-    (f"decode with cache, step by step, {DECODE_STEPS} tokens", decode, True),
-    (f"batch of {PADDED_ROWS}, left-padded", padded, True),
-)
-"""What is run end to end: its name, how, and whether with arithmetic as written or as a user runs
-it.
-"""
+_EXACT, _DEFAULT = "prefill, exact session", "prefill, default session"
+_PASSES: Mapping[str, Pass] = {
+    f"decode with cache, step by step, {DECODE_STEPS} tokens": decode,
+    f"batch of {PADDED_ROWS}, left-padded": padded,
+}
+"""What is run beside prefill, with arithmetic as written."""
 
 
 def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
@@ -46,39 +43,60 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
     reference = build_reference(subject.quantized)
     rows = _linears_rows(subject, sessions, reference)
     if isinstance(sessions.exact, Missing) and isinstance(sessions.default, Missing):
-        rows += [
-            not_run(2, _named(name), "relative L2", sessions.exact.reason) for name, _, _ in _PASSES
-        ]
+        rows += [_missing(name, sessions.exact) for name in (_EXACT, _DEFAULT, *_PASSES)]
     else:
-        bound, floors = end_to_end_bound(subject, reference)
-        default, own_floors = own_precision_bound(subject, reference, sessions.default, bound)
-        rows += floors + own_floors
-        logits = model_logits(reference)
-        steady = steady_length(subject.quantized.config)
-        cut = [ids[:steady] for ids in subject.rows]
-        for name, run, exact in _PASSES:
-            ids = subject.rows if run is prefill else cut
-            limit = bound if exact else default
-            rows.append(_end_to_end(sessions, logits, ids, limit, name, run, exact))
+        rows += _end_to_end_rows(subject, sessions, reference)
     return rows + _fusion_rows(subject)
 
 
-def _end_to_end(
-    sessions: Sessions,
-    reference: LogitsFunction,
-    rows: Sequence[Tensor],
-    bound: float,
-    name: str,
-    run: Pass,
-    exact: bool,
-) -> ParityRow:
-    """One pass. What the runtime approximates of its own accord is reported with the reason, and
-    not judged.
+def _end_to_end_rows(subject: Subject, sessions: Sessions, reference: nn.Module) -> list[ParityRow]:
+    """The whole export against the reference, which runs once over each row for everything that
+    is held against it there.
     """
-    runtime = sessions.exact if exact else sessions.default
-    if isinstance(runtime, Missing):
-        return not_run(2, _named(name), "relative L2", runtime.reason)
-    measured = run(runtime, reference, rows)
+    logits = model_logits(reference)
+    floors = Floors(subject, reference, sessions.default)
+    prefills = {_EXACT: sessions.exact, _DEFAULT: sessions.default}
+    runtimes = {
+        name: prefill_logits(session)
+        for name, session in prefills.items()
+        if not isinstance(session, Missing)
+    }
+    found = distances(
+        logits,
+        floors.logits() | runtimes,
+        subject.proof_rows,
+        last=subject.last,
+    )
+    exact, rows = floors.exact_bound(found)
+    default, own = floors.default_bound(found, exact)
+    rows += own
+
+    bounds = {_EXACT: exact, _DEFAULT: default}
+    for name, session in prefills.items():
+        if isinstance(session, Missing):
+            rows.append(_missing(name, session))
+        else:
+            rows.append(_judged(name, session, found[name].value, bounds[name]))
+
+    steady = steady_length(subject.quantized.config)
+    cut = [ids[:steady] for ids in subject.proof_rows]
+    for name, run in _PASSES.items():
+        if isinstance(sessions.exact, Missing):
+            rows.append(_missing(name, sessions.exact))
+        else:
+            measured = run(sessions.exact, logits, cut)
+            rows.append(_judged(name, sessions.exact, measured, exact))
+    return rows
+
+
+def _missing(name: str, session: Missing) -> ParityRow:
+    return not_run(2, _named(name), "relative L2", session.reason)
+
+
+def _judged(name: str, runtime: RuntimeModel, measured: float, bound: float) -> ParityRow:
+    """What the runtime approximates of its own accord is reported with the reason, and not
+    judged.
+    """
     judged = None if runtime.note else bound
     return row(2, _named(name), "relative L2", measured, judged, runtime.note, **ran(runtime))
 
@@ -106,7 +124,7 @@ def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) ->
     lost = {name: Difference() for name in linears}
     naive = {name: Difference() for name in linears} if subject.short else {}
     flips = 0
-    for ids in subject.rows[:_PROBE_ROWS]:
+    for ids in subject.proof_rows[:_PROBE_ROWS]:
         pairs = probed.probe(ids[:_PROBE_TOKENS].unsqueeze(0), list(linears))
         for name, (entering, leaving) in pairs.items():
             x = entering.float()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,10 @@ from calib.fusing import FusedModel
 from exporter.source import Source
 
 Loaded = TypeVar("Loaded")
+
+PROOF_TOKENS, PROOF_ROWS = 2048, 4
+"""How much rungs 1 and 2 run at least: an error of arithmetic is in every row, and whole rows are
+compared, not means of many. What only some text shows is rung 3's, which runs all rows."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,17 @@ class Subject:
     """The original; ``None`` where it is not at hand: rungs 1 and 3 cannot be run then."""
     fused: FusedModel | None
     """The rotated float model; ``None`` with ``source``."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the quantized linears that ``folder`` should hold:
+    :func:`exporter.parity.stored.kept_digests`; empty: unknown."""
     device: torch.device | str = "cpu"
     last: bool = False
     """Whether the logits of the last token alone were written."""
+
+    @cached_property
+    def proof_rows(self) -> list[Tensor]:
+        """Of :attr:`rows`, those that rungs 1 and 2 run: see :func:`chosen_rows`."""
+        return chosen_rows(self.rows)
 
     @property
     def short(self) -> bool:
@@ -78,6 +90,33 @@ class Subject:
     def dtype_name(self) -> str:
         """What the target computes in, in words."""
         return str(self.quantized.dtype).removeprefix("torch.")
+
+
+def chosen_rows(
+    rows: Sequence[Tensor], tokens: int = PROOF_TOKENS, least: int = PROOF_ROWS
+) -> list[Tensor]:
+    """A few of ``rows``, in their order, that ask of a model what all of them ask.
+
+    Whether two programs compute the same is a matter of positions and of tokens. So the longest row
+    is taken, and then always the one with the most tokens that are in none of those taken.
+
+    Args:
+        rows: token rows ``[tokens]``.
+        tokens: how many are wanted at least.
+        least: the fewest rows.
+    """
+    left = dict(enumerate(rows))
+    seen: set[int] = set()
+    taken: list[int] = []
+    while left and (len(taken) < least or sum(rows[index].numel() for index in taken) < tokens):
+        news = {index: len(set(row.tolist()) - seen) for index, row in left.items()}
+        if taken:
+            best = max(left, key=lambda index: news[index])
+        else:
+            best = max(left, key=lambda index: (rows[index].numel(), news[index]))
+        seen |= set(left.pop(best).tolist())
+        taken.append(best)
+    return [rows[index] for index in sorted(taken)]
 
 
 def _opened(load: Callable[[], Loaded]) -> Loaded | Missing:

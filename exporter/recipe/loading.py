@@ -97,7 +97,7 @@ class _Loader(yaml.SafeLoader):
             event: yaml.AliasEvent = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
                 problem=f"'*{event.anchor}' repeats a value; write it out",
-                problem_mark=event.start_mark,
+                problem_mark=event.start_mark,  # type: ignore[arg-type]
             )
         node: yaml.Node | None = super().compose_node(parent, index)
         return node

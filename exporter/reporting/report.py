@@ -81,15 +81,19 @@ class RotationGateRow(_Frozen):
     chosen: bool = False
 
 
+Rung = Literal[0, 1, 2, 3]
+"""0: the files, 1: the fold, 2: the runtime, 3: quality."""
+
+
 class ParityRow(_Frozen):
     """One figure of the parity check and the bound it is held to."""
 
-    rung: Literal[1, 2, 3]
+    rung: Rung
     name: str
     """What was compared, in a few words."""
     metric: str
     """``relative L2``, ``KL``, ``top-1 agreement``, ``perplexity ratio``, ``tokens until they
-    part``, ``repeated 4-grams, difference`` or ``unfused``."""
+    part``, ``repeated 4-grams, difference``, ``unfused`` or ``altered``."""
     measured: float | None
     """``None`` where the row could not be run; ``note`` then says why."""
     bound: float | None
@@ -222,6 +226,9 @@ class Report(_Frozen):
     versions: dict[str, str]
     cpu: str = ""
     """What the parity check ran on; empty in reports of versions that did not say."""
+    linears: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the numbers of every quantized linear, and of the cache, by name; empty in reports
+    of versions that did not keep them."""
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder, by relative path."""
 

@@ -23,6 +23,7 @@ from calib.smoothing.methods import smoothing_named
 from calib.smoothing.observe import observe_channels
 from calib.smoothing.smooth import smooth
 from calib.stats.massive import PrefixChoice
+from calib.weights.algorithms import algorithm_named
 from exporter.reporting.report import GateRow
 from exporter.run.destination import Destination
 from exporter.run.gate import Candidate, Gate, Setup
@@ -73,6 +74,13 @@ class Calibrating:
             scheme.input is not None and scheme.input.static_integer
             for scheme in self.quantization.linears.values()
         )
+
+    @property
+    def looks_at_head(self) -> bool:
+        """Whether calibration looks at what enters the output head."""
+        head = self.quantization.linears.get(self.inputs.source.wiring.head.name)
+        needs_moment = algorithm_named(self.quantization.weights).needs_moment
+        return head is not None and (head.input is not None or needs_moment)
 
     def setups(self, sets: Iterable[GateSet]) -> list[Setup]:
         """What the gate compares, the simplest first.
@@ -174,7 +182,7 @@ class Calibrating:
 
     def _forward_loop(self, clock: Stopwatch) -> ForwardLoop:
         batches = length_batches(self.rows.train, self.inputs.recipe.calibration.batch_size)
-        return forward_loop_over(batches, progress=clock.progress)
+        return forward_loop_over(batches, progress=clock.progress, head=self.looks_at_head)
 
 
 def best_candidate(

@@ -9,7 +9,7 @@ import torch
 
 from backends.base import WriteOptions
 from calib.artifact import cast_model
-from exporter.parity import Subject, check_parity
+from exporter.parity import Subject, check_parity, kept_digests
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import describe, finish, write_side_files
 from exporter.reporting.growth import growth_warning
@@ -75,6 +75,8 @@ def _write(
         backend.write(quantized, folder, options)
         write_side_files(quantized, recipe, folder)
 
+        digests = kept_digests(quantized, backend, folder, target)
+
     parity: list[ParityRow] = []
     if calibrated.evaluation is not None:
         with clock.stage("parity"):
@@ -87,12 +89,14 @@ def _write(
                 calibrated.evaluation,
                 source=source,
                 fused=fused,
+                digests=digests,
                 device=calibrated.device,
                 last=recipe.logits == "last",
             )
             parity = check_parity(subject, clock.progress)
 
     report = describe(quantized, parity, folder, backend, target, clock.seconds)
+    report = report.model_copy(update={"linears": digests})
     grown = growth_warning(report.layers, lambda: backend.contents(folder, target))
     if grown is not None:
         logger.warning("target '%s': %s", target, grown)

@@ -104,5 +104,11 @@ def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     section = quantization_config(model, names)
     rounded = any(form_of(linear).rounds_to_bfloat16 for linear in model.linears.values())
     dtype = torch.bfloat16 if rounded else model.dtype
-    config = with_older_keys({**model.config, "dtype": str(dtype).removeprefix("torch.")})
+    config = with_older_keys(
+        {
+            **model.config,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tie_word_embeddings": model.repeats_embedding(),
+        }
+    )
     return {**config, "quantization_config": section} if section else config

@@ -66,7 +66,10 @@ class CompressedTensorsLayout:
                 hint="calibrate with --rotate r1,r2, or use --target vllm",
             )
         # linears in float are those of the stock model, which loads them
+        tied = {names.wiring.head.weight} if model.repeats_embedding() else ()
         for key, tensor in StockTensors(model.floats, names.wiring).items():
+            if key in tied:
+                continue
             yield from (
                 _entry(stored, "float weight", part) for stored, part in names.stored(key, tensor)
             )
@@ -127,6 +130,9 @@ class CompressedTensorsLayout:
         for layer in range(names.wiring.sizes.layers):
             skipped.update(_cache_keys(names, layer))
         floats = names.gathered({key: tensors[key] for key in tensors if key not in skipped})
+        head, table = names.wiring.head, names.wiring.embeddings[0]
+        if head.name not in described:
+            floats.setdefault(head.weight, floats[table.weight])  # where it is tied
         return oriented(floats, names.wiring)
 
     def cache(

@@ -98,7 +98,7 @@ class Single:
     @property
     def reference(self) -> ReferenceLinear:
         """What it is, in float32."""
-        return ReferenceLinear(self.linear, None, split_sum=False)
+        return ReferenceLinear(self.linear, None)
 
     def output(self) -> Tensor:
         """What it makes of the inputs, in float32."""

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backends.base import WriteOptions
-from backends.safetensors.bundle import sha256, write_bundle
+from backends.safetensors.bundle import write_bundle
 from backends.safetensors.file_names import INDEX_FILE, MANIFEST_FILE
 from backends.safetensors.layout import Entry
-from backends.safetensors.manifest import _digest
 from backends.safetensors.read import open_bundle, read_cache, read_linears, read_model
 from backends.safetensors.tensor_file import write_tensors
 from calib.artifact import QuantizedCache, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import KV_SCHEMES
+from calib.sealed import digest, seal_of
 from tests.backends.safetensors.plain import PlainLayout, entry
 from tests.tiny import CONFIGS, quantize_tiny
 
@@ -106,7 +106,7 @@ def test_the_folder_holds_what_the_manifest_lists(written: Path) -> None:
     manifest = open_bundle(written, verify=True).manifest
     assert {path.name for path in written.iterdir()} == {*manifest.files, MANIFEST_FILE}
     for name, file in manifest.files.items():
-        assert file.sha256 == sha256(written / name)
+        assert file.sha256 == digest(written / name)
         assert file.bytes == (written / name).stat().st_size
 
 
@@ -114,8 +114,8 @@ def test_the_same_model_gives_the_same_bytes(
     model: QuantizedModel, written: Path, tmp_path: Path
 ) -> None:
     write_bundle(model, PlainLayout(), tmp_path, WriteOptions("plain", max_shard_bytes=SHARD))
-    assert {path.name: sha256(path) for path in tmp_path.iterdir()} == {
-        path.name: sha256(path) for path in written.iterdir()
+    assert {path.name: digest(path) for path in tmp_path.iterdir()} == {
+        path.name: digest(path) for path in written.iterdir()
     }
 
 
@@ -160,10 +160,10 @@ def test_tensors_are_aligned_to_their_own_size(tmp_path: Path) -> None:
     }
     path = tmp_path / "x.safetensors"
     count: list[None] = []
-    digest = write_tensors(
+    found = write_tensors(
         path, [entry(k, "other", t) for k, t in tensors.items()], lambda: count.append(None)
     )
-    assert digest == sha256(path)
+    assert found == digest(path)
     assert len(count) == len(tensors)
     header = path.read_bytes()
     length = int.from_bytes(header[:8], "little")
@@ -207,7 +207,7 @@ def edit_manifest(
     values = json.loads(path.read_text())
     checksum = values.pop("sha256")
     edit(values)
-    values["sha256"] = _digest(values) if sealed else checksum
+    values["sha256"] = seal_of(values) if sealed else checksum
     path.write_text(json.dumps(values))
 
 

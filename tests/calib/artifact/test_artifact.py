@@ -17,8 +17,10 @@ from calib.artifact.files import FORMAT_VERSION, MANIFEST
 from calib.errors import CheckpointError, RotationError
 from calib.quantizing.plan import customised
 from calib.schemes import Scheme, scheme_named
+from tests.sealing import edit_sealed, flipped
 from tests.tiny import CONFIGS, quantize_tiny
 
+DOWN = "model.layers.0.mlp.down_proj"
 WEIGHTS = "quantized_model.safetensors"
 
 
@@ -151,14 +153,14 @@ def test_it_holds_no_module_and_is_frozen(model: QuantizedModel) -> None:
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        manifest.update(changes)
-        (folder / MANIFEST).write_text(
-            json.dumps({key: value for key, value in manifest.items() if value is not None})
-        )
+    def update(manifest: dict[str, Any]) -> None:
+        for key, value in changes.items():
+            if value is None:
+                del manifest[key]
+            else:
+                manifest[key] = value
 
-    return change
+    return lambda folder: edit_sealed(folder / MANIFEST, update)
 
 
 def truncate(folder: Path) -> None:
@@ -175,8 +177,20 @@ def drop(part: str) -> Callable[[Path], None]:
             {key: value for key, value in tensors.items() if not key.endswith(part)},
             folder / WEIGHTS,
         )
+        edit()(folder)
 
     return change
+
+
+def alter(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / WEIGHTS)
+        save_file({**tensors, key: change(tensors[key])}, folder / WEIGHTS)
+        edit()(folder)
+
+    return apply
 
 
 @pytest.mark.parametrize(
@@ -190,10 +204,10 @@ def drop(part: str) -> Callable[[Path], None]:
         (edit(linears=None), "is damaged"),
         (edit(dtype="float99"), "is damaged"),
         (edit(provenance={"gate": []}), "is damaged"),
-        (edit(format_version=FORMAT_VERSION + 1), "format version 4, written by a newer rotq"),
+        (edit(format_version=FORMAT_VERSION + 1), "format version 5, written by a newer rotq"),
         (edit(format_version=2, scheme="int8"), "format version 2, written by an older rotq"),
         (edit(scheme="int8"), "is damaged"),
-        (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "safetensors is missing"),
         (truncate, "is damaged"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), "is damaged"),
         (drop("0.mlp.down_proj.weight"), "lacks 1 tensor.*'model.layers.0.mlp.down_proj.weight'"),
@@ -202,6 +216,11 @@ def drop(part: str) -> Callable[[Path], None]:
         (drop("input_scale"), "lacks 14 tensor"),
         (drop("v_proj.bias"), "lacks 2 tensor"),
         (drop("embed_tokens.weight"), "lacks 1 tensor"),
+        (alter(f"{DOWN}.weight_scale", torch.neg), "weight_scale is not positive and finite"),
+        (alter(f"{DOWN}.weight_scale", torch.zeros_like), "weight_scale is not positive"),
+        (alter(f"{DOWN}.input_scale", lambda x: x * torch.inf), "input_scale is not positive"),
+        (alter(f"{DOWN}.weight", Tensor.float), "its weight is torch.float32"),
+        (alter("model.layers.0.self_attn.v_proj.bias", lambda x: x[1:]), "its bias is"),
     ],
 )
 def test_damage_is_named_with_a_way_out(
@@ -224,3 +243,16 @@ def test_missing_rotations_are_named(saved: Path, name: str) -> None:
     with pytest.raises(RotationError, match="cannot be read") as caught:
         load_artifact(saved)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.999])
+def test_a_flipped_bit_in_any_file_is_found(saved: Path, share: float) -> None:
+    """Scales, signs and exponents: the numbers are as likely as before."""
+    for path in sorted(path for path in saved.iterdir() if path.is_file()):
+        data = path.read_bytes()
+        for bit in (0, 6):
+            path.write_bytes(flipped(data, int(share * (len(data) - 1)), bit))
+            with pytest.raises((CheckpointError, RotationError)):
+                load_artifact(saved)
+        path.write_bytes(data)
+    load_artifact(saved)

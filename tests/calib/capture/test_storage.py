@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle  # noqa: TID251 -- what a DataLoader does with a data set, not a way to read files
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from calib.capture.result import Samples
 from calib.capture.sites import CaptureSite
 from calib.capture.storage import Capture
 from calib.errors import CheckpointError, DataError, OutputError, RotationError
+from tests.sealing import edit_sealed, flipped
 
 
 @pytest.fixture
@@ -71,13 +71,7 @@ def damage(folder: Path) -> None:
 
 
 def edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        path = folder / "manifest.json"
-        manifest = json.loads(path.read_text())
-        change(manifest)
-        path.write_text(json.dumps(manifest))
-
-    return apply
+    return lambda folder: edit_sealed(folder / "manifest.json", change)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +81,8 @@ def edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None
         (lambda folder: (folder / "manifest.json").write_text("{"), "is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is damaged"),
         (
-            edit(lambda manifest: manifest.update(format_version=2)),
-            "capture format 2, this rotq reads 1",
+            edit(lambda manifest: manifest.update(format_version=3)),
+            "capture format 3, this rotq reads 2",
         ),
         (edit(lambda manifest: manifest.pop("provenance")), "is damaged: KeyError"),
         (edit(lambda manifest: manifest.update(config={"future": 1})), "is damaged: TypeError"),
@@ -97,8 +91,8 @@ def edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None
             lambda folder: (folder / "statistics.safetensors").unlink(),
             "statistics.safetensors is missing",
         ),
-        (truncate, "truncated or changed"),
-        (damage, "r2.safetensors' is damaged"),
+        (truncate, "r1.safetensors is damaged"),
+        (damage, "r2.safetensors is damaged"),
     ],
 )
 def test_unusable_folders_say_what_is_wrong(
@@ -207,3 +201,18 @@ def test_held_out_parts_of_a_capture(captured: Capture) -> None:
     for fraction in (0.0, 1.0):
         with pytest.raises(DataError, match="cannot hold out"):
             captured.held_out("r1", fraction)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.999])
+def test_a_flipped_bit_in_any_file_is_found(
+    captured: Capture, tmp_path: Path, share: float
+) -> None:
+    captured.save(tmp_path / "capture")
+    for path in sorted((tmp_path / "capture").iterdir()):
+        data = path.read_bytes()
+        for bit in (0, 6):
+            path.write_bytes(flipped(data, int(share * (len(data) - 1)), bit))
+            with pytest.raises(CheckpointError):
+                Capture.load(tmp_path / "capture")
+        path.write_bytes(data)
+    Capture.load(tmp_path / "capture")

@@ -140,6 +140,27 @@ class NanForZero(nn.Module):
         return SimpleNamespace(logits=torch.where(input_ids == 0, torch.nan, 1.0).unsqueeze(-1))
 
 
+def test_without_the_head_the_body_runs_and_is_checked(model: LlamaForCausalLM) -> None:
+    rows = [torch.arange(9), torch.arange(1, 10)]
+    seen: list[Tensor] = []
+    head = forward_loop_over(length_batches(rows, 2))
+    body = forward_loop_over(length_batches(rows, 2), head=False)
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    norms: list[Tensor] = []
+    final = model.model.norm.register_forward_hook(lambda _m, _a, output: norms.append(output))
+    head(model)
+    body(model)
+    assert len(seen) == 1
+    assert torch.equal(norms[0], norms[1])
+    handle.remove()
+    final.remove()
+
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(QuantizationError, match=r"model.norm|'norm'"):
+        body(model)
+
+
 def test_what_stands_at_a_pad_position_means_nothing() -> None:
     ids = torch.tensor([[5, 6, 0], [5, 6, 7]])
     forward_loop_over([Batch(ids, (0, 1), (ids != 0).long())])(NanForZero())

@@ -5,6 +5,7 @@ hand.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from calib.artifact import QuantizedLinear
 from calib.fusing import materialize
-from calib.measure.reference import ReferenceLinear, build_reference
+from calib.measure.floor import split_logits
+from calib.measure.reference import ReferenceLinear, build_reference, split_sums
 from calib.rotations.rotation_set import hadamard_rotation
 from calib.schemes import INT4, INT8, PerBlock, PerChannel, PerCluster, PerTensor, TensorScheme
 from tests.tiny import (
@@ -58,15 +60,18 @@ def test_a_linear_is_the_arithmetic_of_its_docstring() -> None:
     expected = (
         exact * linear.input_scale.double() * linear.weight_scale.double() + linear.bias.double()
     )
-    found = ReferenceLinear(linear, None, split_sum=False)(x)
+    found = ReferenceLinear(linear, None)(x)
     assert found.dtype == torch.float32
     assert relative_l2(found, expected) <= SAME_SUMS
-    assert relative_l2(ReferenceLinear(linear, None, split_sum=True)(x), expected) <= SAME_SUMS
+    module = ReferenceLinear(linear, None)
+    with split_sums(module):
+        assert 0 < relative_l2(module(x), expected) <= SAME_SUMS
+    assert torch.equal(module(x), found)
 
 
 def test_a_weight_only_linear_leaves_its_input_alone() -> None:
     linear, x = one_linear(static=False), inputs()
-    module = ReferenceLinear(linear, None, split_sum=False)
+    module = ReferenceLinear(linear, None)
     assert module.quantize(x) is x
     assert linear.bias is not None
     weight = linear.weight.double() * linear.weight_scale.double()[:, None]
@@ -76,9 +81,9 @@ def test_a_weight_only_linear_leaves_its_input_alone() -> None:
 def test_the_online_rotation_comes_before_the_quantizer() -> None:
     rotation = hadamard_rotation("r4", 12, layer=0, seed=3)
     linear, x = one_linear(online=rotation.name), inputs()
-    found = ReferenceLinear(linear, rotation, split_sum=False)(x)
+    found = ReferenceLinear(linear, rotation)(x)
     rotated = x @ rotation.dense().float()
-    plain = ReferenceLinear(linear, None, split_sum=False)
+    plain = ReferenceLinear(linear, None)
     # a different summation may round a few inputs to the next integer; without the rotation all
     # differ
     assert relative_l2(found, plain(rotated)) < 0.01
@@ -91,7 +96,7 @@ def test_scales_follow_the_input_to_its_device() -> None:
         one_linear(), input_scheme=clustered, input_scale=torch.ones(inputs().shape[-1])
     )
     # as good as any device but the CPU
-    module = ReferenceLinear(linear, None, split_sum=False).to("meta")
+    module = ReferenceLinear(linear, None).to("meta")
     assert module.quantize(inputs().to("meta")).device.type == "meta"
 
 
@@ -105,7 +110,7 @@ def test_blocked_weights_use_the_scale_of_their_block() -> None:
         weight_scheme=TensorScheme(INT4, PerBlock(4)),
         bias=None,
     )
-    found = ReferenceLinear(linear, None, split_sum=False)(torch.ones(1, 10))
+    found = ReferenceLinear(linear, None)(torch.ones(1, 10))
     assert found.tolist() == [[4 + 40 + 200, 8 + 80 + 400]]
 
 
@@ -113,10 +118,12 @@ def test_blocked_weights_use_the_scale_of_their_block() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3-partial-rope"])
 def test_weight_only_the_split_sum_differs_by_rounding_only(name: str, scheme: str) -> None:
     quantized = quantize_tiny(CONFIGS[name](), scheme, ["r1", "r2", "r4"])
-    reference, split = build_reference(quantized), build_reference(quantized, split_sum=True)
+    reference = build_reference(quantized)
     ids = torch.stack(token_rows([11, 11]))
-    distance = relative_l2(split(input_ids=ids).logits, reference(input_ids=ids).logits)
+    whole = reference(input_ids=ids).logits
+    distance = relative_l2(split_logits(reference)(ids), whole)
     assert 0 < distance <= WEIGHT_ONLY  # not the same sums, and not another function
+    assert torch.equal(reference(input_ids=ids).logits, whole)  # and only while it is asked
 
 
 def test_the_split_sum_masks_padding_as_the_reference_does() -> None:
@@ -126,12 +133,11 @@ def test_the_split_sum_masks_padding_as_the_reference_does() -> None:
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    found = [
-        build_reference(quantized, split_sum=split)(
-            input_ids=ids, attention_mask=mask, position_ids=positions
-        ).logits
-        for split in (True, False)
-    ]
+    reference = build_reference(quantized)
+    run = partial(reference, input_ids=ids, attention_mask=mask, position_ids=positions)
+    with split_sums(reference):
+        split = run().logits
+    found = [split, run().logits]
     kept = mask.bool()
     assert relative_l2(found[0][kept], found[1][kept]) <= WEIGHT_ONLY
 

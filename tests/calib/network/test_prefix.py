@@ -16,6 +16,7 @@ from calib.errors import CheckpointError, QuantizationError
 from calib.fusing import FusedModel, materialize, with_prefix
 from calib.measure.reference import build_reference
 from calib.network.prefix import attach_prefix, compute_prefix
+from tests.sealing import edit_sealed
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, quantize_fused, relative_l2, token_rows
 from tests.tolerances import SAME_SUMS
 
@@ -92,6 +93,16 @@ def test_a_window_that_has_moved_on_still_sees_it(name: str) -> None:
     assert relative_l2(one, other) > 100 * SAME_SUMS
 
 
+def test_the_body_alone_sees_it_as_the_whole_model_does() -> None:
+    """Capturing and calibrating leave the head out."""
+    fused = with_prefix(fused_of("llama"), TOKENS)
+    model: Any = materialize(fused)
+    ids = rows()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+        assert torch.equal(model.lm_head(hidden), logits(model, ids))
+
+
 def test_a_quantized_cache_leaves_it_in_float() -> None:
     """A cache that rounds all it holds to zero leaves attention with the prefix alone."""
     from calib.artifact import QuantizedCache
@@ -131,6 +142,10 @@ def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
     save_prefix(prefix, tmp_path)
     text = (tmp_path / PREFIX_MANIFEST).read_text(encoding="utf-8")
     (tmp_path / PREFIX_MANIFEST).write_text(text.replace("    11\n", "    11,\n    12\n"))
+    with pytest.raises(CheckpointError, match="its checksum does not fit"):
+        load_prefix(tmp_path)
+    save_prefix(prefix, tmp_path)
+    edit_sealed(tmp_path / PREFIX_MANIFEST, lambda manifest: manifest["tokens"].append(12))
     with pytest.raises(CheckpointError, match="not of its tokens"):
         load_prefix(tmp_path)
 

@@ -27,6 +27,7 @@ from calib.rotations.rotation_set import (
     orthogonality_defect,
 )
 from calib.rotations.starts import haar_start
+from tests.sealing import edit_sealed, flipped
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 48, 6, 2, 12, 88
 
@@ -184,11 +185,32 @@ def test_manifest_that_does_not_fit(
     rotations: RotationSet, tmp_path: Path, change: Any, message: str
 ) -> None:
     save_rotations(rotations, tmp_path)
-    manifest = json.loads((tmp_path / "rotations.json").read_text())
-    change(manifest)
-    (tmp_path / "rotations.json").write_text(json.dumps(manifest))
+    edit_sealed(tmp_path / "rotations.json", change)
     with pytest.raises(RotationError, match=message):
         load_rotations(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.999])
+def test_a_flipped_bit_is_found(rotations: RotationSet, tmp_path: Path, share: float) -> None:
+    save_rotations(rotations, tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        data = path.read_bytes()
+        for bit in (0, 6):
+            path.write_bytes(flipped(data, int(share * (len(data) - 1)), bit))
+            with pytest.raises(RotationError):
+                load_rotations(tmp_path)
+        path.write_bytes(data)
+    load_rotations(tmp_path)
+
+
+def test_rotations_without_a_seal_are_those_of_an_earlier_version(
+    rotations: RotationSet, tmp_path: Path
+) -> None:
+    save_rotations(rotations, tmp_path)
+    manifest = json.loads((tmp_path / "rotations.json").read_text())
+    del manifest["sha256"], manifest["files"]
+    (tmp_path / "rotations.json").write_text(json.dumps(manifest))
+    assert_same(load_rotations(tmp_path), rotations)
 
 
 def test_validation_accepts_what_fits(rotations: RotationSet, config: Any) -> None:

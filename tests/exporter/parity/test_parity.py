@@ -14,6 +14,7 @@ import torch
 from exporter.commands.export import export
 from exporter.commands.verify import verify
 from exporter.parity.passes import steady_length
+from exporter.parity.subject import chosen_rows
 from exporter.recipe import Recipe, load_recipe
 from exporter.reporting.report import ParityRow, Report
 from exporter.run.options import RunOptions
@@ -126,6 +127,40 @@ def test_a_scale_lost_on_the_way_fails_in_every_dtype(
     assert found(report, "each linear").passed is False
     assert "down_proj" in found(report, "each linear").note
     assert found(report, "prefill, exact").passed is False
+    stored = found(report, "quantized linears, stored", "altered")
+    assert (stored.measured, stored.passed) == (1, False)
+    assert "down_proj" in stored.note
+
+    # what is read from the file now computes what the file says, which is not what was calibrated
+    again = verify(tmp_path / "out")
+    assert found(again, "each linear").passed
+    assert found(again, "quantized linears, stored", "altered") == stored
+    assert again.status == "failed"
+
+
+def test_what_is_stored_in_float_is_held_against_the_rotated_model(
+    model: str, tmp_path: Path
+) -> None:
+    """A token that none of the texts holds: no other rung sees it."""
+    right = exported(few(model, target="own"), tmp_path / "right")
+    row = found(right, "float tensors, stored", "altered")
+    assert (row.measured, row.passed) == (0, True)
+
+    report = exported(few(model, target="own", backend="wrong-embedding"), tmp_path / "out")
+    for status in (report, verify(tmp_path / "out")):
+        row = found(status, "float tensors, stored", "altered")
+        assert (row.measured, row.passed) == (1, False)
+        assert "embed_tokens" in row.note
+        assert status.status == "failed"
+
+
+def test_a_report_that_kept_no_checksums_says_so(model: str, tmp_path: Path) -> None:
+    report = exported(few(model, target="own"), tmp_path / "out")
+    assert report.linears
+    report.model_copy(update={"linears": {}}).save(tmp_path / "out")
+    row = found(verify(tmp_path / "out"), "quantized linears, stored", "altered")
+    assert row.passed is None
+    assert "kept no checksums" in row.note
 
 
 def test_a_runtime_that_is_missing_leaves_the_folder_unverified_with_the_reason(
@@ -220,3 +255,21 @@ def test_texts_are_compared_where_their_length_changes_nothing(
     if rope["rope_type"] in ("longrope", "yarn"):
         rope["original_max_position_embeddings"] = 32
     assert steady_length(config | {"rope_parameters": rope}) == steady
+
+
+def test_rows_of_the_exact_rungs_are_the_longest_and_those_with_the_most_new_tokens() -> None:
+    long, same, other, more = (
+        torch.tensor(ids) for ids in ([1, 1, 1, 1, 1], [1, 1, 1, 1], [2, 3, 2, 3], [4, 5, 6, 7])
+    )
+    rows = [same, other, long, more]
+    assert [row.tolist() for row in chosen_rows(rows, tokens=9, least=1)] == [
+        long.tolist(),
+        more.tolist(),
+    ]
+    assert [row.tolist() for row in chosen_rows(rows, tokens=1, least=3)] == [
+        other.tolist(),
+        long.tolist(),
+        more.tolist(),
+    ]
+    # no more than there are, in their order
+    assert all(map(torch.equal, chosen_rows(rows, tokens=99), rows))

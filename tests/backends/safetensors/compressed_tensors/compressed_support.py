@@ -41,13 +41,14 @@ def artifact(
     overrides: Mapping[str, str] | None = None,
     weights: str = "rtn",
     dtype: torch.dtype = torch.float32,
+    fold_norms: bool = True,
     **controls: Any,
 ) -> QuantizedModel:
     """A quantized tiny model of ``family``: a key of ``CONFIGS``, or ``wide`` where blocks do not
     fit 48 channels.
     """
     tiny = make_tiny(wide_llama() if family == "wide" else CONFIGS[family]())
-    fused = fuse_tiny(tiny, kinds, dtype)
+    fused = fuse_tiny(tiny, kinds, dtype, fold_norms=fold_norms)
     if online_block is not None:
         blocked = online_rotations(tiny.wiring, kinds, block=online_block)
         fused = fuse(tiny.state, tiny.wiring, fused.rotations.merged(blocked), dtype=dtype)

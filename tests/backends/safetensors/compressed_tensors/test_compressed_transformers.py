@@ -15,7 +15,10 @@ from torch import Tensor
 
 from backends.base import RuntimeMissing
 from backends.safetensors.backend import SafetensorsBackend
+from backends.safetensors.compressed_tensors.layout import TransformersLayout
 from backends.safetensors.compressed_tensors.runner import TransformersModel
+from backends.safetensors.names import Names
+from backends.safetensors.read import open_bundle, read_model
 from calib.arithmetic.grids import round_to_grid
 from calib.artifact import QuantizedModel
 from calib.measure.floor import split_sum_floor
@@ -26,6 +29,7 @@ from tests.backends.safetensors.compressed_tensors.compressed_support import (
     artifact,
     logits,
     opened,
+    tensors_of,
     with_maxbound,
     written,
 )
@@ -99,6 +103,24 @@ def test_logits_are_those_of_the_fake_quantized_model(case: str, tmp_path: Path)
     assert relative_l2(_run(found), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
 
 
+@pytest.mark.parametrize("family", ["llama-bias-tied-headdim", "granite"])
+def test_a_head_that_is_the_embedding_once_more_is_stored_once(family: str, tmp_path: Path) -> None:
+    """Unless something parts the two, readers tie them as those of the checkpoint do."""
+    model = artifact(family, "int8-weight-only", fold_norms=False)
+    assert model.repeats_embedding()
+    head = Names.of(model.config).wiring.head
+    assert f"{head.name}.weight" not in tensors_of(model)
+    folder = written(model, tmp_path / "bundle")
+    found = opened(folder, exact=True)
+    assert relative_l2(_run(found), logits(build_reference(model), _ROWS)) <= WEIGHT_ONLY
+    read = read_model(open_bundle(folder), TransformersLayout())
+    assert torch.equal(read.floats[head.weight], model.floats[head.weight])
+
+    apart = artifact(family, "int8-weight-only", fold_norms=True)
+    assert not apart.repeats_embedding()
+    assert f"{head.name}.weight" in tensors_of(apart)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_default_session_is_plain_from_pretrained(
@@ -145,7 +167,7 @@ def test_block_formats_are_within_the_floor(
     """In float32; the split-sum floor is what summing in another order costs."""
     model = artifact("wide", scheme, dtype=dtype)
     reference = build_reference(model)
-    floor = split_sum_floor(model, reference, _ROWS)
+    floor = split_sum_floor(reference, _ROWS)
     found = _run(opened(written(model, tmp_path / "bundle"), exact=True))
     assert relative_l2(found, logits(reference, _ROWS)) <= max(floor.value, WEIGHT_ONLY)
 

@@ -19,10 +19,10 @@ import backends
 from backends.base import WriteOptions
 from backends.safetensors.bundle import write_bundle
 from backends.safetensors.file_names import MANIFEST_FILE
-from backends.safetensors.manifest import _digest
 from backends.safetensors.tensorrt.layout import TensorRTLayout
 from backends.safetensors.tripy.loader import fill
 from calib.errors import BackendError
+from calib.sealed import seal_of
 from tests.backends.safetensors.tripy.bundles import quantized, write
 
 pytestmark = pytest.mark.runtimes
@@ -66,7 +66,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
     values = json.loads(path.read_text(encoding="utf-8"))
     values.pop("sha256")
     change(values)
-    values["sha256"] = _digest(values)
+    values["sha256"] = seal_of(values)
     path.write_text(json.dumps(values), encoding="utf-8")
 
 

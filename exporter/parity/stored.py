@@ -1,0 +1,114 @@
+"""Rung 0: the files themselves, before anything is run.
+
+A reference that is computed from a file says nothing of what became of the file. So what the folder
+holds is held against the artifact: codes, scales, zero points and biases of every quantized linear,
+the scales of the cache, and the float tensors. Their SHA-256 are kept in the report, so that
+``rotq verify``, which has no artifact, asks the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backends.altered import altered_cache, altered_parts, same_values
+from backends.base import Backend, ReadsFloats
+from calib.artifact import QuantizedCache, QuantizedModel
+from calib.artifact.files import cache_key
+from exporter.parity.rows import not_run, row
+from exporter.parity.subject import Subject
+from exporter.reporting.report import ParityRow
+
+CACHE = "KV cache"
+"""Its name among those of the linears."""
+_METRIC = "altered"
+_LINEARS, _FLOATS = (
+    "quantized linears, stored against calibrated",
+    "float tensors, stored against rotated",
+)
+
+
+def kept_digests(
+    quantized: QuantizedModel, backend: Backend, folder: Path, target: str
+) -> dict[str, str]:
+    """SHA-256 of every quantized linear and of the cache, by name, as ``folder`` holds them; of
+    what it holds otherwise than the artifact those of the artifact.
+    """
+    stored = backend.read_linears(folder, target)
+    digests = {}
+    for name, linear in quantized.linears.items():
+        same = name in stored and not altered_parts(stored[name], linear)
+        digests[name] = _digest((stored[name] if same else linear).tensors())
+    if quantized.cache is not None:
+        cache = backend.read_cache(folder, target)
+        kept = quantized.cache if altered_cache(cache, quantized.cache) else cache
+        assert kept is not None
+        digests[CACHE] = _digest(_scales(kept))
+    return digests
+
+
+def stored_rows(subject: Subject) -> list[ParityRow]:
+    """The figures of rung 0: how many are not what they were."""
+    rows = [_linears_row(subject)]
+    if isinstance(subject.backend, ReadsFloats):
+        rows.append(_floats_row(subject, subject.backend))
+    return rows
+
+
+def _linears_row(subject: Subject) -> ParityRow:
+    if not subject.digests and subject.quantized.linears:
+        return not_run(0, _LINEARS, _METRIC, "the report is of a version that kept no checksums")
+    stored = subject.backend.read_linears(subject.folder, subject.target)
+    found = {name: _digest(linear.tensors()) for name, linear in stored.items()}
+    cache = subject.backend.read_cache(subject.folder, subject.target)
+    if cache is not None:
+        found[CACHE] = _digest(_scales(cache))
+
+    names = found.keys() | subject.digests.keys()
+    altered = [name for name in names if found.get(name) != subject.digests.get(name)]
+    return _judged(_LINEARS, altered, len(subject.digests))
+
+
+def _floats_row(subject: Subject, backend: ReadsFloats) -> ParityRow:
+    stored = backend.read_floats(subject.folder, subject.target)
+    expected = subject.quantized.floats
+    altered = [
+        name for name in stored.keys() & expected.keys() if not _same(stored[name], expected[name])
+    ]
+    return _judged(_FLOATS, altered, len(stored.keys() & expected.keys()))
+
+
+def _judged(name: str, altered: Iterable[str], compared: int) -> ParityRow:
+    altered = sorted(altered)
+    note = f"{compared} compared"
+    if altered:
+        note += f"; altered: {', '.join(altered[:3])}"
+    return row(0, name, _METRIC, float(len(altered)), 0.0, note)
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """A target may store the weight of a linear ``[in, out]``."""
+    turned = expected.dim() == 2 and same_values(found, expected.T)
+    return turned or same_values(found, expected)
+
+
+def _scales(cache: QuantizedCache) -> dict[str, Tensor]:
+    return {
+        cache_key(layer, part): scale
+        for part, scales in (("key", cache.key_scale), ("value", cache.value_scale))
+        for layer, scale in scales.items()
+    }
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, as hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
