@@ -180,7 +180,8 @@ def _check_config_json(folder: Path) -> None:
         config = read_json(path)
     except ValueError as error:
         raise CheckpointError(
-            f"config.json in {folder} is damaged: {error}", hint="download or copy it again"
+            f"the config of {folder} cannot be read: config.json: {error}",
+            hint="download or copy it again",
         ) from error
     layers = layers_of(config)
     if isinstance(layers, int) and layers > MOST_LAYERS:

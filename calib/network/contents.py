@@ -32,7 +32,6 @@ _KEYS = {
     r"\.(absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.": "bitsandbytes",
     r"\.(W_q|W_q_linear)$": "HQQ",
     r"\.(weight|input|output|k|v)_(scale|scale_inv|scale_2|zero_point|global_scale)$": "scales",
-    r"\.[kv]_proj\.(k|v)_scale$": "scales of the cache",
     r"_proj_(blocks|scales)$": "MXFP4",
     r"\._amax$": "ModelOpt",
 }
