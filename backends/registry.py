@@ -7,6 +7,8 @@ One that fails to load is listed with its error and never stops the others.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +18,7 @@ from backends.asking import reasons_against, refusal_of
 from backends.base import CONTRACT_VERSION, OLDEST_CONTRACT, Backend, Request
 from calib.architectures.spec import KINDS
 from calib.errors import BackendError
+from calib.reading import reason_of
 from calib.schemes import FLOAT, KV_SCHEMES, LINEAR_SCHEMES
 
 __all__ = ["GROUP", "BackendInfo", "available", "get_backend", "target_of"]
@@ -71,10 +74,10 @@ def get_backend(name: str) -> Backend:
 
     subject = f"backend '{name}' of {_distribution(entries[name])}"
     try:
-        backend: Backend = entries[name].load()()
-    except Exception as error:
+        backend = _loaded(entries[name])
+    except (Exception, SystemExit) as error:  # sys.exit at import is the plugin's end, not rotq's
         raise BackendError(
-            f"{subject} failed to load: {error}",
+            f"{subject} failed to load: {reason_of(error)}",
             hint="reinstall or remove that package",
         ) from error
 
@@ -116,10 +119,17 @@ def _strange_contract(backend: Backend) -> tuple[str, str] | None:
     return reason, "update rotq" if version > CONTRACT_VERSION else "update that package"
 
 
+def _loaded(entry: EntryPoint) -> Backend:
+    """The backend; what its package prints meanwhile is no result of rotq."""
+    with contextlib.redirect_stdout(sys.stderr):
+        backend: Backend = entry.load()()
+    return backend
+
+
 def _describe(entry: EntryPoint) -> BackendInfo:
     distribution = _distribution(entry)
     try:
-        backend: Backend = entry.load()()
+        backend = _loaded(entry)
         strange = _strange_contract(backend)
         if strange is not None:
             return BackendInfo(entry.name, distribution, (), error=f"it {strange[0]}")
@@ -134,7 +144,7 @@ def _describe(entry: EntryPoint) -> BackendInfo:
             rotations=_for_each_target(backend, _rotations),
             rotation_warnings=_for_each_target(backend, _rotation_warnings),
         )
-    except Exception as error:  # a broken plugin must not take the list down
+    except (Exception, SystemExit) as error:  # a broken plugin must not take the list down
         return BackendInfo(entry.name, distribution, (), error=f"{type(error).__name__}: {error}")
 
 

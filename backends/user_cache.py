@@ -10,6 +10,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from calib.reading import regular_file
+
 _log = logging.getLogger(__name__)
 _VARIABLE = "ROTQ_CACHE"
 _DIGEST = hashlib.sha256().digest_size
@@ -31,8 +33,8 @@ def read_entry(path: Path, what: str) -> bytes | None:
         what: it is, for the warning that it is made again.
     """
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = regular_file(path).read_bytes()
+    except (OSError, ValueError):
         return None
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
         _log.warning("%s '%s' is damaged and is made again", what, path)

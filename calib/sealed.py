@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from calib.reading import LARGEST, bounded_text
+
 _SEAL, _FILES = "sha256", "files"
 
 
@@ -67,7 +69,7 @@ def read_sealed(
         OSError: a file cannot be read.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        values = json.loads(bounded_text(path, LARGEST), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path.name} is no JSON: {error}") from error
     if not isinstance(values, dict):

@@ -25,10 +25,12 @@ from calib.data.corpus import read_corpus
 from calib.data.rows import RowCounts, RowCutter, RowSplits
 from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError, DataError
-from calib.fusing import FusedModel, fuse
+from calib.fusing import FusedModel, check_contents, fuse
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
+from calib.network.given import check_given, unwrapped
 from calib.network.original import load_network
 from calib.progress import Progress, silent
+from calib.reading import reason_of
 from calib.rotations.rotation_set import RotationSet
 from exporter.recipe import EMBEDDED, Recipe
 
@@ -136,15 +138,17 @@ def open_source(
     """Open the float model of a recipe, or wrap a model object.
 
     Raises:
-        CheckpointError: missing, incomplete or damaged files.
+        CheckpointError: missing, incomplete or damaged files; weights that are quantized already;
+            tensors that the config does not call for.
         UnsupportedModelError: an architecture that rotq refuses.
     """
     if model is not None:
-        return _wrap(model, tokenizer)
+        return _wrap(model, tokenizer, ignore_unused=recipe.ignore_unused)
     path = embedded_folder() if recipe.model == EMBEDDED else recipe.model
     config = load_config(path, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
     wiring = wiring_for(config)
     checkpoint = open_checkpoint(path, revision=recipe.revision)
+    check_contents(checkpoint, wiring, recipe.model, ignore_unused=recipe.ignore_unused)
 
     folder = checkpoint.folder
     assert folder is not None  # it was opened from files
@@ -197,7 +201,10 @@ def read_rows(
     )
 
 
-def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> Source:
+def _wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, ignore_unused: bool
+) -> Source:
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if config is None:
         raise CheckpointError(
@@ -205,6 +212,9 @@ def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | No
         )
 
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    wiring, checkpoint = wiring_for(config), Checkpoint.from_module(model)
+    check_given(model)
+    check_contents(checkpoint, wiring, name, ignore_unused=ignore_unused)
     if tokenizer is None:
         if not Path(name).is_dir():
             raise DataError(
@@ -222,8 +232,8 @@ def _wrap(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | No
 
     source = Source(
         name=name,
-        wiring=wiring_for(config),
-        checkpoint=Checkpoint.from_module(model),
+        wiring=wiring,
+        checkpoint=checkpoint,
         tokenizer=tokenizer,
         files=side_files(scratch),
         model=model,
@@ -245,9 +255,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             folder, trust_remote_code=trust_remote_code
         )
         return tokenizer
-    # transformers raises OSError, ValueError or a tokenizers exception of its own
-    except Exception as error:
-        reason = " ".join(str(error).split())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # transformers raises OSError, ValueError or a tokenizers exception of its own, which a panic in
+    # Rust is none of
+    except BaseException as error:
+        reason = reason_of(error)
         raise CheckpointError(
             f"cannot load the tokenizer in '{folder}': {reason}",
             hint="copy tokenizer.json of the model into the folder",

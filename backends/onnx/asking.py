@@ -20,6 +20,7 @@ from pathlib import Path
 from backends.cpu import cpu_words
 from backends.facts import Runtime
 from backends.user_cache import cache_folder, read_entry, write_entry
+from calib.reading import parse_json
 from calib.schemes import LinearScheme, linear_words
 
 _log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def _read(path: Path) -> dict[str, Answer]:
     if data is None:
         return {}
     try:
-        return {question: Answer(**answer) for question, answer in json.loads(data).items()}
+        return {question: Answer(**answer) for question, answer in parse_json(data).items()}
     except (ValueError, TypeError, AttributeError):  # nobody's answers, with a digest that fits
         return {}
 

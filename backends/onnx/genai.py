@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from backends.onnx.file_names import GENAI_FILE
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
+from calib.errors import CheckpointError
+from calib.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -147,5 +149,14 @@ def _is_token(token: object, network: PretrainedConfig) -> bool:
 
 def _generation(model: QuantizedModel) -> Mapping[str, Any]:
     path = model.files.get("generation_config.json")
-    settings: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = {} if path is None else _settings_in(path)
     return settings
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path.name} of the model is damaged: {error}", hint="download or copy it again"
+        ) from error

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from backends.base import ContentKind
 from backends.safetensors.file_names import MANIFEST_FILE
 from calib.errors import BackendError
+from calib.reading import read_json
 from calib.sealed import seal_of
 
 FORMAT_VERSION = 1
@@ -118,7 +119,7 @@ class Manifest(_Entry):
             )
 
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             version = values["format_version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BackendError(f"'{path}' is damaged: {error}", hint=_HINT) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from calib.architectures.architecture import Architecture
 from calib.architectures.table import ARCHITECTURES
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _BY_MODEL_TYPE = {model_type: entry for entry in ARCHITECTURES for model_type in entry.model_types}
+
+FLOAT_CHECKPOINT = "start from the floating-point checkpoint that it was made from"
+"""What to do about weights that are quantized already."""
 
 
 def supported_model_types() -> list[str]:
@@ -34,6 +38,35 @@ def architecture_named(model_type: str) -> Architecture:
     return _BY_MODEL_TYPE[model_type]
 
 
+def refuse_config(config: Mapping[str, Any]) -> None:
+    """Refuse a model that is quantized already, or that is no causal LM.
+
+    Args:
+        config: the content of config.json.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    model_type = config.get("model_type")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise UnsupportedModelError(
+            f"this {model_type} checkpoint is quantized already (its config has a"
+            f" quantization_config{f': {method}' if method else ''})",
+            hint=FLOAT_CHECKPOINT,
+        )
+    names = config.get("architectures") or []
+    names = [names] if isinstance(names, str) else list(names)
+    # ...LMHeadModel is GPT-2's, ...Model a bare decoder
+    if names and not any(str(name).endswith(("ForCausalLM", "Model")) for name in names):
+        raise UnsupportedModelError(
+            f"this {model_type} model is no causal LM: its config says"
+            f" {', '.join(map(str, names))}, whose head rotq would drop",
+            hint="use a model whose config.json names a ...ForCausalLM under architectures",
+        )
+
+
 def architecture_for(config: PreTrainedConfig) -> Architecture:
     """The table entry for a transformers config. There is no default entry: a wrong mapping damages
     a model silently.
@@ -43,7 +76,7 @@ def architecture_for(config: PreTrainedConfig) -> Architecture:
 
     Raises:
         UnsupportedModelError: the ``model_type`` is not in the table, the model runs its own code,
-            is quantized already, or has a feature that cannot be folded.
+            is quantized already, is no causal LM, or has a feature that cannot be folded.
     """
     model_type = getattr(config, "model_type", None) or "unknown"
     entry = architecture_named(model_type)
@@ -53,12 +86,8 @@ def architecture_for(config: PreTrainedConfig) -> Architecture:
             " which may be wired differently from transformers",
             hint="load it without --trust-remote-code",
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"this {model_type} checkpoint is quantized already (its config has a"
-            " quantization_config)",
-            hint="start from the floating-point checkpoint that it was made from",
-        )
+    keys = ("model_type", "architectures", "quantization_config")
+    refuse_config({key: getattr(config, key, None) for key in keys})
 
     for refusal in entry.refusals:
         if refusal.when(config):

@@ -24,7 +24,7 @@ from calib.architectures.spec import (
     Site,
     Space,
 )
-from calib.errors import RotationError
+from calib.errors import CheckpointError, RotationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -66,15 +66,21 @@ class Wiring:
     def sizes(self) -> Dimensions:
         """The sizes of the model; ``head_dim`` is not always ``hidden / heads``."""
         config = self.config
-        heads = int(config.num_attention_heads)
-        hidden = int(config.hidden_size)
-        return Dimensions(
-            hidden=hidden,
-            layers=int(config.num_hidden_layers),
-            heads=heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-        )
+        try:
+            heads = int(config.num_attention_heads)
+            hidden = int(config.hidden_size)
+            return Dimensions(
+                hidden=hidden,
+                layers=int(config.num_hidden_layers),
+                heads=heads,
+                kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+                head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+            )
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"the config of this {self.family} model holds a size that is none: {error}",
+                hint="check config.json",
+            ) from error
 
     @property
     def layers(self) -> range:

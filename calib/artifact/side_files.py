@@ -4,6 +4,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 """Files of a checkpoint folder that every output carries, where they exist."""
+_CLASS = re.compile(rb'("tokenizer_class"\s*:\s*")TokenizersBackend(")')
 
 
 def side_files(folder: Path) -> dict[str, Path]:
@@ -29,6 +31,17 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy ``files`` into ``folder`` under their own names."""
+    """Copy ``files`` into ``folder`` under their own names, for readers of transformers 4 as well:
+    it knows the tokenizer class that version 5 writes by its former name only, as 5 does.
+    """
     for name, path in files.items():
         shutil.copyfile(path, folder / name)
+        if name == "tokenizer_config.json":
+            _spell_older(folder / name)
+
+
+def _spell_older(path: Path) -> None:
+    text = path.read_bytes()
+    older = _CLASS.sub(rb"\1PreTrainedTokenizerFast\2", text)
+    if older != text:
+        path.write_bytes(older)

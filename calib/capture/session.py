@@ -58,7 +58,8 @@ def capture(
     captured = [site for site in sites if site.rotation in ("r1", "r2")]
     if not captured:
         raise UnsupportedModelError(
-            "no R1 or R2 site to capture", hint="Use --rotate with r1 or r2."
+            "no R1 or R2 site to capture: the model takes neither",
+            hint="Export without a capture: --rotate none.",
         )
     collector = Collector(config or CaptureConfig(), captured, num_kv_heads, head_dim)
     # The head reads nothing that a rotation is trained on, and its logits are the largest tensor of

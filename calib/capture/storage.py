@@ -30,6 +30,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 STATISTICS, R1_SAMPLES, R2_SAMPLES = "statistics.safetensors", "r1.safetensors", "r2.safetensors"
 _CHANNELS = ("mean", "std", "minimum", "maximum")
+_WITHOUT = "Leave it out of --rotate."
 _AGAIN = "Capture again, or give another folder."
 
 
@@ -66,7 +67,7 @@ class Capture:
         """
         if self._r1 is None:
             raise RotationError(
-                "the capture holds no R1 activations", hint="Capture again with --rotate r1."
+                "the capture holds no R1 activations: its model takes no R1", hint=_WITHOUT
             )
         return self._r1
 
@@ -79,7 +80,7 @@ class Capture:
         """
         if self._r2_stack is None:
             raise RotationError(
-                "the capture holds no R2 activations", hint="Capture again with --rotate r2."
+                "the capture holds no R2 activations: its model takes no R2", hint=_WITHOUT
             )
         return self._r2_stack
 

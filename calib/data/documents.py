@@ -6,8 +6,8 @@ Local files work with nothing but the standard library, except parquet; hub data
 
 from __future__ import annotations
 
-import importlib
-import json
+import importlib.util
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,8 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from calib.data.sources import STREAMED_DOCUMENTS, HubDataset, LocalFile, resolve_source
+from calib.data.sources import (
+    STREAMED_DOCUMENTS,
+    HubDataset,
+    LocalFile,
+    missing_file,
+    resolve_source,
+)
 from calib.errors import DataError
+from calib.reading import parse_json, reason_of
 
 BLOCK_CHARACTERS = 8192
 """Rows of a windows-layout data set are single lines; they are gathered into documents of at least
@@ -96,13 +103,41 @@ def rows_of(
     if isinstance(source, HubDataset):
         yield from _read_hub(replace(source, split=split or source.split), column)
         return
+    if not source.path.exists():
+        raise missing_file(source.path)
     if not source.path.is_file():
+        kind = "a folder" if source.path.is_dir() else "no regular file"
         raise DataError(
-            f"calibration file '{source.path}' does not exist",
-            hint="Check the path given as --calib-dataset.",
+            f"the text '{source.path}' is {kind}", hint="Give a file to --calib-dataset."
         )
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     yield from readers[source.path.suffix.lower()](source.path, column)
+
+
+def check_source(source: str, column: str | None = None) -> None:
+    """Refuse a source that cannot be read, as far as its first row tells; nothing is downloaded.
+
+    Args:
+        source: as for :func:`read_documents`.
+        column: as its ``text_column``.
+
+    Raises:
+        DataError: as :func:`read_documents`, of a local file; of a hub data set, that the library
+            for it is not installed.
+    """
+    resolved = resolve_source(source)
+    if isinstance(resolved, HubDataset):
+        if "datasets" not in sys.modules and importlib.util.find_spec("datasets") is None:
+            raise _not_installed("datasets", f"reading the hub data set '{resolved.hub_id}'")
+        return
+    rows = rows_of(resolved, column)
+    first = next((row for row in rows if row.value not in ("", None)), None)
+    if first is None:
+        raise no_text(source)
+    if not isinstance(first.value, list):  # conversations need the tokenizer's template
+        text_of(first)
+    elif not all(isinstance(message, dict) for message in first.value):
+        raise _no_text_in(first)
 
 
 def text_of(row: Row) -> str:
@@ -112,10 +147,7 @@ def text_of(row: Row) -> str:
         DataError: it holds something else.
     """
     if not isinstance(row.value, str):
-        raise DataError(
-            f"{row.where}: '{row.column}' holds {type(row.value).__name__}, not text",
-            hint="Give a field whose values are strings.",
-        )
+        raise _no_text_in(row)
     return row.value
 
 
@@ -160,9 +192,10 @@ def _read_jsonl(path: Path, wanted: str | None) -> Iterator[Row]:
             continue
         where = f"'{path}' line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON: {error.msg}", hint=hint) from error
+            record = parse_json(line)
+        except ValueError as error:
+            reason = getattr(error, "msg", error)
+            raise DataError(f"{where} is not JSON: {reason}", hint=hint) from error
         if not isinstance(record, dict):
             raise DataError(f"{where} is not a JSON object", hint=hint)
         column = _column(wanted, "text", record)
@@ -181,7 +214,8 @@ def _read_parquet(path: Path, wanted: str | None) -> Iterator[Row]:
         table = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise DataError(
-            f"'{path}' is not a readable parquet file: {error}", hint="Check the file."
+            f"'{path}' is not a readable parquet file: {reason_of(error)}",
+            hint="Check the file.",
         ) from error
     names = table.schema_arrow.names
     column = _column(wanted, "text", names)
@@ -190,9 +224,15 @@ def _read_parquet(path: Path, wanted: str | None) -> Iterator[Row]:
             f"'{path}' has no column '{column}' (it has: {', '.join(names)})",
             hint="Name the column that holds the text: --calib-column.",
         )
-    for batch in table.iter_batches(columns=[column]):
-        for value in batch.column(0).to_pylist():
-            yield Row(f"'{path}'", column, value)
+    try:
+        for batch in table.iter_batches(columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield Row(f"'{path}'", column, value)
+    except (OSError, ValueError, TypeError) as error:  # as above, or what it cannot decode
+        raise DataError(
+            f"column '{column}' of '{path}' cannot be read: {reason_of(error)}",
+            hint="Check the file.",
+        ) from error
 
 
 def _read_hub(known: HubDataset, wanted: str | None) -> Iterator[Row]:
@@ -260,8 +300,22 @@ def _optional(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        raise DataError(
-            f"{purpose} needs the package '{package}', which is not installed",
-            hint="pip install 'rotq[datasets]'",
-        ) from error
+        raise _not_installed(module.partition(".")[0], purpose) from error
+
+
+def _not_installed(package: str, purpose: str) -> DataError:
+    return DataError(
+        f"{purpose} needs the package '{package}', which is not installed",
+        hint="pip install 'rotq[datasets]'",
+    )
+
+
+def _no_text_in(row: Row) -> DataError:
+    held = type(row.value).__name__
+    tokens = isinstance(row.value, list) and all(isinstance(item, int) for item in row.value)
+    return DataError(
+        f"{row.where}: '{row.column}' holds {'token ids' if tokens else held}, not text",
+        hint="Give the text itself, which the model's own tokenizer reads."
+        if tokens
+        else "Give a field whose values are strings: --calib-column.",
+    )

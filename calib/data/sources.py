@@ -6,6 +6,7 @@ A source is a local file (``.txt``, ``.jsonl``, ``.parquet``), one of the names 
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,17 @@ LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 STREAMED_DOCUMENTS = 4096
 """How many documents of a streamed hub data set are read unless a limit is given: calibration needs
 hundreds, while a full pass over one shard of C4 would take 350 000."""
+
+_CONVERSIONS = {
+    ".gz": "Unpack it first (gunzip FILE).",
+    ".zst": "Unpack it first (unzstd FILE).",
+    ".zip": "Unpack it first (unzip FILE).",
+    ".json": "Write one JSON object a line into a .jsonl file (jq -c '.[]' FILE > FILE.jsonl).",
+    ".csv": "Write the column of the text as parquet (pandas.read_csv(FILE).to_parquet(OUT)).",
+    ".tsv": "Write the column of the text as parquet (pandas.read_table(FILE).to_parquet(OUT)).",
+    ".md": "Rename it to .txt; every line is a document then, or part of a window.",
+}
+"""What to do about files that are not read, by their suffix."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,23 @@ perplexities compare.
 """
 
 
+def missing_file(path: Path) -> DataError:
+    """What is raised of a local file that is not there, with one that is called much the same."""
+    close = _close_to(path)
+    return DataError(
+        f"the text file '{path}' does not exist",
+        hint=f"Did you mean '{path.parent / close[0]}'?"
+        if close
+        else "Check the path given as --calib-dataset or --eval-dataset.",
+    )
+
+
+def _close_to(path: Path) -> list[str]:
+    """The file beside ``path`` that is called much the same, if there is one."""
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    return difflib.get_close_matches(path.name, beside, n=1)
+
+
 def resolve_source(source: str) -> LocalFile | HubDataset:
     """Decide what ``source`` names, without reading it.
 
@@ -122,8 +151,13 @@ def resolve_source(source: str) -> LocalFile | HubDataset:
         kind = "folder" if path.is_dir() else f"file of type {path.suffix or '(none)'}"
         raise DataError(
             f"cannot read calibration text from '{source}': it is a {kind}",
-            hint=f"Give a {', '.join(LOCAL_SUFFIXES)} file; a .txt file holds one document a line.",
+            hint=_CONVERSIONS.get(
+                path.suffix.lower(),
+                f"Give a {', '.join(LOCAL_SUFFIXES)} file; a .txt file holds one document a line.",
+            ),
         )
+    if path.suffix.lower() in _CONVERSIONS or _close_to(path):
+        raise missing_file(path)
     organisation, slash, name = source.partition("/")
     if slash and organisation and name and "/" not in name and not source.startswith((".", "~")):
         return HubDataset(source)

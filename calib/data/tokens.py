@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calib.data.sources import Layout
 from calib.errors import DataError
+from calib.reading import reason_of
 
 MINIMUM_TOKENS = 2
 """A row of one token predicts nothing, and its only position is the attention sink."""
@@ -102,11 +103,22 @@ def tokenize(
 def encode(text: str, tokenizer: Tokenizer, *, special: bool = True) -> Tensor:
     """The token ids [tokens] of ``text``, int64; with the tokenizer's ``special`` tokens around
     it.
+
+    Raises:
+        DataError: the tokenizer fails on it.
     """
     # verbose=False: a joined corpus is longer than the model's positions on purpose, and is cut
     # into windows next.
-    found = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return torch.tensor(found, dtype=torch.int64)
+    try:
+        found = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return torch.tensor(found, dtype=torch.int64)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise DataError(
+            f"the model's tokenizer fails on the text {text[:40]!r}: {reason_of(error)}",
+            hint="Check the tokenizer's files and the text.",
+        ) from error
 
 
 def cut_windows(

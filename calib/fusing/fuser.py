@@ -51,7 +51,8 @@ class FusedModel:
     rotations: RotationSet
     dtype: torch.dtype
     unused: tuple[str, ...]
-    """Tensors of the checkpoint that the model has no use for."""
+    """Tensors of the checkpoint that the model has no use for; before a run
+    :func:`~calib.fusing.source.check_contents` has refused them."""
     refusals: tuple[str, ...]
     """Why a stock model folder cannot hold this model; empty when it can."""
     norms_folded: bool

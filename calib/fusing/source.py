@@ -8,17 +8,51 @@ module tree only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from calib.architectures import Architecture, LinearSpec, Wiring
+from calib.architectures.stored import canonical_name
 from calib.errors import CheckpointError
 from calib.network.checkpoint import Checkpoint
+from calib.network.contents import refuse_files, refuse_layers, refuse_quantized, refuse_unused
+from calib.network.skeleton import expected_tensors
 
+_WRAPPERS = {
+    "_orig_mod.": "save the model inside torch.compile: model._orig_mod.save_pretrained(FOLDER)",
+    "module.": "save the model inside its wrapper: model.module.save_pretrained(FOLDER)",
+    "base_model.model.": "merge first: model.merge_and_unload().save_pretrained(FOLDER)",
+    "base_layer.": "merge first: model.merge_and_unload().save_pretrained(FOLDER)",
+}
+"""What wrappers put into the names of tensors, and how to save what they wrap."""
 _OTHER_CONFIG = "check that config.json belongs to these weights and that every shard is there"
+
+
+def check_contents(
+    checkpoint: Checkpoint, wiring: Wiring, source: str, *, ignore_unused: bool = False
+) -> None:
+    """Refuse what no run should start from; nothing but headers is read.
+
+    Args:
+        checkpoint: the model's tensors.
+        wiring: that of the model.
+        source: what the model is called, for messages.
+        ignore_unused: go on without the tensors that the config does not call for, and without an
+            adapter that lies beside the weights.
+
+    Raises:
+        CheckpointError: the weights are quantized already, a tensor is missing, has another shape,
+            or is not called for.
+    """
+    if checkpoint.folder is not None:
+        refuse_files(checkpoint.folder, source, ignore_unused=ignore_unused)
+        refuse_quantized(checkpoint.stored_dtypes(), source)
+    refuse_layers(wiring.sizes.layers, len(checkpoint), source)
+    tensors = SourceTensors(checkpoint, wiring, expected_tensors(wiring.config))
+    if not ignore_unused:
+        refuse_unused(tensors.unused(), source)
 
 
 class SourceTensors:
@@ -114,15 +148,7 @@ def _stored_names(
     checkpoint: Mapping[str, Tensor], architecture: Architecture, expected: dict[str, torch.Size]
 ) -> dict[str, str]:
     """From names in the module tree to names in the checkpoint."""
-    stored = {}
-    for name in checkpoint:
-        canonical = name
-        for pattern, replacement in architecture.renames:
-            canonical = re.sub(pattern, replacement, canonical)
-        if canonical not in expected and not canonical.startswith(f"{architecture.base_prefix}."):
-            canonical = f"{architecture.base_prefix}.{canonical}"
-        stored[canonical] = name
-    return stored
+    return {canonical_name(name, architecture, expected): name for name in checkpoint}
 
 
 def _tie(stored: dict[str, str], embedding: str, head: str) -> None:
@@ -146,8 +172,24 @@ def _expert_names(spec: LinearSpec, experts: int, stored: dict[str, str]) -> lis
 
 def _find(name: str, stored: dict[str, str]) -> str:
     if name not in stored:
+        wrapped = next((held for held in stored.values() if _bare(held) == _bare(name)), None)
+        if wrapped is not None:
+            raise CheckpointError(
+                f"the checkpoint holds {wrapped}, expected {name}", hint=_wrapped_hint(wrapped)
+            )
         raise CheckpointError(
             f"tensor {name} is missing from the checkpoint, but the config calls for it",
             hint=_OTHER_CONFIG,
         )
     return stored[name]
+
+
+def _bare(name: str) -> str:
+    """``name`` without what wrappers put into it."""
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name
+
+
+def _wrapped_hint(name: str) -> str:
+    return next(hint for part, hint in reversed(_WRAPPERS.items()) if part in name)

@@ -7,7 +7,6 @@ moved into its folder as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from calib.errors import CheckpointError, OutputError
 from calib.layerwise.files import write_json, write_tensors
+from calib.reading import read_json
 from calib.sealed import digest
 
 JOURNAL = "journal.json"
@@ -114,7 +114,7 @@ class ShardStore:
     def _read(self) -> None:
         path = self.folder / JOURNAL
         try:
-            journal = json.loads(path.read_text(encoding="utf-8"))
+            journal = read_json(path)
             self._settings, self._shards = dict(journal["settings"]), dict(journal["shards"])
             expected = {name: str(shard["sha256"]) for name, shard in self._shards.items()}
         except (ValueError, KeyError, TypeError) as error:

@@ -7,8 +7,8 @@ it is refused.
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from calib.architectures import supported_model_types
 from calib.errors import CheckpointError, UnsupportedModelError
+from calib.network.contents import MOST_LAYERS, layers_of, refuse_files, too_many_layers
+from calib.reading import read_json, reason_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -63,6 +65,19 @@ class Checkpoint(Mapping[str, Tensor]):
         """Shape of a tensor, without reading it."""
         held = self._tensors[name]
         return tuple(held.shape if isinstance(held, Tensor) else held.get_slice(name).get_shape())
+
+    def stored_dtypes(self) -> dict[str, tuple[str, int]]:
+        """Of each tensor in a file, its dtype as safetensors spells it (``BF16``) and how many
+        dimensions it has, without reading it.
+        """
+        slices = {
+            name: held.get_slice(name)
+            for name, held in self._tensors.items()
+            if not isinstance(held, Tensor)
+        }
+        return {
+            name: (str(part.get_dtype()), len(part.get_shape())) for name, part in slices.items()
+        }
 
 
 def load_config(
@@ -114,6 +129,7 @@ def open_checkpoint(
     """
     folder = _local_folder(path_or_id) or _download(str(path_or_id), revision)
     _check_config_json(folder)
+    refuse_files(folder, str(folder), ignore_unused=True)  # of adapters, the run decides
     if (folder / _INDEX).is_file():
         return Checkpoint(_open_sharded(folder), folder=folder)
     if (folder / _SINGLE).is_file():
@@ -152,15 +168,28 @@ def _local_folder(path_or_id: str | os.PathLike[str]) -> Path | None:
 
 
 def _check_config_json(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    """Refuse a config.json that transformers would wait for, or fill the memory with."""
+    path = folder / "config.json"
+    if not path.exists():
+        refuse_files(folder, str(folder))  # an adapter, or GGUF
         raise CheckpointError(
             f"model folder {folder} has no config.json",
             hint="pass the folder that the model was saved to",
         )
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the config of {folder} cannot be read: config.json: {error}",
+            hint="download or copy it again",
+        ) from error
+    layers = layers_of(config)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise too_many_layers(layers, folder)
 
 
 def _config_error(source: str, error: Exception) -> CheckpointError | UnsupportedModelError:
-    reason = str(error).strip().split("\n")[0]
+    reason = reason_of(error)
     if isinstance(error, ValueError) and (
         "model type" in str(error) or "trust_remote_code" in str(error)
     ):
@@ -185,7 +214,7 @@ def _download(model_id: str, revision: str | None) -> Path:
         )
     # the hub client raises a dozen kinds: HTTP, offline, validation, not found, disk
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise CheckpointError(
             f"{model_id} is no folder here and cannot be downloaded from the hub: {reason}",
             hint="check the id and the network; a gated model needs: hf auth login",
@@ -197,16 +226,23 @@ def _no_weights(folder: Path) -> CheckpointError:
         return CheckpointError(
             f"model folder {folder} holds its weights as pickles only, which can run code when they"
             " are loaded",
-            hint=(
-                'if you trust them, convert once: python -c "from transformers import'
-                " AutoModelForCausalLM as M; "
-                f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-            ),
+            hint=f"if you trust them, convert once: {_conversion(folder)}",
         )
     return CheckpointError(
         f"model folder {folder} has neither {_SINGLE} nor {_INDEX}",
         hint="rotq reads safetensors only; save the model with save_pretrained",
     )
+
+
+def _conversion(folder: Path) -> str:
+    """A command that loads the pickles and writes the model with its tokenizer."""
+    source, target = repr(str(folder)), repr(f"{folder}-safetensors")
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"M.from_pretrained({source}).save_pretrained({target}); "
+        f"T.from_pretrained({source}).save_pretrained({target})"
+    )
+    return f"python -c {shlex.quote(code)}"
 
 
 def _open(path: Path) -> Any:
@@ -247,8 +283,7 @@ def _open_sharded(folder: Path) -> dict[str, Any]:
 def _read_index(folder: Path) -> dict[str, str]:
     """The ``weight_map`` of a sharded checkpoint: shard by tensor name."""
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
+        weight_map = read_json(folder / _INDEX)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard is not given by its name")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

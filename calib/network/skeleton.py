@@ -15,6 +15,7 @@ from calib.architectures import Wiring, wiring_of
 from calib.errors import CheckpointError
 from calib.modules.attention import attention_implementation
 from calib.modules.paths import set_submodule
+from calib.reading import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,10 +81,17 @@ def _template(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
         while len(_TEMPLATES) >= _KEPT_TEMPLATES:
             del _TEMPLATES[next(iter(_TEMPLATES))]
-        with torch.device("meta"):
-            _TEMPLATES[key] = AutoModelForCausalLM.from_config(
-                own, dtype=dtype, attn_implementation=attention
-            )
+        try:
+            with torch.device("meta"):
+                _TEMPLATES[key] = AutoModelForCausalLM.from_config(
+                    own, dtype=dtype, attn_implementation=attention
+                )
+        except Exception as error:  # whatever a class makes of numbers that it did not expect
+            raise CheckpointError(
+                f"transformers cannot build the {own.model_type} model of this config:"
+                f" {reason_of(error)}",
+                hint="check the numbers in config.json",
+            ) from error
     return _TEMPLATES[key]
 
 

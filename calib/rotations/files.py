@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calib.architectures import Space
 from calib.errors import RotationError
+from calib.reading import regular_file
 from calib.rotations.rotation_set import Rotation, RotationSet
 from calib.sealed import read_sealed, write_sealed
 
@@ -64,7 +65,7 @@ def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
             source / MANIFEST, lambda values: _check_version(source, values), required=False
         )
         entries = manifest["rotations"]
-        matrices = load_file(source / TENSORS)
+        matrices = load_file(regular_file(source / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RotationError(
             f"the rotations in {source} cannot be read: {error}",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calib.architectures import Wiring
 from calib.errors import RotationError
+from calib.reading import reason_of, regular_file
 from calib.rotations.files import MANIFEST, TENSORS, load_rotations
 from calib.rotations.rotation_set import (
     ORTHOGONALITY_TOLERANCE,
@@ -162,11 +163,10 @@ def export_dartquant(rotations: RotationSet, folder: str | os.PathLike[str]) -> 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(regular_file(path), map_location="cpu", weights_only=True)
     except Exception as error:  # anything that a malformed or hostile pickle raises
         raise RotationError(
-            f"{path} cannot be read as a file of rotation matrices:"
-            f" {str(error).strip().splitlines()[0]}",
+            f"{path} cannot be read as a file of rotation matrices: {reason_of(error)}",
             hint="it must be a dictionary of tensors written by torch.save",
         ) from error
     if not isinstance(loaded, dict) or not all(

@@ -49,6 +49,14 @@ class ModelFlags:
             rich_help_panel=MODEL,
         ),
     ] = None
+    ignore_unused: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-unused",
+            help="Go on without tensors that the config does not call for.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False
     trust_remote_code: Annotated[
         bool,
         typer.Option(

@@ -11,6 +11,7 @@ RECIPE_KEYS = {
     "model": "model",
     "revision": "revision",
     "trust_remote_code": "trust_remote_code",
+    "ignore_unused": "ignore_unused",
     "device": "device",
     "dtype": "dtype",
     "backend": "backend",

@@ -5,6 +5,7 @@ are drawn.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -71,11 +72,12 @@ def set_up(talk: TalkFlags) -> None:
 def running(talk: TalkFlags) -> Iterator[Progress]:
     """Surround the long part of a command: bars on, libraries quiet, stdout kept for the result.
 
-    Libraries print to stdout as they like (torch.onnx.export does); until the end of the block that
-    is swallowed, or goes to stderr under ``-v``.
+    Libraries print to stdout as they like (torch.onnx.export does, and the native code of
+    tokenizers); until the end of the block that is swallowed, or goes to stderr under ``-v``.
     """
     with (
         Path(os.devnull).open("w") as nowhere,
+        _native_stdout_to(2 if talk.verbose else nowhere.fileno()),
         contextlib.redirect_stdout(sys.stderr if talk.verbose else nowhere),
     ):
         if not talk.verbose:
@@ -87,6 +89,26 @@ def running(talk: TalkFlags) -> Iterator[Progress]:
 
         with ConsoleProgress(error_console()) as progress:
             yield progress
+
+
+@contextlib.contextmanager
+def _native_stdout_to(descriptor: int) -> Iterator[None]:
+    """Let what does not print through Python (descriptor 1) write to ``descriptor``."""
+    sys.stdout.flush()
+    try:
+        own = os.dup(1)
+        os.dup2(descriptor, 1)
+    except OSError:  # the process was started without one of them
+        yield
+        return
+    try:
+        yield
+    finally:
+        # what C has buffered would come out when the process ends
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def print_json(document: Any) -> None:

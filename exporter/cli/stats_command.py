@@ -26,6 +26,7 @@ from exporter.cli.options import (
 )
 from exporter.cli.overrides import overrides
 from exporter.cli.resolve import check_output, resolve
+from exporter.cli.results import targets_for
 from exporter.cli.session import print_json, running, set_up
 
 if TYPE_CHECKING:
@@ -141,15 +142,29 @@ def _print(result: StatsResult, talk: TalkFlags) -> None:
         return
     from exporter.console import output_console
     from exporter.console.show_stats import show_stats
-    from exporter.recipe import EMBEDDED
 
     show_stats(output_console(), result.report, result.output, None if talk.verbose else ROWS_SHOWN)
-    recipe = result.recipe
+    typer.echo(f"next:\n  {_after(result)}", err=True)
+
+
+def _after(result: StatsResult) -> str:
+    """What can be done next: an export, where some installed target can express the scheme."""
+    from calib.rotations.rotate import Rotate
+    from exporter.recipe import EMBEDDED, RECIPE_FILE
+
+    recipe, rotate = result.recipe, result.report.rotate
+    able = targets_for(recipe, Rotate.parse(rotate).certain)
+    if not able:
+        saved = shlex.quote(str(result.output / RECIPE_FILE))
+        return (
+            f"rotq calibrate --recipe {saved} --rotate {rotate} -o OUT"
+            "  (no installed target can express it: see 'rotq backends')"
+        )
     model = "" if recipe.model == EMBEDDED else f"-m {shlex.quote(recipe.model)} "
-    typer.echo(
-        f"next:\n  rotq export {model}--scheme {recipe.scheme} --rotate {result.report.rotate}"
-        " -o OUT",
-        err=True,
+    backend, target = able[0]
+    return (
+        f"rotq export {model}--backend {backend} --target {target} --scheme {recipe.scheme}"
+        f" --rotate {rotate} -o OUT"
     )
 
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backends.base import StandIn
 from backends.registry import get_backend
+from calib.ambient import plain_torch
 from calib.artifact import load_artifact
 from calib.artifact.files import MANIFEST
 from calib.data.documents import read_documents
-from calib.data.tokens import clamp_seqlen
+from calib.data.tokens import clamp_seqlen, encode
 from calib.errors import CheckpointError
 from calib.measure.perplexity import LogitsFunction, Perplexity, model_logits, perplexity
 from calib.measure.reference import build_reference
@@ -44,6 +43,7 @@ class EvalResult:
     """What ran it, as its backend calls it, or ``torch``."""
 
 
+@plain_torch()
 def evaluate(
     source: str,
     text: str | None,
@@ -71,6 +71,8 @@ def evaluate(
     Raises:
         RotqError: the model or the text cannot be read.
     """
+    # before the model, which takes longer
+    documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
     folder = embedded_folder() if source == EMBEDDED else Path(source)
     if is_export(folder):
         scored = _exported(folder)
@@ -80,11 +82,10 @@ def evaluate(
         scored = _checkpoint(folder if source == EMBEDDED else source, device)
     tokenizer = load_tokenizer(scored.folder)
     window = clamp_seqlen(window or DEFAULT_WINDOW, scored.config)
-    documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
 
     nll, tokens = 0.0, 0
     for document in track(documents, "eval", len(documents), progress):
-        row = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+        row = encode(document, tokenizer)
         if row.numel() < 2:
             continue
         part = perplexity(scored.logits, [row], window=window, stride=stride or window)

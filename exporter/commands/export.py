@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from calib.ambient import plain_torch
 from calib.architectures import KINDS
 from calib.artifact import QuantizedModel, load_artifact, save_artifact
 from calib.fusing import FusedModel
@@ -66,6 +67,7 @@ class CalibrateResult:
     quantized: QuantizedModel
 
 
+@plain_torch()
 def export(
     recipe: Recipe,
     options: RunOptions,
@@ -98,6 +100,7 @@ def export(
         return ExportResult(options.output, calibrated.recipe, reports)
 
 
+@plain_torch()
 def calibrate(
     recipe: Recipe,
     options: RunOptions,
@@ -123,6 +126,7 @@ def calibrate(
         return CalibrateResult(options.output, calibrated.recipe, calibrated.quantized)
 
 
+@plain_torch()
 def run_capture(
     recipe: Recipe,
     options: RunOptions,

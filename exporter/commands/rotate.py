@@ -6,13 +6,16 @@ compared with those of the original.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calib.ambient import plain_torch
 from calib.architectures import Kind
+from calib.artifact.older_config import with_older_keys
 from calib.artifact.side_files import copy_side_files
 from calib.errors import RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, materialize
@@ -27,7 +30,12 @@ from exporter.output import check_target as check_output
 from exporter.parity.fold import check_folder
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import CARD_FILE, render_rotated_card, source_license
-from exporter.reporting.describe import package_versions, rotation_summaries, source_summary
+from exporter.reporting.describe import (
+    CONFIG_FILE,
+    package_versions,
+    rotation_summaries,
+    source_summary,
+)
 from exporter.reporting.report import COMPARED_ROWS, ParityRow, RotateReport, RotationGateRow
 from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs, open_inputs
@@ -52,6 +60,7 @@ class RotateResult:
     report: RotateReport
 
 
+@plain_torch()
 def rotate(
     recipe: Recipe,
     options: RunOptions,
@@ -176,6 +185,10 @@ def _write(fused: FusedModel, source: Source, recipe: Recipe, folder: Path) -> N
     # than it read, and shards them with huggingface_hub.
     network: Any = materialize(fused)
     network.save_pretrained(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(with_older_keys(config), indent=2) + "\n", encoding="utf-8"
+    )
     copy_side_files(source.files, folder)
     save_rotations(fused.rotations, folder)
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calib.ambient import plain_torch
 from calib.architectures import LinearSpec
 from calib.data.batches import length_batches
 from calib.data.tokens import token_hash
@@ -88,6 +89,7 @@ class _Measured:
     labels: dict[str, Tensor]
 
 
+@plain_torch()
 def stats(
     recipe: Recipe,
     options: RunOptions,

@@ -17,6 +17,7 @@ import torch
 from backends.base import Backend
 from backends.cpu import cpu_words
 from backends.registry import get_backend
+from calib.ambient import plain_torch
 from calib.artifact import Provenance, QuantizedModel
 from calib.errors import CheckpointError
 from calib.fusing import FusedModel, with_prefix
@@ -34,6 +35,7 @@ from exporter.run.quantizing import customised_scheme
 from exporter.source import Source, open_source, read_rows
 
 
+@plain_torch()
 def verify(
     folder: Path, *, model: str | None = None, rows: int | None = None, progress: Progress = silent
 ) -> Report:

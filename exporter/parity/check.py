@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from calib.progress import Progress, track
 from exporter.parity.fold import fold_row
+from exporter.parity.overflow import overflow_rows
 from exporter.parity.quality import quality_rows
 from exporter.parity.rounding import rounding_rows
 from exporter.parity.runtime import runtime_rows
@@ -31,4 +32,4 @@ def check_parity(subject: Subject, progress: Progress) -> list[ParityRow]:
     rows: list[ParityRow] = []
     for rung in track(rungs, "parity", len(rungs), progress):
         rows += rung()
-    return rows
+    return rows + overflow_rows(subject, rows)

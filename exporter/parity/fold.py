@@ -5,6 +5,7 @@ This is the one proof that folding is exact, of ``rotq export``, ``verify`` and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from calib.errors import RotationError
 from calib.fusing import materialize
 from calib.measure.floor import Difference
+from calib.measure.overflow import first_overflow
 from calib.measure.perplexity import model_logits
 from calib.network.checkpoint import load_config
 from calib.network.original import load_network
@@ -122,7 +124,8 @@ def check_folder(
         RotationError: a figure misses its bound.
     """
     rotated = load_network(folder, load_config(folder), dtype=dtype, device=device, complete=True)
-    error = fold_error(source.original(device), rotated, rows, dtype, progress)
+    original = source.original(device)
+    error = fold_error(original, rotated, rows, dtype, progress)
 
     name = str(dtype).removeprefix("torch.")
     against = "original in float32"
@@ -130,6 +133,12 @@ def check_folder(
     figures = [row(1, compared, _METRIC, error.rotated, error.bound)]
     if error.rounded is not None:
         figures.append(row(1, f"original in {name}, {against}", _METRIC, error.rounded, None))
+    overflow = None if math.isfinite(error.rotated) else first_overflow(original, rows, dtype)
+    if overflow is not None:
+        raise RotationError(
+            f"the rotated folder computes no finite logits in {name}: {overflow}",
+            hint="give --dtype bfloat16 or float32",
+        )
     if not figures[0].passed:
         raise RotationError(
             "the rotated folder does not compute what the original does: relative L2 of logits "

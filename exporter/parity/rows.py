@@ -9,6 +9,7 @@ from typing import TypedDict
 from backends.base import DescribedModel, ProbedModel, RuntimeModel, StandIn
 from exporter.reporting.report import ParityRow, Rung
 
+NOT_FINITE = "not finite"
 NO_ORIGINAL = "the original checkpoint is not at hand (-m/--model names it)"
 
 
@@ -23,16 +24,17 @@ def row(
     not_run_in: str = "",
     session: Mapping[str, str] | None = None,
 ) -> ParityRow:
-    """A figure, judged where it has a bound. One that is not finite fails it."""
-    finite = math.isfinite(measured)
+    """A figure, judged where it has a bound. One that is not finite fails it, and so does any where
+    the bound is not."""
+    finite = math.isfinite(measured) and (bound is None or math.isfinite(bound))
     return ParityRow(
         rung=rung,
         name=name,
         metric=metric,
-        measured=measured if finite else None,
-        bound=bound,
+        measured=measured if math.isfinite(measured) else None,
+        bound=bound if bound is None or math.isfinite(bound) else None,
         passed=None if bound is None else finite and measured <= bound,
-        note=note if finite else "not finite",
+        note=note if finite else NOT_FINITE,
         runtime=runtime,
         not_run_in=not_run_in,
         session=dict(session or {}),

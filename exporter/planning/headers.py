@@ -8,7 +8,6 @@ hundred kilobytes.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterator
@@ -17,8 +16,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from calib.architectures.lookup import refuse_config
+from calib.architectures.stored import uncalled_names
 from calib.artifact.side_files import SIDE_FILES, side_files
 from calib.errors import CheckpointError
+from calib.network.contents import (
+    layers_of,
+    refuse_files,
+    refuse_layers,
+    refuse_quantized,
+    refuse_unused,
+)
+from calib.reading import parse_json, read_json
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 from exporter.recipe import EMBEDDED
 
@@ -57,6 +66,8 @@ class CheckpointHeaders:
     tensors: tuple[TensorHeader, ...]
     side_files: tuple[str, ...] = ()
     """Files that every output carries along."""
+    beside: tuple[str, ...] = ()
+    """Names of all files beside the weights."""
 
     @property
     def dtype(self) -> str:
@@ -90,12 +101,36 @@ def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
 
 def read_folder(folder: Path, source: str) -> CheckpointHeaders:
     """Describe a local folder whose weights are ``model.safetensors`` or shards with an index."""
+    beside = tuple(path.name for path in folder.iterdir())
+    refuse_files(beside, source, ignore_unused=True)  # of adapters, check_headers decides
     return CheckpointHeaders(
         source,
         _read_json(folder / "config.json"),
         _tensors(folder, "model"),
         tuple(side_files(folder)),
+        beside,
     )
+
+
+def check_headers(checkpoint: CheckpointHeaders, *, ignore_unused: bool) -> None:
+    """Refuse what the run would refuse at its start (:func:`calib.fusing.check_contents`), as far
+    as names tell.
+
+    Args:
+        checkpoint: the float model.
+        ignore_unused: go on without tensors that the config does not call for.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: with the reason.
+    """
+    source, config = checkpoint.source, checkpoint.config
+    refuse_config(config)
+    refuse_files(checkpoint.beside, source, ignore_unused=ignore_unused)
+    stored = {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in checkpoint.tensors}
+    refuse_quantized(stored, source)
+    refuse_layers(layers_of(config), len(stored), source)
+    if not ignore_unused:
+        refuse_unused(uncalled_names(stored, config), source)
 
 
 def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
@@ -172,14 +207,11 @@ def _read_json(
     path: Path, absent: str = _NO_MODEL, damaged: str = "download the checkpoint again"
 ) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"'{path.parent}' has no {path.name}", hint=absent) from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"cannot read '{path}': {error}", hint=damaged) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' is not a JSON object", hint=damaged)
-    return content
 
 
 def _read_header(path: Path) -> Iterator[TensorHeader]:
@@ -197,13 +229,15 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
         header = file.read(length)
 
     try:
-        entries = json.loads(header)
+        entries = parse_json(header)
         entries.pop("__metadata__", None)
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - 8 - length:
+            shape = tuple(entry["shape"])
+            whole = all(isinstance(length, int) and length >= 0 for length in shape)
+            if not whole or not 0 <= begin <= end <= size - 8 - length:
                 raise corrupt
-            yield TensorHeader(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+            yield TensorHeader(name, str(entry["dtype"]), shape, end - begin)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise corrupt from error
 
@@ -227,7 +261,7 @@ def _read_hub(repo: str, revision: str | None) -> CheckpointHeaders:
         config = _read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
         there = list_repo_files(repo, revision=revision)
         side = tuple(name for name in SIDE_FILES if name in there)
-        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision), side)
+        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision), side, tuple(there))
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
         # HfHubHTTPError is an OSError too: the hub answered, and said no.
         if isinstance(error, HfHubHTTPError) and error.response is not None:

@@ -29,7 +29,7 @@ from exporter.planning.files import (
     export_files,
     rotate_files,
 )
-from exporter.planning.headers import ArtifactHeaders, read_artifact, read_headers
+from exporter.planning.headers import ArtifactHeaders, check_headers, read_artifact, read_headers
 from exporter.planning.sizes import (
     FLOAT_BYTES,
     Sizes,
@@ -40,6 +40,7 @@ from exporter.planning.sizes import (
 )
 from exporter.planning.stages import Goal, Stage, Work, stages_of
 from exporter.recipe import Recipe
+from exporter.run.calibration_text import check_text
 from exporter.run.destination import Destination
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import customised_scheme
@@ -94,15 +95,19 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     """Work out a run from the checkpoint's headers.
 
     Raises:
-        CheckpointError, UnsupportedModelError, QuantizationError: what the run itself would refuse
-            at its start.
+        CheckpointError, DataError, UnsupportedModelError, QuantizationError: what the run itself
+            would refuse at its start.
     """
+    if options.from_artifact is None:
+        check_text(recipe)
     artifact = None if options.from_artifact is None else read_artifact(options.from_artifact)
     checkpoint = (
         read_headers(recipe.model, recipe.revision) if artifact is None else artifact.checkpoint
     )
     model_type = str(checkpoint.config.get("model_type", "unknown"))
     offered = architecture_named(model_type).offered
+    if artifact is None:
+        check_headers(checkpoint, ignore_unused=recipe.ignore_unused)
     sizes, scheme = sizes_of(checkpoint, recipe), customised_scheme(recipe)
     destination = Destination.of(recipe)
     if goal == "export" and artifact is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from calib.architectures.lookup import architecture_named
 from calib.capture.sites import CaptureBytes, estimate_bytes
+from calib.errors import CheckpointError
 from calib.schemes import LinearScheme, PerBlock, PerChannel, Scheme, TensorScheme
 from exporter.planning.headers import CheckpointHeaders, TensorHeader
 from exporter.recipe import Recipe, parse_size
@@ -70,11 +71,22 @@ class Sizes:
 
 
 def sizes_of(checkpoint: CheckpointHeaders, recipe: Recipe) -> Sizes:
-    """The sizes of a model whose rows are as long as the recipe says."""
-    config = checkpoint.config.get("text_config") or checkpoint.config
+    """The sizes of a model whose rows are as long as the recipe says.
+
+    Raises:
+        CheckpointError: the config holds a size that is none.
+    """
+    inner = checkpoint.config.get("text_config")
+    config = inner if isinstance(inner, Mapping) else checkpoint.config
 
     def number(*keys: str, default: int = 1) -> int:
-        return int(next((config[key] for key in keys if config.get(key)), default))
+        value = next((config[key] for key in keys if config.get(key)), default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"the config of '{checkpoint.source}' says {keys[0]} = {value!r:.60}",
+                hint="check config.json",
+            )
+        return value
 
     hidden = number("hidden_size", "n_embd")
     heads = number("num_attention_heads", "n_head")

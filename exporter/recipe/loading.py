@@ -6,6 +6,7 @@ never ignored.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,11 @@ import yaml
 from pydantic import ValidationError
 
 from calib.errors import CheckpointError, RecipeError
+from calib.reading import bounded_text, reason_of
 from exporter.recipe.schema import NEVER_IN_FILES, Recipe
+
+LARGEST = 2**20
+"""Bytes of a recipe."""
 
 
 def presets() -> list[str]:
@@ -83,7 +88,19 @@ def recipe_of_artifact(values: Mapping[str, Any], run: Recipe, folder: Path) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win, silently; a recipe must not."""
+    """YAML lets the last of two equal keys win, silently; a recipe must not. Nor may it repeat
+    itself: a few hundred bytes of aliases of aliases hold gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: yaml.AliasEvent = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                problem=f"'*{event.anchor}' repeats a value; write it out",
+                problem_mark=event.start_mark,  # type: ignore[arg-type]
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: set[Any] = set()
@@ -105,8 +122,8 @@ def _read(source: str | Path) -> dict[str, Any]:
         )
     else:
         try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = bounded_text(Path(source), LARGEST)
+        except (OSError, ValueError) as error:
             raise RecipeError(
                 f"cannot read the recipe '{source}': {error}",
                 hint=f"give a YAML file or one of the presets: {', '.join(presets())}",
@@ -114,9 +131,11 @@ def _read(source: str | Path) -> dict[str, Any]:
 
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    # a number, date or key that YAML reads and Python does not is none of YAML's errors
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise RecipeError(
-            f"the recipe '{source}' is not valid YAML: {' '.join(str(error).split())}"
+            f"the recipe '{source}' is not valid YAML: {reason_of(error)}",
+            hint="`rotq export --dry-run` prints a complete recipe",
         ) from error
 
     if values is None:
@@ -135,11 +154,16 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
         inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
             raise RecipeError(f"recipe key '{parent}' must be a mapping, not '{inner}'")
-        # A copy, because two YAML aliases of one mapping are one object, and only this key was
-        # asked for.
-        values[parent] = dict(inner)
-        values = values[parent]
+        values = inner
     values[leaf] = value
+
+
+def _short(value: object) -> str:
+    """``value`` in a message: Python refuses to spell integers of thousands of digits."""
+    try:
+        return reprlib.repr(value) if isinstance(value, dict | list) else repr(value)[:200]
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _explain(error: ValidationError) -> str:
@@ -151,6 +175,6 @@ def _explain(error: ValidationError) -> str:
         else:
             problems.append(
                 f"recipe key '{key}': {item['msg'].removeprefix('Value error, ')} (got"
-                f" {item['input']!r})"
+                f" {_short(item['input'])})"
             )
     return "; ".join(problems)

@@ -205,6 +205,10 @@ class Recipe(_Section):
     trust_remote_code: Annotated[bool, WRITING] = False
     """Run Python code that comes with the model. Said on the command line or from Python alone: it
     is neither written to a file nor believed of one."""
+    ignore_unused: Annotated[bool, COST] = False
+    """Go on without tensors of the checkpoint that its config does not call for, and without an
+    adapter beside it.
+    """
     backend: Annotated[str, WRITING] = "onnx"
     target: Annotated[str | list[str] | None, WRITING] = None
     """Runtime the output is for, or several of them; ``None``: the backend's default."""

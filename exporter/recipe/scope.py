@@ -33,7 +33,8 @@ and what computes.
 WRITING = Scope(fixed_by_artifact=False, fixed_by_work_dir=False)
 """How the calibrated model is written and checked."""
 COST = Scope(fixed_by_work_dir=False)
-"""What calibrating may take; no number depends on it, and it has no effect afterwards."""
+"""What calibrating may take, or start from; no number depends on it, and it has no effect
+afterwards."""
 
 
 def scope_of(key: str, recipe: type[BaseModel]) -> Scope:

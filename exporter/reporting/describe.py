@@ -15,6 +15,7 @@ from backends.asking import warnings_of
 from backends.base import Backend
 from backends.cpu import cpu_words
 from calib.artifact import Provenance, QuantizedModel
+from calib.artifact.older_config import with_older_keys
 from calib.artifact.side_files import copy_side_files
 from calib.rotations.files import save_rotations
 from calib.rotations.rotate import Rotate
@@ -186,7 +187,7 @@ def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) ->
     )
     if not (folder / CONFIG_FILE).exists():
         (folder / CONFIG_FILE).write_text(
-            json.dumps(quantized.config, indent=2) + "\n", encoding="utf-8"
+            json.dumps(with_older_keys(quantized.config), indent=2) + "\n", encoding="utf-8"
         )
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     save_rotations(quantized.rotations, folder)

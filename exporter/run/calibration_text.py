@@ -6,9 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from calib.data.documents import check_source
 from calib.smoothing.methods import smoothing_named
 from calib.weights.algorithms import algorithm_named
-from exporter.recipe import Recipe
+from exporter.recipe import EMBEDDED, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,17 @@ LEAST_TOKENS_PER_CHANNEL = 10
 """A second moment of ``n`` input channels has ``n (n + 1) / 2`` entries, and below ``n`` tokens it
 is not even of full rank. GPTQ gains little over rounding to nearest on other text with fewer than
 about ten times ``n``."""
+
+
+def check_text(recipe: Recipe) -> None:
+    """Refuse text that cannot be read, before the model is opened.
+
+    Raises:
+        DataError: as :func:`calib.data.documents.check_source`.
+    """
+    for data in (recipe.calibration, recipe.evaluation):
+        if data.dataset not in (None, EMBEDDED):
+            check_source(data.dataset, data.column)
 
 
 def widest_input(source: Source) -> int:

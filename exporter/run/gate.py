@@ -158,6 +158,6 @@ class Gate:
         ]
         if all(result.kl < kl for kl in kls):
             self._best = candidate
-        self._table[setup] = setup.row().model_copy(
-            update={"kl": result.kl, "top1": result.top1, "perplexity": result.candidate.value}
-        )
+        figures = {"kl": result.kl, "top1": result.top1, "perplexity": result.candidate.value}
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self._table[setup] = setup.row().model_copy(update=finite)

@@ -20,6 +20,7 @@ from calib.rotations.rotation_set import RotationSet, idle_rotations
 from calib.schemes import FLOAT, Scheme
 from exporter.recipe import Recipe
 from exporter.reporting.describe import package_versions
+from exporter.run.calibration_text import check_text
 from exporter.run.destination import Destination
 from exporter.run.quantizing import check_layerwise, customised_scheme, quantization_of
 from exporter.run.stopwatch import Stopwatch
@@ -142,6 +143,7 @@ def open_inputs(
         RotqError: the recipe makes no sense, or names something that cannot be opened.
     """
     check_layerwise(recipe)
+    check_text(recipe)
     scheme = customised_scheme(recipe)
     device = resolve_device(recipe.device)
     source = open_source(recipe, model, tokenizer)

@@ -63,6 +63,23 @@ def test_a_broken_plugin_is_listed_with_its_error_and_stops_nothing() -> None:
     assert entries["onnx"].error is None
 
 
+def test_a_plugin_that_exits_when_it_is_imported_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "leaver-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaver\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rotq.backends]\nleaver = leaver_plugin:Backend\n")
+    (tmp_path / "leaver_plugin.py").write_text("import sys\nprint('bye')\nsys.exit(7)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entries = {entry.name: entry for entry in available()}
+    assert entries["leaver"].error == "SystemExit: 7"
+    assert entries["onnx"].error is None
+    assert "bye" not in capsys.readouterr().out
+    with pytest.raises(BackendError, match=r"'leaver' of leaver 1\.0 failed to load: 7"):
+        get_backend("leaver")
+
+
 @pytest.mark.usefixtures("plugins")
 def test_getting_a_broken_plugin_names_it_and_its_distribution() -> None:
     with pytest.raises(

@@ -15,6 +15,7 @@ from backends.safetensors.compressed_tensors.schemes import MIXED, Form, cache_a
 from backends.safetensors.compressed_tensors.transforms import transform_config, transforms_of
 from backends.safetensors.names import Names
 from calib.artifact import QuantizedModel
+from calib.artifact.older_config import with_older_keys
 
 _EVERY_LINEAR = "Linear"
 """The target that names a class: whatever no other group names. vLLM also takes its experts for
@@ -103,9 +104,11 @@ def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     section = quantization_config(model, names)
     rounded = any(form_of(linear).rounds_to_bfloat16 for linear in model.linears.values())
     dtype = torch.bfloat16 if rounded else model.dtype
-    config = {
-        **model.config,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": model.repeats_embedding(),
-    }
+    config = with_older_keys(
+        {
+            **model.config,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tie_word_embeddings": model.repeats_embedding(),
+        }
+    )
     return {**config, "quantization_config": section} if section else config

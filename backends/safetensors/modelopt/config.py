@@ -14,6 +14,7 @@ from backends.safetensors.modelopt.tensors import format_of
 from backends.safetensors.names import Names
 from backends.safetensors.source import block_size
 from calib.artifact import QuantizedModel
+from calib.artifact.older_config import with_older_keys
 from calib.schemes import LinearScheme
 
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -53,7 +54,7 @@ def quant_config(model: QuantizedModel, names: Names) -> dict[str, Any]:
 
 def with_quantization(model: QuantizedModel, names: Names) -> Mapping[str, Any]:
     """``config.json`` of the checkpoint; errors as for :func:`quant_config`."""
-    config = {**model.config, "dtype": str(model.dtype).removeprefix("torch.")}
+    config = with_older_keys({**model.config, "dtype": str(model.dtype).removeprefix("torch.")})
     written = quant_config(model, names)
     if not written:
         return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from calib.rotations.rotation_set import RotationSet, fused_rotation
 OfName = Callable[[str], Any]
 
 
-def fold(tiny: Any, state: dict[str, Tensor]) -> FusedModel:
+def fold(tiny: Any, state: Mapping[str, Tensor]) -> FusedModel:
     return fuse(state, tiny.wiring, RotationSet(), dtype=torch.float32)
 
 
@@ -81,6 +81,29 @@ def test_missing_tensor_is_named(tiny_of: OfName) -> None:
     del tiny.state["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         fold(tiny, tiny.state)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "hint"),
+    [
+        (lambda name: f"_orig_mod.{name}", "model._orig_mod"),
+        (lambda name: f"module.{name}", "model.module"),
+        (lambda name: f"base_model.model.{name}", "merge first"),
+        (lambda name: name.replace("_proj.", "_proj.base_layer."), "merge first"),
+    ],
+)
+def test_names_of_wrappers_are_said_with_what_was_expected(
+    tiny_of: OfName, wrap: Callable[[str], str], hint: str
+) -> None:
+    tiny = tiny_of("llama")
+    state = {wrap(name): tensor for name, tensor in tiny.state.items()}
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint holds (\S+), expected (\S+)"
+    ) as caught:
+        fold(tiny, state)
+    held, wanted = caught.value.message.removeprefix("the checkpoint holds ").split(", expected ")
+    assert (held in state, held) == (True, wrap(wanted))
+    assert hint in str(caught.value.hint)
 
 
 def test_missing_expert_is_named(tiny_of: OfName) -> None:

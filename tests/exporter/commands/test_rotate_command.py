@@ -55,6 +55,17 @@ def logits(folder: Path) -> Tensor:
     return found
 
 
+def test_config_json_says_the_same_to_transformers_4(tmp_path: Path) -> None:
+    rope = {"rope_theta": 1e5, "rope_type": "default"}
+    model = write_checkpoint(tmp_path / "model", rope_parameters=rope)
+    rotate(recipe(model, rotate="none"), RunOptions(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (1e5, None)
+    assert config["torch_dtype"] == config["dtype"]
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "tiny", tie_word_embeddings=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from calib.errors import DataError
 from exporter.cli.options import DataFlags, EvalDataFlag
 from exporter.cli.overrides import overrides
 from exporter.commands.export import export, run_capture
+from exporter.planning.plan import plan
 from exporter.recipe import load_recipe
 from exporter.reporting.summary import calibration_words
 from exporter.run.calibration_text import few_tokens, widest_input
@@ -55,6 +57,56 @@ def test_unusable_text_is_refused_before_the_model_is_loaded(
     assert caught.value.hint
     assert "\n" not in caught.value.message
     assert not (tmp_path / "out").exists()
+
+
+TOKENS = json.dumps({"input_ids": [3, 4, 5]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "said", "hint"),
+    [
+        ("text.csv", "text\na\n", None, "file of type .csv", "parquet"),
+        ("text.jsonl.gz", "", None, "file of type .gz", "gunzip"),
+        ("text.json", "[]", None, "file of type .json", "jsonl"),
+        ("folder", None, None, "it is a folder", ".txt"),
+        ("ids.jsonl", TOKENS, None, "no field 'text' .it has: input_ids", "--calib-column"),
+        ("ids.jsonl", TOKENS, "input_ids", "holds token ids, not text", "own tokenizer"),
+        ("body.jsonl", '{"body": "a"}', None, "no field 'text' .it has: body", "--calib-column"),
+        ("notes.jsnl", None, None, "does not exist", "notes.jsonl"),
+        ("nothing.csv", None, None, "does not exist", "--calib-dataset"),
+        ("data/note.txt", None, None, "does not exist", "Did you mean 'data/notes.txt'"),
+        ("data/notes", None, None, "does not exist", "Did you mean 'data/notes.txt'"),
+        ("pipe.jsonl", None, None, "no regular file", "--calib-dataset"),
+        ("empty.txt", "\n\n", None, "holds no text", "document"),
+        ("bad.parquet", "PAR1", None, "parquet", ""),
+    ],
+)
+@pytest.mark.parametrize("eval_too", [False, True])
+def test_text_is_looked_at_before_anything_of_the_model(
+    name: str,
+    content: str | None,
+    column: str | None,
+    said: str,
+    hint: str,
+    eval_too: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("data").mkdir()
+    Path("data/notes.txt").write_text("a\n")
+    Path("notes.jsonl").write_text("{}\n")
+    os.mkfifo("pipe.jsonl")
+    if content is not None:
+        Path(name).write_text(content)
+    part = "evaluation" if eval_too else "calibration"
+    missing = {"model": str(tmp_path / "no-model"), f"{part}.column": column}
+    recipe = load_recipe(None, {**missing, f"{part}.dataset": name})
+    for run in (plan, export):
+        with pytest.raises(DataError, match=said) as caught:
+            run(recipe, RunOptions(tmp_path / "out"))
+        assert hint in str(caught.value.hint)
 
 
 def test_the_embedded_text_stays_documents_and_lines_become_windows(tmp_path: Path) -> None:
