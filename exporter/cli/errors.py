@@ -25,7 +25,7 @@ from collections.abc import Callable
 import typer
 
 from calib.errors import RotqError
-from exporter.output import is_disk_full
+from exporter.output import why_not_written
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,9 @@ def _recognise(error: Exception) -> tuple[str, str] | None:
     """Message and hint for failures of the machine, whose exception types belong to whichever
     library met them.
     """
-    if is_disk_full(error):
-        return "the disk is full", "free some space, or choose another -o/--output or --work-dir"
+    reason = why_not_written(error)
+    if reason is not None:
+        return reason, "make room, or choose another -o/--output or --work-dir"
     # torch's own types are not imported for this: the name is the same in all of its versions.
     if type(
         error
