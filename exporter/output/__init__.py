@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from exporter.output.claim import Claim, atomic_folder, check_target, claimed, is_in, sweep
 from exporter.output.failures import why_not_written
-from exporter.output.listing import LIST_FILE, sha256_tree, unlisted
+from exporter.output.listing import LIST_FILE, entries, sha256, sha256_tree, unlisted
 from exporter.output.lock import LOCK_FILE, locked, making
 from exporter.output.whole import is_partial, replace_text
 
@@ -20,11 +20,13 @@ __all__ = [
     "atomic_folder",
     "check_target",
     "claimed",
+    "entries",
     "is_in",
     "is_partial",
     "locked",
     "making",
     "replace_text",
+    "sha256",
     "sha256_tree",
     "sweep",
     "unlisted",

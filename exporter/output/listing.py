@@ -21,7 +21,7 @@ _FORMAT_VERSION = 1
 
 def write_list(folder: Path) -> None:
     """Name every file below ``folder`` in its :data:`LIST_FILE`."""
-    listed = {"format_version": _FORMAT_VERSION, "files": sorted(_entries(folder))}
+    listed = {"format_version": _FORMAT_VERSION, "files": sorted(entries(folder))}
     (folder / LIST_FILE).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
 
 
@@ -48,7 +48,7 @@ def unlisted(folder: Path) -> list[str] | None:
         return None
     return sorted(
         name
-        for name in _entries(folder)
+        for name in entries(folder, empty=True)
         if name not in listed and not is_partial(PurePosixPath(name).name)
     )
 
@@ -59,7 +59,7 @@ def remove_listed(folder: Path) -> bool:
     The list goes last, so that what an interrupt leaves is still known.
     """
     listed = read_list(folder) or frozenset()
-    partial = {name for name in _entries(folder) if is_partial(PurePosixPath(name).name)}
+    partial = {name for name in entries(folder) if is_partial(PurePosixPath(name).name)}
     for name in sorted(listed | partial, key=lambda name: name == LIST_FILE):
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
@@ -77,16 +77,24 @@ def sha256_tree(folder: Path, exclude: Collection[str] = ()) -> dict[str, str]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name not in exclude:
-            with path.open("rb") as file:
-                checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            checksums[name] = sha256(path)
     return checksums
 
 
-def _entries(folder: Path) -> Iterator[str]:
-    """Everything below ``folder`` but folders that hold something; links are not followed."""
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entries(folder: Path, *, empty: bool = False) -> Iterator[str]:
+    """Every file and every link below ``folder``, by relative POSIX path, and every ``empty``
+    folder; links are not followed.
+    """
     for inner, folders, files in os.walk(folder):
         here = Path(inner)
         links = [name for name in folders if (here / name).is_symlink()]
-        empty = not folders and not files and here != folder
-        for path in [here] if empty else [here / name for name in (*files, *links)]:
+        for path in [here / name for name in (*files, *links)]:
             yield path.relative_to(folder).as_posix()
+        if empty and not folders and not files and here != folder:
+            yield here.relative_to(folder).as_posix()

@@ -223,6 +223,23 @@ def rewrite_shard(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> 
     edit_manifest(folder, lambda values: values["files"][path.name].update(bytes=size))
 
 
+def rewrite_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the index, and what the manifest knows of it, as somebody who means it would."""
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text())
+    edit(index)
+    path.write_text(json.dumps(index))
+    now = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    edit_manifest(folder, lambda values: values["files"].update({INDEX_FILE: now}))
+
+
+def lead_outside(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes(shards(folder)[0].read_bytes())
+    key = min(load_file(outside))
+    rewrite_index(folder, lambda index: index["weight_map"].update({key: "../outside.safetensors"}))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -267,6 +284,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
             )
         ),
         r"\.\./x is missing",
+    ),
+    "index-outside": (
+        lead_outside,
+        r"is in '\.\./outside\.safetensors', by its manifest in 'model-",
+    ),
+    "index-lacks-a-key": (
+        lambda f: rewrite_index(f, lambda index: index["weight_map"].popitem()),
+        "is in 'None', by its manifest in 'model-",
+    ),
+    "index-has-a-stranger": (
+        lambda f: rewrite_index(f, lambda index: index["weight_map"].update(x="model.bin")),
+        r"'x' is in 'model\.bin', by its manifest in 'None'",
+    ),
+    "index-is-no-index": (
+        lambda f: rewrite_index(f, lambda index: index.clear()),
+        f"{INDEX_FILE} cannot be read",
     ),
     "unlisted": (
         lambda f: edit_manifest(f, lambda values: values["files"].pop(shards(f)[0].name)),
