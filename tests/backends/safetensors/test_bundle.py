@@ -31,6 +31,7 @@ from calib.artifact import QuantizedCache, QuantizedModel
 from calib.errors import BackendError
 from calib.schemes import KV_SCHEMES
 from tests.backends.safetensors.plain import PlainLayout, entry
+from tests.hub_cache import is_sound, link_files
 from tests.tiny import CONFIGS, quantize_tiny
 
 SHARD = 40_000
@@ -346,6 +347,15 @@ def test_all_that_is_wrong_with_the_tensors_is_in_one_error(copied: Path) -> Non
         "instead",
     ):
         assert text in caught.value.message
+
+
+def test_links_as_in_the_cache_of_the_hub_are_read(
+    model: QuantizedModel, copied: Path, tmp_path: Path
+) -> None:
+    link_files(copied, tmp_path / "blobs")
+    found = read_model(open_bundle(copied, verify=True), PlainLayout())
+    assert list(found.linears) == list(model.linears)
+    assert is_sound(tmp_path / "blobs")
 
 
 def test_a_bundle_for_another_target_is_refused(written: Path) -> None:

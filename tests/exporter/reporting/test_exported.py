@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 from cli_support import sample_report
 
 from calib.errors import CheckpointError
-from exporter.output import atomic_folder, replace_text, sha256_tree
+from exporter.output import atomic_folder, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import CARD_FILE
 from exporter.reporting.describe import finish
 from exporter.reporting.exported import check_unchanged, edited_files, read_export, update_export
 from exporter.reporting.report import REPORT_FILE, Report
+from tests.hub_cache import is_sound, link_files
 
 
 @pytest.fixture
@@ -127,19 +127,11 @@ def test_a_kill_or_a_full_disk_leaves_what_was_there(
 
 
 def test_links_are_replaced_and_never_written_through(folder: Path, tmp_path: Path) -> None:
-    """As in the cache of the Hugging Face hub."""
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
-        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
-        path.rename(blob)
-        path.symlink_to(blob)
-    before = sha256_tree(blobs)
+    link_files(folder, tmp_path / "blobs")
     report, recipe = read_export(folder)
     check_unchanged(folder, report)
     update_export(folder, failed(folder), recipe)
-    assert sha256_tree(blobs) == before
-    assert all(sum_ == name for name, sum_ in before.items())
+    assert is_sound(tmp_path / "blobs")
     assert Report.load(folder).status == "failed"
     assert not (folder / REPORT_FILE).is_symlink()
 
