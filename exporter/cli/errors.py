@@ -96,7 +96,7 @@ def _recognise(error: Exception) -> tuple[str, str] | None:
     """
     reason = why_not_written(error)
     if reason is not None:
-        return reason, "make room, or choose another -o/--output or --work-dir"
+        return reason, "make room or raise the limit, or choose another -o/--output or --work-dir"
     # torch's own types are not imported for this: the name is the same in all of its versions.
     if type(
         error
@@ -131,14 +131,20 @@ def _interrupted(received: Received) -> int:
 
 
 def _flush(code: int) -> int:
-    """``code``, unless the reader of a pipe (``rotq backends | head -1``) has gone: then there is
-    nobody to tell.
+    """``code``, unless stdout takes no more. If the reader of a pipe (``rotq backends | head -1``)
+    has gone, there is nobody to tell.
     """
+    if sys.stdout is None:
+        return code
     try:
         sys.stdout.flush()
     except OSError as error:
-        if error.errno != errno.EPIPE:
-            raise
         # The interpreter flushes once more when it exits; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            _say(
+                f"the result cannot be printed: {error.strerror}",
+                "redirect stdout elsewhere; what was written to a folder is complete",
+            )
+            return code or FAILED
     return code

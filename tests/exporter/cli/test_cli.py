@@ -351,3 +351,71 @@ def test_the_handlers_of_a_caller_are_put_back(capsys: pytest.CaptureFixture[str
     assert main(["--version"]) == 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert "rotq" in capsys.readouterr().out
+
+
+def in_a_shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``rotq`` with redirections, offline."""
+    command = f"{sys.executable} -m exporter.cli {line}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("line", ["backends >&-", "eval nothing >&-", "env -q <&- >&-"])
+def test_without_stdout_nothing_is_begun(line: str, tmp_path: Path) -> None:
+    done = in_a_shell(line, tmp_path)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error == "error: stdout is closed: there is no place for the result"
+    assert "/dev/null" in hint
+
+
+def test_without_stderr_the_result_is_printed_all_the_same(tmp_path: Path) -> None:
+    done = in_a_shell("env --json 2>&-", tmp_path)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["versions"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_result_that_cannot_be_printed_is_two_lines(tmp_path: Path) -> None:
+    done = in_a_shell("env > /dev/full", tmp_path)
+    assert done.returncode == 1
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
+
+
+def test_a_limit_on_files_is_named(tmp_path: Path) -> None:
+    import resource
+
+    script = """
+from pathlib import Path
+from exporter.cli.errors import exit_code_of
+from exporter.output import atomic_folder
+
+
+def run():
+    with atomic_folder(Path("out")) as folder:
+        (folder / "weights").write_bytes(bytes(10**6))
+
+
+raise SystemExit(exit_code_of(run))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)),
+        check=False,
+    )
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert "larger than this process may write (ulimit -f): 'out' was not written" in error
+    assert "raise the limit" in hint
+    assert list(tmp_path.iterdir()) == []

@@ -93,6 +93,15 @@ def test_two_runs_cannot_share_a_work_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_no_work_folder(tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("notes")
+    with (
+        pytest.raises(OutputError, match="cannot write in the work folder"),
+        reserved(Recipe(), RunOptions(tmp_path / "out", work_dir=tmp_path / "work")),
+    ):
+        pytest.fail("the block must not run")
+
+
 def test_a_work_folder_that_cannot_be_written_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
