@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from calib.reading import LARGEST, bounded_text
+from calib.reading import read_json
 
 _SEAL, _FILES = "sha256", "files"
 
@@ -69,24 +69,18 @@ def read_sealed(
         OSError: a file cannot be read.
     """
     try:
-        values = json.loads(bounded_text(path, LARGEST), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path.name} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise DamagedError(f"{path.name} is no JSON object")
-    check(values)
-
-    seal = values.pop(_SEAL, None)
+        values = read_json(path)
+        check(values)
+        seal = values.pop(_SEAL, None)
+        fits = seal == seal_of(values)  # no NaN or Inf: they are no JSON
+    except ValueError as error:
+        raise DamagedError(f"{path.name} is damaged: {error}") from error
     if seal is None and not required:
         return values
-    if seal != seal_of(values):
+    if not fits:
         raise DamagedError(f"{path.name} is damaged or was edited: its checksum does not fit")
     check_files(path.parent, values[_FILES])
     return values
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def check_files(folder: Path, sums: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from exporter import export as export_from_python
 from exporter.commands.evaluate import evaluate
 from exporter.commands.export import calibrate, export, run_capture
 from exporter.commands.verify import verify
-from exporter.output import sha256_tree
+from exporter.output import LIST_FILE, sha256_tree
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.report import REPORT_FILE, ParityRow, Report
 from exporter.run.options import RunOptions
@@ -105,7 +105,7 @@ def test_the_folder_is_complete_and_its_checksums_hold(exported: Path) -> None:
         RECIPE_FILE,
     }
     assert wanted | {"README.md", "rotations.safetensors"} <= report.checksums.keys()
-    assert report.checksums == sha256_tree(exported, exclude=(REPORT_FILE,))
+    assert report.checksums == sha256_tree(exported, exclude=(REPORT_FILE, LIST_FILE))
     assert json.loads((exported / "config.json").read_text())["tie_word_embeddings"] is False
     assert (
         0 < report.layers.bytes_after < report.layers.bytes_before

@@ -76,6 +76,23 @@ def data_ranges(proto: onnx.ModelProto) -> Iterator[tuple[str, DataRange]]:
             yield tensor.name, place
 
 
+def follow_links(path: Path, proto: onnx.ModelProto) -> dict[str, Path]:
+    """Have ``proto``, read from ``path``, name the files that its data leads to: in the cache of
+    the Hugging Face hub every file is a link, and readers that are told a folder follow none out of
+    it.
+
+    Returns:
+        By external initializer, the folder of the file that is now named.
+    """
+    folders = {}
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                data = (path.parent / entry.value).resolve()
+                entry.value, folders[tensor.name] = data.name, data.parent
+    return folders
+
+
 def _check_data(path: Path, proto: onnx.ModelProto) -> None:
     """Refuse a graph whose data is not all there, or is said to lie outside its folder."""
     needed: dict[str, tuple[int, str]] = {}

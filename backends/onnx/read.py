@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from backends.onnx.embeddings import read_embedding
-from backends.onnx.files import read_proto
+from backends.onnx.files import follow_links, read_proto
 from backends.onnx.inputs import UNSIGNED_ZERO
 from backends.onnx.names import (
     CACHE_METADATA_KEY,
@@ -102,14 +103,23 @@ def read_floats(path: Path) -> Mapping[str, Tensor]:
 def _opened(path: Path, read: Callable[[ir.Model], _Read]) -> _Read:
     proto = read_proto(path)
     try:
-        model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, path.parent)
-        return read(model)
+        return read(_with_data(path, proto))
     except (OSError, ValueError, KeyError) as error:
         raise BackendError(
             f"'{path}' or its data is damaged, or not a graph of rotq: {error}",
             hint="export the model again",
         ) from error
+
+
+def _with_data(path: Path, proto: onnx.ModelProto) -> ir.Model:
+    """The graph at ``path`` with its data; ``proto`` is used up."""
+    folders = follow_links(path, proto)
+    model = ir.from_proto(proto)
+    for name, folder in folders.items():
+        constant = model.graph.initializers[name].const_value
+        assert isinstance(constant, ir.ExternalTensor)
+        constant.base_dir = folder
+    return model
 
 
 def _linears(

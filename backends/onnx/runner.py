@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backends.onnx.feeds import cache_inputs, feeds, whole_row
-from backends.onnx.files import read_proto, unreadable
+from backends.onnx.files import follow_links, read_proto, unreadable
 from backends.onnx.ort_options import ACCURACY_LEVEL, EXACT, session_options
 from backends.onnx.probes import ask_ort_saturation
 from backends.onnx.taps import taps
@@ -70,11 +70,14 @@ class OnnxModel:
         self._outputs = [output.name for output in proto.graph.output]
         source: str | bytes = str(path)
         if probed:
+            folders = set(follow_links(path, proto).values()) or {path.parent}
+            if len(folders) > 1:
+                raise unreadable(path, "its data leads to several folders")
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folders.pop())
+            )
             source = _with_outputs(
                 proto, [name for tap in found.values() for name in (tap.entering, tap.leaving)]
-            )
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.parent)
             )
         self._session = open_session(source, options, path)
         self.session = _settings(self._session, exact=exact)

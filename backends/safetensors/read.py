@@ -4,6 +4,7 @@ after.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from backends.safetensors.differences import differences
-from backends.safetensors.file_names import PREFIX_FILES
+from backends.safetensors.file_names import INDEX_FILE, PREFIX_FILES
 from backends.safetensors.layout import Layout
 from backends.safetensors.manifest import Manifest
 from backends.safetensors.tensor_file import DTYPES
@@ -97,6 +98,7 @@ def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False
 
     # files as a whole first, then what their headers say, then tensors when they are used
     _check_files(folder, manifest, verify=verify)
+    _check_index(folder, manifest)
     tensors = _MappedTensors(folder, manifest)
     bundle = Bundle(folder, manifest, tensors)
     expected = {key: (entry.torch_dtype, entry.shape) for key, entry in manifest.tensors.items()}
@@ -238,6 +240,26 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
     ]
     if problems:
         raise BackendError(f"the bundle '{folder}' is damaged: {'; '.join(problems)}", hint=_HINT)
+
+
+def _check_index(folder: Path, manifest: Manifest) -> None:
+    """The index, which other readers go by, finds every tensor where the manifest does: in a file
+    of this folder, under a checksum.
+    """
+    try:
+        places = dict(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackendError(
+            f"the bundle '{folder}' is damaged: {INDEX_FILE} cannot be read: {error}", hint=_HINT
+        ) from error
+    listed = {key: entry.file for key, entry in manifest.tensors.items()}
+    wrong = [key for key in {**listed, **places} if places.get(key) != listed.get(key)]
+    if wrong:
+        raise BackendError(
+            f"the bundle '{folder}' is damaged: by {INDEX_FILE} '{wrong[0]}' is in"
+            f" '{places.get(wrong[0])}', by its manifest in '{listed.get(wrong[0])}'",
+            hint=_HINT,
+        )
 
 
 def _undamaged(bundle: Bundle, read: Callable[[], _T]) -> _T:

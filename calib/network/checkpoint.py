@@ -256,7 +256,8 @@ def _open(path: Path) -> Any:
 
 
 def _open_sharded(folder: Path) -> dict[str, Any]:
-    weight_map = _read_index(folder)
+    index = _read_index(folder)
+    weight_map: dict[str, str] = index["weight_map"]
     shards: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
         # A name with folders in it would reach outside the checkpoint.
@@ -277,17 +278,22 @@ def _open_sharded(folder: Path) -> dict[str, Any]:
                 ),
             )
 
+    if not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(
+            f"{_INDEX} in {folder} has no 'metadata', without which transformers does not load it",
+            hint='add "metadata": {} to it',
+        )
     return {tensor: shards[shard] for tensor, shard in weight_map.items()}
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """The ``weight_map`` of a sharded checkpoint: shard by tensor name."""
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The index of a sharded checkpoint, whose ``weight_map`` has the shard of each tensor."""
     try:
-        weight_map = read_json(folder / _INDEX)["weight_map"]
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
+        index: dict[str, Any] = read_json(folder / _INDEX)
+        if not all(isinstance(shard, str) for shard in index["weight_map"].values()):
             raise TypeError("a shard is not given by its name")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{_INDEX} in {folder} is damaged: {error}", hint="download or copy it again"
         ) from error
-    return dict(weight_map)
+    return index

@@ -165,8 +165,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(regular_file(path), map_location="cpu", weights_only=True)
     except Exception as error:  # anything that a malformed or hostile pickle raises
+        reason = reason_of(error) if str(error).strip() else "it is empty or cut off"
         raise RotationError(
-            f"{path} cannot be read as a file of rotation matrices: {reason_of(error)}",
+            f"{path} cannot be read as a file of rotation matrices: {reason}",
             hint="it must be a dictionary of tensors written by torch.save",
         ) from error
     if not isinstance(loaded, dict) or not all(

@@ -4,16 +4,17 @@ code.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from calib.errors import OutputError
 from exporter.cli import check_commands, info_commands, inspect_command, run_commands, stats_command
 from exporter.cli.command import Command, Group
 from exporter.cli.errors import exit_code_of
+from exporter.cli.standard_streams import escape_what_cannot_be_encoded, stand_in_for_closed
 
 HELP = (
     "Turn a Hugging Face causal LM into a rotated, calibrated, quantized model for a deployment"
@@ -122,10 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; ``None``: those of the process.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            # A file name that the terminal cannot encode must not kill a run at its summary.
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    return exit_code_of(
-        lambda: app(list(sys.argv[1:] if arguments is None else arguments), prog_name="rotq")
-    )
+    stdout_is_there = stand_in_for_closed()
+    escape_what_cannot_be_encoded()
+
+    def run() -> None:
+        if not stdout_is_there:
+            raise OutputError(
+                "stdout is closed: there is no place for the result",
+                hint="redirect it to a file, or to /dev/null",
+            )
+        app(list(sys.argv[1:] if arguments is None else arguments), prog_name="rotq")
+
+    return exit_code_of(run)

@@ -7,7 +7,8 @@ code meaning
 1    known failure: ``error:`` and ``hint:`` on stderr, nothing written
 2    wrong usage
 3    exported, but parity failed: the folder is kept and marked failed
-130  interrupted
+130  interrupted (SIGINT)
+143  terminated (SIGTERM); 129: the terminal is gone (SIGHUP)
 ==== =====================================================================
 
 Anything unforeseen keeps its traceback (Python exits with 1 then): it is a bug, and a bug report
@@ -16,6 +17,7 @@ needs it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -25,11 +27,14 @@ from collections.abc import Callable
 import typer
 
 from calib.errors import RotqError
-from exporter.output import is_disk_full
+from exporter.cli.signals import Received, signals_as_interrupts
+from exporter.output import why_not_written
 
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, USAGE, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+_SIGNALLED = 128
+"""What shells add to the number of the signal that ended a process."""
 
 MEMORY_HINT = "lower --batch-size or --seqlen, choose a smaller model, or another --device"
 
@@ -52,14 +57,19 @@ def exit_code_of(run: Callable[[], object]) -> int:
     """Run the application; turn how it ends into an exit code, and known failures into lines on
     stderr.
     """
+    with signals_as_interrupts() as received:
+        try:
+            code = _ended(run, received)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        return _interrupted(received) if code == INTERRUPTED else _flush(code)
+
+
+def _ended(run: Callable[[], object], received: Received) -> int:
     try:
         run()
     except SystemExit as stop:
-        return _flush(
-            stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED)
-        )
-    except KeyboardInterrupt:
-        return _interrupted()
+        return stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED)
     except UsageError as error:
         _say(error.message, error.hint)
         return USAGE
@@ -70,21 +80,23 @@ def exit_code_of(run: Callable[[], object]) -> int:
         _say("out of memory", MEMORY_HINT, error)
         return FAILED
     except Exception as error:
+        if received.signal is not None:  # what else fails then, such as a terminal that has gone
+            return INTERRUPTED
         known = _recognise(error)
         if known is None:
             raise
         _say(*known, error)
         return FAILED
-
-    return _flush(DONE)
+    return DONE
 
 
 def _recognise(error: Exception) -> tuple[str, str] | None:
     """Message and hint for failures of the machine, whose exception types belong to whichever
     library met them.
     """
-    if is_disk_full(error):
-        return "the disk is full", "free some space, or choose another -o/--output or --work-dir"
+    reason = why_not_written(error)
+    if reason is not None:
+        return reason, "make room or raise the limit, or choose another -o/--output or --work-dir"
     # torch's own types are not imported for this: the name is the same in all of its versions.
     if type(
         error
@@ -96,31 +108,43 @@ def _recognise(error: Exception) -> tuple[str, str] | None:
 def _say(message: str, hint: str | None, error: BaseException | None = None) -> None:
     if error is not None:
         logger.info("where it happened:", exc_info=error)  # shown under -v only
-    typer.echo(f"error: {_one_line(message)}", err=True)
+    _tell(f"error: {_one_line(message)}")
     if hint:
-        typer.echo(f"hint: {_one_line(hint)}", err=True)
+        _tell(f"hint: {_one_line(hint)}")
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody is left to read it; the exit code says the rest
+        typer.echo(line, err=True)
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _interrupted() -> int:
-    typer.echo("interrupted", err=True)
-    return INTERRUPTED
+def _interrupted(received: Received) -> int:
+    if received.signal is None:
+        _tell("interrupted")
+        return INTERRUPTED
+    _tell(f"interrupted by {received.signal.name}")
+    return _SIGNALLED + received.signal
 
 
 def _flush(code: int) -> int:
-    """``code``, unless the reader of a pipe (``rotq backends | head -1``) has gone: then there is
-    nobody to tell.
+    """``code``, unless stdout takes no more. If the reader of a pipe (``rotq backends | head -1``)
+    has gone, there is nobody to tell.
     """
-    if code == INTERRUPTED:
-        return _interrupted()
+    if sys.stdout is None:
+        return code
     try:
         sys.stdout.flush()
     except OSError as error:
-        if error.errno != errno.EPIPE:
-            raise
         # The interpreter flushes once more when it exits; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            _say(
+                f"the result cannot be printed: {error.strerror}",
+                "redirect stdout elsewhere; what was written to a folder is complete",
+            )
+            return code or FAILED
     return code

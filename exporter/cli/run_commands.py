@@ -261,6 +261,10 @@ def _announced_only(
     recipe: Recipe, options: RunOptions, goal: Goal, outputs: OutputFlags, talk: TalkFlags
 ) -> bool:
     """Print the plan of a dry run, or the settings of a real one; whether it was a dry run."""
+    from exporter.run.reservation import check_paths
+
+    if outputs.output is not None:  # a dry run needs none
+        check_paths(recipe, options)
     if outputs.dry_run:
         _print_plan(recipe, options, goal, talk)
     else:

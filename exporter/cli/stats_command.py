@@ -102,6 +102,7 @@ def stats(
             "--cluster-jointly has no effect without --clusters", hint="add --clusters K, such as 8"
         )
     from exporter.run.options import RunOptions
+    from exporter.run.reservation import check_paths
 
     options = RunOptions(
         output,
@@ -110,6 +111,7 @@ def stats(
         resume=resuming.resume,
         from_capture=resuming.from_capture,
     )
+    check_paths(recipe, options)
     _announce(recipe, options, talk)
     with running(talk) as progress:
         from exporter.commands.stats import stats as run

@@ -23,7 +23,7 @@ from calib.network.original import load_network
 from calib.progress import Progress, silent, track
 from exporter.parity import runtime_logits
 from exporter.recipe import EMBEDDED
-from exporter.reporting.exported import is_export, read_report
+from exporter.reporting.exported import check_unchanged, is_export, read_report
 from exporter.run.inputs import resolve_device
 from exporter.source import embedded_folder, load_tokenizer
 
@@ -69,7 +69,7 @@ def evaluate(
         progress: called after each document.
 
     Raises:
-        RotqError: the model or the text cannot be read.
+        RotqError: the model or the text cannot be read, or an exported folder was edited.
     """
     # before the model, which takes longer
     documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
@@ -111,6 +111,7 @@ class _Scored:
 
 def _exported(folder: Path) -> _Scored:
     report = read_report(folder)
+    check_unchanged(folder, report)
     runtime = get_backend(report.backend).load(folder, report.target, exact=False)
     words = runtime.runtime
     if isinstance(runtime, StandIn) and runtime.not_run_in:

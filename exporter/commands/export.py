@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from calib.ambient import plain_torch
@@ -26,8 +25,7 @@ from calib.progress import Progress, silent
 from calib.quantizing.calibrator import check_blocks
 from calib.rotations.rotate import Rotate, union
 from calib.rotations.rotation_set import RotationSet, idle_rotations
-from exporter.output import atomic_folder
-from exporter.output import check_target as check_output
+from exporter.output import Claim
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.run.artifacts import open_artifact, open_finished, open_original
 from exporter.run.calibrated import Calibrated
@@ -40,6 +38,7 @@ from exporter.run.layerwise import layerwise_rotations, quantize_layerwise
 from exporter.run.options import RunOptions
 from exporter.run.prefix import chosen_prefix, massive_rows
 from exporter.run.quantizing import warn_of_slow_choices
+from exporter.run.reservation import reserved
 from exporter.run.results import ExportResult
 from exporter.run.rotations import (
     candidate_sets,
@@ -92,10 +91,12 @@ def export(
     Raises:
         RotqError: a known failure; nothing was written then.
     """
-    check_output(options.output, options.overwrite)
     clock, destination = Stopwatch(progress), Destination.of(recipe)
-    with _calibrated(recipe, options, destination, clock, model, tokenizer) as calibrated:
-        with atomic_folder(options.output, overwrite=options.overwrite) as folder:
+    with (
+        reserved(recipe, options) as output,
+        _calibrated(recipe, options, output, destination, clock, model, tokenizer) as calibrated,
+    ):
+        with output.folder() as folder:
             reports = write_targets(calibrated, destination, folder, clock)
         return ExportResult(options.output, calibrated.recipe, reports)
 
@@ -112,15 +113,14 @@ def calibrate(
     """Stop at the saved :class:`~calib.artifact.QuantizedModel`; arguments and errors as for
     :func:`export`.
     """
-    check_output(options.output, options.overwrite)
     clock, destination = Stopwatch(progress), Destination.of(recipe)
-    with _calibrated(
-        recipe, options, destination, clock, model, tokenizer, write=False
-    ) as calibrated:
-        with (
-            atomic_folder(options.output, overwrite=options.overwrite) as folder,
-            clock.stage("save"),
-        ):
+    with (
+        reserved(recipe, options) as output,
+        _calibrated(
+            recipe, options, output, destination, clock, model, tokenizer, write=False
+        ) as calibrated,
+    ):
+        with output.folder() as folder, clock.stage("save"):
             save_artifact(calibrated.quantized, folder)
             (folder / RECIPE_FILE).write_text(calibrated.recipe.to_yaml(), encoding="utf-8")
         return CalibrateResult(options.output, calibrated.recipe, calibrated.quantized)
@@ -138,18 +138,18 @@ def run_capture(
     """Only capture the statistics that rotations are trained on; arguments and errors as for
     :func:`export`.
     """
-    check_output(options.output, options.overwrite)
     clock, destination = Stopwatch(progress), Destination.of(recipe)
-    warn_of_slow_choices(recipe)
-    inputs = open_inputs(recipe, destination, model, tokenizer)
-    work = WorkDir.of(options, inputs)
-    rows = inputs.rows(clock).train
-    prefix = chosen_prefix(inputs, inputs.quantization(), rows, destination, clock)
-    tokens = () if prefix is None else prefix.tokens
-    statistics = captured(inputs, rows, options, work, clock, tokens)
-    with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-        statistics.write(folder)
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    with reserved(recipe, options) as output:
+        warn_of_slow_choices(recipe)
+        inputs = open_inputs(recipe, destination, model, tokenizer)
+        work = WorkDir.of(options, inputs)
+        rows = inputs.rows(clock).train
+        prefix = chosen_prefix(inputs, inputs.quantization(), rows, destination, clock)
+        tokens = () if prefix is None else prefix.tokens
+        statistics = captured(inputs, rows, options, work, clock, tokens)
+        with output.folder() as folder:
+            statistics.write(folder)
+            (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     return options.output
 
 
@@ -157,6 +157,7 @@ def run_capture(
 def _calibrated(
     recipe: Recipe,
     options: RunOptions,
+    output: Claim,
     destination: Destination,
     clock: Stopwatch,
     model: PreTrainedModel | None,
@@ -170,6 +171,7 @@ def _calibrated(
     Args:
         recipe: what to do.
         options: what to reuse.
+        output: gives room beside the output for what is not finished.
         destination: what the model is for.
         clock: times the stages.
         model: a model object to start from.
@@ -218,7 +220,7 @@ def _calibrated(
     calibrating = Calibrating(inputs, quantization, rows, inputs.provenance(rows), prefix, targets)
     evaluation = rows.evaluation if verify else None
     if recipe.layerwise.enabled:
-        with _blockwise(calibrating, imported, options, work, clock) as quantized:
+        with _blockwise(calibrating, imported, options, output, work, clock) as quantized:
             yield Calibrated(recipe, quantized, inputs.device, inputs.source, evaluation=evaluation)
         return
     quantized, fused = _whole(calibrating, sets, imported, options, work, clock)
@@ -264,6 +266,7 @@ def _blockwise(
     calibrating: Calibrating,
     imported: RotationSet,
     options: RunOptions,
+    output: Claim,
     work: WorkDir,
     clock: Stopwatch,
 ) -> Iterator[QuantizedModel]:
@@ -281,11 +284,7 @@ def _blockwise(
         yield load_artifact(finished)
         return
 
-    parent = options.output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{options.output.name}.", dir=parent) as temporary:
-        walk, folder = (Path(temporary) / name for name in (WALK, ARTIFACT))
-        folder.mkdir()
+    with output.scratch(WALK) as walk, output.scratch(ARTIFACT) as folder:
         yield quantize(walk, folder)
 
 

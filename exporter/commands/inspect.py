@@ -77,7 +77,7 @@ class Inspection:
     fusion_note: str = ""
     """Why nothing is known of how the runtime executes the linears."""
     edited: Mapping[str, list[str]] = field(default_factory=dict)
-    """Files that are ``missing`` or ``changed`` since the export."""
+    """Files that are ``missing``, ``changed`` or ``added`` since the export."""
     unreadable: str = ""
     """Why an edited folder could not be read any further."""
 

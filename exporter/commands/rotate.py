@@ -25,8 +25,6 @@ from calib.rotations.foreign import export_dartquant
 from calib.rotations.from_capture import TrainedRotations
 from calib.rotations.rotate import FOLDED, Rotate
 from calib.rotations.rotation_set import RotationSet
-from exporter.output import atomic_folder
-from exporter.output import check_target as check_output
 from exporter.parity.fold import check_folder
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import CARD_FILE, render_rotated_card, source_license
@@ -41,6 +39,7 @@ from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import warn_of_slow_choices
+from exporter.run.reservation import reserved
 from exporter.run.rotations import imported_rotations, trained_rotations
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import WorkDir
@@ -86,40 +85,43 @@ def rotate(
             does; nothing was written then.
     """
     _refuse_online(recipe)
-    check_output(options.output, options.overwrite)
     clock = Stopwatch(progress)
-    warn_of_slow_choices(recipe)
+    with reserved(recipe, options) as output:
+        warn_of_slow_choices(recipe)
 
-    # Rotations are trained in float32 whatever is written, so that one capture serves every dtype.
-    training = recipe.model_copy(update={"dtype": "float32"})
-    inputs = open_inputs(training, Destination.of(recipe), model, tokenizer)
-    work = WorkDir.of(options, inputs)
-    imported = imported_rotations(recipe, inputs.source)
-    kinds = _kinds(inputs, imported)
-    rows = inputs.rows(clock)
-    trained = trained_rotations(kinds, inputs, imported, rows.train, options, work, clock)
+        # Rotations are trained in float32 whatever is written, so that one capture serves every
+        # dtype.
+        training = recipe.model_copy(update={"dtype": "float32"})
+        inputs = open_inputs(training, Destination.of(recipe), model, tokenizer)
+        work = WorkDir.of(options, inputs)
+        imported = imported_rotations(recipe, inputs.source)
+        kinds = _kinds(inputs, imported)
+        rows = inputs.rows(clock)
+        trained = trained_rotations(kinds, inputs, imported, rows.train, options, work, clock)
 
-    source, dtype = inputs.source, _stored_dtype(recipe, inputs.source)
-    with clock.stage("fuse"):
-        fused = source.fuse(trained.rotations, dtype=dtype, device=inputs.device, progress=progress)
-    if fused.refusals:
-        raise UnsupportedModelError(
-            f"a stock folder cannot hold the rotated model: {'; '.join(fused.refusals)}",
-            hint="`rotq export` can write it; or try --dtype float32",
-        )
+        source, dtype = inputs.source, _stored_dtype(recipe, inputs.source)
+        with clock.stage("fuse"):
+            fused = source.fuse(
+                trained.rotations, dtype=dtype, device=inputs.device, progress=progress
+            )
+        if fused.refusals:
+            raise UnsupportedModelError(
+                f"a stock folder cannot hold the rotated model: {'; '.join(fused.refusals)}",
+                hint="`rotq export` can write it; or try --dtype float32",
+            )
 
-    with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-        with clock.stage("write"):
-            _write(fused, source, recipe, folder)
-            if write_dartquant:
-                export_dartquant(trained.rotations, folder)
-        with clock.stage("compare"):
-            compared = rows.evaluation[:COMPARED_ROWS]
-            parity = check_folder(folder, source, compared, dtype, inputs.device, progress)
-        report = _report(recipe, source, trained, dtype, parity, clock)
-        card = render_rotated_card(recipe, report, source_license(recipe))
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        report.save(folder)
+        with output.folder() as folder:
+            with clock.stage("write"):
+                _write(fused, source, recipe, folder)
+                if write_dartquant:
+                    export_dartquant(trained.rotations, folder)
+            with clock.stage("compare"):
+                compared = rows.evaluation[:COMPARED_ROWS]
+                parity = check_folder(folder, source, compared, dtype, inputs.device, progress)
+            report = _report(recipe, source, trained, dtype, parity, clock)
+            card = render_rotated_card(recipe, report, source_license(recipe))
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            report.save(folder)
     return RotateResult(options.output, recipe, trained.rotations, report)
 
 

@@ -31,8 +31,6 @@ from calib.stats.clusters import NO_FUSED_KERNEL, cluster_linears
 from calib.stats.damage import LinearDamage, linear_damage
 from calib.stats.linears import LinearMoments, linear_moments
 from calib.stats.moments import MomentStatistics
-from exporter.output import atomic_folder
-from exporter.output import check_target as check_output
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import package_versions, rotation_summaries, source_summary
 from exporter.reporting.report import CalibrationSummary, RotationGateRow
@@ -48,6 +46,7 @@ from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import warn_of_slow_choices
+from exporter.run.reservation import reserved
 from exporter.run.rotations import candidate_sets, imported_rotations, trained_rotations
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import WorkDir
@@ -114,32 +113,32 @@ def stats(
     Raises:
         RotqError: a known failure; nothing was written then.
     """
-    check_output(options.output, options.overwrite)
     clock = Stopwatch(progress)
-    warn_of_slow_choices(recipe)
-    inputs = open_inputs(_in_float32(recipe), Destination.of(recipe), model, tokenizer)
-    work = WorkDir.of(options, inputs)
-    if _clusters(inputs.scheme) is not None:
-        logger.warning("%s", NO_FUSED_KERNEL)
-    imported = imported_rotations(recipe, inputs.source)
-    kinds = candidate_sets(inputs, imported)[-1].certain
-    rows = inputs.rows(clock).train
-    passes = _Passes(inputs, inputs.quantization().linears, rows, jointly)
+    with reserved(recipe, options) as output:
+        warn_of_slow_choices(recipe)
+        inputs = open_inputs(_in_float32(recipe), Destination.of(recipe), model, tokenizer)
+        work = WorkDir.of(options, inputs)
+        if _clusters(inputs.scheme) is not None:
+            logger.warning("%s", NO_FUSED_KERNEL)
+        imported = imported_rotations(recipe, inputs.source)
+        kinds = candidate_sets(inputs, imported)[-1].certain
+        rows = inputs.rows(clock).train
+        passes = _Passes(inputs, inputs.quantization().linears, rows, jointly)
 
-    measured = {"before": passes.measure(inputs.fuse(RotationSet(), clock), clock)}
-    trained = trained_rotations(kinds, inputs, imported, rows, options, work, clock)
-    if trained.rotations:
-        measured["after"] = passes.measure(inputs.fuse(trained.rotations, clock), clock)
+        measured = {"before": passes.measure(inputs.fuse(RotationSet(), clock), clock)}
+        trained = trained_rotations(kinds, inputs, imported, rows, options, work, clock)
+        if trained.rotations:
+            measured["after"] = passes.measure(inputs.fuse(trained.rotations, clock), clock)
 
-    report = _report(passes, trained, measured, clock)
-    with atomic_folder(options.output, overwrite=options.overwrite) as folder:
-        save_file(
-            _tensors(measured),
-            folder / TENSORS_FILE,
-            metadata={"format_version": str(STATS_FORMAT_VERSION)},
-        )
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        report.save(folder)
+        report = _report(passes, trained, measured, clock)
+        with output.folder() as folder:
+            save_file(
+                _tensors(measured),
+                folder / TENSORS_FILE,
+                metadata={"format_version": str(STATS_FORMAT_VERSION)},
+            )
+            (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            report.save(folder)
     return StatsResult(options.output, recipe, report)
 
 

@@ -28,7 +28,7 @@ from calib.smoothing.smooth import fold_all
 from exporter.parity import Subject, check_parity
 from exporter.recipe import Recipe
 from exporter.reporting.describe import CONFIG_FILE, load_smoothing
-from exporter.reporting.exported import check_unchanged, read_export
+from exporter.reporting.exported import check_unchanged, read_export, update_export
 from exporter.reporting.report import Report, parity_status
 from exporter.run.destination import Destination
 from exporter.run.quantizing import customised_scheme
@@ -39,7 +39,7 @@ from exporter.source import Source, open_source, read_rows
 def verify(
     folder: Path, *, model: str | None = None, rows: int | None = None, progress: Progress = silent
 ) -> Report:
-    """Check ``folder`` and update its report.
+    """Check ``folder`` and update its report and card, where they can be written.
 
     Args:
         folder: what ``rotq export`` wrote.
@@ -51,13 +51,13 @@ def verify(
         CheckpointError: the folder is incomplete or was edited after the export, or ``model`` is
             another model.
     """
-    report, recipe = read_export(folder)
+    report, written = read_export(folder)
     check_unchanged(folder, report)
 
-    changes: dict[str, Any] = {"model": model or recipe.model}
+    changes: dict[str, Any] = {"model": model or written.model}
     if rows is not None:
-        changes["evaluation"] = recipe.evaluation.model_copy(update={"nsamples": rows})
-    recipe = recipe.model_copy(update=changes)
+        changes["evaluation"] = written.evaluation.model_copy(update={"nsamples": rows})
+    recipe = written.model_copy(update=changes)
 
     source = open_source(recipe)
     if source.fingerprint != report.model.fingerprint:
@@ -94,8 +94,7 @@ def verify(
             "seconds": {**report.seconds, "verify": time.perf_counter() - start},
         }
     )
-    report.save(folder)
-    return report
+    return update_export(folder, report, written)
 
 
 def read_back(

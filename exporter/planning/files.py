@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from calib.schemes import LinearScheme
+from exporter.output import LIST_FILE
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.card import CARD_FILE
 from exporter.reporting.report import REPORT_FILE, ROTATE_REPORT_FILE, SMOOTHING_FILE
@@ -23,7 +24,7 @@ CHECKPOINT_SHARD_BYTES = 50 * 10**9
 
 def capture_files() -> tuple[str, ...]:
     """Of ``rotq capture``."""
-    return (*_CAPTURE, RECIPE_FILE)
+    return (*_CAPTURE, RECIPE_FILE, LIST_FILE)
 
 
 def rotate_files(side_files: Collection[str], nbytes: int) -> tuple[str, ...]:
@@ -34,7 +35,7 @@ def rotate_files(side_files: Collection[str], nbytes: int) -> tuple[str, ...]:
         nbytes: of the weights.
     """
     weights = _sharded("model", nbytes, CHECKPOINT_SHARD_BYTES)
-    last = (RECIPE_FILE, ROTATE_REPORT_FILE, CARD_FILE)
+    last = (RECIPE_FILE, ROTATE_REPORT_FILE, CARD_FILE, LIST_FILE)
     return _distinct(*weights, *_CONFIGS, *side_files, *_ROTATIONS, *last)
 
 
@@ -44,7 +45,7 @@ def calibrate_files(side_files: Collection[str], nbytes: int) -> tuple[str, ...]
     """
     weights = _sharded("quantized_model", nbytes, HUB_SHARD_BYTES)
     side = [name for name in side_files if name != "config.json"]
-    return _distinct(*weights, "quantized_model.json", *side, *_ROTATIONS, RECIPE_FILE)
+    return _distinct(*weights, "quantized_model.json", *side, *_ROTATIONS, RECIPE_FILE, LIST_FILE)
 
 
 def export_files(
@@ -71,9 +72,9 @@ def export_files(
         files[target] = _distinct(*written, "config.json", *side_files, *last)
 
     if len(files) == 1:
-        return next(iter(files.values()))
+        return (*next(iter(files.values())), LIST_FILE)
     inner = (f"{target}/{name}" for target, names in files.items() for name in names)
-    return (RECIPE_FILE, *inner)
+    return (RECIPE_FILE, *inner, LIST_FILE)
 
 
 def _sharded(stem: str, nbytes: int, limit: int) -> tuple[str, ...]:

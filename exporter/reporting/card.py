@@ -171,14 +171,24 @@ def source_license(recipe: Recipe) -> str | None:
     """
     if recipe.model == EMBEDDED:
         return "apache-2.0"
-    from huggingface_hub import hf_hub_download, metadata_load
+    from huggingface_hub import hf_hub_download
 
     path = Path(recipe.model) / CARD_FILE
     try:
         if not Path(recipe.model).is_dir():
             path = Path(hf_hub_download(recipe.model, CARD_FILE, revision=recipe.revision))
-        metadata = metadata_load(path) if path.is_file() else None
     except Exception:
+        return None
+    return stated_license(path)
+
+
+def stated_license(card: Path) -> str | None:
+    """License that a card states, or ``None`` where it states none or cannot be read."""
+    from huggingface_hub import metadata_load
+
+    try:
+        metadata = metadata_load(card) if card.is_file() else None
+    except Exception:  # whatever YAML holds
         return None
     stated = (metadata or {}).get("license")
     return stated if isinstance(stated, str) else None

@@ -4,12 +4,16 @@ and to tell whether it is still what was exported. Imports no torch.
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
+from pathlib import Path, PurePosixPath
 
 from calib.errors import CheckpointError, RecipeError
-from exporter.output import sha256_tree
+from exporter.output import LIST_FILE, entries, replace_text, sha256
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
+from exporter.reporting.card import CARD_FILE, render_card, stated_license
 from exporter.reporting.report import REPORT_FILE, Report
+
+logger = logging.getLogger(__name__)
 
 
 def is_export(folder: Path) -> bool:
@@ -51,31 +55,86 @@ def read_export(folder: Path) -> tuple[Report, Recipe]:
 
 
 def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
-    """Names of files that are ``missing`` from the folder or ``changed`` since it was exported."""
-    checksums = sha256_tree(folder, exclude=(REPORT_FILE,))
-    missing = sorted(report.checksums.keys() - checksums.keys())
-    changed = sorted(
-        name
-        for name in report.checksums.keys() & checksums.keys()
-        if report.checksums[name] != checksums[name]
-    )
-    return {what: names for what, names in (("missing", missing), ("changed", changed)) if names}
+    """Names of files that are ``missing`` from the folder, ``changed`` since it was exported, or
+    ``added``; of the last, hidden ones (``.git``, ``.cache``) are no part of the export.
+
+    Raises:
+        CheckpointError: the report names no file.
+    """
+    if not report.checksums:
+        raise CheckpointError(
+            f"'{folder / REPORT_FILE}' holds no checksums: nothing says what was exported",
+            hint="export the model again",
+        )
+    listed, here = report.checksums, set(entries(folder))
+    added = here - listed.keys() - {REPORT_FILE, LIST_FILE}
+    found = {
+        "missing": [name for name in listed if name not in here],
+        "changed": [name for name in here & listed.keys() if not _has(folder / name, listed[name])],
+        "added": [name for name in added if not _is_hidden(name)],
+    }
+    return {what: sorted(names) for what, names in found.items() if names}
 
 
 def check_unchanged(folder: Path, report: Report) -> None:
-    """Refuse a folder that is not what was exported.
+    """Refuse a folder that is not what was exported. The card is for readers: an edited one passes.
 
     Raises:
         CheckpointError: naming the files.
     """
-    problems = [
-        f"{what}: {', '.join(names)}" for what, names in edited_files(folder, report).items()
-    ]
+    edited = {
+        what: [name for name in names if name != CARD_FILE]
+        for what, names in edited_files(folder, report).items()
+    }
+    problems = [f"{what}: {', '.join(names)}" for what, names in edited.items() if names]
     if problems:
         raise CheckpointError(
             f"'{folder}' is not what was exported ({'; '.join(problems)})",
-            hint="export the model again, or restore the files",
+            hint="restore the files, take away what was added, or export the model again",
         )
+
+
+def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
+    """Write what a later check found into a folder: the report, and the card unless somebody has
+    edited it. Each is replaced as a whole, and a link is not followed. Where the folder cannot be
+    written, it stays as it was, with a warning.
+
+    Args:
+        folder: an exported one.
+        report: with the new findings.
+        recipe: the one in the folder.
+
+    Returns:
+        The report, with the checksum of the new card.
+    """
+    try:
+        card = folder / CARD_FILE
+        if CARD_FILE in report.checksums and card.is_file():
+            text = render_card(recipe, report, stated_license(card))
+            ours = _has(card, report.checksums[CARD_FILE])
+            if ours or card.read_bytes() == text.encode():  # it may have been killed after the card
+                replace_text(card, text)
+                checksums = {**report.checksums, CARD_FILE: sha256(card)}
+                report = report.model_copy(update={"checksums": checksums})
+            else:
+                logger.warning("'%s' was edited and is left as it is", card)
+        report.save(folder)
+    except OSError as error:
+        logger.warning(
+            "'%s' cannot be written (%s): what it says of itself stays as it was",
+            folder,
+            error.strerror or error,
+        )
+    return report
+
+
+def _has(path: Path, checksum: str) -> bool:
+    """Whether a file has this checksum; a link to a folder, or to nothing, has none."""
+    return path.is_file() and sha256(path) == checksum
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _incomplete(folder: Path, error: Exception) -> CheckpointError:

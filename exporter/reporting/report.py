@@ -13,6 +13,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from exporter.output import replace_text
+
 REPORT_FILE = "report.json"
 ROTATE_REPORT_FILE = "rotation_report.json"
 SMOOTHING_FILE = "smoothing.safetensors"
@@ -239,9 +241,9 @@ class Report(_Frozen):
         return next((row.not_run_in for row in self.parity if row.not_run_in), "")
 
     def save(self, folder: Path) -> None:
-        """Write ``report.json`` into ``folder``."""
+        """Write ``report.json`` into ``folder``, in place of one that is there."""
         text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
-        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        replace_text(folder / REPORT_FILE, text + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Report:

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from calib.errors import OutputError
-from exporter.output import atomic_folder
+from calib.errors import OutputError, RecipeError
+from exporter.output import LOCK_FILE, atomic_folder, is_partial, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.run.inputs import Inputs
 from exporter.run.options import RunOptions
@@ -27,8 +27,8 @@ class WorkDir:
     """The finished steps of a run in ``folder``; with ``folder`` ``None`` nothing is kept.
 
     Raises:
-        OutputError: the folder holds another run and ``resume`` is not given, or a setting differs
-            from that run's.
+        OutputError: the folder holds another run and ``resume`` is not given, a setting differs
+            from that run's, or it holds files but no run.
     """
 
     @classmethod
@@ -54,11 +54,12 @@ class WorkDir:
                     f"the work folder '{folder}' holds a run already",
                     hint="give --resume to go on, or another --work-dir",
                 )
-            _check_same(load_recipe(kept), recipe, folder)
+            _check_same(_read_kept(kept), recipe, folder)
             return
 
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(recipe.to_yaml(), encoding="utf-8")
+        _check_empty(folder)
+        replace_text(kept, recipe.to_yaml())
 
     def finished(self, step: str) -> Path | None:
         """The folder of a finished step, or ``None``."""
@@ -85,6 +86,32 @@ class WorkDir:
         if self.folder is not None:
             with atomic_folder(self.folder / step) as partial:
                 save(partial)
+
+
+def _read_kept(path: Path) -> Recipe:
+    """The recipe of the run that a work folder holds."""
+    try:
+        if path.stat().st_size:
+            return load_recipe(path)
+        reason = "it is empty"
+    except RecipeError as error:
+        reason = error.message
+    raise OutputError(
+        f"cannot resume in '{path.parent}': its {RECIPE_FILE} is damaged: {reason}",
+        hint="start in another --work-dir; what is in this one cannot be trusted",
+    )
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse a folder of somebody else: steps would be read from it, and removed."""
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name != LOCK_FILE and not is_partial(name)]
+    if foreign:
+        raise OutputError(
+            f"the work folder '{folder}' holds no run of rotq, but {foreign[0]}"
+            f"{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}",
+            hint="give an empty folder, or a new name, to --work-dir",
+        )
 
 
 def _check_same(kept: Recipe, recipe: Recipe, folder: Path) -> None:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from backends.base import WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.file_names import DATA_FILE, MODEL_FILE
 from backends.onnx.files import read_proto
+from backends.testing.damage import openers
 from calib.errors import BackendError
 from tests.backends.onnx.conftest import Exported
+from tests.hub_cache import is_sound, link_files
 
 
 def edit_places(path: Path, edit: Callable[[onnx.StringStringEntryProto], None]) -> None:
@@ -35,6 +38,32 @@ def refused(folder: Path, match: str) -> BackendError:
 
 def test_a_whole_folder_opens(copied: Path) -> None:
     assert read_proto(copied / MODEL_FILE).graph.node
+
+
+@pytest.mark.parametrize("shard", [None, 40_000])
+def test_links_as_in_the_cache_of_the_hub_are_read(
+    llama: Exported, tmp_path: Path, shard: int | None
+) -> None:
+    folder, backend = tmp_path / "snapshots" / "1", OnnxBackend()
+    folder.mkdir(parents=True)
+    backend.write(llama.quantized, folder, WriteOptions("ort", max_shard_bytes=shard))
+    link_files(folder, tmp_path / "blobs")
+    found = backend.read_linears(folder, "ort")
+    for name, linear in llama.quantized.linears.items():
+        assert torch.equal(found[name].weight, linear.weight)
+    for open_folder in openers(backend, folder, "ort").values():
+        open_folder()
+    assert is_sound(tmp_path / "blobs")
+
+
+def test_data_that_leads_to_several_folders_is_one_line(llama: Exported, tmp_path: Path) -> None:
+    OnnxBackend().write(llama.quantized, tmp_path, WriteOptions("ort", max_shard_bytes=40_000))
+    (tmp_path / "elsewhere").mkdir()
+    data = min(tmp_path.glob("*.data"))
+    data.rename(tmp_path / "elsewhere" / data.name)
+    data.symlink_to(tmp_path / "elsewhere" / data.name)
+    with pytest.raises(BackendError, match="leads to several folders"):
+        OnnxBackend().load_probed(tmp_path, "ort")
 
 
 def test_missing_data_is_named(copied: Path) -> None:

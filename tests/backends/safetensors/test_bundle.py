@@ -31,6 +31,7 @@ from calib.errors import BackendError
 from calib.schemes import KV_SCHEMES
 from calib.sealed import digest, seal_of
 from tests.backends.safetensors.plain import PlainLayout, entry
+from tests.hub_cache import is_sound, link_files
 from tests.tiny import CONFIGS, quantize_tiny
 
 SHARD = 40_000
@@ -223,6 +224,23 @@ def rewrite_shard(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> 
     edit_manifest(folder, lambda values: values["files"][path.name].update(bytes=size))
 
 
+def rewrite_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the index, and what the manifest knows of it, as somebody who means it would."""
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text())
+    edit(index)
+    path.write_text(json.dumps(index))
+    now = {"sha256": digest(path), "bytes": path.stat().st_size}
+    edit_manifest(folder, lambda values: values["files"].update({INDEX_FILE: now}))
+
+
+def lead_outside(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes(shards(folder)[0].read_bytes())
+    key = min(load_file(outside))
+    rewrite_index(folder, lambda index: index["weight_map"].update({key: "../outside.safetensors"}))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -267,6 +285,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
             )
         ),
         r"\.\./x is missing",
+    ),
+    "index-outside": (
+        lead_outside,
+        r"is in '\.\./outside\.safetensors', by its manifest in 'model-",
+    ),
+    "index-lacks-a-key": (
+        lambda f: rewrite_index(f, lambda index: index["weight_map"].popitem()),
+        "is in 'None', by its manifest in 'model-",
+    ),
+    "index-has-a-stranger": (
+        lambda f: rewrite_index(f, lambda index: index["weight_map"].update(x="model.bin")),
+        r"'x' is in 'model\.bin', by its manifest in 'None'",
+    ),
+    "index-is-no-index": (
+        lambda f: rewrite_index(f, lambda index: index.clear()),
+        f"{INDEX_FILE} cannot be read",
     ),
     "unlisted": (
         lambda f: edit_manifest(f, lambda values: values["files"].pop(shards(f)[0].name)),
@@ -313,6 +347,15 @@ def test_all_that_is_wrong_with_the_tensors_is_in_one_error(copied: Path) -> Non
         "instead",
     ):
         assert text in caught.value.message
+
+
+def test_links_as_in_the_cache_of_the_hub_are_read(
+    model: QuantizedModel, copied: Path, tmp_path: Path
+) -> None:
+    link_files(copied, tmp_path / "blobs")
+    found = read_model(open_bundle(copied, verify=True), PlainLayout())
+    assert list(found.linears) == list(model.linears)
+    assert is_sound(tmp_path / "blobs")
 
 
 def test_a_bundle_for_another_target_is_refused(written: Path) -> None:

@@ -404,6 +404,16 @@ def test_hostile_pickle_is_not_run(tmp_path: Path) -> None:
         import_spinquant(tmp_path / "missing.bin", kv_heads=KV_HEADS)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 100])
+def test_a_file_that_was_cut_off_is_one_line(kept: int, tmp_path: Path) -> None:
+    torch.save({"R1": torch.eye(3)}, tmp_path / "r1.pt")
+    (tmp_path / "r1.pt").write_bytes((tmp_path / "r1.pt").read_bytes()[:kept])
+    with pytest.raises(RotationError, match=r"r1\.pt cannot be read as a file of") as caught:
+        import_dartquant(tmp_path / "r1.pt", None, kv_heads=KV_HEADS)
+    assert "\n" not in caught.value.message
+    assert kept or caught.value.message.endswith("it is empty or cut off")
+
+
 def test_hadamard_rotation_is_the_seeded_matrix() -> None:
     rotation = hadamard_rotation("r4", 44, layer=0, seed=9)
     assert torch.equal(rotation.dense(), hadamard_matrix(44, seed=9))

@@ -16,6 +16,7 @@ import pytest
 from cli_support import ROOT, rotq, write_llama
 
 from backends.registry import available
+from exporter.cli import main
 from exporter.recipe import load_recipe
 
 HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxruntime", "onnx_ir", "datasets")
@@ -281,8 +282,7 @@ def test_output_that_the_terminal_cannot_encode_does_not_kill_it(plugins: str) -
     assert done.stdout.isascii()
 
 
-def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
-    script = """
+_STAND_IN = """
 import signal, sys, time, types
 
 # a shell that runs the tests in the background has its children ignore interrupts
@@ -297,7 +297,7 @@ def run_capture(recipe, options, *, progress):
     with atomic_folder(options.output) as folder:
         (folder / "half").write_text("x")
         print("ready", file=sys.stderr, flush=True)
-        time.sleep(60)
+        time.sleep(60 if len(sys.argv) == 1 else float(sys.argv[1]))
 
 
 module = types.ModuleType("exporter.commands.export")
@@ -307,18 +307,115 @@ from exporter.cli import main
 
 sys.exit(main(["capture", "-o", "out", "-q"]))
 """
+
+
+def ended_by(number: int, folder: Path, *prefix: str, seconds: float = 60) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a run that gets a signal in mid-write."""
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [*prefix, sys.executable, "-c", _STAND_IN, str(seconds)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     with process:
         assert process.stderr is not None
         assert process.stderr.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted\n"),
+        (signal.SIGTERM, 143, "interrupted by SIGTERM\n"),
+        (signal.SIGHUP, 129, "interrupted by SIGHUP\n"),
+    ],
+    ids=lambda value: str(value).strip(),
+)
+def test_a_request_to_end_leaves_nothing(tmp_path: Path, number: int, code: int, said: str) -> None:
+    assert ended_by(number, tmp_path) == (code, "", said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_is_told_to_ignore_a_signal_does(tmp_path: Path) -> None:
+    assert ended_by(signal.SIGHUP, tmp_path, "nohup", seconds=0.5)[0] == 0
+    assert (tmp_path / "out" / "half").is_file()
+
+
+def test_the_handlers_of_a_caller_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--version"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "rotq" in capsys.readouterr().out
+
+
+def in_a_shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``rotq`` with redirections, offline."""
+    command = f"{sys.executable} -m exporter.cli {line}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("line", ["backends >&-", "eval nothing >&-", "env -q <&- >&-"])
+def test_without_stdout_nothing_is_begun(line: str, tmp_path: Path) -> None:
+    done = in_a_shell(line, tmp_path)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error == "error: stdout is closed: there is no place for the result"
+    assert "/dev/null" in hint
+
+
+def test_without_stderr_the_result_is_printed_all_the_same(tmp_path: Path) -> None:
+    done = in_a_shell("env --json 2>&-", tmp_path)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["versions"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_result_that_cannot_be_printed_is_two_lines(tmp_path: Path) -> None:
+    done = in_a_shell("env > /dev/full", tmp_path)
+    assert done.returncode == 1
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
+
+
+def test_a_limit_on_files_is_named(tmp_path: Path) -> None:
+    import resource
+
+    script = """
+from pathlib import Path
+from exporter.cli.errors import exit_code_of
+from exporter.output import atomic_folder
+
+
+def run():
+    with atomic_folder(Path("out")) as folder:
+        (folder / "weights").write_bytes(bytes(10**6))
+
+
+raise SystemExit(exit_code_of(run))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)),
+        check=False,
+    )
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert "larger than this process may write (ulimit -f): 'out' was not written" in error
+    assert "raise the limit" in hint
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,10 @@ from cli_support import rotq
 from calib.artifact import load_artifact
 from calib.errors import BackendError, CheckpointError
 from exporter.cli import main
+from exporter.commands.evaluate import evaluate
 from exporter.commands.export import calibrate, export
 from exporter.commands.inspect import inspect_folder
+from exporter.commands.verify import verify
 from exporter.recipe import load_recipe
 from exporter.reporting.report import Report
 from exporter.run.options import RunOptions
@@ -119,6 +121,20 @@ def test_edited_files_are_a_finding_and_damaged_ones_end_it(tmp_path: Path) -> N
     )
     with pytest.raises((BackendError, CheckpointError), match="is damaged"):
         inspect_folder(folder)
+
+
+def test_every_reader_refuses_what_was_edited_or_lists_nothing(tmp_path: Path) -> None:
+    folder = exported(tmp_path)
+    report = Report.load(folder)
+    (folder / "vocab.json").write_text("{}")
+    assert inspect_folder(folder).edited == {"added": ["vocab.json"]}
+    for reader in (verify, lambda folder: evaluate(str(folder), None, nsamples=1)):
+        with pytest.raises(CheckpointError, match=r"not what was exported \(added: vocab.json\)"):
+            reader(folder)
+    report.model_copy(update={"checksums": {}}).save(folder)
+    for reader in (inspect_folder, verify, lambda folder: evaluate(str(folder), None, nsamples=1)):
+        with pytest.raises(CheckpointError, match="holds no checksums"):
+            reader(folder)
 
 
 @pytest.mark.usefixtures("clean_logging")

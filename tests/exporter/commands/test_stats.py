@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from exporter.cli import main
 from exporter.commands.stats import TENSORS_FILE, StatsResult, stats
 from exporter.console.show_stats import damage_table, show_stats
+from exporter.output import LIST_FILE
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.stats import STATS_FILE, TABLE_FILE, StatsReport
 from exporter.run.options import RunOptions
@@ -132,6 +133,7 @@ def test_the_files_say_the_same(rotated: StatsResult) -> None:
         TABLE_FILE,
         TENSORS_FILE,
         RECIPE_FILE,
+        LIST_FILE,
     }
     assert StatsReport.model_validate_json((folder / STATS_FILE).read_text()) == rotated.report
     assert load_recipe(folder / RECIPE_FILE) == rotated.recipe

@@ -17,7 +17,7 @@ from calib.artifact import load_artifact
 from calib.errors import BackendError, OutputError, RotqError
 from exporter.commands.export import calibrate, export
 from exporter.commands.verify import verify
-from exporter.output import sha256_tree
+from exporter.output import LIST_FILE, sha256_tree
 from exporter.planning.plan import plan
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.report import REPORT_FILE, Report
@@ -61,7 +61,7 @@ def test_every_target_gets_a_complete_folder_from_one_calibration(
         report = Report.load(folder)
         assert report == result.reports[target]
         assert (report.target, report.status) == (target, "passed")
-        assert report.checksums == sha256_tree(folder, exclude=(REPORT_FILE,))
+        assert report.checksums == sha256_tree(folder, exclude=(REPORT_FILE, LIST_FILE))
         assert {
             "README.md",
             "config.json",

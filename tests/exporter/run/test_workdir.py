@@ -68,3 +68,35 @@ def test_a_pattern_added_to_none_is_noticed_too(tmp_path: Path) -> None:
     added = load_recipe(None, {"overrides": {"*": "float"}})
     with pytest.raises(OutputError, match=r"overrides was {} and is now {'\*': float}"):
         WorkDir(tmp_path / "work", added, resume=True)
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "layerwise", "artifact"])
+def test_a_folder_of_somebody_else_is_no_work_folder(tmp_path: Path, name: str) -> None:
+    """Steps would be read from it, and removed."""
+    (tmp_path / "work" / name).mkdir(parents=True)
+    for resumed in (True, False):
+        with pytest.raises(OutputError, match=f"holds no run of rotq, but {name}"):
+            WorkDir(tmp_path / "work", Recipe(), resume=resumed)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("text", ["", "scheme: [", "scheem: int8", "- 1"])
+def test_a_damaged_recipe_is_one_line(tmp_path: Path, text: str) -> None:
+    WorkDir(tmp_path / "work", Recipe(), resume=False)
+    (tmp_path / "work" / "rotq.yaml").write_text(text)
+    with pytest.raises(OutputError, match=r"its rotq\.yaml is damaged: ") as caught:
+        WorkDir(tmp_path / "work", Recipe(), resume=True)
+    assert "another --work-dir" in str(caught.value.hint)
+
+
+def test_a_kill_leaves_no_half_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            WorkDir(tmp_path / "work", Recipe(), resume=False)
+    assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".partial"]
+    WorkDir(tmp_path / "work", Recipe(), resume=True)

@@ -133,6 +133,17 @@ def test_damaged_index(sharded: Path, text: str) -> None:
         open_checkpoint(sharded)
 
 
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}], ids=["none", "null"])
+def test_index_without_what_transformers_asks_for(sharded: Path, metadata: dict[str, Any]) -> None:
+    """It would fail when the original is loaded, after the long job."""
+    index = json.loads((sharded / INDEX).read_text())
+    del index["metadata"]
+    (sharded / INDEX).write_text(json.dumps(index | metadata))
+    with pytest.raises(CheckpointError, match="has no 'metadata'") as caught:
+        open_checkpoint(sharded)
+    assert '"metadata": {}' in str(caught.value.hint)
+
+
 def test_index_that_promises_too_much(sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["extra.weight"] = next(iter(index["weight_map"].values()))

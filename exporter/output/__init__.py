@@ -1,0 +1,34 @@
+"""Output folders: they appear complete or not at all, belong to one process while they are made,
+and are replaced only where they hold nothing but what rotq wrote.
+
+``claim`` puts it together; ``lock`` says who is at work, ``listing`` what rotq wrote, ``swap`` puts
+one folder in another's place, ``failures`` knows a full disk, ``whole`` replaces single files.
+"""
+
+from __future__ import annotations
+
+from exporter.output.claim import Claim, atomic_folder, check_target, claimed, is_in, sweep
+from exporter.output.failures import why_not_written
+from exporter.output.listing import LIST_FILE, entries, sha256, sha256_tree, unlisted
+from exporter.output.lock import LOCK_FILE, locked, making
+from exporter.output.whole import is_partial, replace_text
+
+__all__ = [
+    "LIST_FILE",
+    "LOCK_FILE",
+    "Claim",
+    "atomic_folder",
+    "check_target",
+    "claimed",
+    "entries",
+    "is_in",
+    "is_partial",
+    "locked",
+    "making",
+    "replace_text",
+    "sha256",
+    "sha256_tree",
+    "sweep",
+    "unlisted",
+    "why_not_written",
+]
