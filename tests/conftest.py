@@ -38,13 +38,17 @@ def regenerate_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--regenerate-golden"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of this session's own for traced graphs, instead of the user's; its worker processes
-    share it.
-    """
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session's own that its worker processes share."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_cache(shared: Path) -> Iterator[Path]:
+    """For traced graphs, instead of the user's."""
+    folder = shared / "traces"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROTQ_CACHE", str(folder))
@@ -58,13 +62,21 @@ def small_recipe() -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe) -> Path:
-    """The embedded model, exported once for the session. Tests that write must copy it."""
+def exported(shared: Path, small_recipe: Recipe) -> Path:
+    """The embedded model, exported once for the session; workers wait for the first one. Tests that
+    write must copy it.
+    """
+    from filelock import FileLock  # torch brings it
+
     from exporter.commands.export import export
     from exporter.run.options import RunOptions
 
-    root = tmp_path_factory.mktemp("exported")
-    return export(small_recipe, RunOptions(root / "demo", work_dir=root / "work")).output
+    root = shared / "exported"
+    output = root / "demo"
+    with FileLock(shared / "exported.lock"):
+        if not output.is_dir():  # it appears whole
+            export(small_recipe, RunOptions(output, work_dir=root / "work"))
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ Inputs and outputs have the names that onnxruntime-genai and optimum know:
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import sys
@@ -114,7 +115,7 @@ def trace(request: TraceRequest) -> ir.Model:
     layers = (len(names) - 3) // 2
     wrapper = _FlatCache(network, last_logits=request.last_logits).eval()
 
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _uncollected():
         program = _export(
             wrapper,
             inputs,
@@ -347,6 +348,20 @@ def _name_output_axes(model: ir.Model) -> None:
             and output.shape is not None
         ):
             output.shape = ir.Shape([output.shape[0], output.shape[1], "total", output.shape[3]])
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cycles, which goes through a trace's many small objects again and
+    again, and through all others of the process.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -60,7 +60,8 @@ def key_of(request: TraceRequest) -> str:
     digest = hashlib.sha256()
     r3 = request.r3.values() if request.r3 else ()
     facts = {
-        "config": dict(request.config),
+        # the head is a placeholder with a name of its own, tied or not
+        "config": {**request.config, "tie_word_embeddings": False},
         "dtype": str(request.dtype),
         "opset": request.opset,
         "last_logits": request.last_logits,

@@ -21,10 +21,12 @@ from backends.onnx.backend import OnnxBackend
 from backends.onnx.file_names import MODEL_FILE
 from backends.onnx.rotary import fuse_rotary
 from backends.onnx.targets import TARGETS
-from backends.onnx.trace import TraceRequest, trace
+from backends.onnx.trace import TraceRequest
+from backends.onnx.trace_cache import cached_trace
 from calib.architectures import Kind
 from calib.artifact import cast_model
 from calib.network.skeleton import portable_config
+from calib.progress import silent
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import resolve
 from calib.schemes import scheme_named
@@ -184,6 +186,7 @@ def test_a_quantized_cache_in_one_buffer(switch: int, tmp_path: Path) -> None:
 def test_it_is_one_operator_where_cosines_are_not_scaled(
     config: Callable[[], Any], fused: int
 ) -> None:
-    model = trace(TraceRequest(portable_config(config()), torch.float32, 21))
+    request = TraceRequest(portable_config(config()), torch.float32, 21)
+    model = cached_trace(request, silent)
     fuse_rotary(model)
     assert Counter(node.op_type for node in model.graph)["RotaryEmbedding"] == fused

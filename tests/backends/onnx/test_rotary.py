@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
 
 from backends.onnx.rotary import ROTARY_OPSET, fuse_rotary
-from backends.onnx.trace import TraceRequest, trace
+from backends.onnx.trace import TraceRequest
+from backends.onnx.trace_cache import cached_trace
 from calib.network.skeleton import portable_config
+from calib.progress import silent
 from tests.tiny import CONFIGS
 
 
-def traced(name: str) -> ir.Model:
-    config = portable_config(CONFIGS[name]())
-    return trace(TraceRequest(config=config, dtype=torch.float32, opset=21))
+def traced(config: Any) -> ir.Model:
+    request = TraceRequest(portable_config(config), torch.float32, opset=21)
+    return cached_trace(request, silent)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,7 @@ def traced(name: str) -> ir.Model:
 )
 def test_queries_and_keys_of_every_layer_have_it(name: str, operators: int) -> None:
     """Two layers; SmolLM3 leaves every other one without RoPE, and GPT-2 has none."""
-    model = traced(name)
+    model = traced(CONFIGS[name]())
     fuse_rotary(model)
     found = Counter(node.op_type for node in model.graph)
     assert found["RotaryEmbedding"] == operators
@@ -34,7 +37,7 @@ def test_queries_and_keys_of_every_layer_have_it(name: str, operators: int) -> N
 
 
 def test_cosines_are_made_once_for_all_layers() -> None:
-    model = traced("llama")
+    model = traced(CONFIGS["llama"]())
     fuse_rotary(model)
     found = Counter(node.op_type for node in model.graph)
     assert (found["Cos"], found["Sin"]) == (1, 1)
@@ -43,7 +46,7 @@ def test_cosines_are_made_once_for_all_layers() -> None:
 def test_cosines_that_are_scaled_stay_spelled_out() -> None:
     config = CONFIGS["llama"]()
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
-    model = trace(TraceRequest(config=portable_config(config), dtype=torch.float32, opset=21))
+    model = traced(config)
     fuse_rotary(model)
     found = Counter(node.op_type for node in model.graph)
     assert (found["RotaryEmbedding"], found["Neg"]) == (0, 4)

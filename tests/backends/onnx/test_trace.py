@@ -14,9 +14,11 @@ from transformers.models.llama import modeling_llama
 from backends.onnx.placeholders import ATTENTION, DOMAIN, LINEAR
 from backends.onnx.targets import TARGETS
 from backends.onnx.trace import CHECKPOINT, TraceRequest, fill, trace
+from backends.onnx.trace_cache import cached_trace
 from backends.onnx.write import build
 from calib.errors import BackendError, CheckpointError
 from calib.network.skeleton import portable_config
+from calib.progress import silent
 from tests.tiny import CONFIGS, quantize_tiny
 
 SMALL = 128
@@ -31,7 +33,7 @@ def request(name: str, **options: Any) -> TraceRequest:
 
 @pytest.fixture(scope="module")
 def llama() -> ir.Model:
-    return trace(request("llama"))
+    return cached_trace(request("llama"), silent)
 
 
 def test_linears_and_attention_are_placeholders_and_weights_have_no_values(llama: ir.Model) -> None:

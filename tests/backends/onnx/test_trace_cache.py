@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -130,6 +131,14 @@ def test_the_key_holds_all_that_a_trace_depends_on_and_nothing_else() -> None:
     keys = [key_of(entry) for entry in requests]
     assert len(set(keys)) == len(keys)
     assert key_of(request("llama")) == keys[0]
+
+
+def test_a_tied_head_is_traced_as_one_that_is_not(made: ir.Model) -> None:
+    tied = request()
+    untied = replace(tied, config={**tied.config, "tie_word_embeddings": False})
+    assert tied.config["tie_word_embeddings"]
+    assert key_of(untied) == key_of(tied)
+    assert text(ir.from_proto(ir.to_proto(trace(untied)))) == text(made)
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(

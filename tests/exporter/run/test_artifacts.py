@@ -34,6 +34,13 @@ MIXED = {
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Widths are multiples of 32, as blocks of weights have it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return str(write_checkpoint(folder, hidden_size=64, intermediate_size=96))
+
+
 def few(**changes: Any) -> Recipe:
     return load_recipe(
         None, {**FEW, **{key.replace("__", "."): value for key, value in changes.items()}}
@@ -71,10 +78,10 @@ def test_a_smoothed_artifact_with_a_float_linear_passes_when_it_is_written_and_v
     ids=str,
 )
 def test_norms_are_folded_where_r1_or_a_quantized_input_wants_it(
-    settings: dict[str, Any], folded: bool, tmp_path: Path
+    settings: dict[str, Any], folded: bool, tiny: str, tmp_path: Path
 ) -> None:
     """And the artifact says so, whoever writes it, and ``verify`` fuses the original the same."""
-    recipe = load_recipe(None, {**FEW, "rotate": "none", **settings})
+    recipe = load_recipe(None, {**FEW, "model": tiny, "rotate": "none", **settings})
     made = calibrate(recipe, RunOptions(tmp_path / "artifact")).quantized
     assert made.norms_folded is folded
     found = load_artifact(tmp_path / "artifact")
@@ -83,7 +90,8 @@ def test_norms_are_folded_where_r1_or_a_quantized_input_wants_it(
     expected = torch.ones_like(gain) if folded else gain
     assert torch.equal(found.floats["model.norm.weight"], expected)
 
-    written = export(few(), RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact"))
+    options = RunOptions(tmp_path / "out", from_artifact=tmp_path / "artifact")
+    written = export(few(model=tiny), options)
     assert written.report.norms_folded is folded
     assert all(of_rungs(written.report.parity, 1, 2).values())
     assert of_rungs(verify(tmp_path / "out").parity, 1, 2) == of_rungs(written.report.parity, 1, 2)
