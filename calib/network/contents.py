@@ -134,13 +134,13 @@ def refuse_layers(layers: object, tensors: int, source: str) -> None:
         CheckpointError: there cannot be that many.
     """
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= tensors:
-        raise too_many_layers(layers, source, f", and its weights are {tensors} tensors")
+        raise too_many_layers(layers, source)
 
 
-def too_many_layers(layers: object, source: object, beside: str = "") -> CheckpointError:
+def too_many_layers(layers: object, source: object) -> CheckpointError:
     """What is raised of a number of layers that cannot be."""
     return CheckpointError(
-        f"the config of '{source}' calls for {layers} layers{beside}",
+        f"the config of '{source}' calls for {layers} layers, which its weights cannot have",
         hint="check num_hidden_layers in config.json",
     )
 
