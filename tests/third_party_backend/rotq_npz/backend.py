@@ -13,6 +13,8 @@ from backends.base import Reason, Request, StoredTensor, WriteOptions
 from backends.rules import Limits, Rule, first_reason, tensor_schemes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from backends.torch_model import TorchModel
     from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 
@@ -76,6 +78,11 @@ class NpzBackend:
 
     def read_cache(self, folder: Path, target: str) -> QuantizedCache | None:
         return None
+
+    def read_floats(self, folder: Path, target: str) -> Mapping[str, Tensor]:
+        from rotq_npz.files import read
+
+        return read(folder).floats
 
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         from rotq_npz.files import contents
