@@ -133,7 +133,7 @@ class Claim:
         if reason is not None:
             return OutputError(
                 f"{reason}: '{self._target}' was not written",
-                hint="make room or raise the limit, or choose another -o/--output",
+                hint="free some space, raise the limit, or choose another -o/--output",
             )
         if not isinstance(error, OSError) or not isinstance(error.filename, str):
             return None

@@ -97,7 +97,7 @@ def check_unchanged(folder: Path, report: Report) -> None:
 def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
     """Write what a later check found into a folder: the report, and the card unless somebody has
     edited it. Each is replaced as a whole, and a link is not followed. Where the folder cannot be
-    written, it stays as it was, with a warning.
+    written, or holds another export by now, it stays as it is, with a warning.
 
     Args:
         folder: an exported one.
@@ -106,8 +106,14 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
 
     Returns:
         The report, with the checksum of the new card.
+
+    Raises:
+        CheckpointError: the folder is no longer an export.
     """
     try:
+        if read_report(folder).checksums != report.checksums:
+            logger.warning("'%s' was written anew meanwhile and is left as it is", folder)
+            return report
         card = folder / CARD_FILE
         if CARD_FILE in report.checksums and card.is_file():
             text = render_card(recipe, report, stated_license(card))

@@ -21,7 +21,7 @@ def check_paths(recipe: Recipe, options: RunOptions) -> None:
     """
     check_target(options.output, options.overwrite)
     for what, path in _inputs(recipe, options):
-        if path.exists() and is_in(path, options.output):
+        if _is_here(path) and is_in(path, options.output):
             raise OutputError(
                 f"the output '{options.output}' is {what} '{path}', or holds it",
                 hint="choose another -o/--output: what a run reads is never overwritten",
@@ -70,9 +70,17 @@ def _work_folder(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _is_here(path: Path) -> bool:
+    """Whether there is such a path, as far as anybody can tell: names on the hub are none."""
+    try:
+        return path.exists()
+    except OSError:  # too long for a path, or in a folder that is closed to this user
+        return False
+
+
 def _inputs(recipe: Recipe, options: RunOptions) -> Iterator[tuple[str, Path]]:
     """Everything that a run may read, in words and where it would be if it is here."""
-    yield "the model", Path(recipe.model).expanduser()
+    yield "the model", _expanded(recipe.model)
     if options.from_artifact is not None:
         yield "the artifact", options.from_artifact
     if options.from_capture is not None:
@@ -82,3 +90,10 @@ def _inputs(recipe: Recipe, options: RunOptions) -> Iterator[tuple[str, Path]]:
     yield "the calibration text", Path(recipe.calibration.dataset)
     if recipe.evaluation.dataset is not None:
         yield "the evaluation text", Path(recipe.evaluation.dataset)
+
+
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(model)

@@ -136,6 +136,19 @@ def test_links_are_replaced_and_never_written_through(folder: Path, tmp_path: Pa
     assert not (folder / REPORT_FILE).is_symlink()
 
 
+def test_another_export_is_not_given_the_findings_of_the_one_before(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, (_, recipe) = failed(folder), read_export(folder)
+    with atomic_folder(folder, overwrite=True) as made:
+        (made / "model.onnx").write_text("other weights")
+        (made / RECIPE_FILE).write_text(Recipe().to_yaml())
+        finish(sample_report(), Recipe(), made)
+    update_export(folder, found, recipe)
+    assert Report.load(folder).status == "passed"
+    assert "was written anew meanwhile" in caplog.text
+
+
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

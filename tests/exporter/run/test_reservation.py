@@ -74,6 +74,14 @@ def test_an_input_is_found_behind_links_and_by_either_name(folder: Path, tmp_pat
         )
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a" * 300, "org/model", "a\0b", ""])
+def test_a_name_that_is_no_path_is_no_input(folder: Path, name: str) -> None:
+    recipe = load_recipe(None, {"calibration.dataset": name, "evaluation.dataset": name})
+    check_paths(
+        recipe.model_copy(update={"model": name or "x"}), RunOptions(folder, overwrite=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("output", "work"), [("a", "a"), ("a/b", "a"), ("a", "a/b"), ("x/../a", "a")]
 )
