@@ -4,8 +4,9 @@ VERSIONS := locked
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One process for each core, and one thread in each: the models of the tests are tiny.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# One process for each core, and one thread in each: the models of the tests are tiny. A file belongs to one process; files
+# are begun in the order of tests/conftest.py.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 LATEST := VENV=.venv-latest VERSIONS=newest
 OLDEST := VENV=.venv-oldest VERSIONS=oldest

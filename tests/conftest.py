@@ -21,6 +21,28 @@ SMALL = {
 """Fewer rows than the default, so that the suite stays short; every step is the same."""
 
 
+LONGEST = (
+    "test_end_to_end",
+    "test_frequencies",
+    "test_artifacts",
+    "test_conformance_onnx",
+    "test_onnx_runtime",
+    "test_families_rotary",
+    "test_families_layer_norm",
+    "test_families_packed",
+    "test_chosen_prefix",
+    "test_rotary",
+    "test_readers",
+    "test_plan",
+    "test_parity",
+    "test_cli",
+    "test_written_options",
+    "test_families_experts",
+)
+"""Files of half a minute and more, longest first: a worker that began one of them last would be
+alone in the end."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--regenerate-golden`` writes the golden files anew; read the difference before you commit
     it.
@@ -30,6 +52,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files instead of comparing",
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; everything else in the order that it has."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session")
