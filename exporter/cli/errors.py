@@ -96,7 +96,8 @@ def _recognise(error: Exception) -> tuple[str, str] | None:
     """
     reason = why_not_written(error)
     if reason is not None:
-        return reason, "free some space, raise the limit, or choose another -o/--output or --work-dir"
+        hint = "free some space, raise the limit, or choose another -o/--output or --work-dir"
+        return reason, hint
     # torch's own types are not imported for this: the name is the same in all of its versions.
     if type(
         error
