@@ -80,7 +80,7 @@ def verify(
             evaluation,
             source=source,
             fused=fused,
-            digests=report.linears,
+            digests=report.stored,
             last=recipe.logits == "last",
         ),
         progress,

@@ -1,5 +1,5 @@
-"""Where the bounds of rung 2 come from: floors that are measured in torch on the same rows, never
-invented.
+"""Where bounds come from. Those of rung 2 are floors that are measured in torch on the same rows;
+that of the divergence is what the gate measured, with room for other text and for the runtime.
 """
 
 from __future__ import annotations
@@ -49,17 +49,24 @@ class Floors:
     default: RuntimeModel | Missing
     """The session as a user gets it, which may say what it computes in."""
 
-    def logits(self) -> dict[str, LogitsFunction]:
-        """What to run, by the name of its row."""
-        subject, own = self.subject, self.own_precision
+    def models(self) -> dict[str, LogitsFunction]:
+        """What to run that is a model of its own, by the name of its row."""
         found = {}
-        if subject.short:
-            found[_NAIVE] = naive_logits(subject.quantized)
-        elif _rounds_on_the_way(subject):
-            found[_SPLIT] = split_logits(self.reference)
-        if own is not None:
-            found[_own_named(own)] = naive_logits(subject.quantized, own)
+        if self.subject.short:
+            found[_NAIVE] = naive_logits(self.subject.quantized)
+        if self.own_precision is not None:
+            found[_own_named(self.own_precision)] = naive_logits(
+                self.subject.quantized, self.own_precision
+            )
         return found
+
+    def split(self) -> dict[str, LogitsFunction]:
+        """The reference itself with its sums split, by the name of its row, where that is asked
+        for.
+        """
+        if self.subject.short or not _rounds_on_the_way(self.subject):
+            return {}
+        return {_SPLIT: split_logits(self.reference)}
 
     @cached_property
     def own_precision(self) -> torch.dtype | None:
@@ -78,7 +85,7 @@ class Floors:
         from.
 
         Args:
-            found: how far what :meth:`logits` names is from the reference.
+            found: how far what :meth:`models` and :meth:`split` name is from the reference.
         """
         subject = self.subject
         if subject.short:
@@ -124,8 +131,9 @@ def _own_named(dtype: torch.dtype) -> str:
 
 KL_FACTOR = 3.0
 """KL of an export over that of the gate's own row, or over the logarithm of the bound on
-perplexity: other text, and a runtime that rounds more than it is told, made up to 1.5 of it on the
-models of the benchmarks. Scales of activations twice too large make four times and more."""
+perplexity. Chosen, unlike the floors of rung 2: other text, and a runtime that rounds more than it
+is told, made up to 1.5 of it on the models of the benchmarks, and scales of activations twice too
+large make four times and more."""
 KL_LEAST = 2e-3
 """In nats per token: what a default session may add by itself where the artifact adds nothing."""
 
@@ -140,11 +148,21 @@ def kl_bound(quantized: QuantizedModel) -> tuple[float | None, str]:
     allowed = math.log(quantized.scheme.max_perplexity_ratio)
     tried = map(GateRow.model_validate, quantized.provenance.gate)
     measured = next((row.kl for row in tried if row.chosen), None)
+    if _own_text(quantized):
+        measured = None
     if measured is not None and (measured < allowed or quantized.prefix is not None):
         return KL_FACTOR * measured + KL_LEAST, f"the gate measured {measured:.3g}"
     if quantized.prefix is not None:
         return None, "the prefix makes another float model, and no gate measured what it changes"
     return KL_FACTOR * allowed + KL_LEAST, ""
+
+
+def _own_text(quantized: QuantizedModel) -> bool:
+    """Whether what is evaluated on is a text of its own, on which limits may clip more than on that
+    of the gate.
+    """
+    evaluation = quantized.provenance.recipe.get("evaluation", {})
+    return evaluation.get("dataset") is not None
 
 
 def _rounds_on_the_way(subject: Subject) -> bool:

@@ -4,8 +4,9 @@ Rounded to the nearest integer ``q`` of its format, a weight is half a step away
 
     |w - (q - z) s| <= s / 2 + |w| eps
 
-where ``eps`` is that of the dtype that the scale ``s`` was rounded to after ``q`` was chosen, and
-``q`` is not the last of its format, beyond which a weight is clipped. What an algorithm chose
+where ``eps`` is what weights and scales may have moved since ``q`` was chosen, from the dtype that
+the artifact was made in to that of the target, and ``q`` is not the last of its format, beyond
+which a weight is clipped. What an algorithm chose
 otherwise (GPTQ, AdaRound) has no such bound: it is the worse for the weight and the better for the
 output.
 """
@@ -23,6 +24,10 @@ from exporter.reporting.report import ParityRow
 
 HALF = 0.5 + 1e-3
 """Half a step; a thousandth of one for ties, which float32 divides to either side."""
+MOVED = torch.finfo(torch.bfloat16).eps
+"""Of a weight: two roundings to bfloat16, of itself and of its scale, or to a float16 below its
+normal numbers as far as casting an artifact admits it. In weights of more than 64 steps a wrong
+step hides behind that; most have fewer."""
 _NEAREST = "rtn"
 
 
@@ -62,5 +67,5 @@ def _steps_away(linear: QuantizedLinear, weight: Tensor) -> float:
     inside = (linear.weight > fmt.qmin) & (linear.weight < fmt.qmax)
     steps = linear.weight.float() if zero is None else linear.weight.float() - zero
     exact = weight.float() / scale
-    away = (exact - steps).abs() - exact.abs() * torch.finfo(linear.weight_scale.dtype).eps
+    away = (exact - steps).abs() - exact.abs() * MOVED
     return float(away[inside].amax()) if bool(inside.any()) else 0.0

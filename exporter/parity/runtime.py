@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -50,8 +51,8 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
 
 
 def _end_to_end_rows(subject: Subject, sessions: Sessions, reference: nn.Module) -> list[ParityRow]:
-    """The whole export against the reference, which runs once over each row for everything that
-    is held against it there.
+    """The whole export against the reference, which runs once over each row for all sessions, and
+    before that for the floors that are models of their own: these are gone then.
     """
     logits = model_logits(reference)
     floors = Floors(subject, reference, sessions.default)
@@ -61,12 +62,9 @@ def _end_to_end_rows(subject: Subject, sessions: Sessions, reference: nn.Module)
         for name, session in prefills.items()
         if not isinstance(session, Missing)
     }
-    found = distances(
-        logits,
-        floors.logits() | runtimes,
-        subject.proof_rows,
-        last=subject.last,
-    )
+    walk = partial(distances, logits, rows=subject.proof_rows, last=subject.last)
+    found = walk(floors.models())
+    found |= walk(floors.split() | runtimes)
     exact, rows = floors.exact_bound(found)
     default, own = floors.default_bound(found, exact)
     rows += own

@@ -9,7 +9,7 @@ the scales of the cache, and the float tensors. Their SHA-256 are kept in the re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,59 +35,70 @@ _LINEARS, _FLOATS = (
 def kept_digests(
     quantized: QuantizedModel, backend: Backend, folder: Path, target: str
 ) -> dict[str, str]:
-    """SHA-256 of every quantized linear and of the cache, by name, as ``folder`` holds them; of
-    what it holds otherwise than the artifact those of the artifact.
+    """SHA-256 of every quantized linear, of the cache, and of the float tensors that the backend
+    reads back, by name, as ``folder`` holds them; of what it holds otherwise than the artifact
+    those of the artifact.
     """
     stored = backend.read_linears(folder, target)
     digests = {}
     for name, linear in quantized.linears.items():
         same = name in stored and not altered_parts(stored[name], linear)
         digests[name] = _digest((stored[name] if same else linear).tensors())
+
     if quantized.cache is not None:
         cache = backend.read_cache(folder, target)
         kept = quantized.cache if altered_cache(cache, quantized.cache) else cache
         assert kept is not None
         digests[CACHE] = _digest(_scales(kept))
+
+    for name, found in _read_floats(backend, folder, target).items():
+        expected = quantized.floats.get(name)
+        if expected is not None:
+            digests[name] = _digest({name: found if _same(found, expected) else expected})
     return digests
 
 
 def stored_rows(subject: Subject) -> list[ParityRow]:
     """The figures of rung 0: how many are not what they were."""
-    rows = [_linears_row(subject)]
+    rows = []
+    if subject.quantized.linears or subject.quantized.cache is not None:
+        rows.append(_judged(_LINEARS, subject, _found_linears(subject)))
     if isinstance(subject.backend, ReadsFloats):
-        rows.append(_floats_row(subject, subject.backend))
+        rows.append(_judged(_FLOATS, subject, _found_floats(subject)))
     return rows
 
 
-def _linears_row(subject: Subject) -> ParityRow:
-    if not subject.digests and subject.quantized.linears:
-        return not_run(0, _LINEARS, _METRIC, "the report is of a version that kept no checksums")
+def _found_linears(subject: Subject) -> dict[str, str]:
     stored = subject.backend.read_linears(subject.folder, subject.target)
     found = {name: _digest(linear.tensors()) for name, linear in stored.items()}
     cache = subject.backend.read_cache(subject.folder, subject.target)
-    if cache is not None:
-        found[CACHE] = _digest(_scales(cache))
-
-    names = found.keys() | subject.digests.keys()
-    altered = [name for name in names if found.get(name) != subject.digests.get(name)]
-    return _judged(_LINEARS, altered, len(subject.digests))
+    return found if cache is None else {**found, CACHE: _digest(_scales(cache))}
 
 
-def _floats_row(subject: Subject, backend: ReadsFloats) -> ParityRow:
-    stored = backend.read_floats(subject.folder, subject.target)
-    expected = subject.quantized.floats
-    altered = [
-        name for name in stored.keys() & expected.keys() if not _same(stored[name], expected[name])
-    ]
-    return _judged(_FLOATS, altered, len(stored.keys() & expected.keys()))
+def _found_floats(subject: Subject) -> dict[str, str]:
+    floats = _read_floats(subject.backend, subject.folder, subject.target)
+    return {name: _digest({name: tensor}) for name, tensor in floats.items()}
 
 
-def _judged(name: str, altered: Iterable[str], compared: int) -> ParityRow:
-    altered = sorted(altered)
-    note = f"{compared} compared"
+def _judged(name: str, subject: Subject, found: Mapping[str, str]) -> ParityRow:
+    """Checksums that were found against those that were kept."""
+    floats = subject.quantized.floats.keys()
+    kept = {
+        key: digest
+        for key, digest in subject.digests.items()
+        if (key in floats) == (name == _FLOATS)
+    }
+    if not kept:
+        return not_run(0, name, _METRIC, "the report is of a version that kept no checksums")
+    altered = sorted(key for key in found.keys() | kept.keys() if found.get(key) != kept.get(key))
+    note = f"{len(kept)} compared"
     if altered:
         note += f"; altered: {', '.join(altered[:3])}"
     return row(0, name, _METRIC, float(len(altered)), 0.0, note)
+
+
+def _read_floats(backend: Backend, folder: Path, target: str) -> Mapping[str, Tensor]:
+    return backend.read_floats(folder, target) if isinstance(backend, ReadsFloats) else {}
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

@@ -70,7 +70,7 @@ class Subject:
     fused: FusedModel | None
     """The rotated float model; ``None`` with ``source``."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the quantized linears that ``folder`` should hold:
+    """SHA-256 of what ``folder`` should hold:
     :func:`exporter.parity.stored.kept_digests`; empty: unknown."""
     device: torch.device | str = "cpu"
     last: bool = False

@@ -228,9 +228,9 @@ class Report(_Frozen):
     versions: dict[str, str]
     cpu: str = ""
     """What the parity check ran on; empty in reports of versions that did not say."""
-    linears: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of the numbers of every quantized linear, and of the cache, by name; empty in reports
-    of versions that did not keep them."""
+    stored: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the numbers of every quantized linear, of the cache and of float tensors, by name;
+    empty in reports of versions that did not keep them."""
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder, by relative path."""
 

@@ -96,7 +96,7 @@ def _write(
             parity = check_parity(subject, clock.progress)
 
     report = describe(quantized, parity, folder, backend, target, clock.seconds)
-    report = report.model_copy(update={"linears": digests})
+    report = report.model_copy(update={"stored": digests})
     grown = growth_warning(report.layers, lambda: backend.contents(folder, target))
     if grown is not None:
         logger.warning("target '%s': %s", target, grown)

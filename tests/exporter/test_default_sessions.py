@@ -3,7 +3,7 @@ a floor in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from backends.base import DescribedModel, WriteOptions
 from backends.onnx.backend import OnnxBackend
 from backends.torch_model import TorchModel
-from calib.artifact import QuantizedModel
+from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.measure.reference import build_reference
 from calib.progress import silent
 from exporter.parity import Subject, check_parity
@@ -214,6 +214,15 @@ class ShortBackend(OnnxBackend):
 
     def fusion(self, folder: Path, target: str) -> None:
         return None
+
+    def read_linears(self, folder: Path, target: str) -> Mapping[str, QuantizedLinear]:
+        return self._model.linears
+
+    def read_cache(self, folder: Path, target: str) -> None:
+        return None
+
+    def read_floats(self, folder: Path, target: str) -> Mapping[str, Tensor]:
+        return self._model.floats
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-weight-only", "float"])

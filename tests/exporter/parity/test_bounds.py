@@ -37,6 +37,13 @@ def test_the_scheme_says_it_where_no_gate_did_or_it_was_far(
     assert kl_bound(model(*gate))[0] == pytest.approx(KL_FACTOR * LOG + KL_LEAST)
 
 
+def test_a_text_of_its_own_is_not_that_of_the_gate() -> None:
+    quantized = model(CHOSEN)
+    recipe = {**quantized.provenance.recipe, "evaluation": {"dataset": "other.txt"}}
+    other = replace(quantized, provenance=replace(quantized.provenance, recipe=recipe))
+    assert kl_bound(other)[0] == pytest.approx(KL_FACTOR * LOG + KL_LEAST)
+
+
 def test_a_prefix_makes_another_model() -> None:
     bound, note = kl_bound(model(prefix=(5,)))
     assert bound is None

@@ -156,8 +156,8 @@ def test_what_is_stored_in_float_is_held_against_the_rotated_model(
 
 def test_a_report_that_kept_no_checksums_says_so(model: str, tmp_path: Path) -> None:
     report = exported(few(model, target="own"), tmp_path / "out")
-    assert report.linears
-    report.model_copy(update={"linears": {}}).save(tmp_path / "out")
+    assert report.stored
+    report.model_copy(update={"stored": {}}).save(tmp_path / "out")
     row = found(verify(tmp_path / "out"), "quantized linears, stored", "altered")
     assert row.passed is None
     assert "kept no checksums" in row.note
