@@ -319,7 +319,7 @@ def ended_by(number: int, folder: Path, *prefix: str, seconds: float = 60) -> tu
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         # whoever runs the tests may have been told to ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     with process:
         assert process.stderr is not None
