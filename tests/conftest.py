@@ -23,6 +23,8 @@ SMALL = {
 
 LONGEST = (
     "test_end_to_end",
+    "test_verified_again",
+    "test_run_again",
     "test_frequencies",
     "test_artifacts",
     "test_conformance_onnx",
