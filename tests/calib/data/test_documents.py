@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 
 from calib.data.documents import BLOCK_CHARACTERS, read_documents
-from calib.data.sources import KNOWN_SOURCES, STREAMED_DOCUMENTS, HubDataset, LocalFile, resolve_source
+from calib.data.sources import (
+    KNOWN_SOURCES,
+    STREAMED_DOCUMENTS,
+    HubDataset,
+    LocalFile,
+    resolve_source,
+)
 from calib.errors import DataError
 
 
