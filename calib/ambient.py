@@ -43,7 +43,8 @@ def _exact_products() -> Iterator[None]:
     The older, ``set_float32_matmul_precision``, sets the newer, ``fp32_precision``, along; but it
     can only be read where the newer says nothing else.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    kinds: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+    backends = [kind.matmul for kind in kinds]
     newer = [backend.fp32_precision for backend in backends]
     try:
         _set_precisions(backends, ["ieee", "ieee"])
