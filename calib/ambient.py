@@ -4,8 +4,9 @@ may depend on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -20,12 +21,10 @@ def plain_torch() -> Iterator[None]:
     That is: gradients are recorded, outside ``inference_mode`` and ``autocast``; tensors are
     float32 and on the CPU where nobody says otherwise; products of float32 are computed in float32.
     """
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     with ExitStack() as undo:
-        undo.callback(torch.set_default_dtype, dtype)
-        undo.callback(torch.set_float32_matmul_precision, precision)
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("highest")
+        undo.enter_context(_exact_products())
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -35,3 +34,30 @@ def plain_torch() -> Iterator[None]:
         if torch.get_default_device() != _CPU:
             undo.enter_context(_CPU)
         yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Compute products of float32 in float32, by both of torch's ways to say so.
+
+    The older, ``set_float32_matmul_precision``, sets the newer, ``fp32_precision``, along; but it
+    can only be read where the newer says nothing else.
+    """
+    kinds: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+    backends = [kind.matmul for kind in kinds]
+    newer = [backend.fp32_precision for backend in backends]
+    try:
+        _set_precisions(backends, ["ieee", "ieee"])
+        older = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(older)
+    finally:
+        _set_precisions(backends, newer)
+
+
+def _set_precisions(backends: Sequence[Any], precisions: Sequence[str]) -> None:
+    for backend, precision in zip(backends, precisions, strict=True):
+        backend.fp32_precision = precision

@@ -71,6 +71,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether the code of somebody else failed, as far as an exception tells: not because memory
+    ran out, or because it was told to stop.
+    """
+    if type(error).__name__ == "PanicException":  # of Rust, which is no Exception
+        return True
+    return isinstance(error, Exception) and not isinstance(error, MemoryError)
+
+
 def reason_of(error: BaseException, largest: int = 300) -> str:
     """What an exception of somebody else's says, in one line of at most ``largest`` characters."""
     words = " ".join(str(error).split()) or type(error).__name__

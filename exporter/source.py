@@ -30,7 +30,7 @@ from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from calib.network.given import check_given, unwrapped
 from calib.network.original import load_network
 from calib.progress import Progress, silent
-from calib.reading import reason_of
+from calib.reading import is_failure, reason_of
 from calib.rotations.rotation_set import RotationSet
 from exporter.recipe import EMBEDDED, Recipe
 
@@ -255,11 +255,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             folder, trust_remote_code=trust_remote_code
         )
         return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    # transformers raises OSError, ValueError or a tokenizers exception of its own, which a panic in
-    # Rust is none of
+    # transformers raises OSError, ValueError or a tokenizers exception of its own
     except BaseException as error:
+        if not is_failure(error):
+            raise
         reason = reason_of(error)
         raise CheckpointError(
             f"cannot load the tokenizer in '{folder}': {reason}",

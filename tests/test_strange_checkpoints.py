@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from calib.errors import CheckpointError, RotqError, UnsupportedModelError
+from calib.network.checkpoint import open_checkpoint
 from exporter.planning.plan import plan
 from exporter.recipe import Recipe, load_recipe
 from exporter.run.options import RunOptions
@@ -171,6 +172,16 @@ def test_a_config_that_says_so(model: Path) -> None:
 def test_gguf(tmp_path: Path) -> None:
     (tmp_path / "model-q4_k_m.gguf").write_bytes(b"GGUF")
     assert "GGUF" in _refused(tmp_path, CheckpointError, "quantized already").message
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+@pytest.mark.parametrize("beside", ["model-q4_k_m.gguf", "adapter_config.json"])
+def test_pickles_are_weights_that_have_to_be_converted(model: Path, file: str, beside: str) -> None:
+    (model / "model.safetensors").rename(model / file)
+    (model / beside).write_text("{}")
+    with pytest.raises(CheckpointError, match="pickles only") as caught:
+        open_checkpoint(model)
+    assert "convert once" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("layers", [1_000_000, 0, -1])

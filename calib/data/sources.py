@@ -128,7 +128,10 @@ def missing_file(path: Path) -> DataError:
 
 def _close_to(path: Path) -> list[str]:
     """The file beside ``path`` that is called much the same, if there is one."""
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        beside = [other.name for other in path.parent.iterdir()]
+    except OSError:  # there is no such folder, or it may not be looked into
+        return []
     return difflib.get_close_matches(path.name, beside, n=1)
 
 
@@ -156,7 +159,8 @@ def resolve_source(source: str) -> LocalFile | HubDataset:
                 f"Give a {', '.join(LOCAL_SUFFIXES)} file; a .txt file holds one document a line.",
             ),
         )
-    if path.suffix.lower() in _CONVERSIONS or _close_to(path):
+    # what has no suffix may be a data set of the hub
+    if path.suffix and (path.suffix.lower() in _CONVERSIONS or _close_to(path)):
         raise missing_file(path)
     organisation, slash, name = source.partition("/")
     if slash and organisation and name and "/" not in name and not source.startswith((".", "~")):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calib.data.sources import Layout
 from calib.errors import DataError
-from calib.reading import reason_of
+from calib.reading import is_failure, reason_of
 
 MINIMUM_TOKENS = 2
 """A row of one token predicts nothing, and its only position is the attention sink."""
@@ -112,9 +112,9 @@ def encode(text: str, tokenizer: Tokenizer, *, special: bool = True) -> Tensor:
     try:
         found = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return torch.tensor(found, dtype=torch.int64)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise DataError(
             f"the model's tokenizer fails on the text {text[:40]!r}: {reason_of(error)}",
             hint="Check the tokenizer's files and the text.",

@@ -19,7 +19,8 @@ MOST_LAYERS = 10_000
 """Of any config that is looked at."""
 ADAPTER = "adapter_config.json"
 """What peft writes beside an adapter."""
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|pytorch_model.*\.bin")
+"""Names of files with weights of a model, those that are refused later as pickles among them."""
 _SIDE_FILES = {
     "quantize_config.json": "AutoGPTQ",
     "quant_config.json": "AutoAWQ",
@@ -59,7 +60,7 @@ def refuse_files(
         CheckpointError: with the reason.
     """
     names = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else folder
-    weights = any(name in names for name in _WEIGHTS)
+    weights = any(map(_WEIGHTS.fullmatch, names))
     if ADAPTER in names and not (weights and ignore_unused):
         beside = "beside its weights" if weights else "and no weights of a model"
         hint = _MERGE + (", or leave it out: --ignore-unused" if weights else "")

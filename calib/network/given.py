@@ -26,8 +26,18 @@ _PASSING = (
     "original_max_seq_len",
     "name_or_path",
     "loss_type",
+    # the tensors themselves have the sizes, and are held against the config elsewhere
+    "vocab_size",
+    "num_embeddings",
+    "out_features",
+    # gradients and training alone
+    "padding_idx",
+    "layerdrop",
+    "jitter_noise",
 )
-"""Attributes of modules that change with use, or that no logits depend on."""
+"""Attributes of modules that change with use, or that no logits depend on. Those of dropout pass
+as well.
+"""
 _CURES = {
     "peft": "merge first: model = model.merge_and_unload()",
     "modelopt": "give the float model; rotq quantizes it by itself",
@@ -93,8 +103,12 @@ def _differences(model: nn.Module, expected: nn.Module) -> Iterator[tuple[str, n
 
 def _settings(name: str, module: nn.Module, expected: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Numbers and words that the module computes with."""
+    if isinstance(expected, nn.Dropout):
+        return
     for key, ours in vars(expected).items():
-        if key.startswith("_") or key in _PASSING or not isinstance(ours, int | float | str):
+        if key.startswith("_") or key in _PASSING or "dropout" in key:
+            continue
+        if not isinstance(ours, int | float | str):
             continue
         theirs = getattr(module, key, None)
         if theirs != ours:

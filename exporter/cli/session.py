@@ -104,11 +104,19 @@ def _native_stdout_to(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # what C has buffered would come out when the process ends
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(own, 1)
-        os.close(own)
+        try:
+            _flush_c()
+        finally:
+            os.dup2(own, 1)
+            os.close(own)
+
+
+def _flush_c() -> None:
+    """Write what C has buffered, which would come out when the process ends."""
+    if sys.platform == "win32":  # it has no library that is the process itself
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)
 
 
 def print_json(document: Any) -> None:

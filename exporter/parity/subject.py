@@ -14,13 +14,10 @@ from torch import Tensor
 from backends.base import Backend, ProbedModel, RuntimeMissing, RuntimeModel
 from calib.artifact import QuantizedModel
 from calib.fusing import FusedModel
+from exporter.reporting.report import PROOF_ROWS, PROOF_TOKENS
 from exporter.source import Source
 
 Loaded = TypeVar("Loaded")
-
-PROOF_TOKENS, PROOF_ROWS = 2048, 4
-"""How much rungs 1 and 2 run at least: an error of arithmetic is in every row, and whole rows are
-compared, not means of many. What only some text shows is rung 3's, which runs all rows."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ SMOOTHING_FILE = "smoothing.safetensors"
 REPORT_FORMAT_VERSION = 1
 COMPARED_ROWS = 8
 """Rows on which ``rotq rotate`` compares the folder it wrote with the original."""
+PROOF_TOKENS, PROOF_ROWS = 2048, 4
+"""How much rungs 1 and 2 run at least: an error of arithmetic is in every row, and whole rows are
+compared, not means of many. What only some text shows is rung 3's, which runs all rows."""
 
 Status = Literal["passed", "failed", "unverified"]
 

@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 
 from calib.data.documents import BLOCK_CHARACTERS, read_documents
-from calib.data.sources import KNOWN_SOURCES, STREAMED_DOCUMENTS, LocalFile, resolve_source
+from calib.data.sources import (
+    KNOWN_SOURCES,
+    STREAMED_DOCUMENTS,
+    HubDataset,
+    LocalFile,
+    resolve_source,
+)
 from calib.errors import DataError
 
 
@@ -90,6 +96,30 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 def test_a_local_file_wins_over_a_hub_id_of_the_same_form() -> None:
     assert resolve_source("folder/text.txt") == LocalFile(Path("folder/text.txt"))
+
+
+def test_a_hub_id_is_no_misspelt_name_in_a_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/data_v2").mkdir(parents=True)
+    Path("org/text.parquet").touch()
+    assert resolve_source("org/data_v1") == HubDataset("org/data_v1")
+    with pytest.raises(DataError, match="does not exist") as caught:
+        resolve_source("org/text.parqet")
+    assert str(Path("org/text.parquet")) in str(caught.value.hint)
+
+
+def test_a_folder_that_may_not_be_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(DataError, match="does not exist") as caught:
+        read_documents(str(tmp_path / "text.txt"))
+    assert caught.value.hint == "Check the path given as --calib-dataset or --eval-dataset."
 
 
 def test_missing_optional_library_names_the_command(

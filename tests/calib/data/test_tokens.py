@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from calib.data.rows import calibration_rows
 from calib.data.tokens import (
     clamp_seqlen,
     combine_digests,
+    encode,
     row_digest,
     token_hash,
     tokenize,
 )
-from calib.errors import DataError
+from calib.errors import CheckpointError, DataError
+from exporter.source import load_tokenizer
 
 BOS = 1
 
@@ -36,6 +40,42 @@ def no_bos(text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, l
             "input_ids"
         ][1:]
     }
+
+
+class PanicException(BaseException):
+    """A panic in Rust."""
+
+
+def _raising(error: BaseException) -> Any:
+    def raising(*args: object, **options: object) -> Any:
+        raise error
+
+    return raising
+
+
+STOPS = [MemoryError(), GeneratorExit(), CancelledError(), KeyboardInterrupt(), SystemExit(1)]
+
+
+@pytest.mark.parametrize("error", STOPS, ids=repr)
+def test_what_stops_a_run_is_no_failure_of_the_tokenizer(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", _raising(error))
+    with pytest.raises(type(error)):
+        encode("text", _raising(error))
+    with pytest.raises(type(error)):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("error", [PanicException("index"), OSError("index")], ids=repr)
+def test_failures_of_the_tokenizer(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", _raising(error))
+    with pytest.raises(DataError, match="index"):
+        encode("text", _raising(error))
+    with pytest.raises(CheckpointError, match="index"):
+        load_tokenizer(tmp_path)
 
 
 def test_documents_are_truncated_and_start_with_bos() -> None:

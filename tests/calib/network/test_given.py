@@ -42,6 +42,28 @@ def test_a_model_loaded_in_another_dtype(name: str, dtype: torch.dtype, tmp_path
     check_given(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
 
 
+def _pad_token(model: Any) -> None:
+    model.config.pad_token_id = 2
+
+
+def _more_tokens(model: Any) -> None:
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+
+
+def _dropout(model: Any) -> None:
+    for key in ("attention_dropout", "attn_pdrop", "dropout", "layerdrop", "router_jitter_noise"):
+        if hasattr(model.config, key):
+            setattr(model.config, key, 0.3)
+
+
+@pytest.mark.parametrize("edit", [_pad_token, _more_tokens, _dropout])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "mixtral"])
+def test_what_no_logit_depends_on_may_differ(name: str, edit: Callable[[Any], None]) -> None:
+    model = _made(CONFIGS[name]())
+    edit(model)
+    check_given(model)
+
+
 def _half(model: Any) -> None:
     model.half()
 

@@ -31,3 +31,25 @@ def test_native_code_does_not_print_into_json(verbose: bool) -> None:
     assert json.loads(done.stdout) == {"output": "out"}
     printed = ("from Python", "from native code", "buffered by C")
     assert all((words in done.stderr) == verbose for words in printed)
+
+
+WINDOWS = """
+import ctypes, sys
+from exporter.cli.options import TalkFlags
+from exporter.cli.session import print_json, running
+
+def refused(name):
+    raise TypeError("bad argument type for built-in operation")
+
+ctypes.CDLL, sys.platform = refused, "win32"
+with running(TalkFlags(json_output=True, verbose=True, quiet=True)):
+    print("from Python")
+print_json({"output": "out"})
+"""
+
+
+def test_stdout_comes_back_on_windows() -> None:
+    command = [sys.executable, "-c", WINDOWS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"output": "out"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ import exporter
 from calib.ambient import plain_torch
 from exporter.recipe import Recipe, load_recipe
 from tests.checkpoints import write_checkpoint
+from tests.exporter.cli_support import ROOT
 
 TINY_RUN = {
     "calibration.nsamples": 4,
@@ -125,3 +128,41 @@ def test_everything_is_as_it_was_afterwards(
             assert now() == fresh
         assert now() == before
     assert now() == fresh
+
+
+PRECISIONS = {
+    "older": "torch.set_float32_matmul_precision('high')",
+    "newer": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "newer, everywhere": "torch.backends.fp32_precision = 'tf32'",
+    "both": (
+        "torch.set_float32_matmul_precision('high');"
+        " torch.backends.cuda.matmul.fp32_precision = 'ieee'"
+    ),
+}
+"""Ways to say how products of float32 are computed. A process that has used two of them cannot go
+back."""
+
+
+@pytest.mark.parametrize("setting", PRECISIONS.values(), ids=PRECISIONS)
+def test_products_are_exact_by_whatever_way_they_were_not(setting: str) -> None:
+    program = f"""
+import torch
+from calib.ambient import plain_torch
+
+def now():
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "unreadable"
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return older, *(backend.fp32_precision for backend in backends)
+
+{setting}
+before = now()
+with plain_torch():
+    assert now() == ("highest", "ieee", "ieee"), now()
+assert now() == before, (before, now())
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from calib.errors import BackendError, CheckpointError, UnsupportedModelError
 from calib.schemes import INT8, PerChannel, TensorScheme, tensor_scheme_to_dict
 from exporter.planning.headers import read_headers
 from exporter.planning.plan import Plan, plan
-from exporter.planning.stages import Goal
+from exporter.planning.stages import Goal, Stage
 from exporter.recipe import Recipe, load_recipe
 from exporter.run.options import RunOptions
 
@@ -134,6 +134,26 @@ def test_time_grows_with_the_rows_and_the_total_is_the_sum(
     few, many = (planned(folder, **{"calibration.nsamples": rows}) for rows in (16, 64))
     assert stages(many)["capture"] == pytest.approx(4 * stages(few)["capture"])
     assert many.seconds == pytest.approx(sum(stages(many).values()))
+
+
+@pytest.mark.parametrize(("seqlen", "proof"), [(16, 2048), (100, 2100), (128, 2048)])
+def test_parity_proves_on_few_rows_and_scores_on_all(
+    seqlen: int, proof: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.planning.plan.matmul_flops", lambda: 1e10)
+    folder = write_llama(tmp_path / "model")
+
+    def verify(rows: int) -> Stage:
+        settings = {"evaluation.nsamples": rows, "calibration.seqlen": seqlen}
+        return next(each for each in planned(folder, **settings).stages if each.name == "verify")
+
+    one, many, more = verify(1), verify(256), verify(512)
+    assert f"rungs 1 and 2 on {seqlen:,} tokens, rung 3 on {seqlen:,}" in one.detail
+    assert f"rungs 1 and 2 on {proof:,} tokens, rung 3 on {256 * seqlen:,}" in many.detail
+    # in passes over one row: 7 and 2 of it; beyond the proof's rows, only rung 3 grows
+    a_pass = one.seconds / 9
+    assert many.seconds == pytest.approx((7 * proof / seqlen + 2 * 256) * a_pass)
+    assert more.seconds - many.seconds == pytest.approx(2 * 256 * a_pass)
 
 
 def test_rows_are_never_longer_than_the_model_takes(tmp_path: Path) -> None:
