@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from exporter.output.whole import is_partial
+from exporter.output.strays import is_disposable
 
 LIST_FILE = "rotq_files.json"
 _FORMAT_VERSION = 1
@@ -40,8 +40,8 @@ def read_list(folder: Path) -> frozenset[str] | None:
 
 
 def unlisted(folder: Path) -> list[str] | None:
-    """What ``folder`` holds beside what rotq wrote, sorted: files, links, and empty folders;
-    ``None`` where it is not of rotq.
+    """What ``folder`` holds beside what rotq wrote, sorted: files, links, and empty folders, but
+    nothing disposable; ``None`` where it is not of rotq.
     """
     listed = read_list(folder)
     if listed is None:
@@ -49,18 +49,19 @@ def unlisted(folder: Path) -> list[str] | None:
     return sorted(
         name
         for name in entries(folder, empty=True)
-        if name not in listed and not is_partial(PurePosixPath(name).name)
+        if name not in listed and not is_disposable(name)
     )
 
 
 def remove_listed(folder: Path) -> bool:
-    """Remove what rotq wrote into ``folder``, and the folder if that was all; whether it was.
+    """Remove what rotq wrote into ``folder`` and what is disposable, and the folder if that was
+    all; whether it was.
 
     The list goes last, so that what an interrupt leaves is still known.
     """
     listed = read_list(folder) or frozenset()
-    partial = {name for name in entries(folder) if is_partial(PurePosixPath(name).name)}
-    for name in sorted(listed | partial, key=lambda name: name == LIST_FILE):
+    disposable = {name for name in entries(folder) if is_disposable(name)}
+    for name in sorted(listed | disposable, key=lambda name: name == LIST_FILE):
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     for inner, _, _ in os.walk(folder, topdown=False):

@@ -5,10 +5,10 @@ and to tell whether it is still what was exported. Imports no torch.
 from __future__ import annotations
 
 import logging
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from calib.errors import CheckpointError, RecipeError
-from exporter.output import LIST_FILE, entries, replace_text, sha256
+from exporter.output import LIST_FILE, entries, is_hidden, replace_text, sha256
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.card import CARD_FILE, render_card, stated_license
 from exporter.reporting.report import REPORT_FILE, Report
@@ -71,7 +71,7 @@ def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
     found = {
         "missing": [name for name in listed if name not in here],
         "changed": [name for name in here & listed.keys() if not _has(folder / name, listed[name])],
-        "added": [name for name in added if not _is_hidden(name)],
+        "added": [name for name in added if not is_hidden(name)],
     }
     return {what: sorted(names) for what, names in found.items() if names}
 
@@ -137,10 +137,6 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
 def _has(path: Path, checksum: str) -> bool:
     """Whether a file has this checksum; a link to a folder, or to nothing, has none."""
     return path.is_file() and sha256(path) == checksum
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _incomplete(folder: Path, error: Exception) -> CheckpointError:

@@ -54,7 +54,19 @@ def test_an_empty_folder_may_be_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-@pytest.mark.parametrize("where", ["thesis.tex", "ort/notes.txt", ".git/HEAD"])
+@pytest.mark.parametrize(
+    "where", [".DS_Store", "ort/Thumbs.db", "Desktop.ini", ".ipynb_checkpoints/a-checkpoint.ipynb"]
+)
+def test_what_nobody_put_there_on_purpose_is_no_obstacle(out: Path, where: str) -> None:
+    (out / where).parent.mkdir(exist_ok=True)
+    (out / where).write_text("")
+    with atomic_folder(out, overwrite=True) as folder:
+        (folder / "report.json").write_text("new")
+    assert sorted(path.name for path in out.iterdir()) == ["report.json", LIST_FILE]
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("where", ["thesis.tex", "ort/notes.txt", ".git/HEAD", ".cache/x"])
 def test_a_file_that_was_added_is_named_and_kept(out: Path, where: str) -> None:
     (out / where).parent.mkdir(exist_ok=True)
     (out / where).write_text("mine")

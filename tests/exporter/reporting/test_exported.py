@@ -61,8 +61,9 @@ def test_added_links_are_named_wherever_they_lead(folder: Path, tmp_path: Path) 
     assert edited_files(folder, Report.load(folder)) == {"added": ["elsewhere", "gone"]}
 
 
-def test_what_git_and_the_hub_keep_beside_it_is_no_part_of_it(folder: Path) -> None:
-    for name in (".gitattributes", ".git/HEAD", ".cache/huggingface/download/x.metadata"):
+def test_what_git_the_hub_and_file_managers_keep_beside_it_is_no_part_of_it(folder: Path) -> None:
+    hub = ".cache/huggingface/download/x.metadata"
+    for name in (".gitattributes", ".git/HEAD", hub, "inner/Thumbs.db", "desktop.ini"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     check_unchanged(folder, Report.load(folder))
