@@ -11,11 +11,12 @@ from __future__ import annotations
 from exporter.output.claim import Claim, atomic_folder, check_target, claimed, is_in, sweep
 from exporter.output.failures import why_not_written
 from exporter.output.listing import LIST_FILE, entries, sha256, sha256_tree, unlisted, write_list
-from exporter.output.lock import LOCK_FILE, locked, making
+from exporter.output.lock import HOLDER_FILE, LOCK_FILE, locked, making
 from exporter.output.strays import is_disposable, is_hidden
 from exporter.output.whole import is_partial, replace_text
 
 __all__ = [
+    "HOLDER_FILE",
     "LIST_FILE",
     "LOCK_FILE",
     "Claim",

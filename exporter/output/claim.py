@@ -202,6 +202,7 @@ def claimed(target: Path, *, overwrite: bool = False) -> Iterator[Claim]:
                     "wait for that run to end, or choose another -o/--output",
                 )
             )
+            _check_no_leftovers(hidden, target)
             held.callback(_clear, hidden)
         except OSError as error:
             raise claim.explain(error) or OutputError(
@@ -221,7 +222,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def sweep(parent: Path) -> None:
     """Remove what killed runs left of their claims in ``parent``; a result that one of them had
-    moved aside comes back. Claims of running processes stay: their locks are held.
+    moved aside comes back. Claims of running processes stay: their locks are held. So do those on a
+    file system without locks, where nobody can tell.
     """
     for hidden in parent.glob(".*.rotq"):
         with contextlib.suppress(OSError):
@@ -231,6 +233,16 @@ def sweep(parent: Path) -> None:
                 finally:
                     release(lock, hidden)
             hidden.rmdir()  # nothing but an empty one
+
+
+def _check_no_leftovers(hidden: Path, target: Path) -> None:
+    """Refuse to go on with what :func:`sweep` left, which it does where nothing can be locked."""
+    if any((hidden / name).exists() for name in (_NEW, _OLD, _SCRATCH)):
+        raise OutputError(
+            f"another run writes the output '{target}', or was killed: what it has not finished is"
+            f" in '{hidden}'",
+            hint="wait for it to end, remove that folder if it has, or choose another -o/--output",
+        )
 
 
 def _clear(hidden: Path) -> None:
