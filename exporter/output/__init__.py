@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from exporter.output.claim import Claim, atomic_folder, check_target, claimed, is_in, sweep
 from exporter.output.failures import why_not_written
-from exporter.output.listing import LIST_FILE, entries, sha256, sha256_tree, unlisted, write_list
+from exporter.output.listing import LIST_FILE, entries, sha256_tree, unlisted, write_list
 from exporter.output.lock import HOLDER_FILE, LOCK_FILE, locked, making
 from exporter.output.strays import is_disposable, is_hidden
 from exporter.output.whole import is_partial, replace_text
@@ -31,7 +31,6 @@ __all__ = [
     "locked",
     "making",
     "replace_text",
-    "sha256",
     "sha256_tree",
     "sweep",
     "unlisted",

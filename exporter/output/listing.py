@@ -7,12 +7,12 @@ else the folder looks like.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
+from calib.sealed import digest
 from exporter.output.strays import is_disposable
 
 LIST_FILE = "rotq_files.json"
@@ -78,14 +78,8 @@ def sha256_tree(folder: Path, exclude: Collection[str] = ()) -> dict[str, str]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name not in exclude:
-            checksums[name] = sha256(path)
+            checksums[name] = digest(path)
     return checksums
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def entries(folder: Path, *, empty: bool = False) -> Iterator[str]:

@@ -8,7 +8,8 @@ import logging
 from pathlib import Path
 
 from calib.errors import CheckpointError, RecipeError
-from exporter.output import LIST_FILE, entries, is_hidden, replace_text, sha256
+from calib.sealed import digest
+from exporter.output import LIST_FILE, entries, is_hidden, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.card import CARD_FILE, render_card, stated_license
 from exporter.reporting.report import REPORT_FILE, Report
@@ -120,7 +121,7 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
             ours = _has(card, report.checksums[CARD_FILE])
             if ours or card.read_bytes() == text.encode():  # it may have been killed after the card
                 replace_text(card, text)
-                checksums = {**report.checksums, CARD_FILE: sha256(card)}
+                checksums = {**report.checksums, CARD_FILE: digest(card)}
                 report = report.model_copy(update={"checksums": checksums})
             else:
                 logger.warning("'%s' was edited and is left as it is", card)
@@ -136,7 +137,7 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
 
 def _has(path: Path, checksum: str) -> bool:
     """Whether a file has this checksum; a link to a folder, or to nothing, has none."""
-    return path.is_file() and sha256(path) == checksum
+    return path.is_file() and digest(path) == checksum
 
 
 def _incomplete(folder: Path, error: Exception) -> CheckpointError:
