@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
+from calib.reading import read_json
 from calib.sealed import digest
 from exporter.output.strays import is_disposable
 
@@ -30,10 +31,10 @@ def read_list(folder: Path) -> frozenset[str] | None:
     none, or nothing sound says so.
     """
     try:
-        listed = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
+        listed = read_json(folder / LIST_FILE)
         names, version = listed["files"], listed["format_version"]
         paths = [PurePosixPath(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     inside = all(not path.is_absolute() and ".." not in path.parts for path in paths)
     return frozenset({*names, LIST_FILE}) if inside and version == _FORMAT_VERSION else None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.errors import OutputError
+from calib.reading import read_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -129,7 +130,7 @@ def _remove(path: Path) -> None:
 
 def _holder(folder: Path) -> str:
     try:
-        found = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
+        found = read_json(folder / HOLDER_FILE)
         return f"process {found['pid']} on {found['host']}, since {found['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return "another process"
