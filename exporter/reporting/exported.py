@@ -5,7 +5,8 @@ and to tell whether it is still what was exported. Imports no torch.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from calib.errors import CheckpointError, RecipeError
 from calib.sealed import digest
@@ -15,6 +16,12 @@ from exporter.reporting.card import CARD_FILE, render_card, stated_license
 from exporter.reporting.report import REPORT_FILE, Report
 
 logger = logging.getLogger(__name__)
+
+_LOADED = (
+    *("*.safetensors", "*.onnx*", "*.bin", "*.pt", "*.pth", "*.gguf"),
+    *("*.json", "*.py", "*.jinja", "*.model", "vocab.txt", "merges.txt"),
+)
+"""What runtimes and transformers look for in a folder, whether it was exported or not."""
 
 
 def is_export(folder: Path) -> bool:
@@ -79,6 +86,7 @@ def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
 
 def check_unchanged(folder: Path, report: Report) -> None:
     """Refuse a folder that is not what was exported. The card is for readers: an edited one passes.
+    So do files that were added and that nothing loads, such as a licence, with a warning.
 
     Raises:
         CheckpointError: naming the files.
@@ -87,6 +95,10 @@ def check_unchanged(folder: Path, report: Report) -> None:
         what: [name for name in names if name != CARD_FILE]
         for what, names in edited_files(folder, report).items()
     }
+    harmless = [name for name in edited.get("added", ()) if not _is_loaded(name)]
+    if harmless:
+        logger.warning("'%s' holds what was not exported: %s", folder, ", ".join(harmless))
+        edited["added"] = [name for name in edited["added"] if name not in harmless]
     problems = [f"{what}: {', '.join(names)}" for what, names in edited.items() if names]
     if problems:
         raise CheckpointError(
@@ -138,6 +150,11 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
 def _has(path: Path, checksum: str) -> bool:
     """Whether a file has this checksum; a link to a folder, or to nothing, has none."""
     return path.is_file() and digest(path) == checksum
+
+
+def _is_loaded(name: str) -> bool:
+    own = PurePosixPath(name).name.lower()
+    return any(fnmatchcase(own, pattern) for pattern in _LOADED)
 
 
 def _incomplete(folder: Path, error: Exception) -> CheckpointError:

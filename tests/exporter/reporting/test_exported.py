@@ -47,7 +47,20 @@ def test_an_export_is_unchanged_also_after_an_update(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "inner/more.onnx"])
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "inner/notes.md"])
+def test_added_files_that_nothing_loads_are_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    (folder / name).write_text("x")
+    check_unchanged(folder, Report.load(folder))
+    assert f"holds what was not exported: {name}" in caplog.text
+    assert edited_files(folder, Report.load(folder)) == {"added": [name]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.model", "inner/more.onnx", "model.onnx.data", "Model.PT", "a.py", "merges.txt"],
+)
 def test_added_files_are_named(folder: Path, name: str) -> None:
     (folder / name).write_text("x")
     assert edited_files(folder, Report.load(folder)) == {"added": [name]}
