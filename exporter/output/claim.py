@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _ANOTHER = "choose another -o/--output"
 _NEW, _OLD, _SCRATCH = "new", "old", "scratch"
+_BEFORE_LISTS = ("report.json", "rotq.yaml")
+"""What exports of versions without lists hold, and maybe folders of others."""
 _SHOWN = 3
 """Files of somebody else that an error names."""
 
@@ -286,6 +288,13 @@ def _check_replaceable(target: Path) -> None:
     if is_in(Path.cwd(), target):
         raise OutputError(
             f"the output '{target}' is the current folder, or holds it", hint=_ANOTHER
+        )
+    older = all((target / name).is_file() for name in _BEFORE_LISTS)
+    if older and not (target / LIST_FILE).exists():
+        raise OutputError(
+            f"the folder '{target}' has no {LIST_FILE}, which older versions of rotq did not write:"
+            " nothing says what in it is yours",
+            hint="remove it by hand, or choose another -o/--output",
         )
     foreign = unlisted(target)
     if foreign is None and any(target.iterdir()):

@@ -46,6 +46,14 @@ def test_a_folder_with_a_file_of_a_telling_name_is_not_of_rotq(tmp_path: Path, m
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+def test_an_export_of_a_version_without_lists_is_told_apart_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for name in ("report.json", "rotq.yaml"):
+        (tmp_path / "old" / name).write_text("")
+    refused(tmp_path / "old", f"has no {LIST_FILE}, which older versions of rotq did not write")
+    assert (tmp_path / "old" / "report.json").is_file()
+
+
 def test_an_empty_folder_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with atomic_folder(tmp_path / "empty", overwrite=True) as folder:
