@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from calib.errors import CheckpointError, DataError, RotationError, RotqError
+from backends.safetensors.compressed_tensors.runner import load as load_for_transformers
+from backends.safetensors.file_names import INDEX_FILE
+from backends.safetensors.read import _check_index
+from calib.errors import (
+    BackendError,
+    CheckpointError,
+    DataError,
+    OutputError,
+    RotationError,
+    RotqError,
+)
 from calib.network.checkpoint import load_config, open_checkpoint
 from calib.reading import LARGEST, parse_json, read_json, reason_of
 from calib.rotations.files import load_rotations
 from calib.rotations.foreign import import_dartquant
+from exporter.commands.verify import _read_config
+from exporter.output import HOLDER_FILE, LIST_FILE, locked, unlisted
 from exporter.planning.headers import read_headers
 
 STRANGE = {
@@ -83,6 +97,37 @@ def test_the_index_of_a_model(tmp_path: Path, text: str) -> None:
     for read in (open_checkpoint, lambda folder: read_headers(str(folder))):
         with pytest.raises(CheckpointError, match=r"index\.json"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+def test_config_json_of_an_export(tmp_path: Path, text: str) -> None:
+    _write(tmp_path / "config.json", text)
+    run = partial(load_for_transformers, exact=False, stands_in=False, not_run_in="")
+    for read in (_read_config, run):
+        with pytest.raises(RotqError, match=r"config\.json") as caught:
+            read(tmp_path)
+        assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+def test_the_index_of_a_bundle(tmp_path: Path, text: str) -> None:
+    _write(tmp_path / INDEX_FILE, text)
+    with pytest.raises(BackendError, match=r"index\.json cannot be read") as caught:
+        _check_index(tmp_path, SimpleNamespace(tensors={}))  # type: ignore[arg-type]
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+def test_what_an_output_says_of_itself(tmp_path: Path, text: str) -> None:
+    _write(tmp_path / LIST_FILE, text)
+    assert unlisted(tmp_path) is None
+    with locked(tmp_path, "the folder", "wait"):
+        _write(tmp_path / HOLDER_FILE, text)
+        with (
+            pytest.raises(OutputError, match="in use by another process"),
+            locked(tmp_path, "the folder", "wait"),
+        ):
+            pytest.fail("the block must not run")
 
 
 def test_layers_that_would_fill_the_memory(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ carries it; ``make test-real`` runs these.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.real_model import STATE_SHA256
+from calib.sealed import digest
 from exporter.recipe import Recipe, load_recipe
 from tests.tiny import relative_l2
 
@@ -60,8 +60,7 @@ def tokenizer(real_model: Path) -> Any:
 
 
 def test_the_folder_is_the_same_each_time(real_model: Path) -> None:
-    with (real_model / "model.safetensors").open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == STATE_SHA256
+    assert digest(real_model / "model.safetensors") == STATE_SHA256
     config = json.loads((real_model / "config.json").read_text())
     assert (config["hidden_size"], config["num_key_value_heads"]) == (576, 3)
     assert config["rms_norm_eps"] == 1e-5

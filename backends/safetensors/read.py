@@ -4,7 +4,6 @@ after.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from calib.artifact import (
     load_prefix,
 )
 from calib.errors import BackendError, RotqError
+from calib.reading import read_json, reason_of
 from calib.rotations.files import load_rotations
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import scheme_named
@@ -247,10 +247,11 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
     of this folder, under a checksum.
     """
     try:
-        places = dict(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
+        places = dict(read_json(folder / INDEX_FILE)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackendError(
-            f"the bundle '{folder}' is damaged: {INDEX_FILE} cannot be read: {error}", hint=_HINT
+            f"the bundle '{folder}' is damaged: {INDEX_FILE} cannot be read: {reason_of(error)}",
+            hint=_HINT,
         ) from error
     listed = {key: entry.file for key, entry in manifest.tensors.items()}
     wrong = [key for key in {**listed, **places} if places.get(key) != listed.get(key)]

@@ -7,7 +7,6 @@ backend; the checksums in ``report.json`` say whether these are still the ones t
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from calib.errors import CheckpointError
 from calib.fusing import FusedModel, with_prefix
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import kept_reasons
+from calib.reading import read_json, reason_of
 from calib.rotations.files import load_rotations
 from calib.smoothing.smooth import fold_all
 from exporter.parity import Subject, check_parity
@@ -146,6 +146,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The model's config; a runtime's may also say how the weights are stored, which is no business
     of the model.
     """
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        config = read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{folder / CONFIG_FILE}' cannot be read: {reason_of(error)}",
+            hint="export the model again",
+        ) from error
     config.pop("quantization_config", None)
     return config

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _ANOTHER = "choose another -o/--output"
 _NEW, _OLD, _SCRATCH = "new", "old", "scratch"
+_BEFORE_LISTS = ("report.json", "rotq.yaml")
+"""What exports of versions without lists hold, and maybe folders of others."""
 _SHOWN = 3
 """Files of somebody else that an error names."""
 
@@ -97,7 +99,8 @@ class Claim:
         it does not.
 
         Raises:
-            OutputError: the target cannot be written, or the disk is full.
+            OutputError: the target cannot be written, or the disk is full; a result that is
+                finished is kept beside it, and named.
         """
         new = self.hidden / _NEW
         try:
@@ -105,15 +108,13 @@ class Claim:
             yield new
             _share(new)
             write_list(new)
-            # somebody else may have put something there since the job began
-            check_target(self._target, self._overwrite)
-            self._put_in_place(new)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
             explained = self.explain(error)
             if explained is not None:
                 raise explained from error
             raise
+        self._put_in_place(new)
 
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
@@ -148,16 +149,31 @@ class Claim:
 
     def _put_in_place(self, new: Path) -> None:
         try:
+            self._check_unclaimed()
             before = swap(new, self._final, self.hidden / _OLD)
-        except OSError as error:
-            if why_not_written(error) is not None:
-                raise
+        except (OSError, OutputError) as error:
+            kept = _moved_aside(new, self._final, "new")
+            reason = why_not_written(error) or getattr(error, "strerror", None) or error
             raise OutputError(
-                f"cannot put the result at '{self._final}': {error.strerror or error}",
-                hint=_ANOTHER,
+                f"cannot put the result at '{self._target}': {reason}. It is in '{kept}'",
+                hint="it is complete: move it to where you want it",
             ) from error
         if before is not None:
             _discard(before, self._final)
+
+    def _check_unclaimed(self) -> None:
+        """Refuse to replace what somebody else has put at the target since the job began. Files
+        that came into a folder of rotq are kept when it goes.
+        """
+        final = self._final
+        if not final.exists():
+            return
+        if not self._overwrite:
+            raise OutputError("it exists by now, and --overwrite was not given")
+        if not final.is_dir():
+            raise OutputError("it is a file by now")
+        if read_list(final) is None and any(final.iterdir()):
+            raise OutputError("it is a folder by now that rotq did not write")
 
 
 @contextlib.contextmanager
@@ -188,6 +204,7 @@ def claimed(target: Path, *, overwrite: bool = False) -> Iterator[Claim]:
                     "wait for that run to end, or choose another -o/--output",
                 )
             )
+            _check_no_leftovers(hidden, target)
             held.callback(_clear, hidden)
         except OSError as error:
             raise claim.explain(error) or OutputError(
@@ -207,7 +224,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def sweep(parent: Path) -> None:
     """Remove what killed runs left of their claims in ``parent``; a result that one of them had
-    moved aside comes back. Claims of running processes stay: their locks are held.
+    moved aside comes back. Claims of running processes stay: their locks are held. So do those on a
+    file system without locks, where nobody can tell.
     """
     for hidden in parent.glob(".*.rotq"):
         with contextlib.suppress(OSError):
@@ -217,6 +235,16 @@ def sweep(parent: Path) -> None:
                 finally:
                     release(lock, hidden)
             hidden.rmdir()  # nothing but an empty one
+
+
+def _check_no_leftovers(hidden: Path, target: Path) -> None:
+    """Refuse to go on with what :func:`sweep` left, which it does where nothing can be locked."""
+    if any((hidden / name).exists() for name in (_NEW, _OLD, _SCRATCH)):
+        raise OutputError(
+            f"another run writes the output '{target}', or was killed: what it has not finished is"
+            f" in '{hidden}'",
+            hint="wait for it to end, remove that folder if it has, or choose another -o/--output",
+        )
 
 
 def _clear(hidden: Path) -> None:
@@ -238,18 +266,35 @@ def _discard(folder: Path, final: Path) -> None:
     """
     if remove_listed(folder):
         return
-    kept = final.with_name(f"{final.name}.{secrets.token_hex(4)}.old")
-    folder.rename(kept)
+    kept = _moved_aside(folder, final, "old")
     logger.warning(
         "what could not be removed of the folder that was replaced, or is not of rotq, is in '%s'",
         kept,
     )
 
 
+def _moved_aside(folder: Path, final: Path, suffix: str) -> Path:
+    """Move a folder to a free name beside the target; where nothing can be put there any more, to
+    one where nothing removes it.
+    """
+    name = f"{final.name}.{secrets.token_hex(4)}.{suffix}"
+    try:
+        return folder.rename(final.with_name(name))
+    except OSError:
+        return folder.rename(folder.with_name(name))
+
+
 def _check_replaceable(target: Path) -> None:
     if is_in(Path.cwd(), target):
         raise OutputError(
             f"the output '{target}' is the current folder, or holds it", hint=_ANOTHER
+        )
+    older = all((target / name).is_file() for name in _BEFORE_LISTS)
+    if older and not (target / LIST_FILE).exists():
+        raise OutputError(
+            f"the folder '{target}' has no {LIST_FILE}, which older versions of rotq did not write:"
+            " nothing says what in it is yours",
+            hint="remove it by hand, or choose another -o/--output",
         )
     foreign = unlisted(target)
     if foreign is None and any(target.iterdir()):

@@ -7,13 +7,14 @@ else the folder looks like.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from exporter.output.whole import is_partial
+from calib.reading import read_json
+from calib.sealed import digest
+from exporter.output.strays import is_disposable
 
 LIST_FILE = "rotq_files.json"
 _FORMAT_VERSION = 1
@@ -30,18 +31,18 @@ def read_list(folder: Path) -> frozenset[str] | None:
     none, or nothing sound says so.
     """
     try:
-        listed = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
+        listed = read_json(folder / LIST_FILE)
         names, version = listed["files"], listed["format_version"]
         paths = [PurePosixPath(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     inside = all(not path.is_absolute() and ".." not in path.parts for path in paths)
     return frozenset({*names, LIST_FILE}) if inside and version == _FORMAT_VERSION else None
 
 
 def unlisted(folder: Path) -> list[str] | None:
-    """What ``folder`` holds beside what rotq wrote, sorted: files, links, and empty folders;
-    ``None`` where it is not of rotq.
+    """What ``folder`` holds beside what rotq wrote, sorted: files, links, and empty folders, but
+    nothing disposable; ``None`` where it is not of rotq.
     """
     listed = read_list(folder)
     if listed is None:
@@ -49,18 +50,19 @@ def unlisted(folder: Path) -> list[str] | None:
     return sorted(
         name
         for name in entries(folder, empty=True)
-        if name not in listed and not is_partial(PurePosixPath(name).name)
+        if name not in listed and not is_disposable(name)
     )
 
 
 def remove_listed(folder: Path) -> bool:
-    """Remove what rotq wrote into ``folder``, and the folder if that was all; whether it was.
+    """Remove what rotq wrote into ``folder`` and what is disposable, and the folder if that was
+    all; whether it was.
 
     The list goes last, so that what an interrupt leaves is still known.
     """
     listed = read_list(folder) or frozenset()
-    partial = {name for name in entries(folder) if is_partial(PurePosixPath(name).name)}
-    for name in sorted(listed | partial, key=lambda name: name == LIST_FILE):
+    disposable = {name for name in entries(folder) if is_disposable(name)}
+    for name in sorted(listed | disposable, key=lambda name: name == LIST_FILE):
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     for inner, _, _ in os.walk(folder, topdown=False):
@@ -77,14 +79,8 @@ def sha256_tree(folder: Path, exclude: Collection[str] = ()) -> dict[str, str]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name not in exclude:
-            checksums[name] = sha256(path)
+            checksums[name] = digest(path)
     return checksums
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def entries(folder: Path, *, empty: bool = False) -> Iterator[str]:

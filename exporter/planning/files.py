@@ -65,14 +65,14 @@ def export_files(
         nbytes: of the weights, by target.
     """
     smoothing = () if recipe.smoothing == "none" else (SMOOTHING_FILE,)
-    last = (*_ROTATIONS, *smoothing, RECIPE_FILE, REPORT_FILE, CARD_FILE)
+    last = (*_ROTATIONS, *smoothing, RECIPE_FILE, REPORT_FILE, CARD_FILE, LIST_FILE)
     files: dict[str, tuple[str, ...]] = {}
     for target in destination.targets:
         written = destination.files(target, recipe, linears, nbytes[target])
         files[target] = _distinct(*written, "config.json", *side_files, *last)
 
     if len(files) == 1:
-        return (*next(iter(files.values())), LIST_FILE)
+        return next(iter(files.values()))
     inner = (f"{target}/{name}" for target, names in files.items() for name in names)
     return (RECIPE_FILE, *inner, LIST_FILE)
 

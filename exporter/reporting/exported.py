@@ -5,15 +5,23 @@ and to tell whether it is still what was exported. Imports no torch.
 from __future__ import annotations
 
 import logging
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from calib.errors import CheckpointError, RecipeError
-from exporter.output import LIST_FILE, entries, replace_text, sha256
+from calib.sealed import digest
+from exporter.output import LIST_FILE, entries, is_hidden, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.reporting.card import CARD_FILE, render_card, stated_license
 from exporter.reporting.report import REPORT_FILE, Report
 
 logger = logging.getLogger(__name__)
+
+_LOADED = (
+    *("*.safetensors", "*.onnx*", "*.bin", "*.pt", "*.pth", "*.gguf"),
+    *("*.json", "*.py", "*.jinja", "*.model", "vocab.txt", "merges.txt"),
+)
+"""What runtimes and transformers look for in a folder, whether it was exported or not."""
 
 
 def is_export(folder: Path) -> bool:
@@ -71,13 +79,14 @@ def edited_files(folder: Path, report: Report) -> dict[str, list[str]]:
     found = {
         "missing": [name for name in listed if name not in here],
         "changed": [name for name in here & listed.keys() if not _has(folder / name, listed[name])],
-        "added": [name for name in added if not _is_hidden(name)],
+        "added": [name for name in added if not is_hidden(name)],
     }
     return {what: sorted(names) for what, names in found.items() if names}
 
 
 def check_unchanged(folder: Path, report: Report) -> None:
     """Refuse a folder that is not what was exported. The card is for readers: an edited one passes.
+    So do files that were added and that nothing loads, such as a licence, with a warning.
 
     Raises:
         CheckpointError: naming the files.
@@ -86,6 +95,10 @@ def check_unchanged(folder: Path, report: Report) -> None:
         what: [name for name in names if name != CARD_FILE]
         for what, names in edited_files(folder, report).items()
     }
+    harmless = [name for name in edited.get("added", ()) if not _is_loaded(name)]
+    if harmless:
+        logger.warning("'%s' holds what was not exported: %s", folder, ", ".join(harmless))
+        edited["added"] = [name for name in edited["added"] if name not in harmless]
     problems = [f"{what}: {', '.join(names)}" for what, names in edited.items() if names]
     if problems:
         raise CheckpointError(
@@ -120,7 +133,7 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
             ours = _has(card, report.checksums[CARD_FILE])
             if ours or card.read_bytes() == text.encode():  # it may have been killed after the card
                 replace_text(card, text)
-                checksums = {**report.checksums, CARD_FILE: sha256(card)}
+                checksums = {**report.checksums, CARD_FILE: digest(card)}
                 report = report.model_copy(update={"checksums": checksums})
             else:
                 logger.warning("'%s' was edited and is left as it is", card)
@@ -136,11 +149,12 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
 
 def _has(path: Path, checksum: str) -> bool:
     """Whether a file has this checksum; a link to a folder, or to nothing, has none."""
-    return path.is_file() and sha256(path) == checksum
+    return path.is_file() and digest(path) == checksum
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
+def _is_loaded(name: str) -> bool:
+    own = PurePosixPath(name).name.lower()
+    return any(fnmatchcase(own, pattern) for pattern in _LOADED)
 
 
 def _incomplete(folder: Path, error: Exception) -> CheckpointError:

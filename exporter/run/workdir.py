@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from calib.errors import OutputError, RecipeError
-from exporter.output import LOCK_FILE, atomic_folder, is_partial, replace_text
+from exporter.output import HOLDER_FILE, LOCK_FILE, atomic_folder, is_partial, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
 from exporter.run.inputs import Inputs
 from exporter.run.options import RunOptions
@@ -105,7 +105,8 @@ def _read_kept(path: Path) -> Recipe:
 def _check_empty(folder: Path) -> None:
     """Refuse a folder of somebody else: steps would be read from it, and removed."""
     names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if name != LOCK_FILE and not is_partial(name)]
+    locks = (LOCK_FILE, HOLDER_FILE)
+    foreign = [name for name in names if name not in locks and not is_partial(name)]
     if foreign:
         raise OutputError(
             f"the work folder '{folder}' holds no run of rotq, but {foreign[0]}"

@@ -9,6 +9,7 @@ import torch
 
 from backends.base import WriteOptions
 from calib.artifact import cast_model
+from exporter.output import write_list
 from exporter.parity import Subject, check_parity, kept_digests
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import describe, finish, write_side_files
@@ -45,6 +46,7 @@ def write_targets(
         inner.mkdir()
         own = recipe.model_copy(update={"target": target})
         reports[target] = _write(calibrated, own, destination, target, inner, clock.copy())
+        write_list(inner)  # so that it may be replaced alone
     return reports
 
 

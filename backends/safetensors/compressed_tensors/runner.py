@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ from backends.safetensors.manifest import Manifest
 from backends.torch_model import cached_pass
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.errors import BackendError
+from calib.reading import read_json, reason_of
 from calib.rotations.files import load_rotations
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 
@@ -120,8 +120,7 @@ def load(folder: Path, *, exact: bool, stands_in: bool, not_run_in: str) -> Tran
     """
     import transformers  # here, because it takes seconds to import
 
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    described = config.get("quantization_config")
+    described = _config(folder).get("quantization_config")
     runtime = f"transformers {transformers.__version__}"
     if described is not None:
         try:
@@ -142,6 +141,16 @@ def load(folder: Path, *, exact: bool, stands_in: bool, not_run_in: str) -> Tran
         _quantize_inputs_as_written(network, folder)
         note = ""
     return TransformersModel(network.eval(), runtime, note, not_run_in)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError) as error:
+        raise BackendError(
+            f"'{folder / CONFIG_FILE}' cannot be read: {reason_of(error)}",
+            hint="export the model again",
+        ) from error
 
 
 def _check_stand_in(folder: Path, note: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -10,13 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from cli_support import ROOT
 
+import exporter.output.lock as lock_module
 from calib.errors import OutputError
 from exporter.output import LIST_FILE, atomic_folder, claimed, locked
-from exporter.output.lock import LOCK_FILE
+from exporter.output.lock import HOLDER_FILE, LOCK_FILE
 
 _HOLDS = """
 import sys, time
@@ -159,7 +163,6 @@ def test_where_the_file_system_cannot_exchange_two_renames_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     import ctypes
-    import errno
 
     write(tmp_path / "out", "old")
     monkeypatch.setattr(ctypes, "get_errno", lambda: getattr(errno, code))
@@ -202,10 +205,64 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 
 def test_a_lock_leaves_no_trace_and_damaged_words_are_no_trouble(tmp_path: Path) -> None:
     with locked(tmp_path, "the work folder", "wait"):
-        (tmp_path / LOCK_FILE).write_text("{")
+        (tmp_path / HOLDER_FILE).write_text("{")
         with (
             pytest.raises(OutputError, match="the work folder is in use by another process"),
             locked(tmp_path, "the work folder", "wait"),
         ):
             pytest.fail("the block must not run")
     assert names(tmp_path) == []
+
+
+def test_the_holder_is_named_beside_the_lock(tmp_path: Path) -> None:
+    """Windows lets nobody read a file that somebody else holds locked."""
+    with locked(tmp_path, "the work folder", "wait"):
+        assert (tmp_path / LOCK_FILE).read_bytes() == b""
+        assert str(os.getpid()) in (tmp_path / HOLDER_FILE).read_text()
+
+
+@pytest.fixture(params=["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = getattr(errno, request.param)
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_where_nothing_can_be_locked_the_work_goes_on_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out"]
+    (record,) = caplog.records
+    assert "cannot be locked on this file system" in record.message
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_where_nothing_can_be_locked_what_is_there_stays(tmp_path: Path) -> None:
+    """It may be a running process's."""
+    (tmp_path / ".out.rotq" / "new").mkdir(parents=True)
+    (tmp_path / ".out.rotq" / LOCK_FILE).write_text("")
+    (tmp_path / ".out.rotq" / "new" / "model").write_text("half")
+    write(tmp_path / "other", "beside it")
+    with pytest.raises(OutputError, match="or was killed"):
+        write(tmp_path / "out", "new")
+    assert (tmp_path / ".out.rotq" / "new" / "model").read_text() == "half"
+
+
+def test_an_open_file_is_released_before_it_is_removed_where_it_has_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    class Lock:
+        def release(self) -> None:
+            happened.append("release")
+
+    monkeypatch.setattr(lock_module, "_remove", lambda path: happened.append(path.name))
+    monkeypatch.setattr(lock_module.os, "name", "nt")
+    lock_module.release(cast("Any", Lock()), tmp_path)
+    assert happened == [HOLDER_FILE, "release", LOCK_FILE]

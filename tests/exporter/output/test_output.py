@@ -134,13 +134,20 @@ def test_a_failing_swap_puts_the_old_folder_back(
     with pytest.raises(OutputError), atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "report.json").write_text("new")
     assert (tmp_path / "out" / "report.json").read_text() == "old"
-    assert names(tmp_path) == ["out"]
+    (kept,) = tmp_path.glob("out.*.new")
+    assert (kept / "report.json").read_text() == "new"
+    assert names(tmp_path) == ["out", kept.name]
 
 
 def test_a_target_that_appears_during_the_job_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="exists already"), atomic_folder(tmp_path / "out"):
+    with (
+        pytest.raises(OutputError, match="it exists by now") as caught,
+        atomic_folder(tmp_path / "out"),
+    ):
         (tmp_path / "out").mkdir()
-    assert names(tmp_path) == ["out"]
+    (kept,) = tmp_path.glob("out.*.new")
+    assert str(kept) in caught.value.message
+    assert names(tmp_path) == ["out", kept.name]
 
 
 def test_files_and_dead_links_are_refused(tmp_path: Path) -> None:

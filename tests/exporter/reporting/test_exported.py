@@ -47,7 +47,20 @@ def test_an_export_is_unchanged_also_after_an_update(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "inner/more.onnx"])
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "inner/notes.md"])
+def test_added_files_that_nothing_loads_are_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    (folder / name).write_text("x")
+    check_unchanged(folder, Report.load(folder))
+    assert f"holds what was not exported: {name}" in caplog.text
+    assert edited_files(folder, Report.load(folder)) == {"added": [name]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.model", "inner/more.onnx", "model.onnx.data", "Model.PT", "a.py", "merges.txt"],
+)
 def test_added_files_are_named(folder: Path, name: str) -> None:
     (folder / name).write_text("x")
     assert edited_files(folder, Report.load(folder)) == {"added": [name]}
@@ -61,8 +74,9 @@ def test_added_links_are_named_wherever_they_lead(folder: Path, tmp_path: Path) 
     assert edited_files(folder, Report.load(folder)) == {"added": ["elsewhere", "gone"]}
 
 
-def test_what_git_and_the_hub_keep_beside_it_is_no_part_of_it(folder: Path) -> None:
-    for name in (".gitattributes", ".git/HEAD", ".cache/huggingface/download/x.metadata"):
+def test_what_git_the_hub_and_file_managers_keep_beside_it_is_no_part_of_it(folder: Path) -> None:
+    hub = ".cache/huggingface/download/x.metadata"
+    for name in (".gitattributes", ".git/HEAD", hub, "inner/Thumbs.db", "desktop.ini"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     check_unchanged(folder, Report.load(folder))

@@ -77,6 +77,8 @@ def test_every_target_gets_a_complete_folder_from_one_calibration(
     repeated = load_recipe(tmp_path / "out" / RECIPE_FILE)
     assert repeated == recipe
     export(repeated, RunOptions(tmp_path / "out", overwrite=True, verify=False))
+    alone = few(model, "own", scheme="float")
+    export(alone, RunOptions(tmp_path / "out" / "own", overwrite=True, verify=False))
 
 
 def test_one_target_is_the_folder_itself(model: str, tmp_path: Path) -> None:
