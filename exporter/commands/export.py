@@ -23,6 +23,7 @@ from calib.fusing import FusedModel
 from calib.network.skeleton import portable_config
 from calib.progress import Progress, silent
 from calib.quantizing.calibrator import check_blocks
+from calib.quantizing.plan import Quantization
 from calib.rotations.rotate import Rotate, union
 from calib.rotations.rotation_set import RotationSet, idle_rotations
 from exporter.output import Claim
@@ -198,20 +199,8 @@ def _calibrated(
         inputs = inputs.with_tables(targets)
         recipe = inputs.recipe
     quantization = inputs.quantization()
-    check_blocks(quantization, inputs.source.wiring)
     imported = imported_rotations(recipe, inputs.source)
-    if targets is not None:
-        kinds = Rotate.of({*recipe.rotate.certain, *imported.kinds()}).certain
-        config = portable_config(inputs.source.config)
-        targets.check(
-            recipe,
-            config,
-            quantization.linears,
-            quantization.cache,
-            kinds,
-            recipe.certain_prefix,
-        )
-        targets.warn(quantization.linears, kinds)
+    _check_expressible(inputs, quantization, imported, targets)
     sets = candidate_sets(inputs, imported, _left_out(inputs, targets))
 
     rows = inputs.rows(clock)
@@ -286,6 +275,31 @@ def _blockwise(
 
     with output.scratch(WALK) as walk, output.scratch(ARTIFACT) as folder:
         yield quantize(walk, folder)
+
+
+def _check_expressible(
+    inputs: Inputs,
+    quantization: Quantization,
+    imported: RotationSet,
+    targets: Destination | None,
+) -> None:
+    """Refuse blocks that do not fit, and what a target cannot express; warn of what it runs
+    slowly.
+    """
+    check_blocks(quantization, inputs.source.wiring)
+    if targets is None:
+        return
+    recipe = inputs.recipe
+    kinds = Rotate.of({*recipe.rotate.certain, *imported.kinds()}).certain
+    targets.check(
+        recipe,
+        portable_config(inputs.source.config),
+        quantization.linears,
+        quantization.cache,
+        kinds,
+        recipe.certain_prefix,
+    )
+    targets.warn(quantization.linears, kinds)
 
 
 def _left_out(inputs: Inputs, targets: Destination | None) -> Collection[str]:

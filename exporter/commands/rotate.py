@@ -100,16 +100,7 @@ def rotate(
         trained = trained_rotations(kinds, inputs, imported, rows.train, options, work, clock)
 
         source, dtype = inputs.source, _stored_dtype(recipe, inputs.source)
-        with clock.stage("fuse"):
-            fused = source.fuse(
-                trained.rotations, dtype=dtype, device=inputs.device, progress=progress
-            )
-        if fused.refusals:
-            raise UnsupportedModelError(
-                f"a stock folder cannot hold the rotated model: {'; '.join(fused.refusals)}",
-                hint="`rotq export` can write it; or try --dtype float32",
-            )
-
+        fused = _fused(inputs, trained.rotations, dtype, clock)
         with output.folder() as folder:
             with clock.stage("write"):
                 _write(fused, source, recipe, folder)
@@ -123,6 +114,21 @@ def rotate(
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
             report.save(folder)
     return RotateResult(options.output, recipe, trained.rotations, report)
+
+
+def _fused(
+    inputs: Inputs, rotations: RotationSet, dtype: torch.dtype, clock: Stopwatch
+) -> FusedModel:
+    with clock.stage("fuse"):
+        fused = inputs.source.fuse(
+            rotations, dtype=dtype, device=inputs.device, progress=clock.progress
+        )
+    if fused.refusals:
+        raise UnsupportedModelError(
+            f"a stock folder cannot hold the rotated model: {'; '.join(fused.refusals)}",
+            hint="`rotq export` can write it; or try --dtype float32",
+        )
+    return fused
 
 
 def _report(

@@ -29,7 +29,13 @@ from exporter.planning.files import (
     export_files,
     rotate_files,
 )
-from exporter.planning.headers import ArtifactHeaders, check_headers, read_artifact, read_headers
+from exporter.planning.headers import (
+    ArtifactHeaders,
+    CheckpointHeaders,
+    check_headers,
+    read_artifact,
+    read_headers,
+)
 from exporter.planning.sizes import (
     FLOAT_BYTES,
     Sizes,
@@ -116,11 +122,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     model = artifact or planned_artifact(recipe, checkpoint, sizes.linears, outside)
     if goal == "export":
         destination.check(recipe, checkpoint.config, model.linears, model.cache, model.rotations)
-    # Rotations alone are trained in float32, whatever is written.
-    asked = "float32" if goal == "rotate" else recipe.dtype
-    dtypes = destination.dtypes(asked, lambda: checkpoint.dtype)
-    if artifact is None:
-        destination.common_dtype(asked, lambda: checkpoint.dtype)
+    dtypes = _dtypes(recipe, goal, destination, checkpoint, one=artifact is None)
 
     flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
     sets = _sets(recipe, goal, offered, destination, checkpoint.config)
@@ -174,6 +176,22 @@ def _quantized(sizes: Sizes, scheme: Scheme, linears: Mapping[str, LinearScheme]
     tables = {sizes.tables.embedding: sizes.embedding, sizes.tables.head: sizes.head}
     decoder = 0 if scheme.weight is None else sizes.linear_parameters
     return decoder + sum(elements for name, elements in tables.items() if name in linears)
+
+
+def _dtypes(
+    recipe: Recipe,
+    goal: Goal,
+    destination: Destination,
+    checkpoint: CheckpointHeaders,
+    *,
+    one: bool,
+) -> dict[str, str]:
+    """What each target computes in, which is to be ``one`` where one calibration serves all."""
+    # Rotations alone are trained in float32, whatever is written.
+    asked = "float32" if goal == "rotate" else recipe.dtype
+    if one:
+        destination.common_dtype(asked, lambda: checkpoint.dtype)
+    return destination.dtypes(asked, lambda: checkpoint.dtype)
 
 
 def _sets(
