@@ -32,6 +32,7 @@ LONGEST = (
     "test_families_rotary",
     "test_families_layer_norm",
     "test_families_packed",
+    "test_families_post_norm",
     "test_chosen_prefix",
     "test_rotary",
     "test_readers",

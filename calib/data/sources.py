@@ -159,8 +159,10 @@ def resolve_source(source: str) -> LocalFile | HubDataset:
                 f"Give a {', '.join(LOCAL_SUFFIXES)} file; a .txt file holds one document a line.",
             ),
         )
-    # what has no suffix may be a data set of the hub
-    if path.suffix and (path.suffix.lower() in _CONVERSIONS or _close_to(path)):
+    # what has no suffix may be a data set of the hub, unless it is that of a file that is there
+    close = _close_to(path)
+    meant = bool(close) and (bool(path.suffix) or Path(close[0]).stem == path.name)
+    if path.suffix.lower() in _CONVERSIONS or meant:
         raise missing_file(path)
     organisation, slash, name = source.partition("/")
     if slash and organisation and name and "/" not in name and not source.startswith((".", "~")):

@@ -26,8 +26,10 @@ ROTARY = (
     "smollm3",
 )
 """Llama, with a bias, a window, a norm or a factor more, or RoPE in some layers only."""
-PACKED = ("phi3", "phi3-partial-rope", "gemma", "gemma2", "gemma3", "olmo2")
-"""Packed linears, gains that are stored less one, norms behind linears."""
+PACKED = ("phi3", "phi3-partial-rope", "gemma")
+"""Packed linears, gains that are stored less one."""
+POST_NORM = ("gemma2", "gemma3", "olmo2")
+"""Norms behind linears."""
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 LAYER_NORM = (
     "gpt_neox",

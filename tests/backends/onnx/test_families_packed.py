@@ -1,4 +1,4 @@
-"""Families with packed linears or more norms become graphs that compute the torch reference."""
+"""Families with packed linears become graphs that compute the torch reference."""
 
 from __future__ import annotations
 

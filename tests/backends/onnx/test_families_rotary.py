@@ -13,6 +13,7 @@ from tests.backends.onnx.families import (
     EXPERTS,
     LAYER_NORM,
     PACKED,
+    POST_NORM,
     ROTARY,
     RUN_ELSEWHERE,
     check_kept_norms,
@@ -23,7 +24,7 @@ from tests.tiny import CONFIGS
 
 
 def test_every_config_is_in_one_group() -> None:
-    groups = [*ROTARY, *PACKED, *EXPERTS, *LAYER_NORM]
+    groups = [*ROTARY, *PACKED, *POST_NORM, *EXPERTS, *LAYER_NORM]
     assert sorted(groups) == sorted(CONFIGS)
 
 
