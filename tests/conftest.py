@@ -24,6 +24,7 @@ SMALL = {
 LONGEST = (
     "test_end_to_end",
     "test_verified_again",
+    "test_sabotage",
     "test_run_again",
     "test_frequencies",
     "test_artifacts",
