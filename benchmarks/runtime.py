@@ -19,7 +19,7 @@ nearest, neither of which changes the speed.
 
     python -m benchmarks.runtime --work DIR [--model embedded | --model FOLDER | --model
         tinyllama-1b ...] [--layers 22] [--prompt 256] [--steps 32] [--rounds 3] [--starts 3]
-        [--threads N] [--block-size 32] [--keep]
+        [--threads N] [--block-size 32] [--only "int8, prefix"] [--keep]
 
 Linux only: memory is read from /proc. The full shape takes about 18 GB in ``--work``.
 """
@@ -42,7 +42,6 @@ from backends.base import Fusion
 from benchmarks.runtime_candidates import (
     BUILDER,
     BUILDER_GROWN,
-    CANDIDATES,
     DYNAMIC,
     FLOAT,
     GROUPS,
@@ -137,6 +136,7 @@ def main() -> None:
         help="of int4 weights; 32 is the model builder's default",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="only what takes turns with this candidate, by its name")
     parser.add_argument(
         "--keep", action="store_true", help="leave the graphs and the checkpoint in the work folder"
     )
@@ -146,11 +146,15 @@ def main() -> None:
         checkpoint = checkpoint_of(model, arguments)
         settings = Settings(arguments.block_size, rows=2, tokens=64, seed=arguments.seed)
         began = time.perf_counter()
-        fusions = make_all(checkpoint, folder, settings)
+        groups = [group for group in GROUPS if named(arguments.only, group)]
+        candidates = list(dict.fromkeys(candidate for group in groups for candidate in group))
+        fusions = make_all(candidates, checkpoint, folder, settings)
         print(f"\n{model}: graphs made in {time.perf_counter() - began:.0f} s", flush=True)
-        found = measure(folder, load_of(checkpoint, arguments), arguments.rounds, arguments.starts)
-        report(found, folder, arguments)
-        lines = [*share_of_kernels(fusions), *(acceptance(found) if model == SHAPE else ())]
+        load = load_of(checkpoint, arguments)
+        found = measure(groups, folder, load, arguments.rounds, arguments.starts)
+        report(found, candidates, folder, arguments)
+        judged = model == SHAPE or arguments.only is not None
+        lines = [*share_of_kernels(fusions), *(acceptance(found) if judged else ())]
         print("\n".join(lines), flush=True)
         if not arguments.keep:
             shutil.rmtree(folder)
@@ -179,9 +183,16 @@ def load_of(checkpoint: Path, arguments: argparse.Namespace) -> Load:
     return Load(ids, arguments.steps, arguments.threads, sizes.kv_heads, sizes.head_dim)
 
 
-def measure(folder: Path, load: Load, rounds: int, starts: int) -> Groups:
+def named(only: str | None, group: Sequence[Candidate]) -> bool:
+    """Whether a group holds the candidate called ``only``; all do where there is no such wish."""
+    return only is None or any(candidate.name == only for candidate in group)
+
+
+def measure(
+    groups: Sequence[Sequence[Candidate]], folder: Path, load: Load, rounds: int, starts: int
+) -> Groups:
     """All candidates, group by group."""
-    found: Groups = [{candidate: Measured() for candidate in group} for group in GROUPS]
+    found: Groups = [{candidate: Measured() for candidate in group} for group in groups]
     for start in range(starts):
         for group in found:
             first = start % len(group)
@@ -229,7 +240,12 @@ def ratio(groups: Groups, kind: Kind, candidate: Candidate, other: Candidate = F
     return Ratio(median(ratios), (high - low) / 2)
 
 
-def report(groups: Groups, folder: Path, arguments: argparse.Namespace) -> None:
+def report(
+    groups: Groups,
+    candidates: Sequence[Candidate],
+    folder: Path,
+    arguments: argparse.Namespace,
+) -> None:
     """Print the table."""
     print(
         f"{arguments.threads} threads, prompt of {arguments.prompt} tokens, {arguments.steps}"
@@ -242,7 +258,7 @@ def report(groups: Groups, folder: Path, arguments: argparse.Namespace) -> None:
     )
     print(f"{'':<42} {heads}")
     base = groups[0][FLOAT].memory
-    for candidate in CANDIDATES:
+    for candidate in candidates:
         one = next(group[candidate] for group in groups if candidate in group)
         disk = sum(path.stat().st_size for path in (folder / candidate.folder).glob(f"{MODEL}*"))
         print(
@@ -258,6 +274,8 @@ def report(groups: Groups, folder: Path, arguments: argparse.Namespace) -> None:
 def share_of_kernels(fusions: Mapping[Candidate, Fusion]) -> Iterator[str]:
     """How many of the decoder's MatMuls run in integer kernels."""
     for candidate in (INT8, INT8_WEIGHTS, INT4):
+        if candidate not in fusions:
+            continue
         fusion = fusions[candidate]
         fused = fusion.quantized - len(fusion.unfused)
         share = f"{fused} of {fusion.quantized} ({100 * fused / fusion.quantized:.0f} %)"
@@ -278,6 +296,7 @@ def acceptance(groups: Groups) -> Iterator[str]:
         ("decode", candidate, FLOAT, DECODE_BOUND)
         for candidate in (INT4, INT4_HEAD_INT8, INT4_HEAD_INT4)
     ]
+    together = [frozenset(group) for group in groups]
     if HAS_BUILDER:
         reach.append(("decode", INT4_SHARED, BUILDER, EQUAL))
         reach.append(("decode", INT4_HEAD_INT4, BUILDER_GROWN, EQUAL))
@@ -285,6 +304,8 @@ def acceptance(groups: Groups) -> Iterator[str]:
         yield f"not measured: {BUILDER.name}, as onnxruntime-genai is not installed"
     reach += [(kind, INT8_PREFIX, INT8, PREFIX_BOUND) for kind in kinds]
     for kind, candidate, other, bound in reach:
+        if not any({candidate, other} <= group for group in together):
+            continue
         found = ratio(groups, kind, candidate, other)
         yield _line(
             f"{candidate.name}: {kind} {found} x {other.name}, to reach {bound:.3g}",
@@ -292,6 +313,8 @@ def acceptance(groups: Groups) -> Iterator[str]:
         )
     for kind in kinds:
         for other in (DYNAMIC, STATIC):
+            if not any({INT8, other} <= group for group in together):
+                continue
             found = ratio(groups, kind, INT8, other)
             line = f"{INT8.name}: {kind} {found} x {other.name}, not slower"
             yield _line(line, found.value + found.spread >= EQUAL)

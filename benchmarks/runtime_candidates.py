@@ -82,7 +82,6 @@ GROUPS = (
     (FLOAT, INT4_HEAD_INT4, INT4_SHARED, *((BUILDER, BUILDER_GROWN) if HAS_BUILDER else ())),
 )
 """What is measured in turns, the float graph in every group."""
-CANDIDATES = tuple(dict.fromkeys(candidate for group in GROUPS for candidate in group))
 
 
 @dataclass(frozen=True)
@@ -103,16 +102,18 @@ class Settings:
     seed: int
 
 
-def make_all(checkpoint: Path, folder: Path, settings: Settings) -> Mapping[Candidate, Fusion]:
-    """Make every candidate in ``folder``, those of one maker in a fresh process, so that no memory
+def make_all(
+    candidates: Sequence[Candidate], checkpoint: Path, folder: Path, settings: Settings
+) -> Mapping[Candidate, Fusion]:
+    """Make the candidates in ``folder``, those of one maker in a fresh process, so that no memory
     piles up.
 
     Returns:
         How ONNX Runtime executes the linears of rotq's quantized graphs.
     """
-    made = [candidate for candidate in CANDIDATES if candidate.maker == "rotq"]
+    made = [candidate for candidate in candidates if candidate.maker == "rotq"]
     fusions = _in_fresh_process(_write_all, made, checkpoint, folder, settings)
-    for candidate in CANDIDATES:
+    for candidate in candidates:
         target = folder / candidate.folder
         if candidate.graph is not None:
             continue
