@@ -71,6 +71,14 @@ def same_values(found: Tensor, expected: Tensor, *, inverted: bool = False) -> b
     return torch.equal(found, expected.to(found.dtype))
 
 
+def same_either_way(found: Tensor, expected: Tensor) -> bool:
+    """The same of a float tensor that :class:`~backends.base.ReadsFloats` gives: a target may store
+    the weight of a linear ``[in, out]``.
+    """
+    turned = expected.dim() == 2 and same_values(found, expected.T)
+    return turned or same_values(found, expected)
+
+
 def _second_scales(linear: QuantizedLinear) -> tuple[str, ...]:
     """Parts of ``linear`` that are the second level of NVFP4."""
     own = linear.input_scheme is not None and linear.input_scheme.scale_format == "e4m3"

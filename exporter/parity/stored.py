@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.altered import altered_cache, altered_parts, same_values
+from backends.altered import altered_cache, altered_parts, same_either_way
 from backends.base import Backend, ReadsFloats
 from calib.artifact import QuantizedCache, QuantizedModel
 from calib.artifact.files import cache_key
@@ -54,7 +54,7 @@ def kept_digests(
     for name, found in _read_floats(backend, folder, target).items():
         expected = quantized.floats.get(name)
         if expected is not None:
-            digests[name] = _digest({name: found if _same(found, expected) else expected})
+            digests[name] = _digest({name: found if same_either_way(found, expected) else expected})
     return digests
 
 
@@ -99,12 +99,6 @@ def _judged(name: str, subject: Subject, found: Mapping[str, str]) -> ParityRow:
 
 def _read_floats(backend: Backend, folder: Path, target: str) -> Mapping[str, Tensor]:
     return backend.read_floats(folder, target) if isinstance(backend, ReadsFloats) else {}
-
-
-def _same(found: Tensor, expected: Tensor) -> bool:
-    """A target may store the weight of a linear ``[in, out]``."""
-    turned = expected.dim() == 2 and same_values(found, expected.T)
-    return turned or same_values(found, expected)
 
 
 def _scales(cache: QuantizedCache) -> dict[str, Tensor]:
