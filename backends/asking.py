@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from backends.base import Backend, ListsFiles, Reason, Request
-from calib.errors import BackendError
+from calib.errors import BackendError, RotqError
+from calib.files.reading import reason_of
 from calib.schemes import FLOAT, LINEAR_SCHEMES, LinearScheme, TensorScheme, linear_words
 
 __all__ = [
@@ -46,7 +47,30 @@ def reasons_against(backend: Backend, request: Request) -> list[Reason]:
         )
         for option in request.options(newer_than=backend.contract)
     ]
-    return [*backend.refusals(request), *unknown]
+    return [*_answer(backend, request), *unknown]
+
+
+def _answer(backend: Backend, request: Request) -> list[Reason]:
+    """What the backend says; of one of another package, whatever it is."""
+    if type(backend).__module__.partition(".")[0] == __package__:
+        return list(backend.refusals(request))
+    try:
+        reasons = list(backend.refusals(request))
+        wrong = next((each for each in reasons if not isinstance(each, Reason)), None)
+    except (RotqError, MemoryError):
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"backend '{backend.name}' fails when it is asked what it can express:"
+            f" {reason_of(error)}",
+            hint="update or remove its package",
+        ) from error
+    if wrong is not None:
+        raise BackendError(
+            f"backend '{backend.name}' gives a {type(wrong).__name__} where a Reason belongs",
+            hint="update or remove its package",
+        )
+    return reasons
 
 
 def refusal_of(backend: Backend, request: Request) -> str | None:

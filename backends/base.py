@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from calib.errors import BackendError
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,11 @@ __all__ = [
     "Fusion",
     "KvBuffer",
     "ListsFiles",
+    "LoadsUnrounded",
     "Logits",
+    "NeedsLibraries",
     "ProbedModel",
+    "ReadsMetadata",
     "Reason",
     "Request",
     "RuntimeMissing",
@@ -336,6 +339,16 @@ class ListsFiles(Protocol):
 
 
 @runtime_checkable
+class NeedsLibraries(Protocol):
+    """A backend that writes with optional libraries; :class:`Backend` asks for no such thing."""
+
+    def libraries(self, target: str) -> Mapping[str, str]:
+        """Modules that writing for ``target`` imports and rotq does not depend on, and how to
+        install each. Torch-free.
+        """
+
+
+@runtime_checkable
 class ReadsFloats(Protocol):
     """A backend that can read back what it stores in float; :class:`Backend` asks for no such
     thing.
@@ -347,6 +360,48 @@ class ReadsFloats(Protocol):
         Returns:
             By the name that the artifact's have; weights of linears ``[out, in]`` or ``[in, out]``.
             What the folder holds in another form is left out.
+        """
+
+
+@runtime_checkable
+class ReadsMetadata(Protocol):
+    """A backend that can read back what the files beside the weights say of a model;
+    :class:`Backend` asks for no such thing.
+    """
+
+    def contradictions(
+        self, folder: Path, target: str, model: QuantizedModel
+    ) -> Mapping[str, Sequence[str]]:
+        """What each metadata file of a written folder states otherwise than it is.
+
+        It is read with other code than wrote it, and held against the stored tensors, the graph or
+        ``model``: comparing it with what would be written again would find no fault of the writer.
+
+        Args:
+            folder: what :meth:`Backend.write` wrote.
+            target: what it was written for.
+            model: what it was written from, in the dtype that the target computes in.
+
+        Returns:
+            Statements in words by file name, for every file that was read; none where all agree. A
+            file that should be there and is not is one of them.
+        """
+
+
+@runtime_checkable
+class LoadsUnrounded(Protocol):
+    """A backend that can run a written folder without the rounding of activations;
+    :class:`Backend` asks for no such thing.
+    """
+
+    def load_unrounded(self, folder: Path, target: str) -> RuntimeModel | None:
+        """As :meth:`Backend.load` with ``exact``, but what enters linears is not rounded.
+
+        Rounding amplifies the last bits of floats, and so hides small faults of everything around
+        it: without, a whole model can be held to the bound of one linear.
+
+        Returns:
+            The running folder; ``None`` where something is rounded on the way nevertheless.
         """
 
 

@@ -2,28 +2,37 @@
 ``rotq.backends``.
 
 An entry point names a callable without arguments that returns a :class:`~backends.base.Backend`.
-One that fails to load is listed with its error and never stops the others.
+One that fails to load, or takes too long, is listed with its error and never stops the others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import TypeVar
 
 from backends.asking import reasons_against, refusal_of
 from backends.base import CONTRACT_VERSION, OLDEST_CONTRACT, Backend, Request
+from backends.time_limit import TooLongError, time_limit
 from calib.architectures.spec import KINDS
-from calib.errors import BackendError
-from calib.reading import reason_of
+from calib.errors import BackendError, did_you_mean
+from calib.files.reading import MALFORMED, reason_of
 from calib.schemes import FLOAT, KV_SCHEMES, LINEAR_SCHEMES
 
-__all__ = ["GROUP", "BackendInfo", "available", "get_backend", "target_of"]
+__all__ = ["GROUP", "BackendInfo", "available", "get_backend", "names", "target_of"]
 
 GROUP = "rotq.backends"
+SECONDS = 10.0
+"""That the backend of another package may take to load, and again to say what it can express."""
+_VARIABLE = "ROTQ_PLUGIN_SECONDS"
+_OWN = "rotq"
+"""The distribution whose backends are not timed."""
+_FAILURES = (Exception, SystemExit, GeneratorExit, TooLongError)
+"""What ends a plugin and not rotq; of BaseException, others are told to rotq itself."""
 _T = TypeVar("_T")
 
 
@@ -52,10 +61,12 @@ class BackendInfo:
 
 def available() -> list[BackendInfo]:
     """Every registered backend, by name. Imports no runtime and no torch."""
-    return [
-        _describe(entry)
-        for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
-    ]
+    return [_describe(entry) for entry in sorted(_registered(), key=lambda entry: entry.name)]
+
+
+def names() -> list[str]:
+    """Of every registered backend, in order; none of them is loaded."""
+    return sorted({entry.name for entry in _registered()})
 
 
 def get_backend(name: str) -> Backend:
@@ -65,23 +76,26 @@ def get_backend(name: str) -> Backend:
         BackendError: no such backend, its plugin fails to load, or it was written for a version of
             the contract that this rotq does not take.
     """
-    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
+    entries = {entry.name: entry for entry in _registered()}
     if name not in entries:
         raise BackendError(
             f"unknown backend '{name}'",
-            hint=f"installed backends: {', '.join(sorted(entries)) or 'none'}",
+            hint=f"{did_you_mean(name, entries)}installed backends:"
+            f" {', '.join(sorted(entries)) or 'none'}",
         )
 
     subject = f"backend '{name}' of {_distribution(entries[name])}"
     try:
         backend = _loaded(entries[name])
-    except (Exception, SystemExit) as error:  # sys.exit at import is the plugin's end, not rotq's
+        strange = _strange_contract(backend)
+    except _FAILURES as error:  # sys.exit at import is the plugin's end, not rotq's
         raise BackendError(
             f"{subject} failed to load: {reason_of(error)}",
-            hint="reinstall or remove that package",
+            hint=f"give it longer ({_VARIABLE}=60), or remove that package"
+            if isinstance(error, TooLongError)
+            else "reinstall or remove that package",
         ) from error
 
-    strange = _strange_contract(backend)
     if strange is not None:
         reason, hint = strange
         raise BackendError(f"{subject} {reason}", hint=hint)
@@ -97,7 +111,8 @@ def target_of(backend: Backend, target: str | None) -> str:
     if target is not None and target not in backend.targets:
         raise BackendError(
             f"backend '{backend.name}' has no target '{target}'",
-            hint=f"its targets are: {', '.join(backend.targets)}",
+            hint=f"{did_you_mean(target, backend.targets)}its targets are:"
+            f" {', '.join(backend.targets)}",
         )
     return target or backend.targets[0]
 
@@ -121,9 +136,34 @@ def _strange_contract(backend: Backend) -> tuple[str, str] | None:
 
 def _loaded(entry: EntryPoint) -> Backend:
     """The backend; what its package prints meanwhile is no result of rotq."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _limit(entry):
         backend: Backend = entry.load()()
+    if not isinstance(backend.targets, tuple | list) or not backend.targets:
+        raise TypeError("its 'targets' is no tuple of names")
     return backend
+
+
+def _registered() -> list[EntryPoint]:
+    """The entry points of all distributions whose own files can be read."""
+    try:
+        return list(entry_points(group=GROUP))
+    except (OSError, *MALFORMED):  # of one of them, whatever it is for
+        found: dict[str, EntryPoint] = {}
+        for distribution in distributions():
+            with contextlib.suppress(OSError, *MALFORMED):
+                for entry in distribution.entry_points.select(group=GROUP):
+                    found.setdefault(entry.name, entry)
+        return list(found.values())
+
+
+def _limit(entry: EntryPoint) -> contextlib.AbstractContextManager[None]:
+    """Ends what a plugin does in the time that it has; rotq's own have all the time they need."""
+    if _distribution(entry).startswith(f"{_OWN} "):
+        return contextlib.nullcontext()
+    try:
+        return time_limit(float(os.environ.get(_VARIABLE, SECONDS)))
+    except ValueError:
+        return time_limit(SECONDS)
 
 
 def _describe(entry: EntryPoint) -> BackendInfo:
@@ -134,18 +174,20 @@ def _describe(entry: EntryPoint) -> BackendInfo:
         if strange is not None:
             return BackendInfo(entry.name, distribution, (), error=f"it {strange[0]}")
 
-        return BackendInfo(
-            backend.name,
-            distribution,
-            tuple(backend.targets),
-            schemes=_for_each_target(backend, _schemes),
-            warnings=_for_each_target(backend, _warnings),
-            caches=_for_each_target(backend, _caches),
-            rotations=_for_each_target(backend, _rotations),
-            rotation_warnings=_for_each_target(backend, _rotation_warnings),
-        )
-    except (Exception, SystemExit) as error:  # a broken plugin must not take the list down
-        return BackendInfo(entry.name, distribution, (), error=f"{type(error).__name__}: {error}")
+        with contextlib.redirect_stdout(sys.stderr), _limit(entry):
+            return BackendInfo(
+                str(backend.name),
+                distribution,
+                tuple(map(str, backend.targets)),
+                schemes=_for_each_target(backend, _schemes),
+                warnings=_for_each_target(backend, _warnings),
+                caches=_for_each_target(backend, _caches),
+                rotations=_for_each_target(backend, _rotations),
+                rotation_warnings=_for_each_target(backend, _rotation_warnings),
+            )
+    except _FAILURES as error:  # a broken plugin must not take the list down
+        said = str(error) and reason_of(error)
+        return BackendInfo(entry.name, distribution, (), error=f"{type(error).__name__}: {said}")
 
 
 def _for_each_target(
@@ -191,8 +233,8 @@ def _rotation_warnings(backend: Backend, target: str) -> dict[str, str]:
 
 
 def _distribution(entry: EntryPoint) -> str:
-    return (
-        f"{entry.dist.name} {entry.dist.version}"
-        if entry.dist is not None
-        else "unknown distribution"
-    )
+    unknown = "unknown distribution"
+    try:
+        return unknown if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+    except (OSError, *MALFORMED):
+        return unknown

@@ -7,14 +7,18 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
-from calib.reading import regular_file
+from calib.files.reading import LARGEST, regular_file
 
 _log = logging.getLogger(__name__)
 _VARIABLE = "ROTQ_CACHE"
 _DIGEST = hashlib.sha256().digest_size
+_PARTIAL = ".partial"
+_ABANDONED = 3600
+"""Seconds after which nobody writes a partial file any more: an entry takes less than one."""
 
 
 def cache_folder() -> Path:
@@ -33,7 +37,9 @@ def read_entry(path: Path, what: str) -> bytes | None:
         what: it is, for the warning that it is made again.
     """
     try:
-        data = regular_file(path).read_bytes()
+        if regular_file(path).stat().st_size > LARGEST:
+            return None
+        data = path.read_bytes()
     except (OSError, ValueError):
         return None
     if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
@@ -56,7 +62,7 @@ def write_entry(path: Path, data: bytes, what: str, *, kept: int) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=_PARTIAL)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(data).digest() + data)
@@ -67,6 +73,9 @@ def write_entry(path: Path, data: bytes, what: str, *, kept: int) -> None:
         _log.warning("%s cannot be kept in '%s': %s", what, path.parent, error)
         return
     with suppress(OSError):  # another process may tidy up as well
+        for left in path.parent.glob(f"*{_PARTIAL}"):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink(missing_ok=True)
         entries = sorted(
             path.parent.glob(f"*{path.suffix}"), key=lambda entry: entry.stat().st_mtime
         )

@@ -38,7 +38,7 @@ from calib.fusing import fuse
 from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
 from calib.network.checkpoint import load_config, open_checkpoint
 from calib.network.skeleton import expected_tensors
-from calib.progress import Progress
+from calib.process.progress import Progress
 from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import hadamard_rotations
 from calib.schemes import scheme_named

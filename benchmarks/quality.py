@@ -45,7 +45,6 @@ from calib.data.rows import RowSplits
 from calib.errors import QuantizationError
 from calib.measure.perplexity import Comparison, LogitsFunction, compare_logits, model_logits
 from calib.measure.reference import build_reference
-from calib.progress import silent
 from calib.quantizing.calibrator import Calibrator
 from calib.rotations.rotate import Rotate, union
 from calib.rotations.rotation_set import (
@@ -189,7 +188,7 @@ class Bench:
             union(candidates), inputs, RotationSet(), rows.train, options, work, Stopwatch()
         )
         sets = gate_rotations(candidates, inputs, RotationSet(), trained.rotations)
-        setups = [Setup(str(name), online=name.rotate.online) for name in sets]
+        setups = [Setup.of(name) for name in sets]
         made = {
             str(name): self.none(inputs) if not rotations else self.fused(rotations)
             for name, rotations in sets.items()
@@ -200,8 +199,8 @@ class Bench:
             return Candidate(setup, fused.model, fused.quantize(quantization))
 
         gate = Gate(make, self.original, rows.gate, inputs.scheme.max_perplexity_ratio)
-        gate.run(setups, silent)
-        kept = gate.best.setup.rotate
+        gate.run(setups)
+        kept = gate.chosen.rotate
         return kept, made[kept]
 
     def measure(self, inputs: Inputs) -> list[Cell]:

@@ -21,7 +21,7 @@ from backends.asking import refusal_of
 from backends.base import Request
 from backends.registry import get_backend
 from calib.measure.perplexity import model_logits, perplexity
-from calib.schemes import SCHEMES
+from calib.schemes import SCHEMES, PerBlock
 from exporter.commands.export import export
 from exporter.recipe import load_recipe
 from exporter.reporting.report import Report
@@ -41,11 +41,14 @@ def main() -> None:
         "evaluation.nsamples": arguments.eval_rows,
         "calibration.seqlen": arguments.seqlen,
     }
+    if arguments.epochs is not None:
+        settings |= {f"rotation.{kind}.epochs": arguments.epochs for kind in ("r1", "r2")}
     if arguments.dataset:
         settings["calibration.dataset"] = arguments.dataset
     for name in arguments.scheme or _taken():
         with tempfile.TemporaryDirectory() as folder:
-            print(_line(name, settings, Path(folder) / "out"), flush=True)
+            blocks = {"weights.block_size": arguments.block_size} if _in_blocks(name) else {}
+            print(_line(name, {**settings, **blocks}, Path(folder) / "out"), flush=True)
 
 
 def _taken() -> list[str]:
@@ -57,6 +60,16 @@ def _taken() -> list[str]:
         if scheme.linear is not None
     }
     return [name for name, request in asked.items() if refusal_of(backend, request) is None]
+
+
+def _in_blocks(name: str) -> bool:
+    """Whether the blocks of a scheme have a size that may be chosen."""
+    weight = SCHEMES[name].weight
+    return (
+        weight is not None
+        and isinstance(weight.granularity, PerBlock)
+        and weight.scale_format == "compute"
+    )
 
 
 def _line(scheme: str, settings: Mapping[str, Any], output: Path) -> str:
@@ -104,6 +117,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="calibration rows")
     parser.add_argument("--eval-rows", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="of the training of rotations, most of the time of a scheme: what two readers make of"
+        " one folder does not depend on it (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=64,
+        help="where a scheme has blocks: the target takes none that are short, and 128 does not"
+        " divide 576 (default: 64)",
+    )
     return parser.parse_args()
 
 

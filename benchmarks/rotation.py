@@ -38,9 +38,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calib.rotations.hadamard import hadamard_matrix
-from calib.rotations.objectives import ActivationScheme, make_objective, scheme_error
-from calib.rotations.optimizers import Problem, QrStepper, Stepper
+from calib.rotations.objectives import make_objective
+from calib.rotations.optimizers import QrStepper, Stepper
 from calib.rotations.polar import project_orthogonal
+from calib.rotations.problem import Problem
+from calib.rotations.quantizer import ActivationScheme, scheme_error
 from calib.rotations.train import make_stepper
 from calib.rotations.train_config import TrainConfig
 

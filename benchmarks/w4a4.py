@@ -31,7 +31,7 @@ from calib.capture.storage import Capture
 from calib.data.rows import RowSplits
 from calib.fusing import FusedModel, fuse, materialize
 from calib.rotations.from_capture import train_rotations
-from calib.rotations.objectives import fake_quantize
+from calib.rotations.quantizer import fake_quantize
 from calib.rotations.rotation_set import (
     Rotation,
     RotationSet,

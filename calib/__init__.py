@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calib._faces import lazy_names
-from calib._moved import install
+from calib._names.faces import lazy_names
+from calib._names.moved import install
 
 if TYPE_CHECKING:
     from calib.arithmetic.scales import compute_scale, convert_to_scale

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from calib.errors import QuantizationError
+from calib.errors import QuantizationError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,8 @@ def scheme_named(name: str) -> Scheme:
     """
     if name not in SCHEMES:
         raise QuantizationError(
-            f"unknown scheme '{name}'", hint=f"the schemes are: {', '.join(SCHEMES)}"
+            f"unknown scheme '{name}'",
+            hint=f"{did_you_mean(name, SCHEMES)}the schemes are: {', '.join(SCHEMES)}",
         )
     return SCHEMES[name]
 

@@ -5,13 +5,14 @@ Importing this package imports neither torch nor a runtime; they come with the f
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from calib.progress import Progress
+    from calib.process.progress import Progress
     from exporter.recipe import Recipe
     from exporter.run.results import ExportResult
 
@@ -19,10 +20,10 @@ __all__ = ["export", "load_recipe"]
 
 
 def export(
-    model: PreTrainedModel | str | Path | None = None,
-    recipe: Recipe | str | Path | None = None,
+    model: PreTrainedModel | str | os.PathLike[str] | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
     *,
-    output: str | Path,
+    output: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -48,13 +49,13 @@ def export(
     Raises:
         calib.errors.RotqError: a known failure, with a hint; nothing was written.
     """
-    from calib.progress import silent
+    from calib.process.progress import silent
     from exporter.commands.export import export as run
     from exporter.recipe import Recipe as RecipeType
     from exporter.run.options import RunOptions
 
     resolved = recipe if isinstance(recipe, RecipeType) else load_recipe(recipe)
-    named = isinstance(model, str | Path)
+    named = isinstance(model, str | os.PathLike)
     if named:
         resolved = resolved.model_copy(update={"model": str(model)})
     elif model is not None:
@@ -72,7 +73,7 @@ def export(
 
 
 def load_recipe(
-    source: str | Path | None = None, overrides: dict[str, Any] | None = None
+    source: str | os.PathLike[str] | None = None, overrides: dict[str, Any] | None = None
 ) -> Recipe:
     """A recipe from a YAML file, a preset's name or the defaults; see
     :func:`exporter.recipe.load_recipe`.

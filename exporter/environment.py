@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from backends.cpu import cpu_name
+from exporter.process import usable_cores
 
 PACKAGES = (
     "rotq",
@@ -39,6 +40,8 @@ VARIABLES = (
     "HF_ENDPOINT",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
     "NO_COLOR",
 )
 """Settings of other tools that change what rotq does. Tokens are left out on purpose: reports are
@@ -90,15 +93,6 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which in a container or under taskset are fewer than the
-    machine has.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def memory_bytes() -> int | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 import tempfile
 import weakref
@@ -21,16 +22,17 @@ from torch import nn
 
 from calib.architectures import Wiring, wiring_for
 from calib.artifact.side_files import side_files
-from calib.data.corpus import read_corpus
+from calib.data.corpus import Corpus, read_corpus
 from calib.data.rows import RowCounts, RowCutter, RowSplits
+from calib.data.sources import HubDataset, resolve_source
 from calib.data.tokens import clamp_seqlen
 from calib.errors import CheckpointError, DataError
+from calib.files.reading import is_failure, reason_of
 from calib.fusing import FusedModel, check_contents, fuse
 from calib.network.checkpoint import Checkpoint, load_config, open_checkpoint
 from calib.network.given import check_given, unwrapped
 from calib.network.original import load_network
-from calib.progress import Progress, silent
-from calib.reading import is_failure, reason_of
+from calib.process.progress import Progress, silent
 from calib.rotations.rotation_set import RotationSet
 from exporter.recipe import EMBEDDED, Recipe
 
@@ -66,7 +68,8 @@ class Source:
         if self.model is not None:
             return deepcopy(self.model).to(device, torch.float32).eval().requires_grad_(False)
         assert self.checkpoint.folder is not None  # it was opened from files
-        return load_network(self.checkpoint.folder, self.config, device=device)
+        floats = None if self.checkpoint.quantization is None else self.checkpoint
+        return load_network(self.checkpoint.folder, self.config, device=device, floats=floats)
 
     def fuse(
         self,
@@ -116,13 +119,19 @@ class Source:
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @property
+    def quantized(self) -> str | None:
+        """How the checkpoint was quantized that the float weights were read from, in words."""
+        quantization = self.checkpoint.quantization
+        return None if quantization is None else quantization.words
+
     def parameters(self) -> int:
-        """Elements of all tensors in the checkpoint."""
-        return sum(tensor.numel() for tensor in self.checkpoint.values())
+        """Elements of all tensors in the checkpoint; none of them is read."""
+        return sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint)
 
     def nbytes(self) -> int:
-        """Bytes of all tensors in the checkpoint, in its own dtypes."""
-        return sum(tensor.nbytes for tensor in self.checkpoint.values())
+        """Bytes of all tensors in the checkpoint, as they are stored."""
+        return sum(map(self.checkpoint.stored_bytes, self.checkpoint))
 
 
 def embedded_folder() -> Path:
@@ -164,8 +173,64 @@ def open_source(
     )
 
 
+def text_sources(recipe: Recipe) -> tuple[str, str | None]:
+    """The calibration text of a recipe and its evaluation text, as
+    :func:`calib.data.sources.resolve_source` takes them; ``None``: evaluation keeps rows of the
+    calibration text apart.
+    """
+    text, own = recipe.calibration.dataset, recipe.evaluation.dataset
+    if text == EMBEDDED:
+        text = str(embedded_folder() / "calibration.txt")
+        own = EMBEDDED if own is None else own
+    return text, str(embedded_folder() / "evaluation.txt") if own == EMBEDDED else own
+
+
+class Texts:
+    """The calibration text of a recipe and its evaluation text, read when they are asked for.
+
+    What the hub holds under a name may be another text the next time. So a data set of it is read
+    once and kept: its fingerprint is that of what is calibrated on.
+
+    Args:
+        recipe: names them.
+        tokenizer: the model's, whose chat template writes conversations out.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        calibration, evaluation = text_sources(recipe)
+        self._calibration = (calibration, recipe.calibration.column)
+        self._evaluation = (evaluation, recipe.evaluation.column)
+        self._tokenizer = tokenizer
+        self._kept: dict[tuple[str, str | None], Corpus] = {}
+
+    def calibration(self) -> Corpus:
+        """What is calibrated on.
+
+        Raises:
+            DataError: as :func:`calib.data.corpus.read_corpus`.
+        """
+        return self._read(*self._calibration)
+
+    def evaluation(self) -> Corpus | None:
+        """What is evaluated on; ``None``: rows of the other, kept apart. Raises as that."""
+        name, column = self._evaluation
+        return None if name is None else self._read(name, column)
+
+    def _read(self, name: str, column: str | None) -> Corpus:
+        kept = self._kept.get((name, column))
+        if kept is not None:
+            return kept
+        read = read_corpus(name, self._tokenizer, column=column)
+        if isinstance(resolve_source(name), HubDataset):
+            self._kept[name, column] = read
+        return read
+
+
 def read_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    texts: Texts | None = None,
 ) -> RowSplits:
     """Read and tokenize the text of a recipe into three splits that share no document.
 
@@ -173,6 +238,7 @@ def read_rows(
         recipe: names the text and how much of it.
         tokenizer: the model's tokenizer.
         config: the model's config, which bounds ``seqlen``.
+        texts: those of ``recipe``, where they may have been read already.
 
     Raises:
         DataError: text that is missing, empty or too short.
@@ -184,19 +250,13 @@ def read_rows(
             " use gives better scales: --calib-dataset FILE",
             recipe.model,
         )
-    text = str(embedded_folder() / "calibration.txt") if data.dataset == EMBEDDED else data.dataset
-    own = recipe.evaluation.dataset
-    if own is None and data.dataset == EMBEDDED:
-        own = EMBEDDED
-    if own == EMBEDDED:
-        own = str(embedded_folder() / "evaluation.txt")
-
+    texts = Texts(recipe, tokenizer) if texts is None else texts
     cutter = RowCutter(
         tokenizer, clamp_seqlen(data.seqlen, config), layout=data.layout, seed=recipe.seed
     )
     return cutter.split(
-        read_corpus(text, tokenizer, column=data.column),
-        None if own is None else read_corpus(own, tokenizer, column=recipe.evaluation.column),
+        texts.calibration(),
+        texts.evaluation(),
         RowCounts(data.nsamples, recipe.gate.nsamples, recipe.evaluation.nsamples),
     )
 

@@ -18,12 +18,23 @@ BEGIN, END = "<!-- support table -->", "<!-- end of support table -->"
 _OFFERED = {"r1": "folded", "r2": "folded", "r3": "online", "r4": "online"}
 
 
+_GENERIC = (
+    "other decoders",
+    "",
+    "generic",
+    *("no" for _ in KINDS),
+    "every decoder of text that transformers has and that keeps keys and values: linears are found"
+    " in the module tree, nothing is folded, ONNX only; see [docs/families.md](docs/families.md)",
+)
+"""The row of all families that are not in the table."""
+
+
 def support_table() -> str:
     """One Markdown row for each family: its model types, what becomes of each rotation, and what it
     refuses.
     """
-    header = ("family", "model types", *(kind.upper() for kind in KINDS), "note")
-    rows = [header, ("---",) * len(header), *map(_row, ARCHITECTURES)]
+    header = ("family", "model types", "how", *(kind.upper() for kind in KINDS), "note")
+    rows = [header, ("---",) * len(header), *map(_row, ARCHITECTURES), _GENERIC]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -46,6 +57,7 @@ def _row(entry: Architecture) -> tuple[str, ...]:
     return (
         entry.name,
         ", ".join(f"`{name}`" for name in entry.model_types),
+        entry.how,
         *kinds,
         "; ".join(_notes(entry)),
     )

@@ -40,7 +40,7 @@ def main() -> None:
         run([*install, package])
         run([*install, *again, package])
         run([python, "-m", "pip", "check"])
-        run([python, "-c", "import exporter, backends, calib"])
+        run([python, "-c", "import rotq, exporter, backends, calib; rotq.export"])
         run([CLEAN / "bin" / "rotq", "--help"], quiet=True)
         run([CLEAN / "bin" / "rotq", "backends"], quiet=True)
 

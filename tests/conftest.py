@@ -42,6 +42,7 @@ LONGEST = (
     "test_cli",
     "test_written_options",
     "test_families_experts",
+    "test_families_opt",
 )
 """Files of half a minute and more, longest first: a worker that began one of them last would be
 alone in the end."""
@@ -79,10 +80,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trace_cache(shared: Path) -> Iterator[Path]:
-    """For traced graphs, instead of the user's."""
-    folder = shared / "traces"
-    folder.mkdir(exist_ok=True)
+def trace_cache(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """For traced graphs, instead of the user's: pytest's own, where the next run finds them.
+
+    The name of an entry is a hash of all that decides a trace, our own modules among it; half of
+    the time of a first run goes into traces. ``pytest --cache-clear`` forgets them.
+    """
+    folder = Path(request.config.cache.mkdir("rotq"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROTQ_CACHE", str(folder))
         yield folder

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calib.sealed import write_sealed
+from calib.files.sealed import write_sealed
 
 
 def edit_sealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

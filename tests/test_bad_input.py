@@ -93,10 +93,15 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     _refused(tmp_path / "empty", tmp_path, CheckpointError, "empty")
 
 
-def test_an_unknown_model_type_lists_the_known_ones(model: Path, tmp_path: Path) -> None:
-    _edit_config(model, model_type="bert")
-    error = _refused(model, tmp_path, UnsupportedModelError, "bert")
-    assert "llama" in error.message
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [("bert", "it is an encoder"), ("no-such-type", "has no model of the type")],
+)
+def test_a_model_type_that_cannot_be_taken_is_refused_by_what_it_is(
+    model_type: str, words: str, model: Path, tmp_path: Path
+) -> None:
+    _edit_config(model, model_type=model_type)
+    _refused(model, tmp_path, UnsupportedModelError, words)
 
 
 def test_a_missing_shard_is_named(model: Path, tmp_path: Path) -> None:

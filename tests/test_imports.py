@@ -17,7 +17,7 @@ OPTIONAL = {
 }
 MODULES = [
     module.name
-    for package in ("exporter", "backends", "calib")
+    for package in ("rotq", "exporter", "backends", "calib")
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
     if not module.name.endswith("__main__")
 ]

@@ -20,8 +20,8 @@ from calib.errors import (
     RotationError,
     RotqError,
 )
+from calib.files.reading import LARGEST, parse_json, read_json, reason_of
 from calib.network.checkpoint import load_config, open_checkpoint
-from calib.reading import LARGEST, parse_json, read_json, reason_of
 from calib.rotations.files import load_rotations
 from calib.rotations.foreign import import_dartquant
 from exporter.commands.verify import _read_config

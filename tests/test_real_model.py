@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.real_model import STATE_SHA256
-from calib.sealed import digest
+from calib.files.sealed import digest
 from exporter.recipe import Recipe, load_recipe
 from tests.tiny import relative_l2
 

@@ -38,6 +38,19 @@ def test_a_run_that_ended_after_its_capture_resumes_there(exported: Path, tmp_pa
     ).read_bytes()
 
 
+def test_a_run_that_is_resumed_writes_the_same_bundle(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    recipe = few(model=str(model), backend="safetensors", target="vllm", rotate="r1,r2")
+    digests = [
+        export(
+            recipe,
+            RunOptions(tmp_path / name, work_dir=tmp_path / "work", resume=True, verify=False),
+        ).report.export_sha256
+        for name in ("first", "second")
+    ]
+    assert digests[0] == digests[1]
+
+
 def test_a_resume_with_another_setting_is_refused_by_name(exported: Path, tmp_path: Path) -> None:
     work = shutil.copytree(exported.parent / "work", tmp_path / "work")
     changed = load_recipe(None, {**SMALL, "calibration.seqlen": 64})

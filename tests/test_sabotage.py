@@ -1,4 +1,4 @@
-"""Faults that are put in on purpose fail the parity check."""
+"""Faults that are put in on purpose fail the parity check; all of them: ``make sabotage``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,44 @@ from calib.errors import CheckpointError
 from exporter.commands.export import export
 from exporter.recipe import RECIPE_FILE, load_recipe
 from exporter.run.options import RunOptions
+from tests.sabotage.run import SABOTAGES, Workshop
 from tests.sealing import edit_sealed
+
+FEW = {
+    "amax doubled": "static ranges",
+    "amax 8.0": "static ranges",
+    "softmax scale": "activations not rounded",
+    "fold: rare rows": "embedding rows",
+    "down float": "stored against planned",
+    "genai head_size": "metadata",
+    "tokenizer missing": "metadata",
+    "tripy axis": "metadata",
+    "tripy signs": "metadata",
+    "quant_algo": "metadata",
+}
+"""Sabotages that no check found once, and what finds them."""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("sabotage"))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_fault_is_found_at_export_and_by_verify(workshop: Workshop, name: str) -> None:
+    (sabotage,) = (each for each in SABOTAGES if each.name == name)
+    outcome = workshop.run(sabotage)
+    assert outcome.exported is not None
+    assert outcome.exported.status == "failed"
+    assert FEW[name] in outcome.exported.by
+    assert outcome.verified is not None
+    assert outcome.verified.caught
+    assert not outcome.lifted
+
+
+def test_every_fault_has_a_name_of_its_own() -> None:
+    assert len({each.name for each in SABOTAGES}) == len(SABOTAGES) >= 60
+    assert all((each.patch is None) != (each.damage is None) for each in SABOTAGES)
 
 
 def test_a_wrong_scale_fails_the_parity_check(exported: Path, tmp_path: Path) -> None:

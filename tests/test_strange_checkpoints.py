@@ -165,8 +165,13 @@ def test_side_files_of_quantizers(model: Path, file: str) -> None:
 
 
 def test_a_config_that_says_so(model: Path) -> None:
+    _edit_config(model, quantization_config={"quant_method": "hqq", "nbits": 4})
+    assert "hqq" in _refused(model, UnsupportedModelError, "quantized already").message
+
+
+def test_a_config_that_says_so_of_float_weights(model: Path) -> None:
     _edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "gptq" in _refused(model, UnsupportedModelError, "quantized already").message
+    _refused(model, CheckpointError, "no tensor is quantized")
 
 
 def test_gguf(tmp_path: Path) -> None:
@@ -188,3 +193,17 @@ def test_pickles_are_weights_that_have_to_be_converted(model: Path, file: str, b
 def test_layers_that_cannot_be(model: Path, layers: int) -> None:
     _edit_config(model, num_hidden_layers=layers)
     _refused(model, CheckpointError, f"{layers} layers")
+
+
+@pytest.mark.parametrize("value", [5, True, {"a": 1}, [5]])
+def test_architectures_that_are_no_list_of_names(model: Path, value: object) -> None:
+    _edit_config(model, architectures=value)
+    with pytest.raises((CheckpointError, UnsupportedModelError)):
+        plan(_recipe(model), RunOptions(Path("out")))
+
+
+def test_names_with_line_breaks_stay_on_one_line(tmp_path: Path) -> None:
+    error = CheckpointError(f"the tensor 'a\nb{'x' * 10_000}' is missing")
+    assert "'a b" in error.message
+    assert str(error) == error.message
+    assert len(error.message) < 4000

@@ -20,14 +20,26 @@ from tests.few import few, measured
 def test_verify_repeats_the_verdict_from_the_folder_alone(exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "copy")
     before = Report.load(folder)
-    after = verify(folder)
+    after = verify(folder, expect_sha256=before.export_sha256)
     assert after.status == "passed"
+    assert after.export_sha256 == before.export_sha256
+    assert after.calibration.threads == before.calibration.threads is not None
     assert "verify" in Report.load(folder).seconds
     # The same linears on the same rows: the reference was rebuilt from the graph's own integers and
     # scales.
     assert measured(after, 2, "each linear") == pytest.approx(
         measured(before, 2, "each linear"), rel=1e-6
     )
+
+
+def test_fewer_rows_change_no_verdict(
+    exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    before = (folder / "report.json").read_bytes()
+    assert verify(folder, rows=4).parity
+    assert "4 evaluation rows prove less than the 16 of the export" in caplog.text
+    assert (folder / "report.json").read_bytes() == before
 
 
 def test_verify_names_the_file_that_was_edited(exported: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_type
 
+import rotq
 from exporter import export, load_recipe
 from exporter.recipe import Recipe
 
@@ -15,4 +16,5 @@ def passed(output: Path) -> bool:
     result = export(recipe=load_recipe("int8"), output=output)
     assert_type(result.recipe, Recipe)
     assert_type(result.output, Path)
+    assert_type(rotq.load_recipe("int8", nsamples=8), Recipe)
     return result.report.status == "passed"

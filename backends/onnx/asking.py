@@ -20,7 +20,7 @@ from pathlib import Path
 from backends.cpu import cpu_words
 from backends.facts import Runtime
 from backends.user_cache import cache_folder, read_entry, write_entry
-from calib.reading import parse_json
+from calib.files.reading import MALFORMED, parse_json
 from calib.schemes import LinearScheme, linear_words
 
 _log = logging.getLogger(__name__)
@@ -109,9 +109,20 @@ def _read(path: Path) -> dict[str, Answer]:
     if data is None:
         return {}
     try:
-        return {question: Answer(**answer) for question, answer in parse_json(data).items()}
-    except (ValueError, TypeError, AttributeError):  # nobody's answers, with a digest that fits
+        answers = {question: Answer(**answer) for question, answer in parse_json(data).items()}
+    except MALFORMED:  # nobody's answers, with a digest that fits
         return {}
+    return {question: answer for question, answer in answers.items() if _is_sound(answer)}
+
+
+def _is_sound(answer: Answer) -> bool:
+    """Whether an answer that was read holds what its fields say."""
+    words, numbers = (answer.kernel, answer.refused), (answer.approximation, answer.level)
+    return (
+        all(isinstance(each, str) for each in words)
+        and all(type(each) in (int, float) for each in numbers)
+        and isinstance(answer.fused, bool)
+    )
 
 
 def _keep(path: Path, question: str, answer: Answer) -> None:

@@ -29,25 +29,58 @@ from backends.onnx.prefix import Constants, constants
 from calib.artifact import Prefix
 
 _DEPTH = 70.0
-_END = 2**63 - 1
-"""Where a Slice ends that goes on to the end."""
 
 
-def lower_attention(model: ir.Model, prefix: Prefix | None = None) -> None:
+def lower_attention(
+    model: ir.Model, prefix: Prefix | None = None, *, branches: bool = False
+) -> None:
     """Replace every attention placeholder of ``model``, in place.
 
     Args:
         model: a traced graph.
         prefix: keys and values that stand before those of every layer.
+        branches: whether the graph may choose how to join them, by the number of its queries
+            (:mod:`backends.onnx.prefix`).
     """
     graph = model.graph
-    masks = Masks(graph)
+    masks = Masks(graph, 0 if prefix is None else prefix.length)
     for layer, placeholder in enumerate(attention_placeholders(graph)):
-        nodes = tape.Tape()
-        before = None if prefix is None else constants(graph, prefix, layer, placeholder.dtype)
-        mask = masks.of(placeholder)
-        mixed = attention(graph, nodes, placeholder, placeholder.inputs, mask, before)
+        nodes, mask = tape.Tape(), masks.of(placeholder)
+        if prefix is None:
+            mixed = attention(graph, nodes, placeholder, placeholder.inputs, mask)
+        else:
+            before = constants(graph, prefix, layer, placeholder.dtype, placeholder.scale)
+            mixed = _behind_prefix(graph, nodes, placeholder, mask, before, branches)
         replace(graph, placeholder.node, nodes, mixed)
+
+
+def _behind_prefix(
+    graph: ir.Graph,
+    builder: tape.Tape,
+    placeholder: AttentionPlaceholder,
+    mask: Mask,
+    before: Constants,
+    branches: bool,
+) -> ir.Value:
+    """Keys and values joined; scores joined in their place where there is one query."""
+    query, key, value = placeholder.inputs
+    many = tape.Tape() if branches else builder
+    cached = before.in_front(many, placeholder.name, mask.rows, key, value)
+    mixed = attention(graph, many, placeholder, (query, *cached), mask)
+    if not branches:
+        return mixed
+
+    one = tape.Tape()
+    alone = _attention_of_one(graph, one, placeholder, mask, before)
+    return builder.op(
+        "If",
+        [mask.single],
+        {
+            "then_branch": ir.Graph([], [alone], nodes=one.nodes, name=f"{placeholder.name}/One"),
+            "else_branch": ir.Graph([], [mixed], nodes=many.nodes, name=f"{placeholder.name}/More"),
+        },
+        name=f"{placeholder.name}/If",
+    )
 
 
 @dataclass(frozen=True)
@@ -111,20 +144,29 @@ class Mask:
     """What the layers that share a mask share.
 
     Attributes:
-        bias: ``[B, 1, S, T]``, added to scores.
-        sequence, total: ``[1]``, S and T.
+        bias: ``[B, 1, S, p + T]``, added to scores; p keys of a prefix are seen by all.
+        single: bool, whether S is 1.
+        rows: ``[4]``, B and three ones.
+        parts: ``[2]``, p and T.
     """
 
     bias: ir.Value
-    sequence: ir.Value
-    total: ir.Value
+    single: ir.Value
+    rows: ir.Value
+    parts: ir.Value
 
 
 class Masks:
-    """The masks of a graph, each made where the first layer needs it."""
+    """The masks of a graph, each made where the first layer needs it.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    Args:
+        graph: gets them.
+        prefix: p, the number of keys before those of the text.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: int = 0) -> None:
         self._graph = graph
+        self._prefix = prefix
         self._made: dict[str | None, Mask] = {}
 
     def of(self, placeholder: AttentionPlaceholder) -> Mask:
@@ -145,12 +187,28 @@ class Masks:
         )
         visible = constant(self._graph, f"attention.seen.{dtype.name}", np.array(0, dtype.numpy()))
 
+        bias = builder.op("Where", [mask, visible, hidden], name=f"{mask.name}/Bias")
+        batch, sequence, text = (
+            builder.op(
+                "Shape", [mask], {"start": axis, "end": axis + 1}, name=f"{mask.name}/{name}"
+            )
+            for axis, name in ((0, "Batch"), (2, "Sequence"), (3, "Total"))
+        )
+        is_one = builder.op(
+            "Equal", [sequence, integers(self._graph, (1,))], name=f"{mask.name}/IsOne"
+        )
+        if self._prefix:
+            pads = integers(self._graph, (0, 0, 0, self._prefix, 0, 0, 0, 0))
+            bias = builder.op("Pad", [bias, pads], name=f"{mask.name}/WithPrefix")
+
+        def joined(parts: list[ir.Value], label: str) -> ir.Value:
+            return builder.op("Concat", parts, {"axis": 0}, name=f"{mask.name}/{label}")
+
         return Mask(
-            bias=builder.op("Where", [mask, visible, hidden], name=f"{mask.name}/Bias"),
-            sequence=builder.op(
-                "Shape", [mask], {"start": 2, "end": 3}, name=f"{mask.name}/Sequence"
-            ),
-            total=builder.op("Shape", [mask], {"start": 3, "end": 4}, name=f"{mask.name}/Total"),
+            bias=bias,
+            single=builder.op("Squeeze", [is_one], name=f"{mask.name}/Single"),
+            rows=joined([batch, integers(self._graph, (1, 1, 1))], "Rows"),
+            parts=joined([integers(self._graph, (self._prefix,)), text], "Parts"),
         )
 
 
@@ -160,7 +218,6 @@ def attention(
     placeholder: AttentionPlaceholder,
     inputs: tuple[ir.Value, ir.Value, ir.Value],
     mask: Mask,
-    prefix: Constants | None = None,
 ) -> ir.Value:
     """The nodes of ``placeholder``, appended to ``builder``.
 
@@ -174,28 +231,58 @@ def attention(
     Returns:
         ``[B, S, heads, d]``.
     """
-    nodes = _Nodes(graph, builder, placeholder, mask)
+    nodes = _Nodes(graph, builder, placeholder)
     query, key, value = inputs
+
+    scores = nodes.products(nodes.grouped_queries(query), key)
+    if nodes.is_grouped:
+        dims = integers(graph, (0, placeholder.heads, -1, 0))
+        scores = nodes.op("Reshape", [scores, dims], "Ungroup")
+
+    weights = nodes.weights(nodes.op("Add", [nodes.capped(scores), mask.bias], "Mask"))
+    if nodes.is_grouped:
+        dims = integers(graph, (0, placeholder.kv_heads, -1, 0))
+        weights = nodes.op("Reshape", [weights, dims], "Regroup")
+
+    return nodes.output(nodes.op("MatMul", [weights, value], "Values"))
+
+
+def _attention_of_one(
+    graph: ir.Graph,
+    builder: tape.Tape,
+    placeholder: AttentionPlaceholder,
+    mask: Mask,
+    before: Constants,
+) -> ir.Value:
+    """The same for one query, S = 1, its scores joined with those of a prefix.
+
+    Heads of a group stay rows of one product: a mask of one row fits them all.
+    """
+    nodes = _Nodes(graph, builder, placeholder)
+    query, key, value = placeholder.inputs
     query = nodes.grouped_queries(query)
 
-    scores = nodes.op("Add", [nodes.scores(query, key), mask.bias], "Mask")
-    if prefix is not None:
-        before = nodes.scores(query, prefix.keys, "Prefix")
-        scores = nodes.op("Concat", [before, scores], "Together", axis=-1)
+    parts = [nodes.op("MatMul", [query, before.scaled], "PrefixScores"), nodes.products(query, key)]
+    scores = nodes.op("Concat", parts, "Together", axis=-1)
+    weights = nodes.weights(nodes.op("Add", [nodes.capped(scores), mask.bias], "Mask"))
 
-    weights = nodes.weights(scores)
-    if prefix is None:
-        mixed = nodes.mixed(weights, value, mask.total)
-    else:
-        zero, cut, end, axis = (
-            integers(graph, (number,)) for number in (0, prefix.length, _END, -1)
-        )
-        first = nodes.op("Slice", [weights, zero, cut, axis], "PrefixWeights")
-        rest = nodes.op("Slice", [weights, cut, end, axis], "TextWeights")
-        before = nodes.mixed(first, prefix.values, cut, "Prefix")
-        mixed = nodes.op("Add", [nodes.mixed(rest, value, mask.total), before], "Sum")
-
-    return nodes.output(mixed)
+    first, rest = builder.op_multi_out(
+        "Split",
+        [weights, mask.parts],
+        {"axis": -1},
+        num_outputs=2,
+        name=f"{placeholder.name}/Parted",
+    )
+    mixed = nodes.op(
+        "Add",
+        [
+            nodes.op("MatMul", [rest, value], "Values"),
+            nodes.op("MatMul", [first, before.values], "PrefixValues"),
+        ],
+        "Sum",
+    )
+    dims = integers(graph, (0, 1, placeholder.heads, size(placeholder.inputs[2], 3)))
+    return nodes.op("Reshape", [mixed, dims], "Output")
 
 
 @dataclass(frozen=True)
@@ -205,7 +292,6 @@ class _Nodes:
     graph: ir.Graph
     builder: tape.Tape
     placeholder: AttentionPlaceholder
-    mask: Mask
 
     def op(
         self, kind: str, inputs: list[ir.Value], label: str, **attributes: Attribute
@@ -231,30 +317,20 @@ class _Nodes:
         dims = (0, self.placeholder.kv_heads, -1, size(self.placeholder.inputs[0], 3))
         return self.op("Reshape", [query, integers(self.graph, dims)], "Group")
 
-    def scores(self, query: ir.Value, key: ir.Value, label: str = "") -> ir.Value:
-        """``cap(q (s k)^T)``, ``[B, heads, S, T]``."""
-        placeholder = self.placeholder
-        scaled = self.op("Mul", [key, self.scalar("scale", placeholder.scale)], f"{label}Scale")
-        keys = self.op("Transpose", [scaled], f"{label}Keys", perm=[0, 1, 3, 2])
-        scores = self.op("MatMul", [query, keys], f"{label}Scores")
+    def products(self, query: ir.Value, key: ir.Value) -> ir.Value:
+        """``q (s k)^T``, ``[B, kv_heads, G S, T]``."""
+        scale = self.scalar("scale", self.placeholder.scale)
+        scaled = self.op("Mul", [key, scale], "Scale")
+        keys = self.op("Transpose", [scaled], "Keys", perm=[0, 1, 3, 2])
+        return self.op("MatMul", [query, keys], "Scores")
 
-        if self.is_grouped:
-            dims = [
-                integers(self.graph, (0, placeholder.heads)),
-                self.mask.sequence,
-                integers(self.graph, (-1,)),
-            ]
-            apart = self.op("Concat", dims, f"{label}Heads", axis=0)
-            scores = self.op("Reshape", [scores, apart], f"{label}Ungroup")
-
-        if placeholder.softcap is not None:
-            cap = self.scalar("cap", placeholder.softcap)
-            quotient = self.op("Div", [scores, cap], f"{label}Divide")
-            scores = self.op(
-                "Mul", [self.op("Tanh", [quotient], f"{label}Tanh"), cap], f"{label}Cap"
-            )
-
-        return scores
+    def capped(self, scores: ir.Value) -> ir.Value:
+        """``cap(s)``."""
+        if self.placeholder.softcap is None:
+            return scores
+        cap = self.scalar("cap", self.placeholder.softcap)
+        quotient = self.op("Div", [scores, cap], "Divide")
+        return self.op("Mul", [self.op("Tanh", [quotient], "Tanh"), cap], "Cap")
 
     def weights(self, scores: ir.Value) -> ir.Value:
         """Their softmax, without denormal numbers on a CPU."""
@@ -265,16 +341,6 @@ class _Nodes:
             least = self.op("Sub", [largest, self.scalar("depth", _DEPTH)], "Least")
             scores = self.op("Max", [scores, least], "Clamp")
         return self.op("Softmax", [scores], "Softmax", axis=-1)
-
-    def mixed(
-        self, weights: ir.Value, value: ir.Value, total: ir.Value, label: str = ""
-    ) -> ir.Value:
-        """The values of ``total`` tokens by their weights, ``[B, kv_heads, G S, d]``."""
-        if self.is_grouped:
-            dims = [integers(self.graph, (0, self.placeholder.kv_heads, -1)), total]
-            together = self.op("Concat", dims, f"{label}Groups", axis=0)
-            weights = self.op("Reshape", [weights, together], f"{label}Regroup")
-        return self.op("MatMul", [weights, value], f"{label}Values")
 
     def output(self, mixed: ir.Value) -> ir.Value:
         """``[B, S, heads, d]``."""

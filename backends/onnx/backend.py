@@ -95,6 +95,22 @@ class OnnxBackend:
 
         return read_floats(folder / MODEL_FILE)
 
+    def contradictions(
+        self, folder: Path, target: str, model: QuantizedModel
+    ) -> Mapping[str, Sequence[str]]:
+        """See :class:`~backends.base.ReadsMetadata`; the graph's own is read with its tensors."""
+        if TARGETS[target].compute_dtype not in GENAI_DTYPES:
+            return {}
+        from backends.onnx.metadata import genai_contradictions
+
+        return {GENAI_FILE: genai_contradictions(folder, model)}
+
+    def load_unrounded(self, folder: Path, target: str) -> OnnxModel | None:
+        """See :class:`~backends.base.LoadsUnrounded`."""
+        from backends.onnx.runtimes import load_unrounded
+
+        return load_unrounded(folder / MODEL_FILE, target)
+
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         """See :class:`~backends.base.Backend`."""
         from backends.onnx.contents import contents

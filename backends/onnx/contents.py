@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from backends.base import ContentKind, StoredTensor
-from backends.onnx.files import read_proto
+from backends.onnx.files import read_proto, unreadable
 from backends.onnx.names import SCALE_ENDING, ZERO_POINT, Part, initializer_name
+from calib.files.reading import reason_of
 
 _KINDS: tuple[tuple[str, ContentKind], ...] = (
     (SCALE_ENDING, "scale"),
@@ -30,7 +31,10 @@ def contents(path: Path) -> list[StoredTensor]:
     """
     tensors = []
     for tensor in read_proto(path).graph.initializer:
-        dtype = ir.DataType(tensor.data_type)
+        try:
+            dtype = ir.DataType(tensor.data_type)
+        except ValueError as error:
+            raise unreadable(path, f"'{tensor.name}': {reason_of(error)}") from error
         bits = math.prod(tensor.dims) * dtype.bitwidth
         kind = _kind(tensor.name, dtype)
         tensors.append(

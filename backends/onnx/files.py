@@ -17,6 +17,10 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from calib.errors import BackendError
+from calib.files.reading import is_file_in, reason_of, regular_file
+
+LARGEST = 2**28
+"""Bytes of a graph, whose weights are files of their own; it takes some ten kilobytes a layer."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,19 @@ def read_proto(path: Path) -> onnx.ModelProto:
             or too short.
     """
     try:
+        if regular_file(path).stat().st_size > LARGEST:
+            raise unreadable(path, f"it is larger than {LARGEST:,} bytes")
         proto = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise unreadable(path, str(error)) from error
+    except (OSError, ValueError, DecodeError) as error:
+        raise unreadable(path, reason_of(error)) from error
 
     if not proto.graph.node:
         raise unreadable(path, "it holds no graph")
 
-    _check_data(path, proto)
+    try:
+        _check_data(path, proto)
+    except ValueError as error:
+        raise unreadable(path, f"it says no place of its weights: {reason_of(error)}") from error
     return proto
 
 
@@ -97,6 +106,8 @@ def _check_data(path: Path, proto: onnx.ModelProto) -> None:
     """Refuse a graph whose data is not all there, or is said to lie outside its folder."""
     needed: dict[str, tuple[int, str]] = {}
     for name, place in data_ranges(proto):
+        if min(place.offset, place.length) < 0:
+            raise unreadable(path, f"'{name}' is said to lie at {place.offset}, {place.length}")
         needed[place.location] = max(
             needed.get(place.location, (0, name)), (place.offset + place.length, name)
         )
@@ -107,7 +118,7 @@ def _check_data(path: Path, proto: onnx.ModelProto) -> None:
                 path, f"'{name}' is stored in '{location}', which is not a file beside it"
             )
         data = path.parent / location
-        if not data.is_file():
+        if not is_file_in(path.parent, location):
             raise unreadable(path, f"'{location}', which holds its weights, is missing")
         size = data.stat().st_size
         if size < end:

@@ -7,7 +7,7 @@ the runtime needs, the tokenizer above all, is among the files of the checkpoint
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from backends.onnx.file_names import GENAI_FILE
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
 from calib.errors import CheckpointError
-from calib.reading import read_json
+from calib.files.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -62,11 +62,38 @@ _SEARCH = (
 """Settings that a checkpoint's generation config may give, under the same names."""
 
 
+_NO_LIMIT = 32768
+"""Context of a model whose positions have no limit (ALiBi): onnxruntime-genai wants a number."""
+
+
 def write_genai_config(
-    model: QuantizedModel, graph: str, folder: Path, *, shared_buffer: bool = False
+    model: QuantizedModel,
+    graph: str,
+    folder: Path,
+    caches: Collection[tuple[int, int]],
+    *,
+    shared_buffer: bool = False,
 ) -> None:
-    """Write :data:`GENAI_FILE` for the graph file called ``graph`` into ``folder``."""
-    content = genai_config(model.config, _generation(model), graph, shared_buffer=shared_buffer)
+    """Write :data:`GENAI_FILE` for the graph file called ``graph`` into ``folder``; nothing where
+    the caches of the graph differ, for which onnxruntime-genai has no words.
+
+    Args:
+        model: in the graph.
+        graph: name of the file.
+        folder: where it lies.
+        caches: heads and width of the keys and values of every layer.
+        shared_buffer: see :func:`genai_config`.
+    """
+    if len(set(caches)) != 1:
+        return
+    content = genai_config(
+        model.config,
+        _generation(model),
+        graph,
+        shared_buffer=shared_buffer,
+        taken=model.prefix_length,
+        cache=next(iter(caches)),
+    )
     text = json.dumps(content, indent=2)
     (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -77,6 +104,8 @@ def genai_config(
     graph: str,
     *,
     shared_buffer: bool = False,
+    taken: int = 0,
+    cache: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """What onnxruntime-genai reads.
 
@@ -86,10 +115,16 @@ def genai_config(
         graph: file name of the graph.
         shared_buffer: the graph writes into its past (:mod:`backends.onnx.shared_buffer`). One that
             returns a longer cache cannot do so into the same memory.
+        taken: positions that a prefix of the graph takes.
+        cache: heads and width of keys and values; by default those of the config.
     """
     network = wiring_of(config).config
     heads = network.num_attention_heads
-    context = network.max_position_embeddings
+    context = getattr(network, "max_position_embeddings", _NO_LIMIT) - taken
+    kv_heads, width = cache or (
+        getattr(network, "num_key_value_heads", None) or heads,
+        getattr(network, "head_dim", None) or network.hidden_size // heads,
+    )
     search = {name: generation[name] for name in _SEARCH if generation.get(name) is not None}
     kind = config["model_type"]
 
@@ -103,10 +138,10 @@ def genai_config(
                 "filename": graph,
                 "session_options": {"provider_options": []},
                 "hidden_size": network.hidden_size,
-                "head_size": getattr(network, "head_dim", None) or network.hidden_size // heads,
+                "head_size": width,
                 "num_hidden_layers": network.num_hidden_layers,
                 "num_attention_heads": heads,
-                "num_key_value_heads": getattr(network, "num_key_value_heads", None) or heads,
+                "num_key_value_heads": kv_heads,
                 "inputs": _INPUTS,
                 "outputs": _OUTPUTS,
             },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import onnxruntime as ort
 
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -20,6 +22,9 @@ def session_options(*, exact: bool, float8: bool = False) -> ort.SessionOptions:
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal():  # what torch takes as well; ONNX Runtime does not ask for it
+        options.intra_op_num_threads = int(threads)
     for name, value in EXACT.items() if exact else ():
         options.add_session_config_entry(name, value)
     if float8:

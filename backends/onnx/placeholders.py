@@ -34,7 +34,7 @@ SCALE_ATTRIBUTE, SOFTCAP_ATTRIBUTE = "scale", "softcap"
 COUNT_ATTRIBUTE = "experts"
 
 _ATTENTION_FUNCTION = "rotq_open"
-_UNTRANSLATED = ("s_aux", "position_bias")
+_UNTRANSLATED = ("position_bias",)
 """Arguments of transformers' attention functions that change what is computed and that the
 placeholder cannot hold.
 """
@@ -72,14 +72,19 @@ def open_up(network: PreTrainedModel, wiring: Wiring) -> None:
     """Put placeholders in the place of every linear, of the experts and of the attention of
     ``network``.
 
-    Routers compute a softmax as well and are no plain linears: they are traced as they are.
+    Routers compute a softmax as well and are no plain linears, though some derive from one: they
+    are traced as they are.
     """
     from transformers.pytorch_utils import Conv1D  # here, because it takes seconds to import
 
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear):
+        if name not in wiring.by_name:  # a router, or what computes by a forward of its own
+            continue
+        # a class derived from it may compute something else, unless that was tried
+        tried = wiring.generic and isinstance(module, nn.Linear)
+        if tried or type(module) is nn.Linear:
             set_submodule(network, name, _OpenLinear(name, module.out_features))
-        elif isinstance(module, Conv1D):
+        elif type(module) is Conv1D:
             set_submodule(network, name, _OpenLinear(name, module.nf))
     for name in {parameter.rpartition(".")[0] for parameter in wiring.expert_parameters}:
         set_submodule(network, name, _OpenExperts(name, wiring.experts))
@@ -112,21 +117,68 @@ def _open_attention(
 
     A sliding window is in the mask.
     """
-    known = attention_mask is not None and attention_mask.dtype is torch.bool
     unknown = [name for name in _UNTRANSLATED if others.get(name) is not None]
-    if attention_mask is None or not known or unknown:
-        reason = f"takes {unknown[0]}" if unknown else "has no mask of true and false"
+    if attention_mask is None or unknown:
+        reason = f"takes {unknown[0]}" if unknown else "has no mask"
         raise BackendError(
             f"the attention of {type(module).__name__} cannot be written as ONNX: it {reason}",
             hint="use the safetensors backend, which does not trace the model",
         )
 
-    attributes: dict[str, Any] = {SCALE_ATTRIBUTE: float(scaling or query.shape[-1] ** -0.5)}
+    scale = float(scaling or query.shape[-1] ** -0.5)
+    sinks = others.get("s_aux")
+    if sinks is not None and attention_mask.dtype is torch.bool:
+        query, key, value, attention_mask = _with_sinks(
+            query, key, value, attention_mask, sinks / scale
+        )
+    if attention_mask.dtype is not torch.bool:  # more than what is seen: a bias of scores
+        return _biased(query, key, value, attention_mask, scale, softcap), None
+    attributes: dict[str, Any] = {SCALE_ATTRIBUTE: scale}
     if softcap is not None:
         attributes[SOFTCAP_ATTRIBUTE] = float(softcap)
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
     return _symbolic(ATTENTION, (query, key, value, attention_mask), attributes, query, shape), None
+
+
+def _biased(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """``softmax(cap(q k^T scale) + bias) v``, traced as it is written."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    return ((scores + bias).softmax(dim=-1) @ value).transpose(1, 2)
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One key more, which every query sees, whose score is ``sinks [heads]`` (before the scale) and
+    whose value is zero: ``q' = [q, s]``, ``k' = [k 0; 0 1]``, ``v' = [v; 0]``.
+    """
+    rows, heads, queries, _ = query.shape
+    query = torch.cat(
+        [query, sinks.to(query).reshape(1, heads, 1, 1).expand(rows, heads, queries, 1)], dim=-1
+    )
+    none, one = torch.zeros_like(key[:, :, :1]), torch.ones_like(key[:, :, :1, :1])
+    key = torch.cat(
+        [
+            torch.cat([none, one], dim=-1),
+            torch.cat([key, torch.zeros_like(key[..., :1])], dim=-1),
+        ],
+        dim=2,
+    )
+    value = torch.cat([torch.zeros_like(value[:, :, :1]), value], dim=2)
+    mask = torch.cat([torch.ones_like(mask[..., :1]), mask], dim=-1)
+    return query, key, value, mask
 
 
 def _symbolic(

@@ -1,11 +1,21 @@
 """A float prefix in a graph: constant keys and values before those of the text.
 
     position_ids + p  ->  everything that read position_ids
-    attention(q, K, V, mask)  ->  attention(q, [K_p, K], [V_p, V], [true, mask])
+    attention(q, K, V, mask)  ->  attention(q, [K_p, K], [V_p, V], [seen, mask])
 
 Inputs and outputs are those of a graph without one: who runs it numbers positions from 0, gives a
 mask of its own tokens, and gets their keys and values back. What it means is in
 :mod:`calib.network.prefix`.
+
+The same attention in two ways:
+
+    s = q [K_p, K]^T,      o = softmax(s) [V_p, V]
+    s = [q K_p^T, q K^T],  o = w_p V_p + w V,  [w_p, w] = softmax(s)
+
+The first copies keys and values, 2 T kv_heads d numbers, and the second scores and weights,
+2 T heads S, for S queries over T tokens. So a graph takes the second for one token at a time, which
+then costs the same however long the text is, and the first for prompts. A runtime without branches
+gets the first alone, which leaves attention in the form that it may fuse.
 """
 
 from __future__ import annotations
@@ -29,13 +39,33 @@ class Constants:
 
     Attributes:
         keys: ``[1, kv_heads, p, d]``.
-        values: likewise.
-        length: p.
+        scaled: ``[1, kv_heads, d, p]``, the keys times the scale of the scores, to multiply queries
+            with.
+        values: as the keys.
     """
 
     keys: ir.Value
+    scaled: ir.Value
     values: ir.Value
-    length: int
+
+    def in_front(
+        self, nodes: tape.Tape, name: str, rows: ir.Value, key: ir.Value, value: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """Keys and values of prefix and text, ``[B, kv_heads, p + T, d]``.
+
+        Args:
+            nodes: gets the nodes.
+            name: what their names begin with.
+            rows: ``[4]``, B and three ones.
+            key: of the text, ``[B, kv_heads, T, d]``.
+            value: likewise.
+        """
+
+        def joined(before: ir.Value, text: ir.Value, label: str) -> ir.Value:
+            repeated = nodes.op("Expand", [before, rows], name=f"{name}/{label}Rows")
+            return nodes.op("Concat", [repeated, text], {"axis": 2}, name=f"{name}/{label}Together")
+
+        return joined(self.keys, key, "Key"), joined(self.values, value, "Value")
 
 
 def move_positions(graph: ir.Graph, prefix: Prefix) -> None:
@@ -53,12 +83,18 @@ def move_positions(graph: ir.Graph, prefix: Prefix) -> None:
     graph.insert_before(graph[0], list(builder.nodes))
 
 
-def constants(graph: ir.Graph, prefix: Prefix, layer: int, dtype: ir.DataType) -> Constants:
-    """The prefix of ``layer`` as initializers of ``graph``."""
+def constants(
+    graph: ir.Graph, prefix: Prefix, layer: int, dtype: ir.DataType, scale: float
+) -> Constants:
+    """The prefix of ``layer`` as initializers of ``graph``; ``scale`` is that of its scores."""
 
     def held(part: str, tensor: Tensor) -> ir.Value:
-        array = tensor.float().numpy()[None]
+        array = np.ascontiguousarray(tensor.float().numpy()[None])
         return constant(graph, f"prefix.{layer}.{part}", array, dtype)
 
-    keys, values = held("key", prefix.keys[layer]), held("value", prefix.values[layer])
-    return Constants(keys, values, prefix.length)
+    keys, values = prefix.keys[layer], prefix.values[layer]
+    return Constants(
+        keys=held("key", keys),
+        scaled=held("scaled_key", keys.float().transpose(-1, -2) * scale),
+        values=held("value", values),
+    )

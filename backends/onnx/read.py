@@ -34,6 +34,7 @@ from backends.onnx.weights import E8M0_BIAS, turned
 from calib.artifact import QuantizedCache, QuantizedLinear
 from calib.artifact.files import cache_key
 from calib.errors import BackendError
+from calib.files.reading import MALFORMED, reason_of
 from calib.schemes import TensorScheme, tensor_scheme_from_dict
 
 _Read = TypeVar("_Read")
@@ -104,9 +105,10 @@ def _opened(path: Path, read: Callable[[ir.Model], _Read]) -> _Read:
     proto = read_proto(path)
     try:
         return read(_with_data(path, proto))
-    except (OSError, ValueError, KeyError) as error:
+    # what onnx_ir makes of fields that do not fit each other
+    except (OSError, *MALFORMED) as error:
         raise BackendError(
-            f"'{path}' or its data is damaged, or not a graph of rotq: {error}",
+            f"'{path}' or its data is damaged, or not a graph of rotq: {reason_of(error)}",
             hint="export the model again",
         ) from error
 

@@ -16,6 +16,7 @@ from backends.onnx.ort_options import ACCURACY_LEVEL, EXACT, session_options
 from backends.onnx.probes import ask_ort_saturation
 from backends.onnx.taps import taps
 from backends.onnx.targets import ASKED_ORT
+from backends.onnx.unrounded import without_rounding
 from calib.schemes import INT4, INT8, LinearScheme, PerBlock, TensorScheme
 
 _APPROXIMATION = (
@@ -39,6 +40,8 @@ class OnnxModel:
             accuracy level 4 quantizes activations to int8); ``False``: the session as a user gets
             it.
         probed: make inputs and outputs of all linears readable through :meth:`probe`.
+        unrounded: leave out the rounding of what enters linears
+            (:mod:`backends.onnx.unrounded`).
         stands_in: why ONNX Runtime runs what is another runtime's, for :attr:`runtime`; empty where
             it is its own. It then does not optimize what it would fail to load: its kernels
             quantize and dequantize float8, and its optimizer makes linears of them for which there
@@ -52,7 +55,13 @@ class OnnxModel:
     """Of the CPU provider, which casts what a graph has in float16."""
 
     def __init__(
-        self, path: Path, *, exact: bool, probed: bool = False, stands_in: str = ""
+        self,
+        path: Path,
+        *,
+        exact: bool,
+        probed: bool = False,
+        unrounded: bool = False,
+        stands_in: str = "",
     ) -> None:
         proto = read_proto(path)
         found = taps(proto.graph)
@@ -69,7 +78,9 @@ class OnnxModel:
         self._caches = cache_inputs(proto.graph)
         self._outputs = [output.name for output in proto.graph.output]
         source: str | bytes = str(path)
-        if probed:
+        if unrounded:
+            without_rounding(proto.graph)
+        if probed or unrounded:
             folders = set(follow_links(path, proto).values()) or {path.parent}
             if len(folders) > 1:
                 raise unreadable(path, "its data leads to several folders")
@@ -77,7 +88,8 @@ class OnnxModel:
                 "session.model_external_initializers_file_folder_path", str(folders.pop())
             )
             source = _with_outputs(
-                proto, [name for tap in found.values() for name in (tap.entering, tap.leaving)]
+                proto,
+                [name for tap in self._taps.values() for name in (tap.entering, tap.leaving)],
             )
         self._session = open_session(source, options, path)
         self.session = _settings(self._session, exact=exact)

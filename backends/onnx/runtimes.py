@@ -14,6 +14,7 @@ from backends.base import Fusion, RuntimeMissing
 from backends.onnx.files import read_proto
 from backends.onnx.fusion import openvino_fusion, ort_fusion
 from backends.onnx.runner import OnnxModel
+from backends.onnx.unrounded import rounds_inputs_only
 
 if TYPE_CHECKING:
     from backends.onnx.openvino_runner import OpenVinoModel
@@ -48,6 +49,18 @@ def load(
     return OnnxModel(
         path, exact=exact or target == TENSORRT, probed=probed, stands_in=_STANDS_IN.get(target, "")
     )
+
+
+def load_unrounded(path: Path, target: str) -> OnnxModel | None:
+    """The graph at ``path`` in ONNX Runtime without the rounding of what enters its linears;
+    ``None`` where another runtime is at hand, or it rounds something else.
+
+    Raises:
+        BackendError: the file or its data is missing, damaged or refused.
+    """
+    if target != ORT or not rounds_inputs_only(read_proto(path).graph):
+        return None
+    return OnnxModel(path, exact=True, unrounded=True)
 
 
 def fusion(path: Path, target: str) -> Fusion | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from calib.progress import Progress
+from calib.process.progress import Progress
 
 _INLINE_BYTES = 1024
 """Initializers up to this size stay in the ``.onnx`` file, where shape inference sees them; others

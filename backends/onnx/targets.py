@@ -79,6 +79,8 @@ class Target:
     counts_by_mask: bool = False
     """Whether the mask says how long the cache is, even where it holds fewer rows
     (:mod:`backends.onnx.cache_length`)."""
+    branches: bool = False
+    """Whether an If in every layer costs it next to nothing, and breaks no fused attention."""
     routed_experts: bool = True
     """Whether it runs an expert on the tokens that chose it; else on all."""
 
@@ -281,6 +283,7 @@ _ORT = Target(
     whole_blocks=False,
     packs=True,
     rotary=True,
+    branches=True,
     counts_by_mask=True,
     unsigned_inputs=True,
 )

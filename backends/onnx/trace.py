@@ -36,12 +36,15 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from backends.onnx.complex_rotary import real_rotary
 from backends.onnx.frequencies import trace_frequencies
 from backends.onnx.placeholders import open_up
 from backends.onnx.row_tensor import RowTensor
 from backends.onnx.untranslated import module_of, running
 from calib.architectures import wiring_of
 from calib.errors import BackendError, CheckpointError
+from calib.modules.calling import taken
+from calib.network.cache_layout import cache_layout
 from calib.network.online import attach_online
 from calib.network.skeleton import build_on_meta, fill_buffers
 from calib.rotations.rotation_set import RotationSet
@@ -84,20 +87,22 @@ class _FlatCache(nn.Module):
         cache = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        given = {"position_ids": position_ids, "logits_to_keep": self.logits_to_keep}
         output = self.network(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=self.logits_to_keep,
+            **taken(self.network, given),
         )
+        # of all tokens, where the model cannot compute those of the last alone
+        logits = output.logits[:, -1:] if self.logits_to_keep else output.logits
         present = [
             tensor
             for layer in output.past_key_values.layers
             for tensor in (layer.keys, layer.values)
         ]
-        return (output.logits, *present)
+        return (logits, *present)
 
 
 def trace(request: TraceRequest) -> ir.Model:
@@ -110,12 +115,12 @@ def trace(request: TraceRequest) -> ir.Model:
         BackendError: the exporter has no translation for something that the model does.
     """
     network = _network(request)
-    weights = [name for name, _ in network.named_parameters()]
-    inputs, names, dynamic = _example(network, request.dtype)
-    layers = (len(names) - 3) // 2
+    weights = list(network.state_dict())
     wrapper = _FlatCache(network, last_logits=request.last_logits).eval()
 
-    with torch.no_grad(), _quiet(), _uncollected():
+    with torch.no_grad(), _quiet(), _uncollected(), real_rotary(network):
+        inputs, names, dynamic = _example(network, request.dtype)
+        layers = (len(names) - 3) // 2
         program = _export(
             wrapper,
             inputs,
@@ -174,7 +179,8 @@ def _lazy(tensor: Tensor, promised: ir.ExternalTensor) -> ir.LazyTensor:
     dtype, shape, name = promised.dtype, promised.shape, promised.name
 
     def read(start: int = 0, stop: int | None = None) -> ir.TensorProtocol:
-        return ir.tensor(tensor[start:stop].contiguous(), dtype=dtype, name=name)
+        part = tensor[start:stop] if tensor.dim() else tensor
+        return ir.tensor(part.contiguous(), dtype=dtype, name=name)
 
     if tensor.dim() == 2:
         return RowTensor(read, dtype=dtype, shape=shape, name=name, sources=[tensor])
@@ -186,16 +192,25 @@ def _network(request: TraceRequest) -> Any:
     wiring = wiring_of(request.config)
     network = build_on_meta(wiring.config, request.dtype)
     open_up(network, wiring)
+    if wiring.generic and wiring.architecture.experts is not None:
+        # experts that no placeholder stands for: as products that do not depend on who chose whom
+        network.set_experts_implementation("batched_mm")
     fill_buffers(network)
     trace_frequencies(network)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            # Of all strides zero: one element in memory, whatever the shape.
-            stand_in = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-            setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
+            setattr(module, name, nn.Parameter(_stand_in(parameter), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # it is in the checkpoint
+                setattr(module, name, _stand_in(buffer))
     if request.r3:
         attach_online(network, wiring, request.r3)
     return network.eval()
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Of all strides zero: one element in memory, whatever the shape."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _export(
@@ -310,16 +325,18 @@ def _example(
     """Example inputs, their names and their dynamic axes. Dynamic sizes differ and exceed 1: none
     is specialised.
     """
-    config: Any = network.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers, batch, sequence, past = config.num_hidden_layers, 2, 3, 5
+    layout = cache_layout(network)
+    batch, sequence, past = 2, 3, 5
 
     # the cache holds tokens already, so that every axis is seen to have a size of its own
     ids = torch.zeros(batch, sequence, dtype=torch.long)
     mask = torch.ones(batch, past + sequence, dtype=torch.long)
     positions = torch.arange(past, past + sequence).repeat(batch, 1)
-    cache = tuple(torch.zeros(batch, heads, past, head_dim, dtype=dtype) for _ in range(2 * layers))
+    cache = tuple(
+        torch.zeros(batch, heads, past, width, dtype=dtype)
+        for layer in layout
+        for heads, width in (layer.key, layer.value)
+    )
 
     tokens, cached = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
     dynamic = (tokens, {0: "batch", 1: "total"}, tokens, (cached,) * len(cache))
@@ -327,7 +344,7 @@ def _example(
         "input_ids",
         "attention_mask",
         "position_ids",
-        *_cache_names("past_key_values", layers),
+        *_cache_names("past_key_values", len(layout)),
     ]
 
     return (ids, mask, positions, *cache), names, dynamic

@@ -18,19 +18,24 @@ import onnx_ir as ir
 # its stubs are a package of their own
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from backends.onnx import frequencies, placeholders
+from backends.onnx import complex_rotary, frequencies, placeholders
 from backends.onnx import trace as tracing
 from backends.onnx.trace import TraceRequest, trace
 from backends.user_cache import cache_folder, read_entry, write_entry
-from calib.modules import attention
-from calib.network import online, skeleton
-from calib.progress import Progress
+from calib.architectures import generic, trials
+from calib.files.reading import MALFORMED
+from calib.modules import attention, tree
+from calib.network import cache_layout, online, skeleton
+from calib.process.progress import Progress
 from calib.rotations import hadamard, rotation_set
 
 _KEPT = 256
 """Entries that are kept; the oldest go. Each takes some ten kilobytes a layer."""
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-_SOURCES = (tracing, placeholders, frequencies, attention, online, skeleton, hadamard, rotation_set)
+_SOURCES = (
+    *(tracing, placeholders, frequencies, complex_rotary),
+    *(attention, generic, trials, tree, cache_layout, online, skeleton, hadamard, rotation_set),
+)
 """Modules that decide what a trace looks like: an entry of an older version of them must not be
 found.
 """
@@ -83,7 +88,8 @@ def _read(path: Path) -> onnx.ModelProto | None:
 
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
-    except DecodeError:  # nobody's trace, with a digest that fits
+        ir.from_proto(proto)
+    except (DecodeError, *MALFORMED):  # nobody's trace, with a digest that fits
         return None
     return proto
 

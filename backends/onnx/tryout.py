@@ -15,10 +15,10 @@ import torch
 from backends.base import Reason
 from backends.onnx.trace import TraceRequest
 from backends.onnx.trace_cache import cached_trace
-from calib.architectures import Wiring, wiring_of
-from calib.errors import BackendError
+from calib.architectures import LinearSpec, Wiring, wiring_of
+from calib.errors import BackendError, CheckpointError, UnsupportedModelError
 from calib.network.skeleton import portable_config
-from calib.progress import silent
+from calib.process.progress import silent
 
 _LEAST = 2
 _OPSET = 21
@@ -36,8 +36,11 @@ def untraceable(config: Mapping[str, Any]) -> Reason | None:
     """
     try:
         cached_trace(TraceRequest(shallow(config), torch.float32, _OPSET), silent)
-    except BackendError as error:
-        return Reason(error.message, error.hint or "")
+    except (BackendError, UnsupportedModelError) as error:
+        hint = error.hint or ""
+        if wiring_of(config).generic:
+            hint = "no other backend takes a family that is not in the architecture table"
+        return Reason(error.message, hint)
     return None
 
 
@@ -56,10 +59,22 @@ def shallow(config: Mapping[str, Any]) -> dict[str, Any]:
 
     others = [layer for layer in wiring.layers if layer not in firsts]
     chosen = sorted([*firsts, *others[: depth - len(firsts)]])
+    if wiring.generic:  # what else its config counts by layer is not known
+        first = _with_layers(wiring, range(max(_LEAST, firsts[-1] + 1)))
+        return first if _is_like(first, kinds) else portable_config(wiring.config)
     found = _with_layers(wiring, chosen)
     if _kinds(wiring_of(found)) == [kinds[layer] for layer in chosen]:
         return found
     return _with_layers(wiring, range(max(_LEAST, firsts[-1] + 1)))
+
+
+def _is_like(config: Mapping[str, Any], kinds: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether the layers of ``config`` are of the first of ``kinds``."""
+    try:
+        found = _kinds(wiring_of(config))
+    except (CheckpointError, UnsupportedModelError):  # a config that its class does not take
+        return False
+    return found == list(kinds[: len(found)])
 
 
 def _with_layers(wiring: Wiring, layers: Sequence[int]) -> dict[str, Any]:
@@ -86,9 +101,17 @@ def _kinds(wiring: Wiring) -> list[tuple[Any, ...]]:
     lists = _lists(wiring)
     return [
         (
-            [(spec.reads, spec.layout, spec.layers) for spec in wiring.layer_linears(layer)],
+            [
+                (spec.reads, spec.layout, _within(spec, layer) if wiring.generic else spec.layers)
+                for spec in wiring.layer_linears(layer)
+            ],
             wiring.uses_rope(layer),
             [values[layer] for values in lists.values()],
         )
         for layer in wiring.layers
     ]
+
+
+def _within(spec: LinearSpec, layer: int) -> str:
+    """What a linear is called within its layer."""
+    return spec.name.partition(f".{layer}.")[2]

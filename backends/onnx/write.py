@@ -14,10 +14,12 @@ from backends.onnx.cache import quantize_cache
 from backends.onnx.cache_length import leave_room
 from backends.onnx.embeddings import lower_embeddings
 from backends.onnx.experts import lower_experts, with_experts_apart
+from backends.onnx.feeds import CACHE
 from backends.onnx.file_names import GENAI_DTYPES
 from backends.onnx.genai import write_genai_config
 from backends.onnx.lower import lower
 from backends.onnx.names import CACHE_METADATA_KEY, METADATA_KEY
+from backends.onnx.nodes import size
 from backends.onnx.prefix import move_positions
 from backends.onnx.residual import fuse_residual_norms
 from backends.onnx.rotary import fuse_rotary
@@ -28,7 +30,7 @@ from backends.onnx.trace import TraceRequest, fill
 from backends.onnx.trace_cache import cached_trace
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedModel
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 from calib.schemes import tensor_scheme_to_dict
 
 
@@ -46,7 +48,13 @@ def write(model: QuantizedModel, path: Path, options: WriteOptions) -> None:
     )
     save(graph, path, max_shard_bytes=options.max_shard_bytes, progress=progress)
     if target.compute_dtype in GENAI_DTYPES:
-        write_genai_config(model, path.name, path.parent, shared_buffer=shared)
+        write_genai_config(model, path.name, path.parent, _caches(graph), shared_buffer=shared)
+
+
+def _caches(model: ir.Model) -> list[tuple[int, int]]:
+    """Heads and width of the keys and values that ``model`` takes."""
+    inputs = (value for value in model.graph.inputs if str(value.name).startswith(CACHE))
+    return [(size(value, 1), size(value, 3)) for value in inputs]
 
 
 def build(
@@ -80,7 +88,7 @@ def build(
         share_buffer(graph, single=model.prefix is None)
     elif target.counts_by_mask:
         leave_room(graph)
-    lower_attention(graph, model.prefix)
+    lower_attention(graph, model.prefix, branches=target.branches)
     lower_embeddings(graph, model.linears, tables, integer_rows=target.integer_rows)
 
     # only now weights come in

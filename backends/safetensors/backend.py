@@ -19,6 +19,7 @@ from backends.base import (
     WriteOptions,
 )
 from backends.rules import Limits
+from backends.safetensors.compressed_tensors.library import HINT
 from backends.safetensors.file_names import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -28,6 +29,7 @@ from backends.safetensors.file_names import (
     WEIGHTS_SHARDS,
 )
 from backends.safetensors.targets import TARGETS
+from calib.architectures import architecture_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +46,10 @@ _OF_BUNDLES = Limits(
     }
 )
 """What no target of a bundle can be written with."""
+_NOT_IN_TABLE = (
+    "how runtimes call the weights of a {!r} model, and which of them they merge, is known of the"
+    " families in the architecture table alone"
+)
 
 
 class SafetensorsBackend:
@@ -57,7 +63,13 @@ class SafetensorsBackend:
         """See :class:`~backends.base.Backend`."""
         target = TARGETS[request.target]
         reasons = target.limits.reasons(request) + _OF_BUNDLES.reasons(request)
-        return reasons if request.config is None else [*reasons, *target.reasons(request)]
+        if request.config is None:
+            return reasons
+        family = architecture_of(request.config)
+        if family.how == "generic":
+            return [*reasons, Reason(_NOT_IN_TABLE.format(family.name), "use --backend onnx")]
+        whole = _in_one_piece(request)
+        return [*reasons, *target.reasons(request)] if whole is None else [*reasons, whole]
 
     def compute_dtype(self, target: str) -> None:
         """The checkpoint's own: a bundle holds weights, and whoever loads it computes."""
@@ -114,6 +126,14 @@ class SafetensorsBackend:
 
         return read_floats(_open(folder, target, verify=False), TARGETS[target].layout())
 
+    def contradictions(
+        self, folder: Path, target: str, model: QuantizedModel
+    ) -> Mapping[str, Sequence[str]]:
+        """See :class:`~backends.base.ReadsMetadata`."""
+        from backends.safetensors.metadata import contradictions
+
+        return contradictions(_open(folder, target, verify=False), TARGETS[target], model)
+
     def contents(self, folder: Path, target: str) -> Sequence[StoredTensor]:
         """See :class:`~backends.base.Backend`; from the headers alone."""
         manifest = _open(folder, target, verify=False).manifest
@@ -121,6 +141,11 @@ class SafetensorsBackend:
             StoredTensor(key, entry.kind, entry.dtype, tuple(entry.shape), entry.nbytes)
             for key, entry in manifest.tensors.items()
         ]
+
+    def libraries(self, target: str) -> Mapping[str, str]:
+        """See :class:`~backends.base.NeedsLibraries`."""
+        own = TARGETS[target].module
+        return {own: HINT} if own == "compressed_tensors" else {}
 
 
 def _open(folder: Path, target: str, *, verify: bool) -> Bundle:
@@ -146,3 +171,18 @@ def _in_torch(bundle: Bundle) -> TorchModel:
 
     target = TARGETS[bundle.manifest.target]
     return TorchModel(read_model(bundle, target.layout()), not_run_in=target.not_run_in)
+
+
+def _in_one_piece(request: Request) -> Reason | None:
+    """Why the quantized experts of this family have no place in a bundle."""
+    from backends.safetensors.names import Names
+
+    assert request.config is not None
+    parameter = Names.of(request.config).in_one_piece(request.linears)
+    if parameter is None:
+        return None
+    return Reason(
+        f"checkpoints of this family hold '{parameter}' in one piece, and a bundle has scales for"
+        " single experts alone",
+        "leave experts in float: --override '*.experts.*=float', or use --backend onnx",
+    )

@@ -24,11 +24,11 @@ from backends.safetensors.manifest import (
 )
 from backends.safetensors.tensor_file import write_tensors
 from calib.artifact import QuantizedModel, save_prefix
+from calib.files.sealed import digest
 from calib.rotations.files import MANIFEST as ROTATIONS_MANIFEST
 from calib.rotations.files import TENSORS as ROTATIONS_TENSORS
 from calib.rotations.files import save_rotations
 from calib.schemes import tensor_scheme_to_dict
-from calib.sealed import digest
 
 ROTATION_FILES = (ROTATIONS_MANIFEST, ROTATIONS_TENSORS)
 _PATTERN = "model{suffix}.safetensors"

@@ -10,20 +10,32 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from backends.base import ContentKind
 from backends.safetensors.file_names import MANIFEST_FILE
 from calib.errors import BackendError
-from calib.reading import read_json
-from calib.sealed import seal_of
+from calib.files.reading import MALFORMED, read_json, reason_of
+from calib.files.sealed import seal_of
 
 FORMAT_VERSION = 1
 _CHECKSUM = "sha256"
+_SHOWN = 3
+"""Problems that an error names."""
 _HINT = "export the model again, or copy the folder again"
+
+
+def _is_dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"torch has no dtype {name!r:.40}")
+    return name
+
+
+DtypeName = Annotated[str, AfterValidator(_is_dtype)]
+"""A dtype as torch calls it: ``int8``, ``float8_e4m3fn``."""
 
 
 class _Entry(BaseModel):
@@ -34,8 +46,7 @@ class TensorEntry(_Entry):
     """One tensor of the bundle."""
 
     kind: ContentKind
-    dtype: str
-    """As torch calls it: ``int8``, ``float8_e4m3fn``."""
+    dtype: DtypeName
     shape: list[int]
     file: str
     """The file that holds it."""
@@ -76,7 +87,7 @@ class Manifest(_Entry):
     target: str
     scheme: str
     """The preset that the linears were quantized with, but for overrides."""
-    dtype: str
+    dtype: DtypeName
     """Of the float tensors and scales of the quantized model."""
     model_type: str
     fingerprint: str
@@ -129,7 +140,11 @@ class Manifest(_Entry):
                 f"'{path}' has format version {version}; this rotq reads version {FORMAT_VERSION}",
                 hint="use the rotq that wrote it, or a newer one",
             )
-        if values.pop(_CHECKSUM, None) != seal_of(values):
+        try:
+            fits = values.pop(_CHECKSUM, None) == seal_of(values)
+        except MALFORMED as error:  # NaN, or nested too deeply
+            raise BackendError(f"'{path}' is damaged: {reason_of(error)}", hint=_HINT) from error
+        if not fits:
             raise BackendError(
                 f"'{path}' is damaged or was edited: its checksum does not fit", hint=_HINT
             )
@@ -138,7 +153,8 @@ class Manifest(_Entry):
             return cls.model_validate(values)
         except ValidationError as error:
             reasons = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+                for item in error.errors()[:_SHOWN]
             )
             raise BackendError(f"'{path}' is damaged: {reasons}", hint=_HINT) from error
 

@@ -21,10 +21,6 @@ from calib.architectures import LinearSpec, Wiring, wiring_of
 from calib.architectures.experts import expert_index
 from calib.artifact import QuantizedLinear
 
-_PUBLISHED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
-"""What the module tree of transformers 5 calls otherwise than published checkpoints and vLLM, by
-family: from, to.
-"""
 _WEIGHT = ".weight"
 
 
@@ -57,19 +53,34 @@ class Names:
         left = [parameter for parameter in self.experts if f"{parameter}.0" not in linears]
         return left[0] if 0 < len(left) < len(self.experts) else None
 
+    def in_one_piece(self, linears: Collection[str]) -> str | None:
+        """A 3-D expert parameter, among the quantized ``linears``, that checkpoints hold as it is
+        instead of one tensor for each expert; a plan knows it by its published name.
+        """
+        return next(
+            (
+                parameter
+                for parameter, spec in self.experts.items()
+                if not spec.stacked_from
+                and (
+                    f"{parameter}.0" in linears
+                    or self.published(parameter).removesuffix(_WEIGHT) in linears
+                )
+            ),
+            None,
+        )
+
     def published(self, name: str) -> str:
         """The published name of a module or tensor."""
-        ours, theirs = self._published
-        return name.replace(ours, theirs)
+        for ours, theirs in self.wiring.architecture.published:
+            name = name.replace(ours, theirs)
+        return name
 
     def source(self, name: str) -> str:
         """The inverse of :meth:`published`."""
-        ours, theirs = self._published
-        return name.replace(theirs, ours)
-
-    @property
-    def _published(self) -> tuple[str, str]:
-        return _PUBLISHED.get(self.wiring.config.model_type, ("", ""))
+        for ours, theirs in reversed(self.wiring.architecture.published):
+            name = name.replace(theirs, ours)
+        return name
 
     def modules(self, name: str) -> tuple[str, ...]:
         """The modules that hold the linear ``name``: itself, or those whose rows follow each other
@@ -109,7 +120,7 @@ class Names:
         experts one by one.
         """
         spec = self.experts.get(key)
-        if spec is None:
+        if spec is None or not spec.stacked_from:
             yield self.published(key), tensor
             return
         for expert, weight in enumerate(tensor):

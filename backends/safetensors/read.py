@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +28,11 @@ from calib.artifact import (
     load_prefix,
 )
 from calib.errors import BackendError, RotqError
-from calib.reading import read_json, reason_of
+from calib.files.reading import MALFORMED, is_file_in, read_json, reason_of
+from calib.files.sealed import digest
 from calib.rotations.files import load_rotations
 from calib.rotations.rotation_set import RotationSet
 from calib.schemes import scheme_named
-from calib.sealed import digest
 
 _HINT = "export the model again, or copy the folder again"
 _T = TypeVar("_T")
@@ -75,7 +76,9 @@ class Bundle:
             )
 
 
-def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False) -> Bundle:
+def open_bundle(
+    folder: str | PathLike[str], *, target: str | None = None, verify: bool = False
+) -> Bundle:
     """Open the bundle in ``folder``.
 
     Args:
@@ -87,26 +90,27 @@ def open_bundle(folder: Path, *, target: str | None = None, verify: bool = False
         BackendError: it is no bundle, written for another target or by another version; or a file
             of it is missing, truncated, edited or does not hold what the manifest says.
     """
-    manifest = Manifest.load(folder)
+    path = Path(folder)
+    manifest = Manifest.load(path)
     if target is not None and manifest.target != target:
         raise BackendError(
-            f"the bundle '{folder}' was written for target '{manifest.target}', not for '{target}'",
+            f"the bundle '{path}' was written for target '{manifest.target}', not for '{target}'",
             hint=(
                 f"export it again with --target {target}; --from-artifact needs no new calibration"
             ),
         )
 
     # files as a whole first, then what their headers say, then tensors when they are used
-    _check_files(folder, manifest, verify=verify)
-    _check_index(folder, manifest)
-    tensors = _MappedTensors(folder, manifest)
-    bundle = Bundle(folder, manifest, tensors)
+    _check_files(path, manifest, verify=verify)
+    _check_index(path, manifest)
+    tensors = _MappedTensors(path, manifest)
+    bundle = Bundle(path, manifest, tensors)
     expected = {key: (entry.torch_dtype, entry.shape) for key, entry in manifest.tensors.items()}
     problems = _undamaged(bundle, lambda: differences(tensors.forms(), expected))
 
     if problems:
         raise BackendError(
-            f"the bundle '{folder}' does not hold what its manifest says: {problems}", hint=_HINT
+            f"the bundle '{path}' does not hold what its manifest says: {problems}", hint=_HINT
         )
 
     return bundle
@@ -192,7 +196,7 @@ class _MappedTensors(Mapping[str, Tensor]):
                 file: Any = safe_open(folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise BackendError(
-                    f"'{folder / name}' is damaged or truncated: {error}", hint=_HINT
+                    f"'{folder / name}' is damaged or truncated: {reason_of(error)}", hint=_HINT
                 ) from error
             # a handle is no mapping
             file_of.update((key, file) for key in file.keys())  # noqa: SIM118
@@ -226,8 +230,7 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
     problems = []
     for name, entry in manifest.files.items():
         path = folder / name
-        # a name with folders in it would reach outside
-        if Path(name).name != name or not path.is_file():
+        if not is_file_in(folder, name):
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}")
@@ -248,7 +251,7 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
     """
     try:
         places = dict(read_json(folder / INDEX_FILE)["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise BackendError(
             f"the bundle '{folder}' is damaged: {INDEX_FILE} cannot be read: {reason_of(error)}",
             hint=_HINT,
@@ -267,9 +270,10 @@ def _undamaged(bundle: Bundle, read: Callable[[], _T]) -> _T:
     """``read()``, whose complaints about tensors become an error that names the bundle."""
     try:
         return read()
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, *MALFORMED) as error:
         raise BackendError(
-            f"the bundle '{bundle.folder}' does not hold what its manifest says: {error}",
+            f"the bundle '{bundle.folder}' does not hold what its manifest says:"
+            f" {reason_of(error)}",
             hint=_HINT,
         ) from error
 

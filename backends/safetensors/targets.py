@@ -4,7 +4,7 @@ backends``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +33,8 @@ from calib.schemes import LinearScheme, TensorScheme
 if TYPE_CHECKING:
     from backends.base import ProbedModel, Reason, Request, RuntimeModel
     from backends.safetensors.layout import Layout
+    from backends.safetensors.read import Bundle
+    from calib.artifact import QuantizedModel
 
 _PACKAGE = "backends.safetensors"
 
@@ -119,6 +121,11 @@ class Target:
         """The layout; imports torch."""
         layout: Layout = getattr(self._load("layout"), self.layout_class)()
         return layout
+
+    def contradictions(self, bundle: Bundle, model: QuantizedModel) -> Mapping[str, Sequence[str]]:
+        """What the subpackage's ``metadata`` finds that the bundle states otherwise than it is."""
+        found: Mapping[str, Sequence[str]] = self._load("metadata").contradictions(bundle, model)
+        return found
 
     def run(self, folder: Path, *, exact: bool) -> RuntimeModel:
         """The bundle in ``folder`` in the library that :attr:`runner` is about.

@@ -17,7 +17,7 @@ from calib.architectures.spec import (
     Site,
     Space,
 )
-from calib.architectures.wiring import Wiring, wiring_for, wiring_of
+from calib.architectures.wiring import Wiring, architecture_of, wiring_for, wiring_of
 
 __all__ = [
     "KINDS",
@@ -34,6 +34,7 @@ __all__ = [
     "Space",
     "Wiring",
     "architecture_for",
+    "architecture_of",
     "merged_linears",
     "reading_groups",
     "supported_model_types",

@@ -26,8 +26,15 @@ def reading_groups(wiring: Wiring, layer: int | None = None) -> list[tuple[str, 
         if layer is None or spec.layer == layer
     ]
     # Neighbours only: without norms in between (OLMo-2), attention and MLP read the residual stream
-    # at two points.
-    groups = groupby(specs, lambda entry: (entry[1].layer, entry[1].reads, entry[1].norm))
+    # at two points. What reads nobody knows what reads alone.
+    groups = groupby(
+        specs,
+        lambda entry: (
+            entry[1].layer,
+            entry[1].reads or entry[1].name,
+            entry[1].norm,
+        ),
+    )
     return [tuple(name for name, _ in group) for _, group in groups]
 
 

@@ -31,9 +31,9 @@ def architecture_named(model_type: str) -> Architecture:
     """
     if model_type not in _BY_MODEL_TYPE:
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not in the architecture table; supported are:"
+            f"model_type {model_type!r} is not in the architecture table, which has:"
             f" {', '.join(supported_model_types())}",
-            hint="use a model of a supported family; rotq never guesses how a model is wired",
+            hint="start from a model of one of these families",
         )
     return _BY_MODEL_TYPE[model_type]
 
@@ -57,7 +57,7 @@ def refuse_config(config: Mapping[str, Any]) -> None:
             hint=FLOAT_CHECKPOINT,
         )
     names = config.get("architectures") or []
-    names = [names] if isinstance(names, str) else list(names)
+    names = list(names) if isinstance(names, list | tuple) else [names]
     # ...LMHeadModel is GPT-2's, ...Model a bare decoder
     if names and not any(str(name).endswith(("ForCausalLM", "Model")) for name in names):
         raise UnsupportedModelError(
@@ -68,27 +68,36 @@ def refuse_config(config: Mapping[str, Any]) -> None:
 
 
 def architecture_for(config: PreTrainedConfig) -> Architecture:
-    """The table entry for a transformers config. There is no default entry: a wrong mapping damages
-    a model silently.
+    """The table entry for a transformers config, or, of a family that is not in the table, what its
+    module tree says (:mod:`calib.architectures.generic`), which folds nothing: a wrong mapping
+    damages a model silently.
 
     Args:
         config: a ``PreTrainedConfig``.
 
     Raises:
-        UnsupportedModelError: the ``model_type`` is not in the table, the model runs its own code,
-            is quantized already, is no causal LM, or has a feature that cannot be folded.
+        UnsupportedModelError: the model runs its own code, is quantized already, is no decoder that
+            keeps keys and values, or has a feature that cannot be folded.
+        CheckpointError: the family is not in the table, and transformers cannot build the model.
     """
     model_type = getattr(config, "model_type", None) or "unknown"
-    entry = architecture_named(model_type)
     if not type(config).__module__.startswith("transformers."):
         raise UnsupportedModelError(
             f"model_type {model_type!r} is loaded with code of its own ({type(config).__module__}),"
             " which may be wired differently from transformers",
-            hint="load it without --trust-remote-code",
+            hint=(
+                "load it without --trust-remote-code, where transformers has a class of that type;"
+                " rotq reads no wiring out of other code, trusted or not"
+            ),
         )
     keys = ("model_type", "architectures", "quantization_config")
     refuse_config({key: getattr(config, key, None) for key in keys})
 
+    if model_type not in _BY_MODEL_TYPE:
+        from calib.architectures.generic import generic_architecture  # needs torch
+
+        return generic_architecture(config)
+    entry = architecture_named(model_type)
     for refusal in entry.refusals:
         if refusal.when(config):
             raise UnsupportedModelError(

@@ -44,7 +44,9 @@ SPACE_OF: dict[Kind, Space] = {
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes of a model that rotations depend on."""
+    """The sizes of a model that rotations depend on. Of a family that is not in the table, which
+    has none, heads and their width are 0: its cache says them (:mod:`calib.network.cache_layout`).
+    """
 
     hidden: int
     layers: int
@@ -86,8 +88,10 @@ class LinearSpec:
     """The projections of a fused linear, in the order of its output features."""
     interleaved: bool = False
     """The parts repeat for every head instead of following each other (GPT-NeoX)."""
-    layers: Literal["all", "dense", "sparse"] = "all"
-    """Which decoder layers have this linear: all, those with a plain MLP, or those with experts."""
+    layers: Literal["all", "dense", "sparse"] | frozenset[int] = "all"
+    """Which decoder layers have this linear: all, those with a plain MLP, those with experts, or
+    those of these indices.
+    """
     quantizable: bool = True
     """False for the output head, routers and gates, which stay in floating point."""
     captured_at: str | None = None

@@ -13,36 +13,6 @@ from typing import Any
 from calib.architectures.architecture import Architecture
 from calib.architectures.lookup import architecture_named
 
-_QKV, _QKVO, _MLP = "[qkv]_proj", "[qkvo]_proj", "(gate|up|down)_proj"
-_ATTENTION = {_QKVO: ("attention_bias", False)}
-_LLAMA = {**_ATTENTION, _MLP: ("mlp_bias", False)}
-_ALWAYS = ("", True)
-
-_BIASES: dict[str, dict[str, tuple[str, bool]]] = {
-    "llama": _LLAMA,
-    "granite": _LLAMA,
-    "smollm3": _LLAMA,
-    "mistral": {},
-    "mixtral": {},
-    "phi3": {},
-    "qwen2": {_QKV: _ALWAYS},
-    "qwen2_moe": {_QKV: ("qkv_bias", True)},
-    "qwen3": _ATTENTION,
-    "qwen3_moe": _ATTENTION,
-    "gemma": _ATTENTION,
-    "gemma2": _ATTENTION,
-    "gemma3_text": _ATTENTION,
-    "olmo2": _ATTENTION,
-    "gpt_neox": {
-        "query_key_value|dense": ("attention_bias", True),
-        "dense_h_to_4h|dense_4h_to_h": _ALWAYS,
-    },
-    "gpt2": {".*": _ALWAYS},
-    "opt": {"[qkv]_proj|out_proj|fc[12]": ("enable_bias", True)},
-}
-"""By ``model_type``: which linears have a bias, as a pattern of their last names, and the key of
-the config that says so with its default."""
-
 _BUFFER = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)"
     r"|position_ids)$"
@@ -84,9 +54,8 @@ def uncalled_names(names: Iterable[str], config: Mapping[str, Any]) -> list[str]
     Raises:
         UnsupportedModelError: the ``model_type`` is not in the table.
     """
-    model_type = str(config.get("model_type"))
-    architecture = architecture_named(model_type)
-    called = _templates(architecture, model_type, config)
+    architecture = architecture_named(str(config.get("model_type")))
+    called = _templates(architecture, config)
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     prefix = re.escape(architecture.attention.partition("{i}")[0])
     layer = re.compile(rf"^{prefix}(\d+)\.")
@@ -109,30 +78,27 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _templates(
-    architecture: Architecture, model_type: str, config: Mapping[str, Any]
-) -> frozenset[str]:
+def _templates(architecture: Architecture, config: Mapping[str, Any]) -> frozenset[str]:
     """Names of all tensors that a model may have, ``{i}`` for the layer and ``{e}`` for the
     expert.
     """
     called = {*architecture.untouched, *(table.weight for table in architecture.embeddings)}
     for spec in (*architecture.linears, architecture.head):
         called |= {spec.weight, *spec.stacked_from}
-        if spec.bias is not None and _biased(spec.name, model_type, config):
+        if spec.bias is not None and _biased(spec.name, architecture, config):
             called.add(spec.bias)
-    for norm in (*architecture.norms, architecture.final_norm):
+    final = () if architecture.final_norm is None else (architecture.final_norm,)
+    for norm in (*architecture.norms, *final):
         called.add(norm.weight)
         if architecture.norm_kind == "layer":
             called.add(norm.bias)
     return frozenset(called)
 
 
-def _biased(name: str, model_type: str, config: Mapping[str, Any]) -> bool:
-    """Whether the linear ``name`` has a bias; of the output head none has."""
+def _biased(name: str, architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Whether the linear ``name`` has a bias."""
     last = name.rpartition(".")[2]
-    if "." not in name:
-        return False
-    for pattern, (key, default) in _BIASES[model_type].items():
+    for pattern, (key, default) in architecture.biases.items():
         if re.fullmatch(pattern, last):
             return bool(config.get(key, default))
     return False

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from calib.architectures.architecture import Architecture
-from calib.architectures.lookup import architecture_for
+from calib.architectures.lookup import architecture_for, architecture_named, supported_model_types
 from calib.architectures.spec import (
     KINDS,
     Dimensions,
@@ -25,6 +25,7 @@ from calib.architectures.spec import (
     Space,
 )
 from calib.errors import CheckpointError, RotationError
+from calib.files.reading import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -66,6 +67,8 @@ class Wiring:
     def sizes(self) -> Dimensions:
         """The sizes of the model; ``head_dim`` is not always ``hidden / heads``."""
         config = self.config
+        if self.architecture.dimensions is not None:
+            return self.architecture.dimensions(config)
         try:
             heads = int(config.num_attention_heads)
             hidden = int(config.hidden_size)
@@ -99,7 +102,8 @@ class Wiring:
         last.
         """
         layers = [norm.at(layer) for layer in self.layers for norm in self.architecture.norms]
-        return (*layers, self.architecture.final_norm)
+        final = self.architecture.final_norm
+        return tuple(layers) if final is None else (*layers, final)
 
     @cached_property
     def quantizable(self) -> Mapping[str, LinearSpec]:
@@ -181,14 +185,28 @@ class Wiring:
     @property
     def experts(self) -> int:
         """How many experts a sparse layer has."""
-        # Mixtral's num_local_experts has this name as well, through the config's attribute_map.
-        return int(self.config.num_experts)
+        return self.architecture.expert_count(self.config)
+
+    @property
+    def generic(self) -> bool:
+        """Whether the family is not in the table: its linears are known, and how they are wired is
+        not.
+        """
+        return self.architecture.how == "generic"
 
     def layer_linears(self, layer: int) -> list[LinearSpec]:
         """The linears of decoder layer ``layer``, templates filled, in topological order."""
         entry = self.architecture
         kind = "sparse" if entry.sparse(self.config, layer) else "dense"
-        return [spec.at(layer) for spec in entry.linears if spec.layers in ("all", kind)]
+        return [
+            spec.at(layer)
+            for spec in entry.linears
+            if (
+                layer in spec.layers
+                if isinstance(spec.layers, frozenset)
+                else spec.layers in ("all", kind)
+            )
+        ]
 
     def attention(self, layer: int) -> str:
         """The attention module of decoder layer ``layer``, where R3 is applied."""
@@ -206,6 +224,12 @@ class Wiring:
     def uses_rope(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` applies rotary embeddings to queries and keys."""
         return self.architecture.rope(self.config, layer)
+
+    def query_key_norms(self, layer: int) -> list[str]:
+        """Modules that normalise queries and keys of decoder layer ``layer``, as far as R3 has to
+        stand behind them.
+        """
+        return [name.replace("{i}", str(layer)) for name in self.architecture.query_key_norms]
 
     def readers(self, norm: str) -> list[LinearSpec]:
         """The linears that read the output of the norm named ``norm``, head included."""
@@ -255,13 +279,35 @@ def wiring_of(config: Mapping[str, Any]) -> Wiring:
     object for the same config.
 
     Raises:
+        CheckpointError: transformers does not take the config.
         UnsupportedModelError: as for :func:`~calib.architectures.lookup.architecture_for`.
     """
     return _wiring_of_json(json.dumps(config, sort_keys=True))
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json asks for. Of a family in the table it imports no torch,
+    and does not look at what of the config can be folded.
+
+    Raises:
+        CheckpointError: as for :func:`wiring_of`.
+        UnsupportedModelError: as for :func:`~calib.architectures.lookup.architecture_for`.
+    """
+    model_type = str(config.get("model_type", "unknown"))
+    if model_type in supported_model_types():
+        return architecture_named(model_type)
+    return wiring_of(config).architecture
 
 
 @lru_cache(maxsize=8)
 def _wiring_of_json(config: str) -> Wiring:
     from transformers import AutoConfig  # here, because it takes seconds to import
 
-    return wiring_for(AutoConfig.for_model(**json.loads(config)))
+    try:
+        loaded = AutoConfig.for_model(**json.loads(config))
+    except Exception as error:  # checks of its own, which share no base class
+        raise CheckpointError(
+            f"transformers does not take the config of this model: {reason_of(error)}",
+            hint="check config.json",
+        ) from error
+    return wiring_for(loaded)

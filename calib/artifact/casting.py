@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calib.artifact.model import QuantizedCache, QuantizedLinear, QuantizedModel
+from calib.artifact.prefix import Prefix
 from calib.errors import QuantizationError
 from calib.schemes import TensorScheme
 
@@ -57,11 +58,22 @@ def cast_model(model: QuantizedModel, dtype: torch.dtype) -> QuantizedModel:
     return replace(
         model,
         dtype=dtype,
-        prefix=None if model.prefix is None else model.prefix.to(dtype),
+        prefix=None if model.prefix is None else _cast_prefix(model.prefix, dtype),
         linears=_Lazy(model.linears, lambda name, linear: cast_linear(linear, dtype)),
         floats=_Lazy(model.floats, lambda key, tensor: _cast_value(tensor, dtype, key)),
         cache=cache,
     )
+
+
+def _cast_prefix(prefix: Prefix, dtype: torch.dtype) -> Prefix:
+    keys, values = (
+        {
+            layer: _cast_value(tensor, dtype, f"the prefix of layer {layer}")
+            for layer, tensor in part.items()
+        }
+        for part in (prefix.keys, prefix.values)
+    )
+    return replace(prefix, keys=keys, values=values)
 
 
 def cast_linear(linear: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:

@@ -8,6 +8,7 @@ generation config, tokenizer). Loading is by memory map: a tensor is read when i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from calib.artifact.prefix import load_prefix, save_prefix
 from calib.artifact.side_files import copy_side_files, side_files
 from calib.artifact.sound import check_linear
 from calib.errors import CheckpointError
+from calib.files.reading import MALFORMED, reason_of, regular_file
+from calib.files.sealed import DamagedError, read_sealed, write_sealed
 from calib.rotations.files import load_rotations, save_rotations
 from calib.schemes import (
     scheme_from_dict,
@@ -34,7 +37,6 @@ from calib.schemes import (
     tensor_scheme_from_dict,
     tensor_scheme_to_dict,
 )
-from calib.sealed import DamagedError, read_sealed, write_sealed
 
 MANIFEST = "quantized_model.json"
 FORMAT_VERSION = 4
@@ -44,16 +46,16 @@ its name; float weights of linears [out, in]. 4: checksums.
 _SHARDS = "quantized_model*.safetensors"
 
 
-def save_artifact(model: QuantizedModel, folder: Path) -> None:
+def save_artifact(model: QuantizedModel, folder: str | PathLike[str]) -> None:
     """Write everything into ``folder``, which must exist and should be empty."""
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(
         dict(artifact_tensors(model)),
-        folder,
+        Path(folder),
         filename_pattern="quantized_model{suffix}.safetensors",
     )
-    save_description(model, folder)
+    save_description(model, Path(folder))
 
 
 def save_description(model: QuantizedModel, folder: Path) -> None:
@@ -76,7 +78,7 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
         "norms_folded": model.norms_folded,
         "kept": dict(model.kept),
         "provenance": vars(model.provenance),
-        "tensors": sorted(key for key, _ in artifact_tensors(model)),
+        "tensors": [key for key, _ in artifact_tensors(model)],
     }
     save_rotations(model.rotations, folder)
     if model.prefix is not None:
@@ -86,21 +88,23 @@ def save_description(model: QuantizedModel, folder: Path) -> None:
     write_sealed(folder / MANIFEST, manifest, [*shards, *side_files(folder)])
 
 
-def load_artifact(folder: Path) -> QuantizedModel:
+def load_artifact(folder: str | PathLike[str]) -> QuantizedModel:
     """Open a saved model by memory map.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, corrupt, or of another format version.
         RotationError: its rotations are.
     """
-    manifest = _read_manifest(folder)
-    tensors = ShardedTensors(folder)
+    path = Path(folder)
+    manifest = _read_manifest(path)
+    tensors = ShardedTensors(path)
     try:
         tensors.check_complete(manifest["tensors"])
-        return _from_manifest(manifest, tensors, folder)
-    except (KeyError, TypeError, AttributeError) as error:
+        return _from_manifest(manifest, tensors, path)
+    except (SafetensorError, *MALFORMED) as error:
         raise CheckpointError(
-            f"'{folder / MANIFEST}' is damaged: {error}", hint="run `rotq calibrate` again"
+            f"'{path / MANIFEST}' is damaged: {reason_of(error)}",
+            hint="run `rotq calibrate` again",
         ) from error
 
 
@@ -137,7 +141,8 @@ def _from_manifest(
         scheme=scheme_from_dict(manifest["scheme"]),
         dtype=getattr(torch, manifest["dtype"]),
         linears=linears,
-        floats={key: tensors[key] for key in tensors if key not in parts},
+        # in the order that they had: whoever writes them writes the same bytes
+        floats={key: tensors[key] for key in manifest["tensors"] if key not in parts},
         kept=manifest["kept"],
         rotations=load_rotations(folder),
         provenance=_provenance(manifest["provenance"]),
@@ -203,13 +208,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
     try:
         return read_sealed(path, lambda manifest: _check_version(path, manifest["format_version"]))
-    except (DamagedError, KeyError, OSError) as error:
+    except (DamagedError, OSError) as error:
         raise CheckpointError(
-            f"the quantized model '{path}' is damaged: {error}", hint="run `rotq calibrate` again"
+            f"the quantized model '{path}' is damaged: {reason_of(error)}",
+            hint="run `rotq calibrate` again",
         ) from error
 
 
-def _check_version(path: Path, version: Any) -> None:
+def _check_version(path: Path, version: object) -> None:
     if version != FORMAT_VERSION:
         older = isinstance(version, int) and version < FORMAT_VERSION
         raise CheckpointError(
@@ -239,10 +245,10 @@ class ShardedTensors(Mapping[str, Tensor]):
             )
         for path in paths:
             try:
-                shard: Any = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+                shard: Any = safe_open(regular_file(path), framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(
-                    f"'{path}' is damaged: {error}", hint="run `rotq calibrate` again"
+                    f"'{path}' is damaged: {reason_of(error)}", hint="run `rotq calibrate` again"
                 ) from error
             # a handle is no mapping
             self._shards.update((key, shard) for key in shard.keys())  # noqa: SIM118

@@ -166,6 +166,13 @@ class Provenance:
     massive: tuple[dict[str, Any], ...] = ()
     """The inputs with massive tokens: ``name``, ``ratio`` (largest over median) and
     ``with_prefix``."""
+    cpu: str = ""
+    """Name and extensions of the processor that it was calibrated on; empty, as ``threads`` is
+    ``None``, where nobody said."""
+    threads: int | None = None
+    """Threads that torch computed with: other numbers of them sum floats in another order."""
+    quantized: str | None = None
+    """How the checkpoint was quantized that the float weights were read from, in words."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,16 @@ class QuantizedModel:
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: Prefix | None = None
     norms_folded: bool = True
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions before those of every text; 0 where there is no prefix."""
+        return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether it was quantized block by block, and so is taken not to fit into memory."""
+        return bool(self.provenance.recipe.get("layerwise", {}).get("enabled"))
 
     def repeats_embedding(self) -> bool:
         """Whether the output head has the table of the embedding once more, bit for bit: no

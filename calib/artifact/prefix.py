@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calib.errors import CheckpointError
-from calib.sealed import read_sealed, write_sealed
+from calib.files.reading import MALFORMED, reason_of, regular_file
+from calib.files.sealed import read_sealed, write_sealed
 
 PREFIX_TENSORS = "prefix.safetensors"
 PREFIX_MANIFEST = "prefix.json"
@@ -83,7 +84,7 @@ def load_prefix(folder: Path) -> Prefix | None:
         return None
     try:
         entry = read_sealed(manifest, lambda values: _check_version(folder, values))
-        tensors = load_file(folder / PREFIX_TENSORS)
+        tensors = load_file(regular_file(folder / PREFIX_TENSORS))
         keys, values = (
             {layer: tensors[f"{layer}.{part}"] for layer in range(entry["layers"])}
             for part in ("key", "value")
@@ -93,9 +94,9 @@ def load_prefix(folder: Path) -> Prefix | None:
             tensor.dim() == 3 and tensor.shape[1] == prefix.length
             for tensor in (*keys.values(), *values.values())
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, *MALFORMED, SafetensorError) as error:
         raise CheckpointError(
-            f"the prefix in '{folder}' is damaged: {error}",
+            f"the prefix in '{folder}' is damaged: {reason_of(error)}",
             hint=f"it needs {PREFIX_MANIFEST} and {PREFIX_TENSORS}, both written by rotq",
         ) from error
     if not whole:

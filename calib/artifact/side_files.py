@@ -22,12 +22,18 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 """Files of a checkpoint folder that every output carries, where they exist."""
+_OF_THE_MODEL = ("config.json", "generation_config.json")
 _CLASS = re.compile(rb'("tokenizer_class"\s*:\s*")TokenizersBackend(")')
 
 
 def side_files(folder: Path) -> dict[str, Path]:
     """The :data:`SIDE_FILES` that exist in ``folder``."""
     return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+
+
+def tokenizer_files(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Those of ``files`` that a tokenizer is read from, sorted by name."""
+    return {name: path for name, path in sorted(files.items()) if name not in _OF_THE_MODEL}
 
 
 def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:

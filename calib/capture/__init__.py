@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calib._faces import lazy_names
+from calib._names.faces import lazy_names
 
 if TYPE_CHECKING:
     from calib.capture.datasets import R1Dataset, R2Dataset

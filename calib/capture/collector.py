@@ -84,16 +84,16 @@ class Collector:
         self._r2_store = torch.empty(0)
         self._r2_channels: dict[int, ChannelAccumulator] = {}
         self._digests: dict[int, bytes] = {}
-        self._seen = 0
+        self._lengths: dict[int, int] = {}
         self._tokens: _Tokens | None = None
         self._workspace = Workspace()
 
     def begin(self, batch: Batch) -> None:
-        """Take note of the tokens of ``batch``, which the model runs next."""
+        """Take note of the tokens of ``batch``, which the model, or a part of it, runs next."""
         self._tokens = _Tokens.of(batch)
-        self._seen += len(self._tokens.rows)
         for ids, keep, row_id in zip(batch.input_ids, batch.keep, batch.row_ids, strict=True):
             self._digests[row_id] = row_digest(ids[keep])
+            self._lengths[row_id] = int(keep.sum())
 
     def observe(self, site: SiteLike, x: Tensor) -> None:
         """Add the activation ``x`` [rows, length, n], or [rows · length, n], of ``site`` for the
@@ -173,17 +173,18 @@ class Collector:
         covariance = CovarianceAccumulator(groups, channels, accumulator_device(x))
         return _Space(covariance, TokenReservoir(store, massive))
 
-    def finish(self, model: str) -> Capture:
+    def finish(self, model: str, prefix: Sequence[int] = ()) -> Capture:
         """Turn what was gathered into a :class:`~calib.capture.storage.Capture`; the collector is
         spent by it.
 
         Args:
             model: the fingerprint of the model.
+            prefix: ids of the tokens that stood before every row.
 
         Raises:
             DataError: no batch was run.
         """
-        if not self._seen:
+        if not self._lengths:
             raise DataError(
                 "no calibration batch was run", hint="Give a longer text with --calib-dataset."
             )
@@ -191,8 +192,9 @@ class Collector:
             model=model,
             data_sha256=combine_digests(digest for _, digest in sorted(self._digests.items())),
             rows=len(self._digests),
-            tokens=self._seen,
+            tokens=sum(self._lengths.values()),
             config=self._config,
+            prefix=tuple(prefix),
         )
         sites = {name: channels.result().group(0) for name, channels in self._r1_channels.items()}
         r1 = self._finish_r1()

@@ -16,27 +16,45 @@ from torch.utils.data import Dataset
 
 from calib.capture.storage import R1_SAMPLES, R2_SAMPLES
 from calib.errors import CheckpointError, DataError
+from calib.files.reading import reason_of, regular_file
 
 
 class _SampleFile:
     """The ``values`` and ``weights`` of a samples file, opened on first use."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, dimensions: int) -> None:
+        """
+        Args:
+            path: of the file.
+            dimensions: of ``values``: 2 for R1, 4 for R2.
+
+        Raises:
+            CheckpointError: the file holds something else.
+        """
         self._path = path
         self._handle: Any = None
         self.shape: list[int] = self.slice("values").get_shape()
+        weights: list[int] = self.slice("weights").get_shape()
+        if len(self.shape) != dimensions or weights != [*self.shape[:-3], self.shape[-2]]:
+            raise self._error(f"values {self.shape} and weights {weights} do not fit")
 
     def slice(self, name: str) -> Any:
         """A view of the tensor ``name`` that reads what it is indexed with."""
         if self._handle is None:
             try:
-                self._handle = safe_open(self._path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"cannot read the samples '{self._path}': {error}",
-                    hint="Give a folder that `rotq capture` wrote.",
-                ) from error
-        return self._handle.get_slice(name)
+                self._handle = safe_open(regular_file(self._path), framework="pt")
+            except (OSError, ValueError, SafetensorError) as error:
+                raise self._error(reason_of(error)) from error
+        try:
+            return self._handle.get_slice(name)
+        except SafetensorError as error:
+            raise self._error(reason_of(error)) from error
+
+    def _error(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"cannot read the samples '{self._path}': {reason}",
+            hint="Give a folder that `rotq capture` wrote.",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the handle out: a worker process of a DataLoader opens the file itself."""
@@ -56,7 +74,7 @@ class R1Dataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = _SampleFile(folder / R1_SAMPLES)
+        self._file = _SampleFile(folder / R1_SAMPLES, dimensions=2)
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -86,7 +104,7 @@ class R2Dataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, folder: Path, layer: int, *, seed: int = 0) -> None:
-        self._file = _SampleFile(folder / R2_SAMPLES)
+        self._file = _SampleFile(folder / R2_SAMPLES, dimensions=4)
         layers, _, entries, _ = self._file.shape
         if not 0 <= layer < layers:
             raise DataError(

@@ -114,6 +114,7 @@ class Provenance:
         rows: rows of calibration data.
         tokens: tokens in them.
         config: the settings.
+        prefix: ids of the tokens that stood before every row.
     """
 
     model: str
@@ -121,3 +122,4 @@ class Provenance:
     rows: int
     tokens: int
     config: CaptureConfig
+    prefix: tuple[int, ...] = ()

@@ -19,7 +19,7 @@ from calib.data.batches import Batch
 from calib.data.forward_loop import evaluating
 from calib.errors import UnsupportedModelError
 from calib.modules.watch import watching
-from calib.progress import Progress, silent, track
+from calib.process.progress import Progress, silent, track
 
 
 def capture(

@@ -23,10 +23,11 @@ from calib.capture.result import Provenance, Samples, SiteStatistics
 from calib.capture.sites import CaptureConfig, Rotation
 from calib.capture.statistics import ChannelStatistics
 from calib.errors import CheckpointError, OutputError, RotationError
-from calib.sealed import DamagedError, read_sealed, write_sealed
+from calib.files.reading import MALFORMED, reason_of
+from calib.files.sealed import DamagedError, read_sealed, write_sealed
 
-FORMAT_VERSION = 2
-"""2: checksums."""
+FORMAT_VERSION = 3
+"""2: checksums; 3: the prefix."""
 MANIFEST = "manifest.json"
 STATISTICS, R1_SAMPLES, R2_SAMPLES = "statistics.safetensors", "r1.safetensors", "r2.safetensors"
 _CHANNELS = ("mean", "std", "minimum", "maximum")
@@ -135,9 +136,9 @@ class Capture:
         """
         manifest = _read_manifest(folder)
         try:
-            provenance = Provenance(
-                **{**manifest["provenance"], "config": CaptureConfig(**manifest["config"])}
-            )
+            own = manifest["provenance"]
+            config, prefix = CaptureConfig(**manifest["config"]), tuple(own["prefix"])
+            provenance = Provenance(**{**own, "config": config, "prefix": prefix})
             if model is not None and provenance.model != model:
                 raise CheckpointError(
                     f"the capture in '{folder}' is of another model ({provenance.model[:12]}, not"
@@ -150,9 +151,9 @@ class Capture:
             return cls(
                 **_assemble(manifest, _read_tensors(folder, manifest)), provenance=provenance
             )
-        except (KeyError, TypeError, IndexError) as error:
+        except MALFORMED as error:
             raise CheckpointError(
-                f"'{folder / MANIFEST}' is damaged: {error!r}", hint=_AGAIN
+                f"'{folder / MANIFEST}' is damaged: {reason_of(error)}", hint=_AGAIN
             ) from error
 
     def write(self, folder: Path) -> None:
@@ -201,9 +202,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{folder}' holds no capture: {MANIFEST} is missing", hint=_AGAIN)
     try:
         return read_sealed(path, lambda manifest: _check_version(folder, manifest))
-    except (DamagedError, KeyError, OSError) as error:
+    except (DamagedError, OSError) as error:
         raise CheckpointError(
-            f"the capture in '{folder}' is damaged: {error}", hint=_AGAIN
+            f"the capture in '{folder}' is damaged: {reason_of(error)}", hint=_AGAIN
         ) from error
 
 
@@ -222,8 +223,10 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str,
         path = folder / file
         try:
             tensors[file] = load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"'{path}' is damaged: {error}", hint=_AGAIN) from error
+        except (SafetensorError, OSError, *MALFORMED) as error:
+            raise CheckpointError(
+                f"'{path}' is damaged: {reason_of(error)}", hint=_AGAIN
+            ) from error
     return tensors
 
 
@@ -239,9 +242,11 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -
         if file not in tensors:
             return None
         kept = manifest["samples"][file]
-        return Samples(
+        found = Samples(
             tensors[file]["values"], tensors[file]["weights"], kept["massive"], kept["group"]
         )
+        _check_samples(found, dimensions=2 if file == R1_SAMPLES else 4)
+        return found
 
     r1, stack = samples(R1_SAMPLES), samples(R2_SAMPLES)
     return {
@@ -258,3 +263,17 @@ def _assemble(manifest: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -
         },
         "r2_stack": stack,
     }
+
+
+def _check_samples(samples: Samples, *, dimensions: int) -> None:
+    """What every user of samples takes for granted.
+
+    Raises:
+        ValueError: shapes or counts do not fit each other.
+    """
+    shape, counts = samples.values.shape, (samples.massive, samples.group)
+    if len(shape) != dimensions or samples.weights.shape != (*shape[:-3], shape[-2]):
+        raise ValueError(f"samples {list(shape)} with weights {list(samples.weights.shape)}")
+    whole = all(isinstance(count, int) for count in counts)
+    if not whole or not 0 <= samples.massive <= shape[-2] or samples.group < 1:
+        raise ValueError(f"{samples.massive!r} massive samples in groups of {samples.group!r}")

@@ -5,6 +5,7 @@ Conversations become texts here, through the model's own chat template.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -40,6 +41,15 @@ class Corpus:
     layout: Layout | None
     joiner: str
     templated: bool = False
+
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of the texts in their order."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(f"{len(data)} ".encode())
+            digest.update(data)
+        return digest.hexdigest()
 
 
 def read_corpus(source: str, tokenizer: object, *, column: str | None = None) -> Corpus:

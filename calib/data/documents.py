@@ -23,7 +23,7 @@ from calib.data.sources import (
     resolve_source,
 )
 from calib.errors import DataError
-from calib.reading import parse_json, reason_of
+from calib.files.reading import parse_json, reason_of
 
 BLOCK_CHARACTERS = 8192
 """Rows of a windows-layout data set are single lines; they are gathered into documents of at least

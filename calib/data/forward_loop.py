@@ -20,7 +20,7 @@ from calib.data.batches import Batch, length_batches
 from calib.data.rows import calibration_rows
 from calib.data.tokens import Tokenizer, clamp_seqlen
 from calib.errors import DataError, QuantizationError
-from calib.progress import Progress, silent, track
+from calib.process.progress import Progress, silent, track
 
 
 @contextmanager

@@ -11,13 +11,10 @@ from typing import Literal
 from torch import Tensor
 
 from calib.data.corpus import Corpus, choose_layout, read_corpus, without
-from calib.data.sources import Layout
+from calib.data.sources import EVALUATION, GATE, Layout
 from calib.data.splits import split_documents, split_windows
 from calib.data.tokens import Tokenizer, cut_windows, encode, tokenize
 from calib.errors import DataError
-
-GATE = EVALUATION = 0.15
-"""The share of a corpus that each of the held-out splits takes."""
 
 PIECE_WINDOWS = 16
 """Text far longer than what is asked for is cut in pieces of about so many windows, and only as

@@ -18,6 +18,9 @@ Layout = Literal["documents", "windows"]
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 """The local files that can be read; see :mod:`calib.data.documents`."""
 
+GATE = EVALUATION = 0.15
+"""The share of a corpus that each of the held-out splits takes."""
+
 STREAMED_DOCUMENTS = 4096
 """How many documents of a streamed hub data set are read unless a limit is given: calibration needs
 hundreds, while a full pass over one shard of C4 would take 350 000."""

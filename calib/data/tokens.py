@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calib.data.sources import Layout
 from calib.errors import DataError
-from calib.reading import is_failure, reason_of
+from calib.files.reading import is_failure, reason_of
 
 MINIMUM_TOKENS = 2
 """A row of one token predicts nothing, and its only position is the attention sink."""
@@ -146,15 +146,17 @@ def _before_a_text(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     return empty[: int(differ[0])] if differ.numel() else empty
 
 
-def clamp_seqlen(seqlen: int, config: object) -> int:
-    """Return ``seqlen``, or the number of positions that the model with ``config`` has, where that
-    is smaller.
+def clamp_seqlen(seqlen: int, config: object, taken: int = 0) -> int:
+    """Return ``seqlen``, or the number of positions that the model with ``config`` has, less those
+    that are ``taken`` (by a prefix), where that is smaller.
 
     ``config`` is a Hugging Face configuration; a model without ``max_position_embeddings`` (ALiBi,
     for one) has no such limit.
     """
     positions = getattr(config, "max_position_embeddings", None)
-    return min(seqlen, positions) if isinstance(positions, int) and positions > 0 else seqlen
+    if not isinstance(positions, int) or positions <= 0:
+        return seqlen
+    return min(seqlen, positions - taken)
 
 
 def row_digest(row: Tensor) -> bytes:

@@ -140,7 +140,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     items = (

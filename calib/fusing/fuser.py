@@ -18,12 +18,12 @@ from torch import Tensor
 from calib.architectures import LinearSpec, Wiring
 from calib.artifact.prefix import Prefix
 from calib.errors import CheckpointError, UnsupportedModelError
+from calib.fusing.contents import source_tensors
 from calib.fusing.norms import FoldedNorm, fold_norm
-from calib.fusing.source import SourceTensors
 from calib.fusing.state import LazyTensors
 from calib.fusing.weights import rotate_bias, rotate_weight
 from calib.network.skeleton import expected_tensors
-from calib.progress import Progress, silent, track
+from calib.process.progress import Progress, silent, track
 from calib.rotations.rotation_set import RotationSet
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ class _Fuser:
         self.on_device = rotations.to(device)
         self.on_device.validate(wiring)
         self.dtype = dtype
-        self.folds_norms = fold_norms or rotations.r1() is not None
+        self.folds_norms = bool(wiring.norms) and (fold_norms or rotations.r1() is not None)
         self.device = device
         self.expected = expected_tensors(wiring.config)
-        self.source = SourceTensors(checkpoint, wiring, self.expected)
+        self.source = source_tensors(checkpoint, wiring, self.expected)
 
     def run(self, lazy: bool, progress: Progress) -> FusedModel:
         self._check_coverage()

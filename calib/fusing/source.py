@@ -9,6 +9,7 @@ module tree only.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,8 +18,6 @@ from calib.architectures import Architecture, LinearSpec, Wiring
 from calib.architectures.stored import canonical_name
 from calib.errors import CheckpointError
 from calib.network.checkpoint import Checkpoint
-from calib.network.contents import refuse_files, refuse_layers, refuse_quantized, refuse_unused
-from calib.network.skeleton import expected_tensors
 
 _WRAPPERS = {
     "_orig_mod.": "save the model inside torch.compile: model._orig_mod.save_pretrained(FOLDER)",
@@ -28,31 +27,6 @@ _WRAPPERS = {
 }
 """What wrappers put into the names of tensors, and how to save what they wrap."""
 _OTHER_CONFIG = "check that config.json belongs to these weights and that every shard is there"
-
-
-def check_contents(
-    checkpoint: Checkpoint, wiring: Wiring, source: str, *, ignore_unused: bool = False
-) -> None:
-    """Refuse what no run should start from; nothing but headers is read.
-
-    Args:
-        checkpoint: the model's tensors.
-        wiring: that of the model.
-        source: what the model is called, for messages.
-        ignore_unused: go on without the tensors that the config does not call for, and without an
-            adapter that lies beside the weights.
-
-    Raises:
-        CheckpointError: the weights are quantized already, a tensor is missing, has another shape,
-            or is not called for.
-    """
-    if checkpoint.folder is not None:
-        refuse_files(checkpoint.folder, source, ignore_unused=ignore_unused)
-        refuse_quantized(checkpoint.stored_dtypes(), source)
-    refuse_layers(wiring.sizes.layers, len(checkpoint), source)
-    tensors = SourceTensors(checkpoint, wiring, expected_tensors(wiring.config))
-    if not ignore_unused:
-        refuse_unused(tensors.unused(), source)
 
 
 class SourceTensors:
@@ -76,8 +50,24 @@ class SourceTensors:
         self._checkpoint = checkpoint
         stored = _stored_names(checkpoint, wiring.architecture, expected)
         if getattr(wiring.config, "tie_word_embeddings", False):
-            _tie(stored, wiring.embeddings[0].weight, wiring.head.weight)
-        stacked = {spec.weight: spec for spec in wiring.linears if spec.stacked_from}
+            tie(stored, wiring.embeddings[0].weight, wiring.head.weight)
+        self._take(
+            stored, expected, {spec.weight: spec for spec in wiring.linears if spec.stacked_from}
+        )
+
+    def _take(
+        self,
+        stored: dict[str, str],
+        expected: Mapping[str, torch.Size],
+        stacked: Mapping[str, LinearSpec] = MappingProxyType({}),
+    ) -> None:
+        """Find every tensor.
+
+        Args:
+            stored: stored names by those in the module tree.
+            expected: shape of every tensor that is to be found.
+            stacked: 3-D parameters whose experts may be stored one by one.
+        """
         self._single: dict[str, str] = {}
         """Stored name of a tensor that is stored in one piece."""
         self._experts: dict[str, list[list[str]]] = {}
@@ -151,9 +141,9 @@ def _stored_names(
     return {canonical_name(name, architecture, expected): name for name in checkpoint}
 
 
-def _tie(stored: dict[str, str], embedding: str, head: str) -> None:
+def tie(stored: dict[str, str], embedding: str, head: str) -> None:
     """Let the head read the embedding, or the reverse if only the head was stored; two stored ones
-    stay apart.
+    stay apart. The same goes for other tensors that are tied.
 
     transformers does the same when it loads a checkpoint (``PreTrainedModel.tie_weights``).
     """

@@ -5,8 +5,9 @@ memory.
 from __future__ import annotations
 
 from calib.layerwise.blocks import Block
+from calib.layerwise.flow import Flow
 from calib.layerwise.protocol import BlockQuantizer
 from calib.layerwise.runner import CalibrationRunner
 from calib.layerwise.shards import ShardStore
 
-__all__ = ["Block", "BlockQuantizer", "CalibrationRunner", "ShardStore"]
+__all__ = ["Block", "BlockQuantizer", "CalibrationRunner", "Flow", "ShardStore"]

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calib.errors import CheckpointError
+from calib.files.reading import reason_of
+from calib.files.sealed import digest
 from calib.layerwise.files import write_tensors
-from calib.sealed import digest
 
 _KEY = "hidden_states"
 _AGAIN = "start again in another --work-dir"
@@ -91,8 +92,10 @@ class Activations:
         path = self._path(batch)
         try:
             return load_file(path)[_KEY]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"'{path}' cannot be read: {error}", hint=_AGAIN) from error
+        except (OSError, KeyError, SafetensorError) as error:
+            raise CheckpointError(
+                f"'{path}' cannot be read: {reason_of(error)}", hint=_AGAIN
+            ) from error
 
     def delete(self) -> None:
         """Free the memory and remove the files."""

@@ -2,8 +2,8 @@
 time.
 
 A block is smoothed when it is first met, then observed and rounded as the whole model would be.
-Scales are the same, to the bit: the same batches run through the same block. Nothing is trained
-here, and nothing compared: both would need the whole model.
+Scales are the same, to the bit: the same batches run through the same block. The output head is
+observed on what leaves the last block; rows of an embedding need no data.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ from calib.artifact.files import (
     smoothing_key,
 )
 from calib.data.batches import Batch
-from calib.errors import QuantizationError
 from calib.fusing import FusedModel
 from calib.layerwise import Block, CalibrationRunner
+from calib.layerwise.flow import DEFAULT_MAX_MEMORY
 from calib.layerwise.protocol import RunBlock
-from calib.layerwise.runner import DEFAULT_MAX_MEMORY
 from calib.modules.paths import weight_of
 from calib.network.layout import StockTensors, oriented
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 from calib.quantizing.calibrator import Calibrator
 from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
@@ -49,6 +48,22 @@ from calib.smoothing.groups import groups_of
 from calib.smoothing.methods import Smoothing
 from calib.smoothing.observe import observe_channels
 from calib.smoothing.smooth import smooth_groups
+
+_HEAD = "head"
+
+
+class _StandIn(nn.Module):
+    """In place of the output head while what enters it is seen: a linear with a single output, for
+    what the head gives does not matter.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, 1, bias=False, dtype=dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(x)
+        return result
 
 
 class BlockCalibrator:
@@ -66,22 +81,12 @@ class BlockCalibrator:
             smoothing: what moves outliers from inputs into weights, if anything.
 
         Raises:
-            QuantizationError: a width is no multiple of the block that its format fixes, or the
-                output head or an embedding is to be quantized, which lie outside of the blocks.
+            QuantizationError: a width is no multiple of the block that its format fixes.
         """
         self._calibrator = Calibrator(fused, quantization)
         self._calibrator.check_blocks()
         self._smoothing = smoothing
         self._extra: dict[int, dict[str, Tensor]] = {}
-        outside = [name for name in quantization.linears if self._layer(name) is None]
-        if outside:
-            raise QuantizationError(
-                f"layer-wise mode quantizes decoder blocks only, not {', '.join(outside)}",
-                hint=(
-                    "leave that override out, or quantize the whole model at once (without"
-                    " --layerwise)"
-                ),
-            )
 
     @property
     def needs_data(self) -> bool:
@@ -89,6 +94,27 @@ class BlockCalibrator:
         return self._smoothing is not None or bool(
             self._calibrator.watchlist(list(self._calibrator.quantization.linears))
         )
+
+    @property
+    def looks_at_head(self) -> bool:
+        """Whether what enters the output head has to be seen."""
+        head = self._calibrator.fused.wiring.head.name
+        quantized = head in self._calibrator.quantization.linears
+        return quantized and bool(self._calibrator.watchlist([head], caches=False))
+
+    def quantize_outside(
+        self, name: str, tensors: Mapping[str, Tensor], run: Callable[[nn.Module], None]
+    ) -> QuantizedLinear | None:
+        """Quantize an embedding or the output head, where that is to be quantized."""
+        calibrator = self._calibrator
+        if name not in calibrator.quantization.linears:
+            return None
+        observed = Observed()
+        if name == calibrator.fused.wiring.head.name:
+            stand_in = _StandIn(calibrator.fused.wiring.sizes.hidden, calibrator.fused.dtype)
+            watchlist = _local(calibrator.watchlist([name], caches=False), {name: _HEAD})
+            observed = _renamed(observe(stand_in, watchlist, run), {_HEAD: name})
+        return calibrator.quantized(name, tensors, observed)
 
     def calibrate(
         self, block: Block, names: Sequence[str], run: RunBlock
@@ -144,21 +170,9 @@ class BlockCalibrator:
     def _observe(self, block: Block, names: Sequence[str], run: RunBlock) -> Observed:
         """What has to be seen of the linears ``names``, by their names in the model."""
         watchlist = self._calibrator.watchlist(names, caches=False)
-        local = Watchlist(
-            inputs={block.local(name): scheme for name, scheme in watchlist.inputs.items()},
-            observer=watchlist.observer,
-            moments=[block.local(name) for name in watchlist.moments],
-        )
-        observed = observe(block.module, local, run)
-        return Observed(
-            amax={f"{block.name}.{name}": amax for name, amax in observed.amax.items()},
-            limits={f"{block.name}.{name}": limits for name, limits in observed.limits.items()},
-            moments={f"{block.name}.{name}": moment for name, moment in observed.moments.items()},
-        )
-
-    def _layer(self, name: str) -> int | None:
-        spec = self._calibrator.fused.wiring.by_name.get(name)
-        return None if spec is None else spec.layer
+        local = {name: block.local(name) for name in names}
+        observed = observe(block.module, _local(watchlist, local), run)
+        return _renamed(observed, {own: name for name, own in local.items()})
 
     def _smooth(self, block: Block, run: RunBlock, method: Smoothing) -> None:
         fused = self._calibrator.fused
@@ -197,6 +211,24 @@ class BlockCalibrator:
                 amax, scheme.format.maxbound, dtype=self._calibrator.fused.dtype
             )
             self._extra[block.index][cache_key(block.index, part)] = scale
+
+
+def _local(watchlist: Watchlist, names: Mapping[str, str]) -> Watchlist:
+    """``watchlist`` with modules by other ``names``."""
+    return Watchlist(
+        inputs={names[name]: scheme for name, scheme in watchlist.inputs.items()},
+        observer=watchlist.observer,
+        moments=[names[name] for name in watchlist.moments],
+    )
+
+
+def _renamed(observed: Observed, names: Mapping[str, str]) -> Observed:
+    """``observed`` with modules by other ``names``."""
+    return Observed(
+        amax={names[name]: amax for name, amax in observed.amax.items()},
+        limits={names[name]: limits for name, limits in observed.limits.items()},
+        moments={names[name]: moment for name, moment in observed.moments.items()},
+    )
 
 
 @dataclass(frozen=True)

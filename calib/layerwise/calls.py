@@ -1,5 +1,5 @@
-"""How a model calls its decoder blocks: the hidden states that enter the first, and what else each
-one is given.
+"""How a model calls its decoder blocks: the hidden states that enter the first, what else each one
+is given, and what becomes of the last one's.
 
 Masks and position embeddings depend on the block (sliding windows, layers without RoPE) and on the
 shape of the batch, but not on its tokens, as batches have no padding. So they are recorded once per
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.data.batches import Batch
-from calib.layerwise.modules import computing, on_device
+from calib.layerwise.modules import on_device
+from calib.modules.lending import computing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,3 +68,60 @@ def enter(
             stack.enter_context(computing(block, record))
         model.base_model(**batch.model_inputs("cpu"), use_cache=False)
     return entering[0], calls
+
+
+@torch.no_grad()
+def leave(model: PreTrainedModel, blocks: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    """What the output head reads where the last block gives ``hidden``, both ``[rows, length,
+    hidden]``.
+
+    Args:
+        model: a causal LM of which everything but the blocks, the tokens' embedding and the output
+            head is loaded.
+        blocks: its decoder blocks, in order.
+        hidden: the output of the last one.
+    """
+
+    def give(entering: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden.to(entering.device)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(computing(block, give))
+        # what enters does not matter, and needs no table of tokens
+        output = model.base_model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
+    final: Tensor = output.last_hidden_state
+    return final
+
+
+@dataclass(frozen=True)
+class _DecoderOutput:
+    """What every causal LM reads of its decoder's output, whatever else its class may hold (router
+    logits, cross attentions).
+    """
+
+    last_hidden_state: Tensor
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@torch.no_grad()
+def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits ``[tokens, vocabulary]`` of what the output head reads, ``[tokens, hidden]``, and what
+    the model does to them.
+
+    Args:
+        model: a causal LM of which the output head is loaded.
+        hidden: of :func:`leave`.
+    """
+    decoder: Any = model.get_decoder()
+    output = _DecoderOutput(hidden.unsqueeze(0))
+    ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+    with computing(decoder, lambda *_, **__: output):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[0]

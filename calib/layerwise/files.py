@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from calib.errors import OutputError
-from calib.sealed import digest
+from calib.files.durable import sync_file, sync_folder
+from calib.files.sealed import digest
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -33,7 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest(path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write ``value`` in place of what ``path`` holds.
 
     Raises:
@@ -51,9 +50,9 @@ def _publish(partial: Path, path: Path) -> None:
     """Rename, once the contents are on the disk: a name must never stand for less than the whole
     file.
     """
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync_file(partial)
     partial.replace(path)
+    sync_folder(path.parent)
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

@@ -1,17 +1,15 @@
-"""Lending a module tree on the meta device its tensors, and its modules another forward function,
-for a while.
-"""
+"""Lending a module tree on the meta device its tensors for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib.layerwise.memory import release_memory
+from calib.process.memory import give_back
 
 
 @contextmanager
@@ -27,22 +25,10 @@ def loaded(model: nn.Module, state: Mapping[str, Tensor], names: Sequence[str]) 
         yield
     finally:
         model.load_state_dict(unloaded, strict=False, assign=True)
-        release_memory(sum(tensor.nbytes for tensor in unloaded.values()))
+        give_back(sum(tensor.nbytes for tensor in unloaded.values()))
 
 
-@contextmanager
-def computing(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """``module`` computes ``function`` inside; its hooks, online rotations among them, stay in
-    effect around it.
-    """
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-def on_device(value: Any, device: torch.device | str) -> Any:
+def on_device(value: object, device: torch.device | str) -> Any:
     """``value`` with every tensor in its tuples, lists and dictionaries on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)

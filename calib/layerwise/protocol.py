@@ -1,5 +1,5 @@
-"""What the walk asks of whoever quantizes the linears; it knows no observer and no weight algorithm
-itself.
+"""What the runner asks of whoever quantizes the linears; it knows no observer and no weight
+algorithm itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ class RunBlock(Protocol):
 
 
 class BlockQuantizer(Protocol[Q]):
-    """Quantizes linears whose inputs it may watch."""
+    """Quantizes linears whose inputs it may watch, and what lies in no block."""
+
+    @property
+    def looks_at_head(self) -> bool:
+        """Whether :meth:`quantize_outside` runs what enters the output head."""
 
     def calibrate(self, block: Block, names: Sequence[str], run: RunBlock) -> Mapping[str, Q]:
         """Quantize the linears ``names`` (paths in the model) of ``block``.
@@ -32,6 +36,19 @@ class BlockQuantizer(Protocol[Q]):
         compute the float function while it does, and must have removed the hooks when it returns.
         It may change float tensors of the block in place (smoothing), and leaves out the linears
         that stay in float.
+        """
+
+    def quantize_outside(
+        self, name: str, tensors: Mapping[str, Tensor], run: Callable[[nn.Module], None]
+    ) -> Q | None:
+        """Quantize a module that lies in no block, an embedding or the output head; ``None`` where
+        it stays in float.
+
+        Args:
+            name: its path in the model.
+            tensors: its own, by their names in the model.
+            run: calls a module on what enters the output head, ``[rows, length, hidden]`` of every
+                calibration batch.
         """
 
     def tensors(self, quantized: Q) -> Mapping[str, Tensor]:

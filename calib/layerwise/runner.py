@@ -16,27 +16,22 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic
+from typing import Generic
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.architectures.groups import reading_groups
 from calib.data.batches import Batch
-from calib.errors import CheckpointError, DataError
-from calib.fusing import FusedModel, unloaded
-from calib.layerwise.activations import Activations
-from calib.layerwise.blocks import Block, outside_blocks
-from calib.layerwise.calls import BlockCall, enter
-from calib.layerwise.modules import loaded
+from calib.errors import CheckpointError
+from calib.fusing import FusedModel
+from calib.layerwise.blocks import Block
+from calib.layerwise.flow import DEFAULT_MAX_MEMORY, Flow
 from calib.layerwise.protocol import BlockQuantizer, Q
 from calib.layerwise.shards import ShardStore
-from calib.layerwise.walk import Replay, calibrate_at_once, calibrate_in_turn
-from calib.network.layout import StockTensors, oriented
-from calib.progress import Progress, silent, track
-
-DEFAULT_MAX_MEMORY = 2 << 30
-"""Bytes of hidden states that are held in memory by default."""
+from calib.layerwise.walk import calibrate_at_once, calibrate_in_turn
+from calib.network.layout import oriented
+from calib.process.progress import Progress, silent, track
 
 
 class CalibrationRunner(Generic[Q]):
@@ -82,29 +77,26 @@ class CalibrationRunner(Generic[Q]):
             OutputError: ``work`` holds a walk and ``resume`` is not given.
             CheckpointError: what is to be resumed is damaged.
         """
-        if any(batch.attention_mask is not None for batch in batches):
-            raise DataError(
-                "layer-wise calibration takes batches without padding",
-                hint="batch rows of equal length together",
-            )
-
+        self._flow = Flow(
+            fused,
+            batches,
+            work,
+            max_memory=max_memory,
+            persist=resumable,
+            to_the_end=calibrator.looks_at_head,
+        )
         self._fused = fused
-        self._batches = list(batches)
         self._calibrator = calibrator
         self._work = work
-        self._max_memory = max_memory // 2  # for the inputs of a block, and as much for its outputs
         self._resumable = resumable
         self._settings = {
-            "batches": _fingerprint(self._batches),
+            "batches": _fingerprint(self._flow.batches),
             "dtype": str(fused.dtype),
             **(settings or {}),
         }
         self._progress = progress
         self._layers = fused.wiring.sizes.layers
-        self._model: Any = unloaded(fused)
-        self._stock = StockTensors(fused.state, fused.wiring)
-        self._calls: dict[torch.Size, list[BlockCall]] = {}
-        self._inputs: Activations | None = None
+        self._prepared = False
         self.shards = ShardStore(work, resume=resume)
 
     def prepare_calibration(self) -> None:
@@ -115,18 +107,20 @@ class CalibrationRunner(Generic[Q]):
             CheckpointError: the hidden states to go on with are missing or damaged.
         """
         start = self._first_unfinished()
+        head_left = _outside_shard(self._fused.wiring.head.name) not in self.shards.finished()
+        runs = start < self._layers or (self._flow.to_the_end and head_left)
         for folder in self._work.glob("hidden-*"):
-            if folder != self._hidden(start):
+            if not runs or folder != self._flow.folder(start):
                 shutil.rmtree(folder)
-        existing = self.shards.next_inputs(_shard(start - 1)) if 0 < start < self._layers else None
-        if existing is not None and len(existing) != len(self._batches):
+        existing = self.shards.next_inputs(_shard(start - 1)) if start and runs else None
+        if existing is not None and len(existing) != len(self._flow.batches):
             raise CheckpointError(
                 f"'{self._work}' keeps no hidden states to go on from",
                 hint="start again in another --work-dir",
             )
-        self._inputs = self._activations(start, existing)
-        if start < self._layers:
-            self._collect(self._inputs, have=existing is not None)
+        if runs:
+            self._flow.enter(start, existing)
+        self._prepared = True
 
     def layerwise_calibration(
         self,
@@ -147,56 +141,32 @@ class CalibrationRunner(Generic[Q]):
             OutputError: a resumed walk was started with other settings.
             CheckpointError: a tensor of the checkpoint holds NaN or Inf, or overflows float16.
         """
-        if self._inputs is None:
+        if not self._prepared:
             self.prepare_calibration()
         flags = {"asym": asym, "w_quant": w_quant, "a_quant": a_quant}
         self.shards.bind(
             self._settings | {name: str(value).lower() for name, value in flags.items()}
         )
+        self._flow.device = torch.device(device)
         for index in track(range(self._layers), "calibrate", self._layers, self._progress):
             if _shard(index) not in self.shards.finished():
-                self._finish_block(index, torch.device(device), **flags)
+                self._finish_block(index, **flags)
         self._finish_outside()
 
-    def _collect(self, inputs: Activations, *, have: bool) -> None:
-        """Record the calls of every shape of batch and, unless we ``have`` them, fill
-        ``inputs``.
-        """
-        blocks = [self._model.get_submodule(self._name(index)) for index in range(self._layers)]
-        head = f"{self._fused.wiring.head.name}."
-        names = [name for name in self._outside() if not name.startswith(head)]
-        with loaded(self._model, self._stock, names):
-            for batch in self._batches:
-                if have and batch.input_ids.shape in self._calls:
-                    continue
-                hidden, self._calls[batch.input_ids.shape] = enter(self._model, blocks, batch)
-                if not have:
-                    inputs.append(hidden)
-
-    def _finish_block(
-        self, index: int, device: torch.device, *, asym: bool, w_quant: bool, a_quant: bool
-    ) -> None:
-        assert self._inputs is not None  # layerwise_calibration prepares
-        name = self._name(index)
-        own = [key for key in self._fused.state if key.startswith(f"{name}.")]
+    def _finish_block(self, index: int, *, asym: bool, w_quant: bool, a_quant: bool) -> None:
         groups = reading_groups(self._fused.wiring, index)
-        outputs = self._activations(index + 1) if index + 1 < self._layers else None
-
-        with loaded(self._model, self._stock, own):
-            block = Block(index, name, self._model.get_submodule(name).to(device))
-            calls = [self._calls[batch.input_ids.shape][index] for batch in self._batches]
-            replay = Replay(block, self._inputs, calls, device)
+        with self._flow.through(index) as passage:
             quantized = (
                 calibrate_in_turn(
-                    self._calibrator, replay, groups, outputs, w_quant=w_quant, a_quant=a_quant
+                    self._calibrator, passage, groups, w_quant=w_quant, a_quant=a_quant
                 )
                 if asym
-                else calibrate_at_once(self._calibrator, replay, groups, outputs)
+                else calibrate_at_once(self._calibrator, passage, groups)
             )
-            kept = outputs.digests if outputs is not None and self._resumable else {}
-            self.shards.write(_shard(index), self._tensors(block, own, quantized), next_inputs=kept)
-        self._inputs.delete()
-        self._inputs = outputs
+            tensors = self._tensors(passage.block, self._flow.tensors_of(index), quantized)
+            outputs = passage.outputs if self._resumable else None
+            kept = {} if outputs is None else outputs.digests
+            self.shards.write(_shard(index), tensors, next_inputs=kept)
 
     def _tensors(
         self, block: Block, own: Sequence[str], quantized: Mapping[str, Q]
@@ -225,19 +195,29 @@ class CalibrationRunner(Generic[Q]):
         """Write embeddings, final norm and output head, a module at a time, for one may be
         large.
         """
-        modules = dict.fromkeys(key.rpartition(".")[0] for key in self._outside())
+        modules = dict.fromkeys(key.rpartition(".")[0] for key in self._flow.outside)
         for module in modules:
-            if f"rest-{module}" not in self.shards.finished():
-                names = [key for key in self._outside() if key.rpartition(".")[0] == module]
-                self.shards.write(
-                    f"rest-{module}", {name: self._fused.state[name] for name in names}
-                )
+            shard = _outside_shard(module)
+            if shard not in self.shards.finished():
+                names = [key for key in self._flow.outside if key.rpartition(".")[0] == module]
+                self.shards.write(shard, self._outside_tensors(module, names))
+        self._flow.delete()
 
-    def _outside(self) -> list[str]:
-        return outside_blocks(list(self._fused.state), self._fused.wiring)
+    def _outside_tensors(self, module: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """What is stored of a module that lies in no block."""
+        tensors = {name: self._fused.state[name] for name in names}
+        quantized = self._calibrator.quantize_outside(module, tensors, self._run_final)
+        if quantized is None:
+            return tensors
+        parts = self._calibrator.tensors(quantized)
+        return {f"{module}.{part}": tensor.cpu() for part, tensor in parts.items()}
 
-    def _name(self, index: int) -> str:
-        return self._fused.wiring.block(index)
+    @torch.no_grad()
+    def _run_final(self, module: nn.Module) -> None:
+        device = self._flow.device
+        module.to(device)
+        for hidden in self._flow.final():
+            module(hidden.to(device))
 
     def _first_unfinished(self) -> int:
         finished = self.shards.finished()
@@ -245,18 +225,13 @@ class CalibrationRunner(Generic[Q]):
             (index for index in range(self._layers) if _shard(index) not in finished), self._layers
         )
 
-    def _hidden(self, index: int) -> Path:
-        return self._work / f"hidden-{index:05d}"
-
-    def _activations(self, index: int, existing: Mapping[str, str] | None = None) -> Activations:
-        """The hidden states that enter block ``index``."""
-        return Activations(
-            self._hidden(index), self._max_memory, persist=self._resumable, existing=existing
-        )
-
 
 def _shard(index: int) -> str:
     return f"block-{index:05d}"
+
+
+def _outside_shard(module: str) -> str:
+    return f"rest-{module}"
 
 
 def _fingerprint(batches: Sequence[Batch]) -> str:

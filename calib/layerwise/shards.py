@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from calib.errors import CheckpointError, OutputError
+from calib.files.reading import MALFORMED, is_file_in, read_json, reason_of
+from calib.files.sealed import digest
 from calib.layerwise.files import write_json, write_tensors
-from calib.reading import read_json
-from calib.sealed import digest
 
 JOURNAL = "journal.json"
 _FOLDER = "shards"
@@ -106,7 +106,7 @@ class ShardStore:
         return dict(self._shards[name]["next_inputs"])
 
     def _path(self, name: str) -> Path:
-        return self.folder / _FOLDER / f"quantized_model-{name}.safetensors"
+        return self.folder / _FOLDER / _file(name)
 
     def _write(self) -> None:
         write_json(self.folder / JOURNAL, {"settings": self._settings, "shards": self._shards})
@@ -117,11 +117,19 @@ class ShardStore:
             journal = read_json(path)
             self._settings, self._shards = dict(journal["settings"]), dict(journal["shards"])
             expected = {name: str(shard["sha256"]) for name, shard in self._shards.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"'{path}' is damaged: {error!r}", hint=_AGAIN) from error
+            for name in self._shards:
+                self.next_inputs(name)
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"'{path}' is damaged: {reason_of(error)}", hint=_AGAIN
+            ) from error
         for name, sha256 in expected.items():
             shard = self._path(name)
-            if not shard.is_file() or digest(shard) != sha256:
+            if not is_file_in(self.folder / _FOLDER, _file(name)) or digest(shard) != sha256:
                 raise CheckpointError(
                     f"'{shard}' is missing or damaged, but {JOURNAL} lists it", hint=_AGAIN
                 )
+
+
+def _file(name: str) -> str:
+    return f"quantized_model-{name}.safetensors"

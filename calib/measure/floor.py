@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from calib.arithmetic.inputs import input_steps
 from calib.arithmetic.rounding import neighbours, round_to_format
+from calib.arithmetic.tiles import rows_at_once
 from calib.artifact import QuantizedModel
 from calib.measure.perplexity import LogitsFunction, model_logits
 from calib.measure.reference import ReferenceLinear, build_reference, split_sums
@@ -52,9 +53,17 @@ class Difference:
 
     def add(self, values: Tensor, reference: Tensor) -> None:
         """Take in ``values`` and what they should be, of the same shape."""
-        reference = reference.double().cpu()
-        self._squares += float((values.double().cpu() - reference).square().sum())
-        self._reference += float(reference.square().sum())
+        rows, wanted = (x.cpu().reshape(-1, x.shape[-1]) for x in (values, reference))
+        size = rows_at_once(rows)
+        for some, should in zip(torch.split(rows, size), torch.split(wanted, size), strict=True):
+            exact = should.double()
+            self._reference += float(exact.square().sum())
+            self._squares += float(exact.sub_(some).square().sum())
+
+    def include(self, other: Difference) -> None:
+        """Take in all that ``other`` has taken in."""
+        self._squares += other._squares
+        self._reference += other._reference
 
     @property
     def value(self) -> float:
@@ -73,8 +82,8 @@ class Distances:
     def add(self, values: Tensor, reference: Tensor) -> None:
         """Take in the logits of one row, and what they should be."""
         one = Difference()
-        for each in (one, self.total):
-            each.add(values, reference)
+        one.add(values, reference)
+        self.total.include(one)
         self.of_rows.append(one.value)
 
     @property

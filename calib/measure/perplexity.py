@@ -17,19 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calib.arithmetic.tiles import rows_at_once
 from calib.errors import DataError, QuantizationError
+from calib.modules.lending import computing
 
 LogitsFunction = Callable[[Tensor], Tensor]
 """From token ids [1, T] int64 to logits [1, T, V] of any floating dtype."""
-
-_SCORED_AT_ONCE = 256
-"""Positions converted to float64 at once: all 2048 of a window would be 2 GB at a vocabulary of 128
-000.
-"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,16 @@ class Comparison:
         candidate: perplexity of the candidate.
         kl: mean KL(reference ‖ candidate) of a token's distribution, in nats.
         top1: the fraction of tokens for which both predict the same token.
+        row_kls: ``kl`` of each row by itself.
+        row_tokens: tokens scored in each row.
     """
 
     reference: Perplexity
     candidate: Perplexity
     kl: float
     top1: float
+    row_kls: tuple[float, ...]
+    row_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -114,33 +116,40 @@ def compare_logits(
     Raises:
         DataError: also if the vocabularies differ.
     """
-    nll_reference = nll_candidate = divergence = 0.0
-    agreed = tokens = 0
-    for inputs, targets, first in _windows(rows, window, stride):
-        p = _run(reference, inputs, "reference")
-        q = _run(candidate, inputs, "candidate").to(p.device)
-        if p.shape != q.shape:
-            raise DataError(
-                f"the reference has a vocabulary of {p.shape[-1]}, the candidate one of"
-                f" {q.shape[-1]}",
-                hint="Compare a model with an export of the same model.",
-            )
-        pairs = zip(_scored(p, targets, first), _scored(q, targets, first), strict=True)
-        for (log_p, wanted), (log_q, _) in pairs:
-            nll_reference -= _picked(log_p, wanted)
-            nll_candidate -= _picked(log_q, wanted)
-            # A sum over the vocabulary of p log(p/q): the rounding of a zero divergence can be
-            # below zero.
-            divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).sum())
-            agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            tokens += wanted.numel()
+    nll_reference = nll_candidate = 0.0
+    agreed = 0
+    rows_found: list[tuple[float, int]] = []
+    for row in rows:
+        divergence, tokens = 0.0, 0
+        for inputs, targets, first in _windows([row], window, stride):
+            p = _run(reference, inputs, "reference")
+            q = _run(candidate, inputs, "candidate").to(p.device)
+            if p.shape != q.shape:
+                raise DataError(
+                    f"the reference has a vocabulary of {p.shape[-1]}, the candidate one of"
+                    f" {q.shape[-1]}",
+                    hint="Compare a model with an export of the same model.",
+                )
+            pairs = zip(_scored(p, targets, first), _scored(q, targets, first), strict=True)
+            for (log_p, wanted), (log_q, _) in pairs:
+                nll_reference -= _picked(log_p, wanted)
+                nll_candidate -= _picked(log_q, wanted)
+                # A sum over the vocabulary of p log(p/q): the rounding of a zero divergence can be
+                # below zero.
+                divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).sum())
+                agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                tokens += wanted.numel()
+        if tokens:
+            rows_found.append((divergence, tokens))
 
-    scored = _some(tokens)
+    scored = _some(sum(tokens for _, tokens in rows_found))
     return Comparison(
-        reference=Perplexity(nll_reference / scored, tokens),
-        candidate=Perplexity(nll_candidate / scored, tokens),
-        kl=divergence / scored,
+        reference=Perplexity(nll_reference / scored, scored),
+        candidate=Perplexity(nll_candidate / scored, scored),
+        kl=math.fsum(divergence for divergence, _ in rows_found) / scored,
         top1=agreed / scored,
+        row_kls=tuple(divergence / tokens for divergence, tokens in rows_found),
+        row_tokens=tuple(tokens for _, tokens in rows_found),
     )
 
 
@@ -152,6 +161,34 @@ def model_logits(model: nn.Module) -> LogitsFunction:
         with torch.no_grad():
             logits: Tensor = model(input_ids=input_ids.to(device), use_cache=False).logits
         return logits
+
+    return run
+
+
+def remembered_logits(model: nn.Module) -> LogitsFunction:
+    """:func:`model_logits` of a float model that is asked for the same tokens again and again: its
+    decoder runs once over them.
+
+    What is kept is what the decoder gives the head, ``[1, T, hidden]`` for each row; logits, which
+    are as many times larger as the vocabulary is, are made anew.
+    """
+    logits = model_logits(model)
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
+    if decoder is model:  # no head of its own
+        return logits
+    kept: dict[bytes, Any] = {}
+
+    def run(input_ids: Tensor) -> Tensor:
+        key = input_ids.cpu().numpy().tobytes()
+        forward = decoder.forward
+
+        def once(*arguments: object, **settings: object) -> Any:
+            if key not in kept:
+                kept[key] = forward(*arguments, **settings)
+            return kept[key]
+
+        with computing(decoder, once):
+            return logits(input_ids)
 
     return run
 
@@ -205,8 +242,10 @@ def _scored(logits: Tensor, targets: Tensor, first: int) -> Iterator[tuple[Tenso
         raise QuantizationError(
             "the logits hold NaN or Inf", hint="The model overflows in its dtype, or is damaged."
         )
+    # what they become in float64 is made anew for every part: small parts stay in the cache
+    positions = rows_at_once(logits)
     for some, wanted in zip(
-        torch.split(logits, _SCORED_AT_ONCE), torch.split(targets, _SCORED_AT_ONCE), strict=True
+        torch.split(logits, positions), torch.split(targets, positions), strict=True
     ):
         yield torch.log_softmax(some.double(), dim=-1), wanted.to(some.device)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -85,6 +86,35 @@ class ReferenceLinear(nn.Module):
         return linear(x, cast(Tensor, self.weight), cast("Tensor | None", self.bias))
 
 
+class LazyReferenceLinear(ReferenceLinear):
+    """The same, its weight computed from the artifact whenever it is asked for, and not kept: a
+    model of these holds the integers alone.
+    """
+
+    def __init__(
+        self,
+        linear: QuantizedLinear,
+        rotation: Rotation | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.source = linear
+        self.rotation = rotation
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]`` in the dtype of the model."""
+        return self.source.values().to(self._dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out]``, if there is one."""
+        bias = self.source.bias
+        return None if bias is None else bias.to(self._dtype)
+
+
 class _FloatLinear(nn.Linear):
     """A float linear whose products can be summed in two halves."""
 
@@ -95,7 +125,7 @@ class _FloatLinear(nn.Linear):
 
 def build_reference(model: QuantizedModel, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The Hugging Face model of ``model.config`` in eval mode on the CPU, its quantized linears
-    fake-quantized.
+    fake-quantized; of one that was quantized block by block, each weight only while it multiplies.
 
     Args:
         model: the artifact. Any rotation may be in it; :mod:`calib.network.online` attaches those
@@ -110,10 +140,11 @@ def build_reference(model: QuantizedModel, *, dtype: torch.dtype = torch.float32
         for name in tables & model.linears.keys()
     }
     modules: dict[str, nn.Module] = {}
+    kind = LazyReferenceLinear if model.by_blocks else ReferenceLinear
     for name, linear in model.linears.items():
         if name not in tables:
             rotation = model.rotations[linear.online_rotation] if linear.online_rotation else None
-            modules[name] = ReferenceLinear(linear, rotation, dtype=dtype)
+            modules[name] = kind(linear, rotation, dtype=dtype)
     gather_experts(modules, floats, wiring, model.rotations)
     stock = StockTensors(floats, wiring)
     network = build_skeleton(model.config, stock, skip=set(modules))
@@ -150,6 +181,22 @@ def split_sums(reference: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             del module.split_sums
+
+
+@contextmanager
+def unrounded_inputs(reference: nn.Module) -> Iterator[None]:
+    """Within the block, the linears of ``reference``, of :func:`build_reference`, take their inputs
+    as they are.
+    """
+    linears = [module for module in reference.modules() if isinstance(module, ReferenceLinear)]
+    sources = [linear.source for linear in linears]
+    for linear in linears:
+        linear.source = replace(linear.source, input_scheme=None)
+    try:
+        yield
+    finally:
+        for linear, source in zip(linears, sources, strict=True):
+            linear.source = source
 
 
 def _split(module: nn.Module) -> bool:
@@ -196,7 +243,7 @@ def _split_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, each of its products summed in two halves."""
     return attend(_split_matmul, query, key, value, attention_mask, scaling, softcap), None

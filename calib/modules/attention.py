@@ -23,9 +23,17 @@ def attention_implementation(config: PreTrainedConfig) -> str:
     """The name, in transformers' registry, of the attention function that computes all that
     ``config`` asks for.
     """
-    if getattr(config, "attn_logit_softcapping", None) is None:
-        return "sdpa"
-    return registered(_CAPPED, _capped)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return registered(_CAPPED, _capped)
+    return "sdpa" if _has_fused(config) else "eager"
+
+
+def _has_fused(config: PreTrainedConfig) -> bool:
+    """Whether the model of ``config`` computes all of its attention by the scaled dot product."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # here: it takes seconds to import
+
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(model, "_supports_sdpa", True))
 
 
 def registered(
@@ -101,7 +109,7 @@ def _capped(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it; tensors as in :func:`attend`."""
     return attend(torch.matmul, query, key, value, attention_mask, scaling, softcap), None

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calib.architectures import supported_model_types
 from calib.errors import CheckpointError, UnsupportedModelError
+from calib.files.reading import MALFORMED, is_file_in, read_json, reason_of, regular_file
 from calib.network.contents import MOST_LAYERS, layers_of, refuse_files, too_many_layers
-from calib.reading import read_json, reason_of
+from calib.network.quantized import Computed, Quantization, quantization_of, with_floats
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -34,14 +35,24 @@ _IGNORED = ["*/*", "consolidated*"]
 class Checkpoint(Mapping[str, Tensor]):
     """Tensors by name. A tensor is read from its file when it is asked for and is not kept."""
 
-    def __init__(self, tensors: Mapping[str, Any], *, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        *,
+        folder: Path | None = None,
+        quantization: Quantization | None = None,
+    ) -> None:
         """
         Args:
             tensors: by name, either a tensor or the open safetensors file that holds it.
             folder: where the checkpoint lies, if it lies anywhere.
+            quantization: how the files are quantized, which are read as floats.
         """
         self._tensors = dict(tensors)
+        if quantization is not None:
+            self._tensors = with_floats(self._tensors, quantization)
         self.folder = folder
+        self.quantization = quantization
 
     @classmethod
     def from_module(cls, module: Any) -> Checkpoint:
@@ -52,7 +63,14 @@ class Checkpoint(Mapping[str, Tensor]):
         held = self._tensors[name]
         if isinstance(held, Tensor):
             return held
-        tensor: Tensor = held.get_tensor(name)
+        try:
+            tensor: Tensor = held.get_tensor(name)
+        # a dtype that torch has not
+        except (SafetensorError, *MALFORMED) as error:
+            raise CheckpointError(
+                f"tensor {name} of {self.folder} cannot be read: {reason_of(error)}",
+                hint="download or copy it again",
+            ) from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -65,6 +83,13 @@ class Checkpoint(Mapping[str, Tensor]):
         """Shape of a tensor, without reading it."""
         held = self._tensors[name]
         return tuple(held.shape if isinstance(held, Tensor) else held.get_slice(name).get_shape())
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes in its file; of a quantized one, its scales among them."""
+        held = self._tensors[name]
+        if isinstance(held, Computed):
+            return held.stored_bytes()
+        return self[name].nbytes
 
     def stored_dtypes(self) -> dict[str, tuple[str, int]]:
         """Of each tensor in a file, its dtype as safetensors spells it (``BF16``) and how many
@@ -86,7 +111,8 @@ def load_config(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Any:
-    """The transformers config of a model folder or hub id.
+    """The transformers config of a model folder or hub id; that of the float model where the
+    checkpoint is quantized in a way that :func:`open_checkpoint` reads.
 
     Args:
         path_or_id: a folder with a ``config.json``, or the id of a model on the Hugging Face hub.
@@ -104,37 +130,44 @@ def load_config(
     if folder is not None:
         _check_config_json(folder)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             str(folder or path_or_id), trust_remote_code=trust_remote_code, revision=revision
         )
     except Exception as error:
         # transformers raises OSError for anything from a missing file to no network, ValueError for
         # an unknown model.
         raise _config_error(str(path_or_id), error) from error
+    if quantization_of(vars(config)) is not None:
+        del config.quantization_config
+    return config
 
 
 def open_checkpoint(
     path_or_id: str | os.PathLike[str], *, revision: str | None = None
 ) -> Checkpoint:
     """Open the safetensors weights of a model folder or hub id; a hub id is downloaded to the
-    Hugging Face cache first.
+    Hugging Face cache first. Quantized weights that rotq reads are floats in it
+    (:mod:`calib.network.quantized`).
 
     Nothing is read but the headers. Shards are listed by ``model.safetensors.index.json``, or there
     is a single ``model.safetensors``.
 
     Raises:
         CheckpointError: the folder is missing or empty, has no config.json, holds only pickles, or
-            a shard is missing, truncated or lacks a tensor that the index promises; or the hub
-            cannot be reached.
+            a shard is missing, truncated or lacks a tensor that the index promises; a quantized
+            weight lacks a part; or the hub cannot be reached.
     """
     folder = _local_folder(path_or_id) or _download(str(path_or_id), revision)
-    _check_config_json(folder)
-    refuse_files(folder, str(folder), ignore_unused=True)  # of adapters, the run decides
+    quantization = quantization_of(_check_config_json(folder))
+    # of adapters, the run decides
+    refuse_files(folder, str(folder), ignore_unused=True, quantized=quantization is not None)
     if (folder / _INDEX).is_file():
-        return Checkpoint(_open_sharded(folder), folder=folder)
+        tensors = _open_sharded(folder)
+        return Checkpoint(tensors, folder=folder, quantization=quantization)
     if (folder / _SINGLE).is_file():
         shard = _open(folder / _SINGLE)
-        return Checkpoint(dict.fromkeys(shard.keys(), shard), folder=folder)
+        tensors = dict.fromkeys(shard.keys(), shard)
+        return Checkpoint(tensors, folder=folder, quantization=quantization)
     raise _no_weights(folder)
 
 
@@ -167,8 +200,10 @@ def _local_folder(path_or_id: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _check_config_json(folder: Path) -> None:
-    """Refuse a config.json that transformers would wait for, or fill the memory with."""
+def _check_config_json(folder: Path) -> dict[str, Any]:
+    """The content of config.json; refuse one that transformers would wait for, or fill the memory
+    with.
+    """
     path = folder / "config.json"
     if not path.exists():
         refuse_files(folder, str(folder))  # an adapter, or GGUF
@@ -177,7 +212,7 @@ def _check_config_json(folder: Path) -> None:
             hint="pass the folder that the model was saved to",
         )
     try:
-        config = read_json(path)
+        config: dict[str, Any] = read_json(path)
     except ValueError as error:
         raise CheckpointError(
             f"the config of {folder} cannot be read: config.json: {error}",
@@ -186,21 +221,39 @@ def _check_config_json(folder: Path) -> None:
     layers = layers_of(config)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise too_many_layers(layers, folder)
+    return config
 
 
 def _config_error(source: str, error: Exception) -> CheckpointError | UnsupportedModelError:
     reason = reason_of(error)
-    if isinstance(error, ValueError) and (
-        "model type" in str(error) or "trust_remote_code" in str(error)
-    ):
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         return UnsupportedModelError(
-            f"transformers has no model of its own for {source}: {reason}",
-            hint=f"supported model types are: {', '.join(supported_model_types())}",
+            f"{source} is a model with code of its own, which the installed transformers"
+            f" ({version('transformers')}) does not have",
+            hint=(
+                "rotq takes models of transformers' own classes, and reads no wiring out of other"
+                " code, trusted or not: --trust-remote-code is for tokenizers"
+            ),
+        )
+    if isinstance(error, ValueError) and "model type" in str(error):
+        return UnsupportedModelError(
+            f"the installed transformers ({version('transformers')}) has no model of the type of"
+            f" {source}: {reason}",
+            hint=f"check model_type in config.json; {_known_versions()}",
         )
     return CheckpointError(
         f"the config of {source} cannot be read: {reason}",
         hint="check the folder or hub id; for a gated model log in with: hf auth login",
     )
+
+
+def _known_versions() -> str:
+    """Which versions of transformers rotq takes, in words."""
+    try:
+        wanted = next(each for each in requires("rotq") or () if each.startswith("transformers"))
+    except (PackageNotFoundError, StopIteration):  # a tree that was not installed
+        return "newer types come with newer versions of transformers"
+    return f"a newer type needs a newer rotq: this one works with {wanted.partition(';')[0]}"
 
 
 def _download(model_id: str, revision: str | None) -> Path:
@@ -247,10 +300,10 @@ def _conversion(folder: Path) -> str:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        return safe_open(regular_file(path), framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path.name} in {path.parent} is damaged or truncated: {error}",
+            f"{path.name} in {path.parent} is damaged or truncated: {reason_of(error)}",
             hint="download or copy it again",
         ) from error
 
@@ -260,8 +313,7 @@ def _open_sharded(folder: Path) -> dict[str, Any]:
     weight_map: dict[str, str] = index["weight_map"]
     shards: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
-        # A name with folders in it would reach outside the checkpoint.
-        if Path(name).name != name or not (folder / name).is_file():
+        if not is_file_in(folder, name):
             raise CheckpointError(
                 f"shard {name} is missing from {folder}, but {_INDEX} lists it",
                 hint="download or copy it again",
@@ -294,6 +346,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
             raise TypeError("a shard is not given by its name")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{_INDEX} in {folder} is damaged: {error}", hint="download or copy it again"
+            f"{_INDEX} in {folder} is damaged: {reason_of(error)}", hint="download or copy it again"
         ) from error
     return index

@@ -47,7 +47,11 @@ _MERGE = (
 
 
 def refuse_files(
-    folder: Path | Collection[str], source: str, *, ignore_unused: bool = False
+    folder: Path | Collection[str],
+    source: str,
+    *,
+    ignore_unused: bool = False,
+    quantized: bool = False,
 ) -> None:
     """Refuse a folder that holds an adapter, or weights that are quantized already.
 
@@ -55,6 +59,8 @@ def refuse_files(
         folder: the folder, or the names of the files in it.
         source: the model, for the message.
         ignore_unused: go on where an adapter lies beside weights.
+        quantized: the weights are quantized in a way that is read; what their quantizer wrote
+            beside them passes.
 
     Raises:
         CheckpointError: with the reason.
@@ -66,7 +72,7 @@ def refuse_files(
         hint = _MERGE + (", or leave it out: --ignore-unused" if weights else "")
         raise CheckpointError(f"'{source}' holds an adapter ({ADAPTER}) {beside}", hint=hint)
     found = next((name for name in _SIDE_FILES if name in names), None)
-    if found is not None:
+    if found is not None and not quantized:
         raise _quantized(source, f"{_SIDE_FILES[found]}: it has a {found}")
     gguf = next((name for name in names if name.endswith(".gguf")), None)
     if gguf is not None and not weights:

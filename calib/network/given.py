@@ -2,7 +2,8 @@
 config describes.
 
 rotq builds models from configs and tensors. What an object has beside these (another activation,
-rotary frequencies that were rounded, quantizers) would be lost without a word.
+rotary frequencies that were rounded, quantizers, hooks, a ``forward`` of its own) would be lost
+without a word.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ _CURES = {
 }
 """What to do about modules, by the package that their class is from."""
 _RELOAD = "give the model as from_pretrained loads it, with the config that it was made from"
+_HOOKS = {"_forward_hooks": "a forward hook", "_forward_pre_hooks": "a forward pre-hook"}
+"""Where a module keeps what it calls around its ``forward``, and what that is."""
+_LIBRARY = "transformers."
+"""Package whose hooks only watch: they record outputs, and ask for gradients."""
 
 
 def unwrapped(model: Any) -> Any:
@@ -76,10 +81,12 @@ def check_given(model: nn.Module) -> None:
         return
     found, module = difference
     package = type(module).__module__
-    cures = (cure for prefix, cure in _CURES.items() if package.startswith(prefix))
+    cures = [cure for prefix, cure in _CURES.items() if package.startswith(prefix)]
+    if "_hf_hook" in vars(module):
+        cures.append("load it without device_map: accelerate has replaced its forward")
     raise UnsupportedModelError(
         f"the model given is not the one that its config describes: {found}",
-        hint=next(cures, _RELOAD),
+        hint=next(iter(cures), _RELOAD),
     )
 
 
@@ -94,11 +101,29 @@ def _differences(model: nn.Module, expected: nn.Module) -> Iterator[tuple[str, n
         if type(module) is not type(ours[name]):
             yield f"{called} is {_class(module)}, expected {_class(ours[name])}", module
             return
+        yield from _behaviour(called, module, ours[name])
         if name:
             yield from _settings(name, module, ours[name])
         yield from _buffers(name, module, ours[name])
     for name in ours.keys() - theirs.keys():
         yield f"it has no module {name}", model
+
+
+def _behaviour(
+    called: str, module: nn.Module, expected: nn.Module
+) -> Iterator[tuple[str, nn.Module]]:
+    """What runs with the module, or in place of its methods, and is in no class."""
+    for key, what in _HOOKS.items():
+        for hook in getattr(module, key).values():
+            if not str(getattr(hook, "__module__", "")).startswith(_LIBRARY):
+                yield (
+                    f"{called} has {what} ({_function(hook)}), which rotq cannot take along",
+                    module,
+                )
+    own = vars(expected)
+    for key, value in vars(module).items():
+        if key not in own and callable(value) and callable(getattr(type(module), key, None)):
+            yield f"{called}.{key} was replaced ({_function(value)})", module
 
 
 def _settings(name: str, module: nn.Module, expected: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -145,6 +170,11 @@ def _same(theirs: Tensor, ours: Tensor) -> bool:
     if theirs.shape != ours.shape:
         return False
     return torch.allclose(theirs.detach().cpu(), ours, rtol=_TOLERANCE, atol=0.0)
+
+
+def _function(function: object) -> str:
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
 
 
 def _class(module: nn.Module) -> str:

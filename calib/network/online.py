@@ -10,7 +10,7 @@ R3 multiplies queries and keys per head, after RoPE and *before* the KV cache, s
 and whatever quantizes them are rotated: ``(q R3) (k R3)^T = q k^T``. transformers has no hook at
 that point, so the function ``apply_rotary_pos_emb`` of the modeling module is wrapped once, and
 hooks on an attention module switch the wrapper on for the duration of its forward. Layers without
-RoPE are rotated at the output of the query and key projections.
+RoPE are rotated at the output of the query and key projections, or of the norms behind them.
 
 Hooks survive ``copy.deepcopy``, ``torch.export`` and ModelOpt's replacement of modules, whose
 quantizers see the rotated activations.
@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from calib.architectures import Dimensions, LinearSpec, Space, Wiring
+from calib.architectures import LinearSpec, Space, Wiring
 from calib.errors import RotationError, UnsupportedModelError
 from calib.network.experts import mix_experts
 from calib.rotations.rotation_set import Rotation, RotationSet
@@ -70,7 +70,7 @@ def attach_online(model: nn.Module, wiring: Wiring, rotations: RotationSet) -> N
             attention = model.get_submodule(wiring.attention(layer))
             _attach_r3_after_rope(attention, rotation)
         else:
-            _attach_r3_to_projections(model, wiring.layer_linears(layer), rotation, sizes)
+            _attach_r3_without_rope(model, wiring, layer, rotation)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Activate:
         _active.rotation = self.rotation
 
 
-def _deactivate(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _deactivate(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
     _active.rotation = None
 
 
@@ -176,8 +176,8 @@ def _followed_by_r3(
 
 @dataclass(frozen=True)
 class _RotateHeads:
-    """Forward hook of a projection: rotate the heads that lie in ``slices`` of its output
-    features.
+    """Forward hook of a projection, or of a norm per head: rotate the heads that lie in ``slices``
+    of its output features.
     """
 
     rotation: Rotation
@@ -194,13 +194,17 @@ class _RotateHeads:
         return result
 
 
-def _attach_r3_to_projections(
-    model: nn.Module, linears: list[LinearSpec], rotation: Rotation, sizes: Dimensions
+def _attach_r3_without_rope(
+    model: nn.Module, wiring: Wiring, layer: int, rotation: Rotation
 ) -> None:
-    for spec in linears:
+    """At the norms of queries and keys if there are any, else at their projections."""
+    norms = wiring.query_key_norms(layer)
+    for name in norms:
+        model.get_submodule(name).register_forward_hook(_RotateHeads(rotation, (slice(None),)))
+    for spec in [] if norms else wiring.layer_linears(layer):
         slices: tuple[slice, ...] = (slice(None),) if spec.writes is Space.QUERY_KEY else ()
         for part in spec.parts:
             if part.space is Space.QUERY_KEY:
-                slices += tuple(spec.part(part.role, sizes))
+                slices += tuple(spec.part(part.role, wiring.sizes))
         if slices:
             model.get_submodule(spec.name).register_forward_hook(_RotateHeads(rotation, slices))

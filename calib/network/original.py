@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calib.errors import CheckpointError
+from calib.files.reading import is_failure, reason_of
 from calib.modules.attention import attention_implementation
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def load_network(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     complete: bool = False,
+    floats: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """The causal LM in ``folder``, in eval mode and without gradients.
 
@@ -34,19 +37,33 @@ def load_network(
         dtype: of its parameters.
         device: where it is put.
         complete: whether it must also hold no tensor that the network has no place for.
+        floats: its tensors by their published names, where the files in the folder are quantized.
 
     Raises:
-        CheckpointError: transformers does not find every tensor of the network in it.
+        CheckpointError: transformers does not load it, or does not find every tensor of the network
+            in it.
     """
-    from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
+    # here, because it takes seconds to import
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention_implementation(config),
-        output_loading_info=True,
-    )
+    try:
+        # the class itself: the automatic one asks for a folder
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            folder if floats is None else None,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_implementation(config),
+            output_loading_info=True,
+            state_dict=None if floats is None else dict(floats),
+        )
+    # whatever it makes of side files (generation_config.json) and numbers that it did not expect
+    except Exception as error:
+        if not is_failure(error):
+            raise
+        raise CheckpointError(
+            f"transformers does not load the model in '{folder}': {reason_of(error)}",
+            hint="download or write the folder again",
+        ) from error
     if not complete:
         info.pop("unexpected_keys", None)
 

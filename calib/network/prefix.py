@@ -54,12 +54,7 @@ def compute_prefix(
         QuantizationError: there is no token, one is outside the vocabulary, or the attention of a
             layer cannot be reached.
     """
-    vocabulary = int(wiring.config.vocab_size)
-    if not tokens or not all(0 <= token < vocabulary for token in tokens):
-        raise QuantizationError(
-            f"a prefix of the tokens {list(tokens)} does not fit a vocabulary of {vocabulary}",
-            hint="give ids of the model's own tokenizer, or --prefix auto",
-        )
+    check_tokens(wiring, tokens)
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def look(layer: int, key: Tensor, value: Tensor) -> None:
@@ -72,6 +67,20 @@ def compute_prefix(
 
     keys, values = ({layer: part[index] for layer, part in found.items()} for index in (0, 1))
     return Prefix(tuple(int(token) for token in tokens), keys, values, reason)
+
+
+def check_tokens(wiring: Wiring, tokens: Sequence[int]) -> None:
+    """Refuse ``tokens`` that no prefix of the model of ``wiring`` can have.
+
+    Raises:
+        QuantizationError: there is none, or one is outside the vocabulary.
+    """
+    vocabulary = int(wiring.config.vocab_size)
+    if not tokens or not all(0 <= token < vocabulary for token in tokens):
+        raise QuantizationError(
+            f"a prefix of the tokens {list(tokens)} does not fit a vocabulary of {vocabulary}",
+            hint="give ids of the model's own tokenizer, or --prefix auto",
+        )
 
 
 def attach_prefix(model: nn.Module, wiring: Wiring, prefix: Prefix) -> None:

@@ -13,16 +13,12 @@ from torch import Tensor, nn
 
 from calib.architectures import Wiring, wiring_of
 from calib.errors import CheckpointError
-from calib.modules.attention import attention_implementation
 from calib.modules.paths import set_submodule
-from calib.reading import reason_of
+from calib.modules.tree import template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_KEPT_TEMPLATES = 4
-"""Module trees without weights that are kept: a run has its model in one or two dtypes."""
-_TEMPLATES: dict[tuple[type, str, str], Any] = {}
 _MIXED = "the folder mixes files of two models, or was edited after it was written"
 
 
@@ -41,15 +37,15 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) 
             from do not matter, and the module tree says nothing of the latter.
         dtype: of the floating-point tensors.
     """
-    return deepcopy(_template(config, dtype))
+    return deepcopy(template(config, dtype))
 
 
 def expected_tensors(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor in the state dict of the model of ``config``, tied ones
     included.
     """
-    template = _template(config, torch.float32)
-    return {name: tensor.shape for name, tensor in template.state_dict().items()}
+    model = template(config, torch.float32)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def oriented_shapes(wiring: Wiring) -> dict[str, tuple[int, ...]]:
@@ -62,58 +58,27 @@ def oriented_shapes(wiring: Wiring) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _template(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """The module tree of ``config``, built once: a copy of it takes an eighth of the time.
-
-    Nobody may change it.
-    """
-    attention = attention_implementation(config)
-    # A copy, because from_config writes dtype and attention implementation into the config it is
-    # given. What does not shape the tree is made the same, so that every reader of one model (the
-    # checkpoint, an artifact, a trace) finds the one tree.
-    own = deepcopy(config)
-    own.dtype = dtype
-    own._name_or_path = ""
-
-    key = (type(own), own.to_json_string(use_diff=False), attention)
-    if key not in _TEMPLATES:
-        from transformers import AutoModelForCausalLM  # here, because it takes seconds to import
-
-        while len(_TEMPLATES) >= _KEPT_TEMPLATES:
-            del _TEMPLATES[next(iter(_TEMPLATES))]
-        try:
-            with torch.device("meta"):
-                _TEMPLATES[key] = AutoModelForCausalLM.from_config(
-                    own, dtype=dtype, attn_implementation=attention
-                )
-        except Exception as error:  # whatever a class makes of numbers that it did not expect
-            raise CheckpointError(
-                f"transformers cannot build the {own.model_type} model of this config:"
-                f" {reason_of(error)}",
-                hint="check the numbers in config.json",
-            ) from error
-    return _TEMPLATES[key]
-
-
 @torch.no_grad()
 def fill_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their
     values, on the CPU.
 
     They cannot be computed on the meta device. transformers recomputes them after loading in
-    ``_init_weights``, which leaves tensors alone that are marked as initialised; this does the
-    same.
+    ``_init_weights`` of the innermost model around a module, which leaves tensors alone that are
+    marked as initialised; this does the same.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
-    for module in model.modules():
+    models = {name: each for name, each in model.named_modules() if hasattr(each, "_init_weights")}
+    for path, module in model.named_modules():
         names = [
             name for name in module._non_persistent_buffers_set if module._buffers[name] is not None
         ]
         for name in names:
             setattr(module, name, torch.empty_like(module._buffers[name], device="cpu"))
         if names:
-            model._init_weights(module)
+            around = (name for name in models if f"{path}.".startswith(f"{name}." if name else ""))
+            models[max(around, key=len)]._init_weights(module)
 
 
 def accept_biases(model: nn.Module, names: Iterable[str]) -> None:

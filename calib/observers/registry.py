@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from calib.arithmetic.grids import weight_limits
-from calib.errors import QuantizationError
+from calib.errors import QuantizationError, did_you_mean
 from calib.observers.entropy import entropy_limits
 from calib.observers.extremes import Extremes, MovingExtremes
 from calib.observers.histogram import Histogram
@@ -144,7 +144,8 @@ def observer_named(spec: str) -> ObserverFactory:
     if name not in OBSERVERS:
         raise QuantizationError(
             f"unknown observer '{name}'",
-            hint=f"the observers are: {', '.join(map(_usage, OBSERVERS))}",
+            hint=f"{did_you_mean(name, OBSERVERS)}the observers are:"
+            f" {', '.join(map(_usage, OBSERVERS))}",
         )
     entry = OBSERVERS[name]
     if entry.parameter is None:

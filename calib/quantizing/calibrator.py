@@ -23,7 +23,7 @@ from calib.errors import DataError, QuantizationError
 from calib.fusing import FusedModel, materialize
 from calib.modules.watch import Run
 from calib.network.skeleton import oriented_shapes, portable_config
-from calib.progress import Progress, silent, track
+from calib.process.progress import Progress, silent, track
 from calib.quantizing.observation import Observed, Watchlist, observe
 from calib.quantizing.plan import Quantization
 from calib.schemes import PerBlock
@@ -298,7 +298,7 @@ def kept_reasons(fused: FusedModel, quantized: Collection[str]) -> dict[str, str
     A 3-D expert parameter is quantized where its experts are, which have names of their own.
     """
     head = fused.wiring.head.name
-    return {
+    return dict(fused.wiring.architecture.kept) | {
         spec.name: KEPT_HEAD if spec.name == head else KEPT_ROUTER
         for spec in fused.wiring.linears
         if spec.name not in quantized and f"{spec.name}.0" not in quantized

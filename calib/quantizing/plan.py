@@ -124,6 +124,58 @@ def _customised_activation(
     return activation if symmetric is None else replace(activation, symmetric=symmetric)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a scheme and its overrides make of linears, by name.
+
+    Attributes:
+        linears: what is done to each; ``None``: it stays in float.
+        overridden: those that an override names.
+        unmatched: overrides that match nothing.
+    """
+
+    linears: dict[str, LinearScheme | None]
+    overridden: set[str]
+    unmatched: list[str]
+
+
+def choose(
+    scheme: Scheme,
+    overrides: Mapping[str, str],
+    decoder: Mapping[str, str],
+    outside: Sequence[str],
+) -> Choice:
+    """Apply the patterns of overrides, as :func:`resolve` describes them.
+
+    Args:
+        scheme: the rule for the decoder's linears.
+        overrides: scheme names by pattern.
+        decoder: the decoder's linears, each with another name that patterns may match.
+        outside: names of embeddings and of the output head.
+
+    Raises:
+        QuantizationError: an unknown scheme.
+    """
+    chosen: dict[str, LinearScheme | None] = dict.fromkeys(decoder, scheme.linear)
+    overridden: set[str] = set()
+    unmatched = []
+    for pattern, name in overrides.items():
+        matched = (
+            [pattern]
+            if pattern in outside
+            else [
+                linear
+                for linear, other in decoder.items()
+                if fnmatchcase(linear, pattern) or fnmatchcase(other, pattern)
+            ]
+        )
+        if not matched:
+            unmatched.append(pattern)
+        chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
+        overridden.update(matched)
+    return Choice(chosen, overridden, unmatched)
+
+
 def resolve(
     scheme: Scheme,
     wiring: Wiring,
@@ -163,18 +215,11 @@ def resolve(
     embeddings = [table.name for table in wiring.embeddings]
     outside = [*embeddings, wiring.head.name]
 
-    chosen: dict[str, LinearScheme | None] = dict.fromkeys(decoder, scheme.linear)
-    overridden: set[str] = set()
-    for pattern, name in (overrides or {}).items():
-        matched = (
-            [pattern]
-            if pattern in outside
-            else [linear for linear in decoder if _matches(pattern, linear, specs)]
-        )
-        if not matched:
-            raise _nothing_matches(pattern, decoder, outside)
-        chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
-        overridden.update(matched)
+    names = {linear: spec.name for linear, spec in specs.items()}
+    choice = choose(scheme, overrides or {}, names, outside)
+    if choice.unmatched:
+        raise nothing_matches(choice.unmatched[0], decoder, outside)
+    chosen = choice.linears
     _check_experts(chosen, specs)
     _check_embeddings(chosen, embeddings)
 
@@ -187,15 +232,11 @@ def resolve(
         weights=weights,
         cache=None if kv is None else KV_SCHEMES[kv],
         kept={
-            spec.name: KEPT_BY_OVERRIDE if name in overridden else KEPT_BY_SCHEME
+            spec.name: KEPT_BY_OVERRIDE if name in choice.overridden else KEPT_BY_SCHEME
             for name, spec in specs.items()
             if chosen[name] is None
         },
     )
-
-
-def _matches(pattern: str, name: str, specs: Mapping[str, LinearSpec]) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(specs[name].name, pattern)
 
 
 def _check_embeddings(chosen: Mapping[str, LinearScheme | None], embeddings: Sequence[str]) -> None:
@@ -236,9 +277,16 @@ def _activation_granularity(text: str) -> Granularity:
     )
 
 
-def _nothing_matches(
+def nothing_matches(
     pattern: str, decoder: Sequence[str], outside: Sequence[str]
 ) -> QuantizationError:
+    """The error of an override without effect.
+
+    Args:
+        pattern: of the override.
+        decoder: names of the decoder's linears.
+        outside: names of embeddings and of the output head.
+    """
     return QuantizationError(
         f"the override '{pattern}' matches no linear of this model",
         hint=(

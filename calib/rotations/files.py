@@ -17,9 +17,9 @@ from torch import Tensor
 
 from calib.architectures import Space
 from calib.errors import RotationError
-from calib.reading import regular_file
+from calib.files.reading import MALFORMED, reason_of, regular_file
+from calib.files.sealed import read_sealed, write_sealed
 from calib.rotations.rotation_set import Rotation, RotationSet
-from calib.sealed import read_sealed, write_sealed
 
 FORMAT_VERSION = 2
 _WITHOUT_BLOCKS = 1
@@ -64,11 +64,11 @@ def load_rotations(folder: str | os.PathLike[str]) -> RotationSet:
         manifest = read_sealed(
             source / MANIFEST, lambda values: _check_version(source, values), required=False
         )
-        entries = manifest["rotations"]
+        entries = list(manifest["rotations"])
         matrices = load_file(regular_file(source / TENSORS))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, *MALFORMED, SafetensorError) as error:
         raise RotationError(
-            f"the rotations in {source} cannot be read: {error}",
+            f"the rotations in {source} cannot be read: {reason_of(error)}",
             hint=f"the folder needs {MANIFEST} and {TENSORS}, both written by rotq",
         ) from error
     return RotationSet(_from_entry(entry, matrices, source) for entry in entries)
@@ -88,11 +88,22 @@ def _from_entry(entry: Any, matrices: dict[str, Tensor], source: Path) -> Rotati
     try:
         values = {field: entry[field] for field in _FIELDS}
         values["space"] = Space(values["space"])
-    except (KeyError, TypeError, ValueError) as error:
+        matrix = matrices.get(values["name"])
+        numbers = (values["layer"], values["order"], values["seed"], entry.get(_BLOCK))
+        if not all(number is None or _is_count(number) for number in numbers):
+            raise ValueError("a layer, order, seed or block is no whole number of at least 0")
+        if not isinstance(values["online"], bool) or not isinstance(values["origin"], str):
+            raise TypeError("'online' is no truth value, or 'origin' no text")
+        if matrix is None and values["order"] is None:
+            raise RotationError(
+                f"the matrix of {values['name']} is missing from {source / TENSORS}"
+            )
+        return Rotation(**values, matrix=matrix, block=entry.get(_BLOCK))
+    except MALFORMED as error:
         raise RotationError(
-            f"{MANIFEST} in {source} is damaged: {error!r}", hint="write it again"
+            f"{MANIFEST} in {source} is damaged: {reason_of(error)}", hint="write it again"
         ) from error
-    matrix = matrices.get(values["name"])
-    if matrix is None and values["order"] is None:
-        raise RotationError(f"the matrix of {values['name']} is missing from {source / TENSORS}")
-    return Rotation(**values, matrix=matrix, block=entry.get(_BLOCK))
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calib.architectures import Wiring
 from calib.errors import RotationError
-from calib.reading import reason_of, regular_file
+from calib.files.reading import reason_of, regular_file
 from calib.rotations.files import MANIFEST, TENSORS, load_rotations
 from calib.rotations.rotation_set import (
     ORTHOGONALITY_TOLERANCE,
@@ -55,7 +55,7 @@ def import_rotations(paths: Iterable[str | os.PathLike[str]], wiring: Wiring) ->
     sizes = wiring.sizes
     rotations: list[Rotation] = []
     for path in paths:
-        for file in _files(Path(path)):
+        for file in _sources(Path(path)):
             rotations += [
                 replace(rotation, origin=f"{rotation.origin}, from {file.name}".removeprefix(", "))
                 for rotation in _read(file, sizes.kv_heads).values()
@@ -77,7 +77,18 @@ def import_rotations(paths: Iterable[str | os.PathLike[str]], wiring: Wiring) ->
     return result
 
 
-def _files(path: Path) -> Iterator[Path]:
+def rotation_files(path: Path) -> list[Path]:
+    """The files that :func:`import_rotations` reads for one of its paths.
+
+    Raises:
+        RotationError: there is none.
+    """
+    files = list(_sources(path))
+    manifests = [file.with_name(MANIFEST) for file in files if file.name == TENSORS]
+    return [*files, *(manifest for manifest in manifests if manifest.is_file())]
+
+
+def _sources(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
@@ -170,17 +181,31 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a file of rotation matrices: {reason}",
             hint="it must be a dictionary of tensors written by torch.save",
         ) from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(value, Tensor) for value in loaded.values()
-    ):
+    if not isinstance(loaded, dict) or not all(map(_is_plain, loaded.values())):
         raise RotationError(
-            f"{path} does not hold a dictionary of tensors", hint="pass r1.pt, r2.pt or R.bin"
+            f"{path} does not hold a dictionary of float tensors",
+            hint="pass r1.pt, r2.pt or R.bin",
         )
     return loaded
 
 
+def _is_plain(value: object) -> bool:
+    """Whether ``value`` is a tensor of floats that lie in memory as they are, none of them twice:
+    a few bytes can stand for gigabytes else.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_nested)
+        and value.is_floating_point()
+        and value.numel() > 0
+        and value.untyped_storage().nbytes() >= value.nbytes
+    )
+
+
 def _from_tensors(tensors: dict[str, Tensor], kv_heads: int, origin: str) -> RotationSet:
-    pattern = re.compile(re.escape(_R2_KEY).replace(r"\{i\}", r"(\d+)"))
+    pattern = re.compile(re.escape(_R2_KEY).replace(r"\{i\}", r"([0-9]{1,9})"))
     rotations = []
     for name, tensor in tensors.items():
         match = pattern.fullmatch(name)

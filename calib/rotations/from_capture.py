@@ -12,7 +12,7 @@ from torch import Tensor
 from calib.architectures import Wiring
 from calib.capture.result import Samples
 from calib.capture.storage import Capture
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 from calib.rotations.joint import unit_rows, with_weight_rows
 from calib.rotations.rotation_set import (
     Rotation,
@@ -24,6 +24,9 @@ from calib.rotations.rotation_set import (
 from calib.rotations.selection import CandidateError, CandidateName, Judge, select
 from calib.rotations.train import TrainResult, train_rotation
 from calib.rotations.train_config import TrainConfig
+
+LOOK = 8
+"""Epochs after which training behind a gate is looked at."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Choice:
     def origin(self) -> str:
         """How it came about, in words for the manifest."""
         if self.name != "trained":
-            return f"{self.name}, seed {self.seed}: better than training"
+            return f"{self.name}, seed {self.seed}: training gained nothing"
         result = self.trained
         return f"{result.start} start, {result.objective}, {result.optimizer}, {result.steps} steps"
 
@@ -142,7 +145,11 @@ def choose(
     chosen = select(
         rotation, result.matrix, train, held, judge, seed=config.seed, fix_ones=config.fix_ones
     )
-    return Choice(chosen.name, chosen.matrix, result, config.seed, chosen.table)
+    note = f"stopped after {result.steps} steps: would not have won" if result.hopeless else ""
+    table = tuple(
+        replace(row, note=note) if row.candidate == "trained" else row for row in chosen.table
+    )
+    return Choice(chosen.name, chosen.matrix, result, config.seed, table)
 
 
 def _train(
@@ -182,8 +189,10 @@ def _train(
 
     by_token = config.scheme is not None and config.scheme.granularity != "tensor"
     polishing = config.epochs // 2 if config.objective == "auto" and by_token else 0
-    result = run(replace(config, epochs=config.epochs - polishing))
-    if not polishing:
+    # what stands behind a gate need not be trained to the end where the gate will not take it
+    look = None if judge is None else LOOK
+    result = run(replace(config, epochs=config.epochs - polishing, look=look))
+    if not polishing or result.hopeless:
         return result
     # The quantizer's own error has many shallow minima: from a Hadamard start it goes less far than
     # L4 does, from where L4 ends it goes farther.

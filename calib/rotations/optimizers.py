@@ -8,15 +8,14 @@ G``. Everything is batched over leading dimensions: the rotations of all heads o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from calib.errors import RotationError
-from calib.rotations.objectives import Objective
 from calib.rotations.polar import newton_schulz, polar_factor
+from calib.rotations.problem import Evaluation, Problem
 
 OptimizerName = Literal["qr", "riemannian-ns", "riemannian-cayley", "monotone"]
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
@@ -33,32 +32,6 @@ _EXTRAPOLATION = 0.9
 _ORTHOGONALITY = 5e-3
 
 UpdateRule = Literal["sgd", "adam"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Activations and what is asked of them, in the coordinates that are trained.
-
-    Where ``basis`` ``U`` ``[n, m]`` is given, the rotation is ``U Q U^T + 1 1^T / n`` with ``Q``
-    ``[m, m]``. Its input has no component along ones (LayerNorm has centred it), so ``Y = (X U) Q
-    U^T`` and ``dL/dQ = (X U)^T (G U)``.
-    """
-
-    objective: Objective
-    basis: Tensor | None = None
-
-    def rotated(self, x: Tensor, q: Tensor) -> Tensor:
-        """``Y`` ``[*batch, tokens, n]`` for reduced activations ``x`` ``[*batch, tokens, m]`` and
-        ``q``.
-        """
-        y = x @ q
-        return y if self.basis is None else y @ self.basis.T
-
-    def pulled_back(self, x: Tensor, g: Tensor) -> Tensor:
-        """``dL/dQ`` times the number of tokens ``[*batch, m, m]`` for ``g`` ``[*batch, tokens,
-        n]``.
-        """
-        return x.mT @ (g if self.basis is None else g @ self.basis)
 
 
 class Stepper(Protocol):
@@ -179,16 +152,15 @@ class RiemannianStepper:
 
     def step(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Add one gradient; the rotation moves at every ``accumulate``-th call."""
-        y = self._problem.rotated(x, self._q)
-        loss, gradient = self._problem.objective.loss_and_gradient(y, weights)
-        pulled = self._q.mT @ self._problem.pulled_back(x, gradient)
+        found = self._problem.evaluate(x, self._q, weights)
+        pulled = self._q.mT @ found.derivative
         self._gradient += (pulled - pulled.mT) * (0.5 / (x.shape[-2] * self._accumulate))
         self._calls += 1
         if self._calls % self._accumulate == 0:
             self._velocity = self._momentum * self._velocity + self._gradient
             self._gradient = torch.zeros_like(self._q)
             self._move(self._lr * self._velocity)
-        return loss
+        return found.loss
 
     def _move(self, angle: Tensor) -> None:
         if self._retraction == "cayley":
@@ -206,18 +178,6 @@ class RiemannianStepper:
     def set_rate(self, factor: float) -> None:
         """Multiply the initial learning rate by ``factor``."""
         self._lr = self._base_lr * factor
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """The quadratic bound of a batch's loss at a rotation; see :class:`MonotoneStepper`."""
-
-    loss: Tensor
-    """``[*batch]``."""
-    slope: Tensor
-    """``c Y - G``, times the number of tokens ``[*batch, tokens, n]``."""
-    unit: Tensor
-    """``c`` over its fraction ``[*batch, 1, 1]``."""
 
 
 class MonotoneStepper:
@@ -266,9 +226,10 @@ class MonotoneStepper:
             (*start.shape[:-2], 1, 1), fraction, dtype=start.dtype, device=start.device
         )
         self._batch: Tensor | None = None
-        self._power = self._fraction  # |X|^2 of the batch
+        self._moment: Tensor | None = None  # X^T X of the batch, where it was needed
+        self._slopes: Tensor | None = None  # memory that trials share
         self._target: Tensor | None = None  # of the last step, to extrapolate from
-        self._seen: _Bound | None = None  # of the batch at Q
+        self._seen: Evaluation | None = None  # of the batch at Q
 
     def step(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """One step that does not raise the loss of this batch; two matmuls with ``x`` if it is the
@@ -278,82 +239,96 @@ class MonotoneStepper:
         as progress.
         """
         if self._batch is not x:
-            self._batch, self._seen, self._target = x, None, None
-            power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-            self._power = (power if weights is None else power * _relative(weights)).sum(
-                -2, keepdim=True
-            )
-        bound = self._seen or self._bound(x, self._q, weights)
-        self._seen = None
-        loss = bound.loss
-        if not bool(torch.isfinite(loss).all()):
-            return loss  # for the caller to refuse; there is no polar factor of NaN
+            self._batch, self._seen, self._target, self._moment = x, None, None, None
+        seen = self._seen or self._evaluate(x, self._q, weights)
+        self._seen = seen
+        if not bool(torch.isfinite(seen.loss).all()):
+            return seen.loss  # for the caller to refuse; there is no polar factor of NaN
 
-        raw = self._problem.pulled_back(x, bound.slope)
-        unit = bound.unit
-        del bound  # as large as the batch: make room for the next one
-        target = self._damped(raw)
+        target = self._damped(self._minimiser(seen, x, weights))
         extrapolated = self._target is not None
         q = polar_factor(self._ahead(target), tolerance=_ORTHOGONALITY)
-        bound = self._bound(x, q, weights)
-        rose = _rose(loss, bound.loss)
+        found = self._evaluate(x, q, weights)
+        rose = _rose(seen.loss, found.loss)
         for _ in range(_MOST_DOUBLINGS + 1):
             if not bool(rose.any()):
                 break
             again = rose[..., None, None]  # the heads that did not rise keep their Q
             if not extrapolated:
                 doubled = (2.0 * self._fraction).clamp_max(_LARGEST_FRACTION)
-                increase = torch.where(again, doubled - self._fraction, 0.0)
-                self._fraction = self._fraction + increase
-                raw = torch.addcmul(raw, increase * unit, self._spread(x, weights))
-                target = self._damped(raw)
+                self._fraction = torch.where(again, doubled, self._fraction)
+                target = self._damped(self._minimiser(seen, x, weights))
             extrapolated = False  # the first retry only drops the extrapolation
             q = torch.where(again, polar_factor(target, tolerance=_ORTHOGONALITY), q)
-            bound = self._bound(x, q, weights)
-            rose = _rose(loss, bound.loss)
+            found = self._evaluate(x, q, weights, known=found, changed=rose)
+            rose = _rose(seen.loss, found.loss)
         if bool(rose.any()):
             # At a minimum to rounding: every step rises by noise. Staying is the monotone choice.
             q = torch.where(rose[..., None, None], self._q, q)
-            bound = self._bound(x, q, weights)
-        self._q, self._seen = q, bound
+            found = found.replaced(rose, seen)
+        self._q, self._seen = q, found
         if self._problem.objective.curvature is not None:
             self._target = target
-        return loss
+        return seen.loss
 
     def _ahead(self, target: Tensor) -> Tensor:
         if self._target is None:
             return target
         return torch.add(target, target - self._target, alpha=_EXTRAPOLATION)
 
-    def _bound(self, x: Tensor, q: Tensor, weights: Tensor | None) -> _Bound:
-        # c Y - G in one buffer, for one product with X instead of two.
-        y = self._problem.rotated(x, q)
-        loss, gradient = self._problem.objective.loss_and_gradient(y, weights)
-        unit = self._unit(gradient)
-        factor = (
-            self._fraction * unit if weights is None else self._fraction * unit * _relative(weights)
+    def _evaluate(
+        self,
+        x: Tensor,
+        q: Tensor,
+        weights: Tensor | None,
+        *,
+        known: Evaluation | None = None,
+        changed: Tensor | None = None,
+    ) -> Evaluation:
+        """Where the curvature is known, its part of the minimiser comes along, and a trial that is
+        not taken costs one product instead of two.
+        """
+        bound = self._problem.objective.curvature
+        if bound is None:
+            return self._problem.evaluate(x, q, weights, known=known, changed=changed)
+        shape = (*x.shape[:-1], self._problem.channels(x))
+        if self._slopes is None or self._slopes.shape != shape:
+            self._slopes = x.new_empty(shape)
+        return self._problem.evaluate(
+            x,
+            q,
+            weights,
+            curvature=self._fraction * bound,
+            slopes=self._slopes,
+            known=known,
+            changed=changed,
         )
-        return _Bound(loss, gradient.neg_().addcmul_(y, factor), unit)
 
-    def _unit(self, gradient: Tensor) -> Tensor:
-        """What ``fraction`` is a fraction of: the proven curvature, or ``|G| / |Y|``, where ``|Y| =
-        |X|``.
+    def _minimiser(self, seen: Evaluation, x: Tensor, weights: Tensor | None) -> Tensor:
+        """``X^T (c Y - G)`` at the present rotation. What of ``c`` the evaluation does not hold
+        yet is, as ``Y = X Q``, one product of ``[n, n]`` matrices.
         """
         if self._problem.objective.curvature is not None:
-            return torch.full_like(self._fraction, self._problem.objective.curvature)
-        ratio = torch.linalg.matrix_norm(gradient, keepdim=True) / self._power.sqrt().clamp_min(
-            1e-30
-        )
-        return torch.where(self._power > 0, ratio, 1.0)
+            missing = self._fraction * self._problem.objective.curvature - seen.curvature
+            if not bool(missing.any()):
+                return -seen.derivative
+            return torch.sub(missing * (self._second(x, weights) @ self._q), seen.derivative)
+        # c is a fraction of |G| / |Y|, where |Y| = |X|
+        moment = self._second(x, weights)
+        power = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        unit = torch.where(power > 0, seen.size / power.sqrt().clamp_min(1e-30), 1.0)
+        return torch.sub(self._fraction * unit * (moment @ self._q), seen.derivative)
 
-    def _spread(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """``X^T Y`` at the present rotation; seldom needed, and so computed anew."""
-        y = self._problem.rotated(x, self._q)
-        return self._problem.pulled_back(x, y if weights is None else y * _relative(weights))
+    def _second(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """``X^T X`` of the batch."""
+        if self._moment is None:
+            self._moment = self._problem.moment(x, weights)
+        return self._moment
 
     def _damped(self, raw: Tensor) -> Tensor:
         """``A sqrt(n) / |A| + damping * Q0``."""
-        scale = torch.linalg.matrix_norm(raw, keepdim=True) / raw.shape[-1] ** 0.5
+        rows = torch.linalg.vector_norm(raw, dim=-1, keepdim=True)  # threads share no row
+        scale = torch.linalg.vector_norm(rows, dim=-2, keepdim=True) / raw.shape[-1] ** 0.5
         # no signal at all: the polar factor of Q itself, Q stays
         scale = torch.where(scale > 0, scale, 1.0)
         return torch.add(raw / scale, self._q, alpha=self._damping)
@@ -369,8 +344,3 @@ class MonotoneStepper:
 def _rose(before: Tensor, after: Tensor) -> Tensor:
     """Whether a loss rose by more than the float32 rounding of a mean over many tokens."""
     return after > before + 1e-6 * before.abs()
-
-
-def _relative(weights: Tensor) -> Tensor:
-    """Token weights of mean 1, as a column."""
-    return (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)

@@ -8,17 +8,20 @@ solution of a linearised loss.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from calib.errors import RotationError
+from calib.process.ambient import one_thread
 
 # Margin on the power method's estimate of the largest singular value, which is low by at most some
 # 10 % after 8 rounds on a flat spectrum (error about log(n) / (4 rounds)) and exact on a peaked
 # one.
 _NORM_MARGIN = 1.2
 _NORM_ROUNDS, _NORM_STARTS = 8, 8
+_LARGEST_ALONE = 1024
 
 
 def newton_schulz(
@@ -78,7 +81,7 @@ def polar_factor(a: Tensor, *, tolerance: float) -> Tensor:
     entry = tolerance / math.sqrt(a.shape[-1])
     if a.device.type != "cpu":
         return newton_schulz(a, least=1e-3, tolerance=entry)
-    power, axes = torch.linalg.eigh(a.mT @ a)
+    power, axes = eigh(a.mT @ a)
     largest = power[..., -1:].clamp_min(torch.finfo(a.dtype).tiny)
     # Eigenvalues below the rounding of the largest are noise; those directions come out short and
     # are finished below.
@@ -97,6 +100,17 @@ def polar_factor(a: Tensor, *, tolerance: float) -> Tensor:
             break
         x = 0.5 * (x @ (3.0 * eye - gram))
     return newton_schulz(x, least=0.1, tolerance=entry)
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[*batch, n]``, ascending, and eigenvectors ``[*batch, n, n]`` of symmetric
+    matrices, the same whatever the number of threads is, up to order 1024.
+
+    There one thread takes a tenth of a second. Beyond, several are worth more than equal bits.
+    """
+    with one_thread() if matrix.shape[-1] <= _LARGEST_ALONE else nullcontext():
+        values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def _deviation(x: Tensor) -> float:

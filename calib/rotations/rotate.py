@@ -23,7 +23,7 @@ FOLDED: tuple[Kind, ...] = ("r1", "r2")
 """Rotations that are matrices, folded into weights: what can be trained, and needs no model code.
 """
 COMPARED: tuple[tuple[Kind, ...], ...] = ((), ("r1", "r2"), ("r1", "r2", "r4"))
-"""The sets that ``auto`` compares, the simplest first: of equals the first one wins."""
+"""The sets that ``auto`` compares, the simplest first."""
 _AUTO, _NONE = "auto", "none"
 
 
@@ -117,6 +117,13 @@ class GateSet:
 
     def __str__(self) -> str:
         return f"{self.rotate}, Hadamard" if self.plain else str(self.rotate)
+
+    @property
+    def trained(self) -> bool:
+        """Whether one of its rotations is a matrix that was trained, here or by the maker of a
+        file.
+        """
+        return any(kind in FOLDED and kind not in self.plain for kind in self.rotate.certain)
 
 
 def gate_sets(sets: Sequence[Rotate], imported: Collection[str] = ()) -> tuple[GateSet, ...]:

@@ -75,8 +75,9 @@ class Rotation:
                 " rotations",
                 hint="give R3 and R4 an order and a seed",
             )
-        if self.matrix is not None and self.matrix.dtype != torch.float64:
-            object.__setattr__(self, "matrix", self.matrix.double())
+        if self.matrix is not None:
+            # as it is stored: products with it are summed alike before that and afterwards
+            object.__setattr__(self, "matrix", self.matrix.double().contiguous())
 
     @property
     def branch(self) -> str:
@@ -247,7 +248,7 @@ def idle_rotations(wiring: Wiring) -> dict[str, str]:
             " of odd order is the identity: it would rotate nothing"
         )
         for kind, (what, widths) in orders.items()
-        if all(block_order(width) == 1 for width in widths)
+        if wiring.refusal(kind) is None and all(block_order(width) == 1 for width in widths)
     }
 
 

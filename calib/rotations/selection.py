@@ -2,9 +2,10 @@
 what is exported.
 
 Training can make a rotation worse, and rotating at all can. So the candidates are compared by what
-quantization does to them, and the best one is kept; of equals the simplest. To first order the
-relative squared error of a linear's output is ``e_x + e_W`` (:mod:`calib.rotations.joint`), and
-those of the two that the scheme quantizes are counted:
+quantization does to them, and the simplest of those that are within noise of the best is kept
+(:mod:`calib.arithmetic.noise`): the identity before Hadamard before PCA·Hadamard before the trained
+one. To first order the relative squared error of a linear's output is ``e_x + e_W``
+(:mod:`calib.rotations.joint`), and those of the two that the scheme quantizes are counted:
 
 * ``e_x``: of activations, on tokens that trained no candidate, in the shape in which the quantizer
   meets them. R2 is judged on whole inputs of the output projection, all heads side by side. Static
@@ -13,13 +14,16 @@ those of the two that the scheme quantizes are counted:
 * ``e_W``: of the rows of the weights that read the rotated space (:mod:`calib.rotations.readers`),
   each with its own scales. These are the numbers that are exported; there is nothing to hold out.
 
-R1 is one choice. R2 is one choice for all layers, by the mean over layers, with the figure of every
-layer kept.
+Either is a ratio of sums, whose units are tokens and weight rows. With the weight ``w_u`` of a unit
+and the error ``l_u`` that it gets, it adds ``w_u l_u / sum_u w_u |x_u|^2``; the denominator is the
+same for all rotations. R1 is one choice. R2 is one choice for all layers, by the mean over layers,
+with the figure of every layer kept; its units are what stands at one place of the samples of all
+layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -27,9 +31,11 @@ import torch
 from torch import Tensor
 
 from calib.arithmetic.grids import Grid, expand_grid, grid_of, round_to_grid, weight_grid
+from calib.arithmetic.noise import Sample, margins, simplest
 from calib.capture.result import Samples
 from calib.errors import RotationError
-from calib.rotations.objectives import ActivationScheme, whole_inputs
+from calib.rotations.objectives import whole_inputs
+from calib.rotations.quantizer import ActivationScheme
 from calib.rotations.starts import make_start
 from calib.rotations.tokens import second_moment
 from calib.schemes import PerBlock, PerChannel, PerToken, Scheme, TensorScheme
@@ -81,8 +87,15 @@ class CandidateError:
     """Relative squared error; for R2 the mean over layers."""
     layers: tuple[float, ...]
     """R2: the error of every layer. R1: empty."""
+    margin: float
+    """The error above the lowest one."""
+    margin_low: float
+    """Ends of its interval (:mod:`calib.arithmetic.noise`)."""
+    margin_high: float
     measure: str
     chosen: bool
+    note: str = ""
+    """What else there is to say of how it came about."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,7 @@ def select(
     seed: int,
     fix_ones: bool = False,
 ) -> Selection:
-    """Compare the candidates of one rotation and keep the best.
+    """Compare the candidates of one rotation and keep the simplest within noise of the best.
 
     Args:
         rotation: which one; names the rows of the table.
@@ -185,40 +198,62 @@ def select(
     """
     matrices = candidates(trained, train, seed=seed, fix_ones=fix_ones)
     rows = None if judge.weights is None else judge.rows[rotation]
-    errors = {name: _error(matrix, train, held, rows, judge) for name, matrix in matrices.items()}
-    best = min(errors, key=lambda name: float(errors[name].mean()))
+    parts = {name: _parts(matrix, train, held, rows, judge) for name, matrix in matrices.items()}
+    errors = {
+        name: torch.stack([part.sum(-1) for part in own]).sum(0) for name, own in parts.items()
+    }
+    compared = margins({name: _samples(own) for name, own in parts.items()})
+    chosen = simplest(compared)
     table = tuple(
         CandidateError(
             rotation=rotation.upper(),
             candidate=name,
             error=float(error.mean()),
             layers=tuple(error.tolist()) if rotation == "r2" else (),
+            margin=compared[name].value,
+            margin_low=compared[name].low,
+            margin_high=compared[name].high,
             measure=judge.measure,
-            chosen=name == best,
+            chosen=name == chosen,
         )
         for name, error in errors.items()
     )
-    matrix = matrices[best]
-    return Selection(best, matrix if matrix is None else matrix.expand(trained.shape), table)
+    matrix = matrices[chosen]
+    return Selection(chosen, matrix if matrix is None else matrix.expand(trained.shape), table)
 
 
-def _error(
+def _parts(
     matrix: Tensor | None, train: Samples, held: Samples, rows: Samples | None, judge: Judge
-) -> Tensor:
-    """``e_x + e_W`` as far as they are judged, float64 ``[layers]``; one layer for R1."""
-    error = torch.zeros(1, dtype=torch.float64)
+) -> list[Tensor]:
+    """``e_x`` and ``e_W`` as far as they are judged, by unit: float64 ``[layers, units]`` each; one
+    layer for R1.
+    """
+    parts = []
     if judge.activations is not None:
-        error = error + relative_error(matrix, held, judge.activations, train=train)
+        parts.append(unit_errors(matrix, held, judge.activations, train=train))
     if judge.weights is not None and rows is not None:
-        error = error + relative_error(matrix, rows, judge.weights)
-    return error
+        parts.append(unit_errors(matrix, rows, judge.weights))
+    return parts
+
+
+def _samples(parts: Sequence[Tensor]) -> list[Sample]:
+    """What each unit adds to the mean over layers."""
+    return [Sample(part.mean(0).tolist()) for part in parts]
 
 
 def relative_error(
     matrix: Tensor | None, samples: Samples, scheme: TensorScheme, *, train: Samples | None = None
 ) -> Tensor:
     """Relative squared error of rotated and quantized ``samples``, float64 ``[layers]``; one layer
-    for R1.
+    for R1. Arguments as for :func:`unit_errors`.
+    """
+    return unit_errors(matrix, samples, scheme, train=train).sum(-1)
+
+
+def unit_errors(
+    matrix: Tensor | None, samples: Samples, scheme: TensorScheme, *, train: Samples | None = None
+) -> Tensor:
+    """What each token, or row, adds to :func:`relative_error`, float64 ``[layers, units]``.
 
     Args:
         matrix: ``[n, n]``, or ``[layers, kv_heads, n, n]``; ``None``: the identity.
@@ -230,7 +265,7 @@ def relative_error(
     calibrated = seen if train is None else _seen(matrix, train)[0]
     errors = []
     for x, limits, share in zip(seen, calibrated, weights, strict=True):
-        lost = ((_quantized(x, scheme, limits) - x).double().square().sum(-1) * share).sum()
+        lost = (_quantized(x, scheme, limits) - x).double().square().sum(-1) * share
         kept = (x.double().square().sum(-1) * share).sum()
         errors.append((lost / kept.clamp_min(torch.finfo(torch.float64).tiny)).cpu())
     return torch.stack(errors)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calib.errors import RotationError
 from calib.rotations.hadamard import hadamard_matrix
+from calib.rotations.polar import eigh
 
 StartName = Literal["identity", "random", "hadamard", "pca-hadamard", "pca-ones"]
 START_NAMES: tuple[str, ...] = get_args(StartName)
@@ -220,7 +221,7 @@ def _principal_axes(moment: Tensor) -> Tensor:
     LAPACK leaves the sign of an eigenvector free; fixing it makes the result the same on every
     machine with the same eigenvectors.
     """
-    ascending: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    ascending: Tensor = eigh(moment.double())[1]
     axes = ascending.flip(-1)
     largest = axes.gather(-2, axes.abs().argmax(dim=-2, keepdim=True))
     return axes * torch.where(largest < 0, -1.0, 1.0)

@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 
 from calib.errors import RotationError
-from calib.progress import Progress, silent
-from calib.rotations.objectives import (
-    make_objective,
-    over_heads,
-    scheme_error,
-    whole_inputs,
-)
+from calib.process.memory import freed_memory_kept
+from calib.process.progress import Progress, silent
+from calib.rotations.objectives import make_objective, over_heads, whole_inputs
 from calib.rotations.optimizers import (
     MonotoneStepper,
-    Problem,
     QrStepper,
     RiemannianStepper,
     Stepper,
 )
 from calib.rotations.polar import project_orthogonal
+from calib.rotations.problem import Problem
+from calib.rotations.quantizer import scheme_error
 from calib.rotations.starts import (
     embed_fixing_ones,
     make_start,
@@ -32,7 +29,7 @@ from calib.rotations.starts import (
     restrict_to_complement,
 )
 from calib.rotations.tokens import Tokens, at_unit_power, check_samples, require, second_moment
-from calib.rotations.train_config import DEFAULT_RATE, TrainConfig
+from calib.rotations.train_config import AS_MUCH_AGAIN, DEFAULT_RATE, LEAST_GAIN, TrainConfig
 
 __all__ = ["TrainConfig", "TrainResult", "make_stepper", "train_rotation"]
 
@@ -56,8 +53,11 @@ class TrainResult:
     objective: str = "whip"
     steps: int = 0
     """Steps taken."""
+    hopeless: bool = False
+    """Whether training ended early because it would not have won; see :attr:`TrainConfig.look`."""
 
 
+@freed_memory_kept()
 def train_rotation(
     samples: Tensor,
     config: TrainConfig,
@@ -72,8 +72,9 @@ def train_rotation(
     """Train one rotation for each element of the leading batch dimensions, all in one batched
     solve.
 
-    The same seed gives the same bytes on the same machine with the same number of threads. A batch
-    element whose activations are all zero keeps its start.
+    The same seed gives the same bytes on the same machine; of up to 1024 channels with any number
+    of threads, but for optimizer ``qr``. A batch element whose activations are all zero keeps its
+    start.
 
     Args:
         samples: activations ``[*batch, tokens, n]`` in any floating dtype; trained in float32 on
@@ -119,7 +120,9 @@ def train_rotation(
     # where ones are fixed, a rotation of their complement is trained
     basis = ones_complement(samples.shape[-1]).to(tokens.x) if config.fix_ones else None
     objective = make_objective(config.objective, scheme=config.scheme, p=config.p)
-    problem = Problem(objective if group is None else over_heads(objective, group), basis)
+    problem = Problem(
+        objective if group is None else over_heads(objective, samples.shape[-3], group), basis
+    )
     inner = restrict_to_complement(first) if config.fix_ones else first
     reduced = tokens if basis is None else replace(tokens, x=tokens.x @ basis)
     run = _Run(
@@ -135,7 +138,7 @@ def train_rotation(
 
     trained = project_orthogonal(run.best)
     matrix = embed_fixing_ones(trained.cpu()) if config.fix_ones else trained.cpu()
-    final = problem.objective(tokens.x @ matrix.to(tokens.x), tokens.weights)
+    final = Problem(problem.objective).loss(tokens.x, matrix.to(tokens.x), tokens.weights)
     return TrainResult(
         matrix=matrix,
         losses=(*run.losses, float(final.mean())),
@@ -144,6 +147,7 @@ def train_rotation(
         optimizer=config.optimizer,
         objective=problem.objective.name,
         steps=run.steps,
+        hopeless=run.hopeless,
     )
 
 
@@ -173,6 +177,7 @@ class _Run:
         self.losses: list[float] = []
         self.errors: list[float] = []
         self.steps = 0
+        self.hopeless = False
         self._lowest: Tensor | None = None
 
     def train(self, progress: Progress) -> None:
@@ -190,6 +195,9 @@ class _Run:
                 epoch_losses.append(self._step(x, weights))
                 progress("train rotation", self.steps, total)
             without_gain = 0 if self._measure(self.stepper.rotation()) else without_gain + 1
+            if epoch + 1 == config.look and epoch + 1 < config.epochs and self._cannot_win():
+                self.hopeless = True
+                break
             mean = sum(epoch_losses) / len(epoch_losses)
             if config.patience is not None and self.errors and without_gain >= config.patience:
                 break
@@ -211,19 +219,36 @@ class _Run:
         self.steps += 1
         return loss
 
-    def _measure(self, q: Tensor) -> bool:
-        """Keep ``q`` where it is the best so far, quantizer by quantizer; whether any was."""
-        scheme = self.config.scheme
-        if self.held_out is None or scheme is None:  # nothing to choose by: the last is the best
-            self.best = q
+    def _cannot_win(self) -> bool:
+        """Whether no rotation, or the start, will be as good as what training may still find."""
+        if self._lowest is None:
+            return False
+        begin, now = self.errors[0], float(self._lowest.mean())
+        reached = now - AS_MUCH_AGAIN * (begin - now)
+        plain = self._error(torch.eye(self.best.shape[-1]).expand(self.best.shape))
+        if plain is not None and reached > float(plain.mean()):
             return True
+        return reached > (1 - LEAST_GAIN) * begin
+
+    def _error(self, q: Tensor) -> Tensor | None:
+        """Held-out error of each rotation; ``None`` where nothing is held out."""
+        scheme = self.config.scheme
+        if self.held_out is None or scheme is None:
+            return None
         seen, weights = self.problem.rotated(self.held_out.x, q.to(self.x)), self.held_out.weights
         if self.group is None:
-            error = scheme_error(seen, scheme, weights=weights)
-        else:  # all heads of a layer are kept or left together
-            weights = None if weights is None else weights[..., 0, :: self.group]
-            error = scheme_error(whole_inputs(seen, self.group), scheme, weights=weights)
-            error = error.unsqueeze(-1).expand(q.shape[:-2])
+            return scheme_error(seen, scheme, weights=weights)
+        # all heads of a layer are kept or left together
+        weights = None if weights is None else weights[..., 0, :: self.group]
+        error = scheme_error(whole_inputs(seen, self.group), scheme, weights=weights)
+        return error.unsqueeze(-1).expand(q.shape[:-2])
+
+    def _measure(self, q: Tensor) -> bool:
+        """Keep ``q`` where it is the best so far, quantizer by quantizer; whether any was."""
+        error = self._error(q)
+        if error is None:  # nothing to choose by: the last is the best
+            self.best = q
+            return True
         self.errors.append(float(error.mean()))
         if self._lowest is None:
             self._lowest = error

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from calib.rotations.objectives import ActivationScheme, ObjectiveName, make_objective
+from calib.rotations.objectives import ObjectiveName, make_objective
 from calib.rotations.optimizers import OPTIMIZER_NAMES, OptimizerName, UpdateRule
+from calib.rotations.quantizer import ActivationScheme
 from calib.rotations.starts import START_NAMES, StartName
 from calib.rotations.tokens import require
 
@@ -19,6 +20,12 @@ DEFAULT_RATE: dict[str, float] = {
     "riemannian-cayley": 1e-2,
     "monotone": 0.0,
 }
+
+AS_MUCH_AGAIN = 4
+"""Held-out errors fall most in the first steps: for two small models and two schemes, in 8 of 40 by
+0.87 of what they fell by in all, or more."""
+LEAST_GAIN = 0.005
+"""The share of the start's held-out error below which a gain is none."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,10 @@ class TrainConfig:
     """Stop after this many epochs without a lower held-out error (``None``: never). Needs
     ``held_out`` and ``scheme``. Whether or not it stops early, the rotation with the lowest
     held-out error is returned where both are given."""
+    look: int | None = None
+    """Stop after so many epochs where training will not win: where the held-out error would stay
+    above that of no rotation, or hardly leave that of the start, even if it fell by another
+    :data:`AS_MUCH_AGAIN` times what it fell by so far. Needs what ``patience`` needs."""
 
     @classmethod
     def reference(cls, *, rotation: str = "r1") -> TrainConfig:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from calib.errors import QuantizationError
+from calib.errors import QuantizationError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,7 @@ def smoothing_named(text: str) -> Smoothing | None:
                 return Awq()
             case "awq", _ if setting.startswith("grid="):
                 return Awq(int(setting.removeprefix("grid=")))
-    raise QuantizationError(f"unknown smoothing '{text}'", hint=f"choose from {', '.join(KNOWN)}")
+    guess = did_you_mean(text, KNOWN)
+    raise QuantizationError(
+        f"unknown smoothing '{text}'", hint=f"{guess}choose from {', '.join(KNOWN)}"
+    )

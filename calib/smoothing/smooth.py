@@ -19,7 +19,7 @@ from torch import Tensor
 from calib.architectures import Wiring
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel
-from calib.progress import Progress, silent, track
+from calib.process.progress import Progress, silent, track
 from calib.schemes import LinearScheme
 from calib.smoothing.fold import fold_scales
 from calib.smoothing.groups import SmoothingGroup, smoothing_groups

@@ -24,7 +24,7 @@ from calib.arithmetic.grids import expand_grid, round_to_grid, weight_grid
 from calib.arithmetic.inputs import fake_quantize_input, input_grid
 from calib.data.batches import Batch
 from calib.errors import QuantizationError
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 from calib.schemes import LinearScheme, PerCluster, TensorScheme
 from calib.stats.clusters import cluster_limits, expand_clusters
 from calib.stats.linears import LinearMoments, linear_weight

@@ -17,7 +17,7 @@ from calib.capture.workspace import Workspace, accumulator_device
 from calib.data.batches import Batch
 from calib.errors import QuantizationError
 from calib.modules.paths import get_submodule, weight_of
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 from calib.stats.moments import MomentAccumulator, MomentStatistics, float64_chunks
 from calib.stats.observe import observe
 

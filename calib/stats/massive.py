@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from calib.errors import QuantizationError
 from calib.fusing import FusedModel, materialize, with_prefix
 from calib.modules.watch import watching
-from calib.progress import Progress, silent, track
+from calib.process.progress import Progress, silent, track
 
 MASSIVE = 64.0
 """Times the median: PrefixQuant's threshold."""
@@ -105,23 +105,51 @@ def massive_inputs(
         The largest ratio first. Linears that read the same values are there once.
     """
     device = next(model.parameters()).device
-    magnitudes: dict[str, list[Tensor]] = {name: [] for name in names}
+    magnitudes = Magnitudes(names)
+    decoder = getattr(model, "base_model", model)  # the head's logits tell nothing of inputs
+    with watching(model, inputs={name: partial(magnitudes.look, name) for name in names}):
+        for batch in _batches(rows):
+            decoder(input_ids=batch.to(device), use_cache=False)
+    return magnitudes.ranked(rows)
 
-    def look(name: str, x: Tensor) -> None:
-        magnitudes[name].append(x.detach().abs().amax(-1).flatten().float().cpu())
 
-    with watching(model, inputs={name: partial(look, name) for name in names}):
-        for row in rows:
-            model(input_ids=row.unsqueeze(0).to(device), use_cache=False)
+class Magnitudes:
+    """The largest magnitude of every token at the inputs of some linears.
 
-    ids = torch.cat(list(rows))
-    inputs: dict[bytes, MassiveInput] = {}
-    for name, parts in magnitudes.items():
-        m = torch.cat(parts)
-        unit = m.median().clamp(min=torch.finfo(torch.float32).tiny)
-        massive = tuple(ids[m > MASSIVE * unit].tolist()) if m.numel() == ids.numel() else ()
-        inputs.setdefault(m.numpy().tobytes(), MassiveInput(name, float(m.max() / unit), massive))
-    return sorted(inputs.values(), key=lambda each: -each.ratio)
+    Args:
+        names: of the linears.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def look(self, name: str, x: Tensor) -> None:
+        """Take in the input ``[..., in]`` of ``name``, row after row."""
+        self._parts[name].append(x.detach().abs().amax(-1).flatten().float().cpu())
+
+    def ranked(self, rows: Sequence[Tensor]) -> list[MassiveInput]:
+        """The largest ratio first, of the token ``rows`` that were run."""
+        ids = torch.cat(list(rows))
+        inputs: dict[bytes, MassiveInput] = {}
+        for name, parts in self._parts.items():
+            m = torch.cat(parts)
+            unit = m.median().clamp(min=torch.finfo(torch.float32).tiny)
+            massive = tuple(ids[m > MASSIVE * unit].tolist()) if m.numel() == ids.numel() else ()
+            inputs.setdefault(
+                m.numpy().tobytes(), MassiveInput(name, float(m.max() / unit), massive)
+            )
+        return sorted(inputs.values(), key=lambda each: -each.ratio)
+
+
+Measure = Callable[[Sequence[int], Sequence[Tensor]], list[MassiveInput]]
+"""From the tokens of a prefix, and rows, to what :func:`massive_inputs` finds behind it."""
+
+
+def _batches(rows: Sequence[Tensor]) -> list[Tensor]:
+    """``rows`` in their order, ``[B, T]``: all at once where they are as long as each other."""
+    if len({row.numel() for row in rows}) == 1:
+        return [torch.stack(list(rows))]
+    return [row.unsqueeze(0) for row in rows]
 
 
 def choose_prefix(
@@ -132,6 +160,7 @@ def choose_prefix(
     limit: int = 4,
     exactly: int | None = None,
     device: torch.device | str = "cpu",
+    measure: Measure | None = None,
     progress: Progress = silent,
 ) -> PrefixChoice:
     """The prefix that leaves the least of what is massive.
@@ -145,6 +174,7 @@ def choose_prefix(
         limit: the most tokens that the prefix may have.
         exactly: how many it shall have, whatever they are worth.
         device: where the model is run.
+        measure: runs it in another way than whole, such as block by block.
         progress: called after every candidate.
 
     Returns:
@@ -154,9 +184,14 @@ def choose_prefix(
     Raises:
         QuantizationError: there are tokens to choose, and nothing to choose from.
     """
-    names = fused.wiring.linear_names
+
+    def whole(tokens: Sequence[int], some: Sequence[Tensor]) -> list[MassiveInput]:
+        network = materialize(with_prefix(fused, tokens, device=device), device=device)
+        return massive_inputs(network, fused.wiring.linear_names, some)
+
+    measure = whole if measure is None else measure
     look = _some(rows, _LOOK_TOKENS)
-    before = massive_inputs(materialize(fused, device=device), names, look)
+    before = measure((), look)
     if exactly is None and before[0].ratio <= MASSIVE:
         return PrefixChoice((), tuple(before), tuple(before))
 
@@ -177,13 +212,11 @@ def choose_prefix(
     few = _some(rows, _TRIED_TOKENS)
     massive = {each.name for each in before if each.ratio > MASSIVE} or {before[0].name}
     tokens: tuple[int, ...] = ()
-    left = _weight(massive_inputs(materialize(fused, device=device), names, few), massive)
+    left = _weight(measure((), few), massive)
     for _ in range(count):
         tried: dict[int, float] = {}
         for token in track(candidates, "prefix", len(candidates), progress):
-            longer = with_prefix(fused, (*tokens, token), device=device)
-            network = materialize(longer, device=device)
-            tried[token] = _weight(massive_inputs(network, names, few), massive)
+            tried[token] = _weight(measure((*tokens, token), few), massive)
         best = min(tried, key=lambda token: tried[token])
         if exactly is None and left - tried[best] < _WORTH:
             break
@@ -191,10 +224,7 @@ def choose_prefix(
 
     if not tokens:
         return PrefixChoice((), tuple(before), tuple(before))
-    network = materialize(with_prefix(fused, tokens, device=device), device=device)
-    return PrefixChoice(
-        tokens, tuple(before), _same_order(before, massive_inputs(network, names, look))
-    )
+    return PrefixChoice(tokens, tuple(before), _same_order(before, measure(tokens, look)))
 
 
 def _candidates(

@@ -15,7 +15,7 @@ from calib.data.batches import Batch
 from calib.data.forward_loop import evaluating
 from calib.errors import DataError, UnsupportedModelError
 from calib.modules.watch import watching
-from calib.progress import Progress, silent, track
+from calib.process.progress import Progress, silent, track
 
 See = Callable[[str, Tensor, Tensor], None]
 """Called with a linear's name, its input ``[tokens, in]`` and its output ``[tokens, out]``, padding

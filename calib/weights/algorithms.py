@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calib.errors import QuantizationError
+from calib.errors import QuantizationError, did_you_mean
 from calib.schemes import TensorScheme
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def algorithm_named(spec: str) -> WeightAlgorithm:
     if kind is None:
         raise QuantizationError(
             f"unknown weight algorithm '{name}'",
-            hint=f"the algorithms are: {', '.join(ALGORITHMS)}",
+            hint=f"{did_you_mean(name, ALGORITHMS)}the algorithms are: {', '.join(ALGORITHMS)}",
         )
 
     known = {field.name: type(field.default) for field in fields(kind)}

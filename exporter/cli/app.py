@@ -88,6 +88,12 @@ for name, function, summary, examples in (
         "What can be written, and for what.",
         info_commands.BACKENDS_EXAMPLES,
     ),
+    (
+        "explain",
+        info_commands.explain,
+        "What a word of a report means.",
+        info_commands.EXPLAIN_EXAMPLES,
+    ),
     ("env", info_commands.env, "Versions and hardware.", info_commands.ENV_EXAMPLES),
 ):
     app.command(name, cls=Command, short_help=summary, epilog="\n".join(examples))(function)

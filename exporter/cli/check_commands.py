@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ import typer
 
 from calib.errors import CheckpointError, DataError
 from exporter.cli.command import with_flags
+from exporter.cli.errors import UsageError
 from exporter.cli.options import TalkFlags
 from exporter.cli.resolve import check_device
 from exporter.cli.results import parity_exit_code, print_exported
@@ -22,12 +24,15 @@ VERIFY_EXAMPLES = (
     "rotq verify out/demo",
     "rotq verify out/mine -m ./my-model --rows 8",
     "rotq verify out/demo --json",
+    "rotq verify out/demo --expect-sha256 DIGEST",
 )
 EVAL_EXAMPLES = (
     "rotq eval out/demo",
     "rotq eval out/mine --text test.txt --window 512 --stride 256",
     "rotq eval ./my-model --text test.txt --device cuda",
 )
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 @with_flags
@@ -36,10 +41,26 @@ def verify(
     talk: TalkFlags,
     model: Annotated[
         str | None,
-        typer.Option("-m", "--model", help="The float model, if it is no longer where it was."),
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="The float model, if it is no longer where it was.",
+        ),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Evaluation rows; default: the recipe's.")
+        int | None,
+        typer.Option(
+            "--rows", metavar="ROWS", min=1, help="Evaluation rows; default: the recipe's."
+        ),
+    ] = None,
+    expect_sha256: Annotated[
+        str | None,
+        typer.Option(
+            "--expect-sha256",
+            metavar="DIGEST",
+            help="Refuse another export than this: what 'rotq export' printed.",
+        ),
     ] = None,
 ) -> None:
     """Repeat the parity check on an exported folder, in its runtime, and update its report.
@@ -47,12 +68,17 @@ def verify(
     Exit code 3 means: parity failed; the folder is marked failed.
     """
     set_up(talk)
+    if expect_sha256 is not None and not _SHA256.fullmatch(expect_sha256):
+        raise UsageError(
+            f"--expect-sha256 '{expect_sha256}' is no SHA-256",
+            hint="give the 64 hexadecimal digits that 'rotq export' printed",
+        )
     _check_exported(folder)
     with running(talk) as progress:
         from exporter.commands.verify import verify as run
 
-        report = run(folder, model=model, rows=rows, progress=progress)
-    print_exported(folder, [(folder, report)], talk)
+        report = run(folder, model=model, rows=rows, expect_sha256=expect_sha256, progress=progress)
+    print_exported(folder, [(folder, report)], talk, stages=("verify",))
     raise typer.Exit(parity_exit_code(report, folder, talk))
 
 
@@ -68,24 +94,40 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            "--text", help="File or hub data set; not given: the embedded evaluation text."
+            "--text",
+            metavar="TEXT",
+            help="File or hub data set; default: the embedded evaluation text.",
         ),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option("--window", min=2, help="Tokens the model sees at once; default: 2048."),
+        typer.Option(
+            "--window",
+            metavar="TOKENS",
+            min=2,
+            help="Tokens the model sees at once; default: 2048, or what it takes.",
+        ),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
-            "--stride", min=1, help="Tokens that windows move on by; default: the window."
+            "--stride",
+            metavar="TOKENS",
+            min=1,
+            help="Tokens that windows move on by; default: the window.",
         ),
     ] = None,
     nsamples: Annotated[
-        int | None, typer.Option("--nsamples", min=1, help="Documents; default: all.")
+        int | None,
+        typer.Option("--nsamples", metavar="N", min=1, help="Documents; default: all."),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (torch only).")
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda or cuda:N; default: auto, CUDA where there is one.",
+        ),
     ] = "auto",
 ) -> None:
     """Perplexity of an exported folder in its runtime, or of an artifact or a checkpoint in torch.

@@ -30,6 +30,11 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except TyperException as error:
+            fail: Callable[[str], NoReturn] = ctx.fail
+            param = getattr(error, "param", None)
+            if param is not None and param.name == "overrides":
+                # the one pair of options whose names differ by a letter
+                fail(f"{error.format_message()} Did you mean --override PATTERN=SCHEME?")
             unknown = getattr(error, "option_name", None)
             if unknown is None or not hasattr(error, "possibilities"):
                 raise
@@ -40,7 +45,6 @@ class Command(TyperCommand):
                 for param in self.get_params(ctx)
                 if param.opts[0][0] == "-"
             )
-            fail: Callable[[str], NoReturn] = ctx.fail
             fail(
                 f"No such option: {unknown}.{guess} The options of '{ctx.command_path}' are:"
                 f" {known}."

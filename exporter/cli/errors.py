@@ -124,11 +124,11 @@ def _one_line(text: str) -> str:
 
 
 def _interrupted(received: Received) -> int:
-    if received.signal is None:
-        _tell("interrupted")
-        return INTERRUPTED
-    _tell(f"interrupted by {received.signal.name}")
-    return _SIGNALLED + received.signal
+    number = received.signal
+    _tell("interrupted" if number is None else f"interrupted by {number.name}")
+    if received.hint is not None:
+        _tell(f"hint: {received.hint}")
+    return INTERRUPTED if number is None else _SIGNALLED + number
 
 
 def _flush(code: int) -> int:

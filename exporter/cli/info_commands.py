@@ -1,8 +1,9 @@
-"""The commands that only tell: ``backends`` and ``env``. Neither imports torch."""
+"""The commands that only tell: ``backends``, ``explain`` and ``env``. None imports torch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
@@ -11,6 +12,7 @@ from exporter.cli.options import TalkFlags
 from exporter.cli.session import print_json, set_up
 
 BACKENDS_EXAMPLES = ("rotq backends", "rotq backends --json")
+EXPLAIN_EXAMPLES = ("rotq explain", "rotq explain floor")
 ENV_EXAMPLES = ("rotq env", "rotq env --json > env.json")
 
 
@@ -37,6 +39,35 @@ def backends(talk: TalkFlags) -> None:
         )
     if not registered:
         typer.echo("warning: no backend is installed; reinstall rotq", err=True)
+
+
+@with_flags
+def explain(
+    talk: TalkFlags,
+    term: Annotated[
+        str | None, typer.Argument(metavar="TERM", help="A word of a report; default: all of them.")
+    ] = None,
+) -> None:
+    """Say what a word means that reports and messages use."""
+    from calib.errors import did_you_mean
+    from exporter.cli.errors import UsageError
+    from exporter.console.terms import TERMS
+
+    set_up(talk)
+    if term is not None and term.lower() not in TERMS:
+        raise UsageError(
+            f"nothing is known of '{term}'",
+            hint=f"{did_you_mean(term, TERMS)}the terms are: {', '.join(TERMS)}",
+        )
+    chosen = TERMS if term is None else {term.lower(): TERMS[term.lower()]}
+    if talk.json_output:
+        print_json(chosen)
+        return
+    from exporter.console import output_console
+    from exporter.console.show import show_line
+
+    for name, meaning in chosen.items():
+        show_line(output_console(), f"{name}: {meaning}")
 
 
 @with_flags

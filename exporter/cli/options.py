@@ -1,4 +1,5 @@
-"""The options that commands share, in groups.
+"""The options that commands share, in groups: model, target, run and output. Those that decide
+numbers are in :mod:`exporter.cli.number_options`.
 
 A field left at ``None`` (or ``False``) was not given: the recipe decides.
 """
@@ -10,6 +11,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+TARGETS_IN_WORDS = (
+    "ort, openvino, tensorrt (onnx); tripy, tensorrt, modelopt, vllm, transformers,"
+    " compressed-tensors (safetensors)"
+)
+"""Those of rotq's own backends; ``rotq backends`` lists all that are installed."""
 
 MODEL = "Model"
 QUANTIZATION = "Quantization"
@@ -29,23 +36,37 @@ class ModelFlags:
         typer.Option(
             "-m",
             "--model",
-            help="Hub id or folder. Not given: the embedded example model.",
+            metavar="MODEL",
+            help="Hub id or folder; default: the embedded example model.",
             rich_help_panel=MODEL,
         ),
     ] = None
     revision: Annotated[
         str | None,
-        typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=MODEL),
+        typer.Option(
+            "--revision",
+            metavar="NAME",
+            help="Branch, tag or commit on the hub; default: its main branch.",
+            rich_help_panel=MODEL,
+        ),
     ] = None
     device: Annotated[
         str | None,
-        typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL),
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda or cuda:N; default: auto, CUDA where there is one.",
+            rich_help_panel=MODEL,
+        ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"] | None,
         typer.Option(
             "--dtype",
-            help="What the target computes in; auto: the backend's.",
+            help=(
+                "What the target computes in; default: auto, the target's own, else the "
+                "checkpoint's."
+            ),
             rich_help_panel=MODEL,
         ),
     ] = None
@@ -61,112 +82,10 @@ class ModelFlags:
         bool,
         typer.Option(
             "--trust-remote-code",
-            help="Run Python code that comes with the model.",
+            help="Run Python code that comes with the model; default: never.",
             rich_help_panel=DANGEROUS,
         ),
     ] = False
-
-
-@dataclass(frozen=True)
-class SchemeFlag:
-    """What the linears become."""
-
-    scheme: Annotated[
-        str | None,
-        typer.Option(
-            "--scheme", help="Quantization scheme, for example int8.", rich_help_panel=QUANTIZATION
-        ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class QuantizationFlags:
-    """Finer control over what is quantized, and how it is calibrated; the recipe has the rest."""
-
-    kv: Annotated[
-        Literal["int8", "int4", "float8"] | None,
-        typer.Option("--kv", help="Quantize the KV cache.", rich_help_panel=QUANTIZATION),
-    ] = None
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--override",
-            help="PATTERN=SCHEME (or =float) for the linears that match. Repeatable.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
-    block_size: Annotated[
-        int | None,
-        typer.Option(
-            "--block-size",
-            help="Input features that share a weight scale.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
-    weight_algorithm: Annotated[
-        str | None,
-        typer.Option(
-            "--weight-algorithm",
-            help="rtn, mse, gptq or adaround.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
-    observer: Annotated[
-        str | None,
-        typer.Option(
-            "--observer",
-            help="Limits of activations: min_max, percentile:99.9, mse, ...",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
-    smoothing: Annotated[
-        str | None,
-        typer.Option(
-            "--smoothing",
-            help="none, smoothquant:auto, :ALPHA, or awq.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
-    overrides: Annotated[
-        Literal["auto", "none"] | None,
-        typer.Option(
-            "--overrides",
-            help="auto: wider inputs for the linears that hurt most, where it takes that.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
-    prefix: Annotated[
-        str | None,
-        typer.Option(
-            "--prefix",
-            help="Tokens before every sequence, part of the model: auto, none or how many.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
-    layerwise: Annotated[
-        bool,
-        typer.Option(
-            "--layerwise",
-            help="Calibrate block by block; memory of one block.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = False
-    asym: Annotated[
-        bool,
-        typer.Option(
-            "--asym",
-            help="With --layerwise: calibrate on the quantized linears' outputs.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = False
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--max-memory",
-            help="With --layerwise: activations beyond this go to disk.",
-            rich_help_panel=QUANTIZATION,
-        ),
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -176,15 +95,22 @@ class BackendFlags:
     backend: Annotated[
         str | None,
         typer.Option(
-            "--backend", help="What to write: see 'rotq backends'.", rich_help_panel=QUANTIZATION
+            "--backend",
+            metavar="NAME",
+            help=(
+                "What to write: onnx or safetensors; default: the one that has --target, else onnx."
+            ),
+            rich_help_panel=QUANTIZATION,
         ),
     ] = None
     target: Annotated[
         list[str] | None,
         typer.Option(
             "--target",
+            metavar="NAME",
             help=(
-                "Runtime it is for; default: the backend's first. Repeatable: a folder of -o each."
+                f"Runtime it is for: {TARGETS_IN_WORDS}; default: the backend's first. "
+                "Repeatable: a folder of -o each."
             ),
             rich_help_panel=QUANTIZATION,
         ),
@@ -199,7 +125,7 @@ class WritingFlags:
         Literal["all", "last"] | None,
         typer.Option(
             "--logits",
-            help="Of every token, or of the last one: enough to generate.",
+            help=("Of every token, or of the last one, enough to generate; default: all."),
             rich_help_panel=RUN,
         ),
     ] = None
@@ -208,8 +134,8 @@ class WritingFlags:
         typer.Option(
             "--kv-buffer",
             help=(
-                "Keys and values: grown by each run, or written into one buffer that goes in and"
-                " out."
+                "Keys and values: grown by each run, or written into one buffer that goes "
+                "in and out; default: grown."
             ),
             rich_help_panel=RUN,
         ),
@@ -218,114 +144,13 @@ class WritingFlags:
         str | None,
         typer.Option(
             "--max-shard-size",
-            help="Split files of weights beyond this: 5GB, 500MiB.",
+            metavar="SIZE",
+            help=(
+                "Split files of weights beyond this, such as 5GB or 500MiB; default: the "
+                "backend's limit."
+            ),
             rich_help_panel=RUN,
         ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class DataFlags:
-    """Which text the statistics see."""
-
-    calib_dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--calib-dataset", help="Hub name or .txt/.jsonl/.parquet file.", rich_help_panel=DATA
-        ),
-    ] = None
-    calib_column: Annotated[
-        str | None,
-        typer.Option(
-            "--calib-column",
-            help="Field with the text or messages; default: text, else messages.",
-            rich_help_panel=DATA,
-        ),
-    ] = None
-    calib_layout: Annotated[
-        Literal["auto", "documents", "windows"] | None,
-        typer.Option(
-            "--calib-layout",
-            help="A row is a document, or a window of joined text; auto: by their lengths.",
-            rich_help_panel=DATA,
-        ),
-    ] = None
-    nsamples: Annotated[
-        int | None, typer.Option("--nsamples", help="Calibration rows.", rich_help_panel=DATA)
-    ] = None
-    seqlen: Annotated[
-        int | None, typer.Option("--seqlen", help="Tokens a row is cut at.", rich_help_panel=DATA)
-    ] = None
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", help="Rows in one forward pass.", rich_help_panel=DATA),
-    ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", help="Of sampling and of random starts.", rich_help_panel=DATA),
-    ] = None
-
-
-@dataclass(frozen=True)
-class EvalDataFlag:
-    """Which text parity is measured on."""
-
-    eval_dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--eval-dataset",
-            help="As --calib-dataset; default: rows held back.",
-            rich_help_panel=DATA,
-        ),
-    ] = None
-    eval_column: Annotated[
-        str | None,
-        typer.Option(
-            "--eval-column", help="As --calib-column, for --eval-dataset.", rich_help_panel=DATA
-        ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class RotationFlags:
-    """Which rotations, and how they are trained; the recipe has the other hyper-parameters."""
-
-    rotate: Annotated[
-        str | None,
-        typer.Option(
-            "--rotate", help="auto, none, or some of r1,r2,r3,r4.", rich_help_panel=ROTATION
-        ),
-    ] = None
-    rotations: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--rotations",
-            help=(
-                "Use these instead of training: a rotq folder, r1.pt and r2.pt, or R.bin."
-                " Repeatable."
-            ),
-            rich_help_panel=ROTATION,
-        ),
-    ] = None
-    rotation_optimizer: Annotated[
-        Literal["monotone", "qr", "riemannian-ns", "riemannian-cayley"] | None,
-        typer.Option(
-            "--rotation-optimizer",
-            help="qr: the DartQuant reference's; monotone has no learning rate.",
-            rich_help_panel=ROTATION,
-        ),
-    ] = None
-    r1_lr: Annotated[
-        float | None, typer.Option("--r1-lr", help="Learning rate of R1.", rich_help_panel=ROTATION)
-    ] = None
-    r1_epochs: Annotated[
-        int | None, typer.Option("--r1-epochs", help="Epochs of R1.", rich_help_panel=ROTATION)
-    ] = None
-    r2_lr: Annotated[
-        float | None, typer.Option("--r2-lr", help="Learning rate of R2.", rich_help_panel=ROTATION)
-    ] = None
-    r2_epochs: Annotated[
-        int | None, typer.Option("--r2-epochs", help="Epochs of R2.", rich_help_panel=ROTATION)
     ] = None
 
 
@@ -335,7 +160,14 @@ class RecipeFlag:
 
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="YAML file or the name of a preset.", rich_help_panel=RUN),
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help=(
+                "YAML file, or a preset: int8, int4-gptq, ...; default: none. Options win over it."
+            ),
+            rich_help_panel=RUN,
+        ),
     ] = None
 
 
@@ -346,12 +178,20 @@ class ResumeFlags:
     from_capture: Annotated[
         Path | None,
         typer.Option(
-            "--from-capture", help="Folder of 'rotq capture': skips that step.", rich_help_panel=RUN
+            "--from-capture",
+            metavar="FOLDER",
+            help="Of 'rotq capture': skips that step.",
+            rich_help_panel=RUN,
         ),
     ] = None
     work_dir: Annotated[
         Path | None,
-        typer.Option("--work-dir", help="Keep intermediate results here.", rich_help_panel=RUN),
+        typer.Option(
+            "--work-dir",
+            metavar="FOLDER",
+            help="Keep intermediate results here; default: nowhere.",
+            rich_help_panel=RUN,
+        ),
     ] = None
     resume: Annotated[
         bool,
@@ -368,7 +208,8 @@ class OutputFlags:
         typer.Option(
             "-o",
             "--output",
-            help="Folder to create (required, except with --dry-run).",
+            metavar="FOLDER",
+            help=("To create; default: out/ and a name made of model, scheme and target."),
             rich_help_panel=OUTPUT,
         ),
     ] = None
@@ -384,6 +225,15 @@ class OutputFlags:
             "--dry-run", help="Print plan, sizes and recipe; do nothing.", rich_help_panel=OUTPUT
         ),
     ] = False
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile",
+            metavar="FILE",
+            help="Write where time, pages and memory went, stage by stage, as JSON.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -412,3 +262,15 @@ class TalkFlags:
             rich_help_panel=OUTPUT,
         ),
     ] = False
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Threads of one operator; default: a core each, as far as a container may use"
+            " them up.",
+            rich_help_panel=RUN,
+        ),
+    ] = None

@@ -1,4 +1,4 @@
-"""The recipe keys that options override."""
+"""From options to the recipe keys that they override."""
 
 from __future__ import annotations
 
@@ -6,49 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from exporter.cli.errors import UsageError
-
-RECIPE_KEYS = {
-    "model": "model",
-    "revision": "revision",
-    "trust_remote_code": "trust_remote_code",
-    "ignore_unused": "ignore_unused",
-    "device": "device",
-    "dtype": "dtype",
-    "backend": "backend",
-    "target": "target",
-    "logits": "logits",
-    "kv_buffer": "kv_buffer",
-    "max_shard_size": "max_shard_size",
-    "scheme": "scheme",
-    "kv": "kv",
-    "override": "overrides",
-    "block_size": "weights.block_size",
-    "weight_algorithm": "weights.algorithm",
-    "observer": "activations.observer",
-    "smoothing": "smoothing",
-    "prefix": "prefix",
-    "overrides": "widen",
-    "layerwise": "layerwise.enabled",
-    "asym": "layerwise.asym",
-    "max_memory": "layerwise.max_memory",
-    "calib_dataset": "calibration.dataset",
-    "calib_column": "calibration.column",
-    "calib_layout": "calibration.layout",
-    "nsamples": "calibration.nsamples",
-    "seqlen": "calibration.seqlen",
-    "batch_size": "calibration.batch_size",
-    "eval_dataset": "evaluation.dataset",
-    "eval_column": "evaluation.column",
-    "seed": "seed",
-    "rotate": "rotate",
-    "r1_lr": "rotation.r1.lr",
-    "r1_epochs": "rotation.r1.epochs",
-    "r2_lr": "rotation.r2.lr",
-    "r2_epochs": "rotation.r2.epochs",
-    "rotations": "rotation.files",
-}
-"""Recipe key by field. ``rotation_optimizer`` sets two keys and is dealt with by :func:`overrides`.
-"""
+from exporter.flags import RECIPE_KEYS
 
 
 def overrides(*groups: Any) -> dict[str, Any]:
@@ -87,15 +45,9 @@ def _patterns_and_schemes(texts: list[str]) -> dict[str, str]:
 def _pattern_and_scheme(text: str) -> tuple[str, str]:
     pattern, equals, scheme = text.rpartition("=")
     if not (pattern and equals and scheme):
+        other = "--overrides takes auto or none; " if text in ("auto", "none") else ""
         raise UsageError(
-            f"--override '{text}' is not PATTERN=SCHEME", hint="for example '*.down_proj=float'"
+            f"--override '{text}' is not PATTERN=SCHEME",
+            hint=f"{other}for example '*.down_proj=float'",
         )
     return pattern, scheme
-
-
-def option_of(key: str) -> str:
-    """The option that overrides the recipe key ``key``, for messages."""
-    if key.endswith(".optimizer"):
-        return "--rotation-optimizer"
-    field = next(name for name, dotted in RECIPE_KEYS.items() if dotted == key)
-    return "--" + field.replace("_", "-")

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import OutputError, RecipeError
+from calib.errors import OutputError, RecipeError, did_you_mean
 from calib.schemes import KV_SCHEMES, SCHEMES
 from exporter.cli.errors import UsageError
 from exporter.cli.options import OutputFlags, ResumeFlags
-from exporter.cli.overrides import option_of
+from exporter.flags import option_of
+from exporter.run.named_targets import known_targets, with_backend
 
 if TYPE_CHECKING:
     from exporter.recipe import Recipe
@@ -49,6 +50,7 @@ def resolve(
             # their own.
             flags = {"dtype": "auto", **flags}
     _check_names(flags)
+    flags = with_backend(flags, load_recipe(source).backend)
     try:
         recipe = load_recipe(source, flags)
     except RecipeError as error:
@@ -60,36 +62,33 @@ def resolve(
     return recipe
 
 
-def check_output(output: OutputFlags, resume: ResumeFlags | None = None) -> Path:
-    """The output folder, refused now rather than after the long job.
+def check_output(
+    output: OutputFlags, recipe: Recipe, goal: str, resume: ResumeFlags | None = None
+) -> Path:
+    """The output folder, by default one that is named after what is in it; refused now rather than
+    after the long job.
 
     Raises:
-        UsageError: options that are missing or do not go together.
+        UsageError: options that do not go together.
         OutputError: the folder exists, or cannot be created.
     """
     from exporter.output import check_target
+    from exporter.run.destination import default_output
 
     if resume is not None and resume.resume and resume.work_dir is None:
         raise UsageError(
             "--resume needs --work-dir", hint="give the folder that the interrupted run was given"
         )
-    if output.output is None:
-        if output.dry_run:
-            return Path()
-        raise UsageError(
-            "missing option -o/--output", hint="name the folder to create, for example -o out/model"
-        )
-    if str(output.output) == "":
-        raise UsageError(
-            "-o/--output is empty", hint="name the folder to create, for example -o out/model"
-        )
+    folder = default_output(recipe, goal) if output.output is None else output.output
+    if output.output is None and output.dry_run:
+        return folder
     try:
-        check_target(output.output, output.overwrite)
+        check_target(folder, output.overwrite)
     except OSError as error:
         raise OutputError(
-            f"cannot use '{output.output}': {error.strerror}", hint="choose another -o/--output"
+            f"cannot use '{folder}': {error.strerror}", hint="choose another -o/--output"
         ) from error
-    return output.output
+    return folder
 
 
 def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = True) -> None:
@@ -110,7 +109,8 @@ def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = Tru
     if "backend" in flags and recipe.backend not in backends:
         raise UsageError(
             f"unknown --backend '{recipe.backend}'",
-            hint=f"installed: {', '.join(backends) or 'none'}",
+            hint=f"{did_you_mean(recipe.backend, backends)}installed:"
+            f" {', '.join(backends) or 'none'}",
         )
     backend = get_backend(recipe.backend)
     unknown = [
@@ -119,7 +119,8 @@ def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = Tru
     if "target" in flags and unknown:
         raise UsageError(
             f"backend '{recipe.backend}' has no --target '{unknown[0]}'",
-            hint=f"its targets are: {', '.join(backend.targets)}",
+            hint=f"{did_you_mean(unknown[0], known_targets())}its targets are:"
+            f" {', '.join(backend.targets)}",
         )
     linear = customised_scheme(recipe).linear
     for name in recipe.targets if write else ():
@@ -152,7 +153,8 @@ def _check_names(flags: Mapping[str, Any]) -> None:
     scheme = flags.get("scheme")
     if scheme is not None and scheme not in SCHEMES:
         raise UsageError(
-            f"unknown --scheme '{scheme}'", hint=f"the schemes are: {', '.join(SCHEMES)}"
+            f"unknown --scheme '{scheme}'",
+            hint=f"{did_you_mean(scheme, SCHEMES)}the schemes are: {', '.join(SCHEMES)}",
         )
     check_device(flags.get("device", "auto"))
 
@@ -172,12 +174,28 @@ def _check_consistency(recipe: Recipe, flags: Mapping[str, Any]) -> None:
         )
     from exporter.run.quantizing import check_names
 
-    check_names(recipe)
+    try:
+        check_names(recipe)
+    except RecipeError as error:
+        option = next((each for each in flags if _speaks_of(error.message, each)), None)
+        if option is None:
+            raise
+        message = re.sub(r"^recipe key '[^']*'", option_of(option), error.message)
+        hint = error.hint or "'rotq export --help' describes it"
+        raise UsageError(message, hint=hint) from error
     if not _DEVICE.fullmatch(recipe.device):
         raise RecipeError(
             f"recipe key 'device': '{recipe.device}' is no device",
             hint="the devices are: auto, cpu, cuda, cuda:N",
         )
+
+
+def _speaks_of(message: str, key: str) -> bool:
+    """Whether an error is about the recipe key ``key``, or one inside or around it."""
+    found = re.match(r"recipe key '([^']*)'", message)
+    return found is not None and (
+        f"{found[1]}.".startswith(f"{key}.") or f"{key}.".startswith(f"{found[1]}.")
+    )
 
 
 def _in_terms_of_options(message: str, flags: Mapping[str, Any]) -> str:

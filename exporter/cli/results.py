@@ -17,17 +17,31 @@ if TYPE_CHECKING:
     from exporter.reporting.report import Report
 
 
-def print_exported(output: Path, exported: Sequence[tuple[Path, Report]], talk: TalkFlags) -> None:
+def print_exported(
+    output: Path,
+    exported: Sequence[tuple[Path, Report]],
+    talk: TalkFlags,
+    stages: Collection[str] = (),
+) -> None:
     """Write the result to stdout: the document, the path alone, or the summaries.
 
     Args:
         output: what ``-o`` named.
         exported: folder and report of each target; of the only one, ``output`` itself.
         talk: how much.
+        stages: whose time is shown; by default that of all.
     """
     if talk.json_output:
+        from exporter.reporting.summary import remedy_commands
+
         documents = [
-            {"output": str(folder), **report.model_dump(mode="json")} for folder, report in exported
+            {
+                "output": str(folder),
+                "export_sha256": report.export_sha256,
+                **({"commands": remedy_commands(report, folder)} if report.remedies else {}),
+                **report.model_dump(mode="json"),
+            }
+            for folder, report in exported
         ]
         print_json(
             documents[0] if len(documents) == 1 else {"output": str(output), "targets": documents}
@@ -38,21 +52,21 @@ def print_exported(output: Path, exported: Sequence[tuple[Path, Report]], talk: 
         from exporter.console import output_console, show_report
 
         for folder, report in exported:
-            show_report(output_console(), report, folder)
+            show_report(output_console(), report, folder, stages)
 
 
 def parity_exit_code(report: Report, folder: Path, talk: TalkFlags) -> int:
     """0, or 3 with a line on stderr for a report that is marked failed; what was not run is warned
     of.
     """
-    from exporter.reporting.summary import failed_rows, runtime_lines
+    from exporter.reporting.summary import failed_rows, remedy_commands, runtime_lines
 
     if report.status == "failed":
         typer.echo(f"error: parity failed: {'; '.join(failed_rows(report))}", err=True)
+        commands = remedy_commands(report, folder)
+        advice = f"; try: {commands[0]}" if commands else "; try another --rotate or --scheme"
         typer.echo(
-            f"hint: '{folder}' is kept and marked failed; do not deploy it; try another --rotate or"
-            " --scheme",
-            err=True,
+            f"hint: '{folder}' is kept and marked failed; do not deploy it{advice}", err=True
         )
         return PARITY_FAILED
     if report.status == "unverified" and report.parity and not talk.quiet:

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from calib.errors import RecipeError
 from exporter.cli.command import with_flags
+from exporter.cli.errors import UsageError
+from exporter.cli.number_options import (
+    DataFlags,
+    EvalDataFlag,
+    QuantizationFlags,
+    RotationFlags,
+    SchemeFlag,
+)
 from exporter.cli.options import (
     ROTATION,
     RUN,
     BackendFlags,
-    DataFlags,
-    EvalDataFlag,
     ModelFlags,
     OutputFlags,
-    QuantizationFlags,
     RecipeFlag,
     ResumeFlags,
-    RotationFlags,
-    SchemeFlag,
     TalkFlags,
     WritingFlags,
 )
@@ -62,7 +66,7 @@ CALIBRATE_EXAMPLES = (
         "rotq calibrate -m ./my-model --scheme w4a8 --override '*.down_proj=int8' --kv int8 -o"
         " out/mixed"
     ),
-    "rotq calibrate -m ./large-model --layerwise --work-dir work -o out/large",
+    "rotq calibrate -m ./large-model --layerwise --rotate r1,r2 --work-dir work -o out/large",
     "rotq export --from-artifact out/calibrated --backend onnx -o out/onnx",
 )
 
@@ -85,12 +89,22 @@ def export(
         Path | None,
         typer.Option(
             "--from-artifact",
-            help="Folder of 'rotq calibrate': only write and verify.",
+            metavar="FOLDER",
+            help="Of 'rotq calibrate': only write and verify.",
             rich_help_panel=RUN,
         ),
     ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the parity check.", rich_help_panel=RUN)
+    ] = False,
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry",
+            help="Where parity fails, try what would most likely mend it, and keep the first that"
+            " passes.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
 ) -> None:
     """Rotate, calibrate, quantize, write for a runtime, and check parity in that runtime.
@@ -99,14 +113,21 @@ def export(
     3 means: exported, but parity failed; the folder is kept and marked failed.
     """
     set_up(talk)
-    options = _run_options(outputs, resuming, verify=not no_verify, from_artifact=from_artifact)
+    if retry:
+        _check_retry(verify=not no_verify, from_artifact=from_artifact)
     flags = overrides(models, backends, writing, schemes, quantization, rotations, data, evaluation)
     recipe = resolve(recipes.recipe, flags, from_artifact)
     check_backend(recipe, flags)
+    options = _run_options(
+        outputs, resuming, recipe, "export", verify=not no_verify, from_artifact=from_artifact
+    )
     if _announced_only(recipe, options, "export", outputs, talk):
         return
-    with running(talk) as progress:
-        from exporter.commands.export import export as run
+    with running(talk, options.work_dir) as progress:
+        if retry:
+            from exporter.commands.retry import export_until_passed as run
+        else:
+            from exporter.commands.export import export as run
 
         result = run(recipe, options, progress=progress)
     exported = [(folder, result.reports[target]) for target, folder in result.folders.items()]
@@ -132,11 +153,11 @@ def capture(
     activations.
     """
     set_up(talk)
-    options = _run_options(outputs, None)
     recipe = resolve(recipes.recipe, overrides(models, data))
+    options = _run_options(outputs, None, recipe, "capture")
     if _announced_only(recipe, options, "capture", outputs, talk):
         return
-    with running(talk) as progress:
+    with running(talk, options.work_dir) as progress:
         from exporter.commands.export import run_capture
 
         folder = run_capture(recipe, options, progress=progress)
@@ -168,13 +189,13 @@ def calibrate(
     one that no installed backend writes.
     """
     set_up(talk)
-    options = _run_options(outputs, resuming)
     flags = overrides(models, backends, schemes, quantization, rotations, data)
     recipe = resolve(recipes.recipe, flags)
     check_backend(recipe, flags, write=False)
+    options = _run_options(outputs, resuming, recipe, "calibrate")
     if _announced_only(recipe, options, "calibrate", outputs, talk):
         return
-    with running(talk) as progress:
+    with running(talk, options.work_dir) as progress:
         from exporter.commands.export import calibrate as run
 
         result = run(recipe, options, progress=progress)
@@ -212,11 +233,11 @@ def rotate(
     what runs online (r3, r4) cannot be in a stock folder. --dtype auto is the source's own.
     """
     set_up(talk)
-    options = _run_options(outputs, resuming)
     recipe = resolve(recipes.recipe, overrides(models, schemes, rotations, data))
+    options = _run_options(outputs, resuming, recipe, "rotate")
     if _announced_only(recipe, options, "rotate", outputs, talk):
         return
-    with running(talk) as progress:
+    with running(talk, options.work_dir) as progress:
         from exporter.commands.rotate import rotate as run
 
         result = run(recipe, options, write_dartquant=write_dartquant, progress=progress)
@@ -236,14 +257,26 @@ def rotate(
         )
 
 
+def _check_retry(*, verify: bool, from_artifact: Path | None) -> None:
+    """As the run does, but before the recipe is read, and as wrong usage."""
+    from exporter.run.options import check_retry
+
+    try:
+        check_retry(verify=verify, from_artifact=from_artifact)
+    except RecipeError as error:
+        raise UsageError(error.message, error.hint or "") from error
+
+
 def _run_options(
     outputs: OutputFlags,
     resuming: ResumeFlags | None,
+    recipe: Recipe,
+    goal: Goal,
     *,
     verify: bool = True,
     from_artifact: Path | None = None,
 ) -> RunOptions:
-    output = check_output(outputs, resuming)
+    output = check_output(outputs, recipe, goal, resuming)
     from exporter.run.options import RunOptions
 
     return RunOptions(
@@ -254,6 +287,7 @@ def _run_options(
         resume=bool(resuming and resuming.resume),
         from_artifact=from_artifact,
         from_capture=resuming.from_capture if resuming else None,
+        profile=outputs.profile,
     )
 
 
@@ -263,8 +297,10 @@ def _announced_only(
     """Print the plan of a dry run, or the settings of a real one; whether it was a dry run."""
     from exporter.run.reservation import check_paths
 
-    if outputs.output is not None:  # a dry run needs none
+    if outputs.output is not None or not outputs.dry_run:
         check_paths(recipe, options)
+    if outputs.output is None and not talk.quiet and not outputs.dry_run:
+        _say(f"no -o/--output given: writes '{options.output}'")
     if outputs.dry_run:
         _print_plan(recipe, options, goal, talk)
     else:

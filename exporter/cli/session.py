@@ -9,17 +9,19 @@ import ctypes
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 from exporter.cli.errors import UsageError
 from exporter.cli.options import TalkFlags
+from exporter.cli.signals import hint_if_interrupted
+from exporter.process import settle
 
 OWN = ("exporter", "calib", "backends")
 
@@ -50,6 +52,7 @@ def set_up(talk: TalkFlags) -> None:
     """
     if talk.verbose and talk.quiet:
         raise UsageError("-v/--verbose and -q/--quiet exclude each other", hint="give one of them")
+    settle(talk.threads)
 
     handler = _StderrHandler()
     handler.setFormatter(
@@ -69,12 +72,21 @@ def set_up(talk: TalkFlags) -> None:
 
 
 @contextlib.contextmanager
-def running(talk: TalkFlags) -> Iterator[Progress]:
+def running(talk: TalkFlags, work_dir: Path | None = None) -> Iterator[Progress]:
     """Surround the long part of a command: bars on, libraries quiet, stdout kept for the result.
 
     Libraries print to stdout as they like (torch.onnx.export does, and the native code of
     tokenizers); until the end of the block that is swallowed, or goes to stderr under ``-v``.
+
+    Args:
+        talk: how much is said.
+        work_dir: what keeps whatever is finished, if the run is ended.
     """
+    if work_dir is not None:
+        hint_if_interrupted(
+            "what is finished is kept: add --resume to the same command, with --work-dir"
+            f" {shlex.quote(str(work_dir))}, to go on from there"
+        )
     with (
         Path(os.devnull).open("w") as nowhere,
         _native_stdout_to(2 if talk.verbose else nowhere.fileno()),
@@ -119,7 +131,7 @@ def _flush_c() -> None:
         ctypes.CDLL(None).fflush(None)
 
 
-def print_json(document: Any) -> None:
+def print_json(document: object) -> None:
     """Write the one JSON document of ``--json`` to stdout."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False, default=str))
 

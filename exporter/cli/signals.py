@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
 
@@ -20,6 +21,18 @@ class Received:
     """The signal that has ended a run, if one has."""
 
     signal: signal.Signals | None = None
+    hint: str | None = None
+    """What whoever ended the run may do next."""
+
+
+_CURRENT: ContextVar[Received | None] = ContextVar("received", default=None)
+
+
+def hint_if_interrupted(hint: str) -> None:
+    """From here on, say ``hint`` if the run is ended."""
+    received = _CURRENT.get()
+    if received is not None:
+        received.hint = hint
 
 
 @contextlib.contextmanager
@@ -40,8 +53,10 @@ def signals_as_interrupts() -> Iterator[Received]:
     changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in changed:
         signal.signal(number, interrupt)
+    token = _CURRENT.set(received)
     try:
         yield received
     finally:
+        _CURRENT.reset(token)
         for number in changed:
             signal.signal(number, signal.SIG_DFL)

@@ -12,16 +12,14 @@ import typer
 from calib.architectures import KINDS
 from exporter.cli.command import with_flags
 from exporter.cli.errors import UsageError
+from exporter.cli.number_options import DataFlags, RotationFlags, SchemeFlag
 from exporter.cli.options import (
     OUTPUT,
     QUANTIZATION,
-    DataFlags,
     ModelFlags,
     OutputFlags,
     RecipeFlag,
     ResumeFlags,
-    RotationFlags,
-    SchemeFlag,
     TalkFlags,
 )
 from exporter.cli.overrides import overrides
@@ -49,7 +47,13 @@ class StatsOutputFlags:
 
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder to create (required).", rich_help_panel=OUTPUT),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            help=("To create; default: out/ and a name made of model, scheme and target."),
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
     overwrite: Annotated[
         bool,
@@ -73,7 +77,11 @@ def stats(
         int | None,
         typer.Option(
             "--clusters",
-            help="One static activation scale for each of so many clusters of channels.",
+            metavar="N",
+            help=(
+                "One static activation scale for each of so many clusters of channels; "
+                "default: one."
+            ),
             min=1,
             rich_help_panel=QUANTIZATION,
         ),
@@ -93,8 +101,8 @@ def stats(
     r1,r2,r4 unless given, as far as the model takes them.
     """
     set_up(talk)
-    output = check_output(OutputFlags(outputs.output, outputs.overwrite), resuming)
     recipe = resolve(recipes.recipe, overrides(models, schemes, rotations, data))
+    output = check_output(OutputFlags(outputs.output, outputs.overwrite), recipe, "stats", resuming)
     if clusters is not None:
         recipe = _clustered(recipe, clusters)
     if cluster_jointly and not (recipe.activations.granularity or "").startswith("cluster:"):
@@ -112,8 +120,10 @@ def stats(
         from_capture=resuming.from_capture,
     )
     check_paths(recipe, options)
+    if outputs.output is None and not talk.quiet:
+        typer.echo(f"no -o/--output given: writes '{output}'", err=True)
     _announce(recipe, options, talk)
-    with running(talk) as progress:
+    with running(talk, options.work_dir) as progress:
         from exporter.commands.stats import stats as run
 
         result = run(recipe, options, jointly=cluster_jointly, progress=progress)

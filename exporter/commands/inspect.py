@@ -20,6 +20,7 @@ from calib.errors import RotqError
 from calib.schemes import LinearScheme, linear_words
 from exporter.reporting.describe import rotation_summaries
 from exporter.reporting.exported import edited_files, is_export, read_export
+from exporter.reporting.html import page
 from exporter.reporting.report import Report, RotationSummary
 
 
@@ -46,7 +47,7 @@ class StoredBytes:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What ``rotq inspect`` shows. Sizes in bytes."""
 
@@ -76,6 +77,9 @@ class Inspection:
     """Operators that the runtime executes, by how often they occur in its graph."""
     fusion_note: str = ""
     """Why nothing is known of how the runtime executes the linears."""
+    export_sha256: str | None = None
+    """See :attr:`~exporter.reporting.report.Report.export_sha256`; that of what was exported, also
+    where the folder was edited since."""
     edited: Mapping[str, list[str]] = field(default_factory=dict)
     """Files that are ``missing``, ``changed`` or ``added`` since the export."""
     unreadable: str = ""
@@ -95,6 +99,24 @@ class Inspection:
     def nbytes(self) -> int:
         """Of everything that is stored."""
         return sum(part.nbytes for part in self.contents)
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{name} {value}" for name, value in self._facts().items())
+        return f"Inspection('{self.folder}': {words})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return page(self.folder, {**self._facts(), **self.schemes})
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "what": self.what,
+            "model": self.model,
+            "scheme": self.scheme,
+            "linears": len(self.linears),
+            "kept in float": len(self.kept),
+            "bytes": self.nbytes,
+        }
 
 
 def inspect_folder(folder: Path) -> Inspection:
@@ -145,6 +167,7 @@ def _exported(folder: Path) -> Inspection:
         status=report.status,
         kernels={} if fusion is None else fusion.kernels,
         fusion_note=note,
+        export_sha256=report.export_sha256,
         edited=edited,
         unreadable=unreadable,
     )

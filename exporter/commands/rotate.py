@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calib.ambient import plain_torch
+from backends.cpu import cpu_words
 from calib.architectures import Kind
 from calib.artifact.older_config import with_older_keys
 from calib.artifact.side_files import copy_side_files
 from calib.errors import RotationError, UnsupportedModelError
 from calib.fusing import FusedModel, materialize
-from calib.progress import Progress, silent
+from calib.process.ambient import plain_torch
+from calib.process.progress import Progress, silent
 from calib.rotations.files import save_rotations
 from calib.rotations.foreign import export_dartquant
 from calib.rotations.from_capture import TrainedRotations
@@ -27,15 +28,23 @@ from calib.rotations.rotate import FOLDED, Rotate
 from calib.rotations.rotation_set import RotationSet
 from exporter.parity.fold import check_folder
 from exporter.recipe import RECIPE_FILE, Recipe
-from exporter.reporting.card import CARD_FILE, render_rotated_card, source_license
+from exporter.reporting.card import render_rotated_card, source_license
 from exporter.reporting.describe import (
     CONFIG_FILE,
     package_versions,
     rotation_summaries,
     source_summary,
 )
-from exporter.reporting.report import COMPARED_ROWS, ParityRow, RotateReport, RotationGateRow
+from exporter.reporting.html import page
+from exporter.reporting.report import (
+    CARD_FILE,
+    COMPARED_ROWS,
+    ParityRow,
+    RotateReport,
+    RotationGateRow,
+)
 from exporter.run.destination import Destination
+from exporter.run.generic import check_generic
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import warn_of_slow_choices
@@ -49,7 +58,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RotateResult:
     """What :func:`rotate` made."""
 
@@ -57,6 +66,20 @@ class RotateResult:
     recipe: Recipe
     rotations: RotationSet
     report: RotateReport
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{name} {value}" for name, value in self._facts().items())
+        return f"RotateResult('{self.output}': {words})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return page(str(self.output), self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "rotate": self.report.rotate,
+            "dtype": self.report.dtype,
+        }
 
 
 @plain_torch()
@@ -86,13 +109,14 @@ def rotate(
     """
     _refuse_online(recipe)
     clock = Stopwatch(progress)
-    with reserved(recipe, options) as output:
+    with clock.profiled(options.profile), reserved(recipe, options) as output:
         warn_of_slow_choices(recipe)
 
         # Rotations are trained in float32 whatever is written, so that one capture serves every
         # dtype.
         training = recipe.model_copy(update={"dtype": "float32"})
         inputs = open_inputs(training, Destination.of(recipe), model, tokenizer)
+        check_generic(recipe, inputs.source.wiring.architecture, "rotate")
         work = WorkDir.of(options, inputs)
         imported = imported_rotations(recipe, inputs.source)
         kinds = _kinds(inputs, imported)
@@ -147,8 +171,10 @@ def _report(
         rotations=rotation_summaries(trained.rotations),
         rotation_gate=[RotationGateRow.model_validate(asdict(row)) for row in trained.table],
         parity=parity,
-        seconds=clock.seconds,
+        **clock.figures(),
         versions=package_versions(),
+        cpu=cpu_words(),
+        threads=torch.get_num_threads(),
     )
 
 

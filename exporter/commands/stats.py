@@ -3,7 +3,8 @@ does to each.
 
 ``before`` is the model with its norms folded into the linears and nothing rotated, ``after`` the
 same with rotations folded in and, for R3 and R4, running online. The original itself would mix the
-norms' gains into what rotations do.
+norms' gains into what rotations do. A model whose family is not in the table is measured as it is,
+``before`` alone.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calib.ambient import plain_torch
 from calib.architectures import LinearSpec
 from calib.data.batches import length_batches
 from calib.data.tokens import token_hash
 from calib.fusing import FusedModel, materialize
-from calib.progress import Progress, silent
+from calib.process.ambient import plain_torch
+from calib.process.progress import Progress, silent
 from calib.rotations.from_capture import TrainedRotations
 from calib.rotations.rotate import Rotate
 from calib.rotations.rotation_set import RotationSet
@@ -33,6 +34,7 @@ from calib.stats.linears import LinearMoments, linear_moments
 from calib.stats.moments import MomentStatistics
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import package_versions, rotation_summaries, source_summary
+from exporter.reporting.html import page
 from exporter.reporting.report import CalibrationSummary, RotationGateRow
 from exporter.reporting.stats import (
     STATS_FORMAT_VERSION,
@@ -43,6 +45,7 @@ from exporter.reporting.stats import (
     TensorFigures,
 )
 from exporter.run.destination import Destination
+from exporter.run.generic import check_generic
 from exporter.run.inputs import Inputs, open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import warn_of_slow_choices
@@ -70,13 +73,28 @@ _CHANNELS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StatsResult:
     """What :func:`stats` made."""
 
     output: Path
     recipe: Recipe
     report: StatsReport
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{name} {value}" for name, value in self._facts().items())
+        return f"StatsResult('{self.output}': {words})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return page(str(self.output), self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "scheme": self.report.scheme,
+            "rotate": self.report.rotate,
+            "linears": len(self.report.linears),
+        }
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,7 @@ def stats(
         warn_of_slow_choices(recipe)
         inputs = open_inputs(_in_float32(recipe), Destination.of(recipe), model, tokenizer)
         work = WorkDir.of(options, inputs)
+        check_generic(recipe, inputs.source.wiring.architecture, "stats")
         if _clusters(inputs.scheme) is not None:
             logger.warning("%s", NO_FUSED_KERNEL)
         imported = imported_rotations(recipe, inputs.source)

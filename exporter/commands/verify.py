@@ -7,6 +7,7 @@ backend; the checksums in ``report.json`` say whether these are still the ones t
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -16,44 +17,67 @@ import torch
 from backends.base import Backend
 from backends.cpu import cpu_words
 from backends.registry import get_backend
-from calib.ambient import plain_torch
 from calib.artifact import Provenance, QuantizedModel
 from calib.errors import CheckpointError
-from calib.fusing import FusedModel, with_prefix
-from calib.progress import Progress, silent
+from calib.files.reading import read_json, reason_of
+from calib.fusing import FusedModel
+from calib.process.ambient import plain_torch
+from calib.process.progress import Progress, silent
 from calib.quantizing.calibrator import kept_reasons
-from calib.reading import read_json, reason_of
 from calib.rotations.files import load_rotations
-from calib.smoothing.smooth import fold_all
 from exporter.parity import Subject, check_parity
 from exporter.recipe import Recipe
 from exporter.reporting.describe import CONFIG_FILE, load_smoothing
-from exporter.reporting.exported import check_unchanged, read_export, update_export
+from exporter.reporting.exported import check_expected, check_unchanged, read_export, update_export
 from exporter.reporting.report import Report, parity_status
+from exporter.run.calibrated import fused_again
 from exporter.run.destination import Destination
 from exporter.run.quantizing import customised_scheme
+from exporter.run.remedies import remedies_of
 from exporter.source import Source, open_source, read_rows
+
+logger = logging.getLogger(__name__)
 
 
 @plain_torch()
 def verify(
-    folder: Path, *, model: str | None = None, rows: int | None = None, progress: Progress = silent
+    folder: Path,
+    *,
+    model: str | None = None,
+    rows: int | None = None,
+    expect_sha256: str | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """Check ``folder`` and update its report and card, where they can be written.
+
+    Fewer rows than the export had prove less, and update nothing.
 
     Args:
         folder: what ``rotq export`` wrote.
         model: the float model, where it is no longer where the recipe says.
         rows: evaluation rows; by default the recipe's.
+        expect_sha256: the :attr:`~exporter.reporting.report.Report.export_sha256` that the folder
+            must have, as it came by another way than the folder.
         progress: called after each rung.
 
     Raises:
-        CheckpointError: the folder is incomplete or was edited after the export, or ``model`` is
-            another model.
+        CheckpointError: the folder is incomplete or was edited after the export, is another one
+            than ``expect_sha256`` says, or ``model`` is another model.
     """
     report, written = read_export(folder)
     check_unchanged(folder, report)
+    if expect_sha256 is not None:
+        check_expected(folder, report, expect_sha256)
 
+    proves_less = rows is not None and rows < written.evaluation.nsamples
+    if proves_less:
+        logger.warning(
+            "%d evaluation rows prove less than the %d of the export: the verdict in '%s' stays as"
+            " it is",
+            rows,
+            written.evaluation.nsamples,
+            folder,
+        )
     changes: dict[str, Any] = {"model": model or written.model}
     if rows is not None:
         changes["evaluation"] = written.evaluation.model_copy(update={"nsamples": rows})
@@ -89,12 +113,16 @@ def verify(
     report = report.model_copy(
         update={
             "parity": parity,
+            "remedies": [],
             "status": parity_status(parity),
             "cpu": cpu_words(),
             "seconds": {**report.seconds, "verify": time.perf_counter() - start},
         }
     )
-    return update_export(folder, report, written)
+    if report.status == "failed":
+        remedies = remedies_of(report, written, quantized.config, list(quantized.linears))
+        report = report.model_copy(update={"remedies": remedies})
+    return report if proves_less else update_export(folder, report, written)
 
 
 def read_back(
@@ -108,10 +136,17 @@ def read_back(
     destination = Destination(backend, (report.target,))
     name = report.dtype or destination.common_dtype(recipe.dtype, lambda: source.dtype)
     dtype = getattr(torch, name)
-    fused = source.fuse(rotations, dtype=dtype, fold_norms=report.norms_folded)
-    fused = fold_all(fused, smoothing)
-    if report.prefix is not None:
-        fused = with_prefix(fused, report.prefix.tokens, report.prefix.reason)
+    prefix = report.prefix
+    fused = fused_again(
+        source,
+        rotations,
+        dtype,
+        fold_norms=report.norms_folded,
+        smoothing=smoothing,
+        prefix=() if prefix is None else prefix.tokens,
+        reason="" if prefix is None else prefix.reason,
+        by_blocks=recipe.layerwise.enabled,
+    )
 
     own = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     quantized = QuantizedModel(
@@ -119,7 +154,7 @@ def read_back(
         scheme=customised_scheme(recipe),
         dtype=dtype,
         linears=linears,
-        floats={name: tensor for name, tensor in fused.state.items() if name not in own},
+        floats={name: fused.state[name] for name in fused.state if name not in own},
         kept=kept_reasons(fused, linears),
         rotations=rotations,
         provenance=Provenance(
@@ -133,6 +168,9 @@ def read_back(
             calibration_sha256=report.calibration.sha256,
             versions=report.versions,
             gate=tuple(row.model_dump() for row in report.gate),
+            cpu=report.calibration.cpu,
+            threads=report.calibration.threads,
+            quantized=report.model.quantized,
         ),
         cache=backend.read_cache(folder, report.target),
         smoothing=smoothing,

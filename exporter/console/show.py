@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from exporter.console.fit import fitted, widths
 from exporter.console.streams import table_box
 from exporter.environment import Environment
 from exporter.reporting import summary
@@ -28,13 +29,26 @@ def show_settings(console: Console, settings: Mapping[str, str]) -> None:
         show_line(console, f"  {name:<{width}}  {value}")
 
 
-def show_report(console: Console, report: Report, folder: Path) -> None:
-    """Print the summary of a finished run."""
+def show_report(
+    console: Console, report: Report, folder: Path, stages: Collection[str] = ()
+) -> None:
+    """Print the summary of a finished run, what matters most first.
+
+    Args:
+        console: where.
+        report: what was found.
+        folder: what it is of.
+        stages: whose time is shown; by default that of all.
+    """
+    style = {"passed": "green", "failed": "bold red", "unverified": "yellow"}[report.status]
+    show_line(console, summary.verdict_line(report, folder), style)
     show_line(
         console,
         f"{summary.source_words(report.model.source)}: {report.model.model_type}, "
         f"{report.model.parameters:,} parameters",
     )
+    if report.model.quantized is not None:
+        show_line(console, summary.quantized_words(report.model.quantized))
     for line in summary.layer_lines(report):
         show_line(console, line)
     show_line(
@@ -58,22 +72,26 @@ def show_report(console: Console, report: Report, folder: Path) -> None:
     show_table(console, summary.parity_table(report), alarm=True)
     for line in summary.runtime_lines(report):
         show_line(console, line)
-    show_table(console, summary.seconds_table(report))
+    show_table(console, summary.seconds_table(report, stages))
     for warning in report.warnings:
         show_line(console, f"warning: {warning}", "yellow")
 
+    show_line(console, summary.digest_line(report.export_sha256))
     verdict = {
         "passed": "parity passed"
         + (f", not run in {report.not_run_in}" if report.not_run_in else ""),
         "failed": "PARITY FAILED: do not deploy",
         "unverified": "parity not checked",
     }
-    style = {"passed": "green", "failed": "bold red", "unverified": "yellow"}
+    if report.remedies:
+        show_line(console, "\nWhat would most likely mend it, the most promising first", "bold")
+    for line in summary.remedy_lines(report, folder):
+        show_line(console, line, whole=line.lstrip().startswith("rotq "))
     show_line(
         console,
         f"{folder} ({report.backend}, {report.target}, {report.scheme}, rotate {report.rotate}): "
         f"{verdict[report.status]}",
-        style[report.status],
+        style,
     )
 
 
@@ -112,6 +130,9 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"{plan.quantized_parameters:,} of them to be quantized",
     )
 
+    if plan.source_quantized is not None:
+        show_line(console, summary.quantized_words(plan.source_quantized))
+
     stages = tuple(
         (stage.name, stage.detail, human_seconds(stage.seconds)) for stage in plan.stages
     )
@@ -130,7 +151,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     for warning in plan.warnings:
         show_line(console, f"warning: {warning}", "yellow")
     show_line(console, "\nrecipe:")
-    show_line(console, plan.recipe.rstrip())
+    show_line(console, plan.recipe.rstrip(), whole=True)
 
 
 def show_evaluation(console: Console, result: EvalResult) -> None:
@@ -163,16 +184,27 @@ def show_table(console: Console, table: Table, *, alarm: bool = False) -> None:
     if not table.rows:
         return
     show_line(console, f"\n{table.title}", "bold")
-    drawn = RichTable(box=table_box(console), pad_edge=False)
-    for index, name in enumerate(table.header):
-        # Folding, because an ellipsis would hide figures, and is not ASCII.
-        drawn.add_column(name, justify="right" if index in table.right else "left", overflow="fold")
-    for index, row in enumerate(table.rows):
-        style = ("bold red" if alarm else "bold green") if index in table.marked else None
-        drawn.add_row(*map(Text, row), style=style)
-    console.print(drawn)
+    parts, below = fitted(table, console.width)
+    for part in parts:
+        drawn = RichTable(box=table_box(console), pad_edge=False)
+        columns = zip(part.header, widths(part, console.width), strict=True)
+        for index, (name, width) in enumerate(columns):
+            # Folding, because an ellipsis would hide figures, and is not ASCII.
+            justify: Literal["right", "left"] = "right" if index in part.right else "left"
+            drawn.add_column(name, justify=justify, overflow="fold", width=width)
+        for index, row in enumerate(part.rows):
+            style = ("bold red" if alarm else "bold green") if index in part.marked else None
+            drawn.add_row(*map(Text, row), style=style)
+        console.print(drawn)
+    for line in below:
+        show_line(console, line)
 
 
-def show_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print one line as it is, however long."""
-    console.print(Text(text), style=style, soft_wrap=True)
+def show_line(
+    console: Console, text: str, style: str | None = None, *, whole: bool = False
+) -> None:
+    """Print one line; on a terminal it is broken between words, unless it is to be copied as a
+    ``whole``.
+    """
+    soft = whole or not console.is_terminal
+    console.print(Text(text), style=style, soft_wrap=soft)

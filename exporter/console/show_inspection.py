@@ -73,7 +73,8 @@ def _show_state(console: Console, inspection: Inspection) -> None:
         show_line(console, f"{what} since the export: {', '.join(names)}", "bold red")
     if inspection.unreadable:
         show_line(console, f"cannot be read any further: {inspection.unreadable}", "bold red")
-    if inspection.what == "exported" and not inspection.edited:
+    if inspection.export_sha256 is not None and not inspection.edited:
+        show_line(console, summary.digest_line(inspection.export_sha256))
         show_line(
             console, f"checksums: all files are as exported; parity: {inspection.status}", "green"
         )

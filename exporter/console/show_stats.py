@@ -58,7 +58,9 @@ def damage_table(report: StatsReport, rows: list[LinearRow]) -> Table:
         if clusters
         else report.scheme
     )
-    header = [title for name in _FIGURES for title in ((name, "after") if rotated else (name,))]
+    header = [
+        title for name in _FIGURES for title in ((name, f"{name} after") if rotated else (name,))
+    ]
     return Table(
         f"Damage ({measured}): relative squared error of outputs"
         + (", before and after rotation" * rotated),

@@ -8,7 +8,15 @@ disk, ``whole`` replaces single files.
 
 from __future__ import annotations
 
-from exporter.output.claim import Claim, atomic_folder, check_target, claimed, is_in, sweep
+from exporter.output.claim import (
+    Claim,
+    atomic_folder,
+    check_free,
+    check_target,
+    claimed,
+    is_in,
+    sweep,
+)
 from exporter.output.failures import why_not_written
 from exporter.output.listing import LIST_FILE, entries, sha256_tree, unlisted, write_list
 from exporter.output.lock import HOLDER_FILE, LOCK_FILE, locked, making
@@ -21,6 +29,7 @@ __all__ = [
     "LOCK_FILE",
     "Claim",
     "atomic_folder",
+    "check_free",
     "check_target",
     "claimed",
     "entries",

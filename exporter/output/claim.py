@@ -3,8 +3,11 @@
 A run claims its target before the long job, by a hidden folder beside it (``.NAME.rotq``) that it
 holds locked. It writes in there, and the result is moved into place at the very end: whoever looks
 at the target sees the old folder or the new one, never a half-written one. What a killed run leaves
-is removed by the next one that writes beside it. There is no fsync: this protects against
-interrupts, errors and full disks, not against a power cut.
+is removed by the next one that writes beside it.
+
+Every file, and every folder that names it, is on the disk before the result is moved into place,
+and the move is before what it replaced is removed: as far as the disk keeps what it says that it
+has, a power cut leaves the old folder or the new one as well.
 
 A failed parity check is not an exception: the caller finishes the block normally and the folder is
 kept, marked failed.
@@ -21,14 +24,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calib.errors import OutputError
+from calib.files.durable import sync_folder, sync_tree
 from exporter.output.failures import why_not_written
 from exporter.output.listing import LIST_FILE, read_list, remove_listed, unlisted, write_list
-from exporter.output.lock import LOCK_FILE, locked, making, release, take
+from exporter.output.lock import LOCK_FILE, held, locked, making, release, take
 from exporter.output.swap import swap
 
 logger = logging.getLogger(__name__)
 
 _ANOTHER = "choose another -o/--output"
+_WAIT = "wait for that run to end, or choose another -o/--output"
 _NEW, _OLD, _SCRATCH = "new", "old", "scratch"
 _BEFORE_LISTS = ("report.json", "rotq.yaml")
 """What exports of versions without lists hold, and maybe folders of others."""
@@ -64,6 +69,27 @@ def check_target(target: Path, overwrite: bool = False) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
             f"cannot create '{target}': no permission to write in '{parent}'", hint=_ANOTHER
+        )
+
+
+def check_free(target: Path, work_dir: Path | None = None) -> None:
+    """Refuse, before anything is begun, what another run holds.
+
+    Args:
+        target: of the run.
+        work_dir: its work folder.
+
+    Raises:
+        OutputError: naming that run.
+    """
+    holder = held(Claim(target, False).hidden)
+    if holder is not None:
+        raise OutputError(f"the output '{target}' is in use by {holder}", hint=_WAIT)
+    holder = None if work_dir is None else held(work_dir)
+    if holder is not None:
+        raise OutputError(
+            f"the work folder '{work_dir}' is in use by {holder}",
+            hint="wait for that run to end, or choose another --work-dir",
         )
 
 
@@ -108,6 +134,7 @@ class Claim:
             yield new
             _share(new)
             write_list(new)
+            sync_tree(new)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
             explained = self.explain(error)
@@ -151,6 +178,7 @@ class Claim:
         try:
             self._check_unclaimed()
             before = swap(new, self._final, self.hidden / _OLD)
+            sync_folder(self._final.parent)
         except (OSError, OutputError) as error:
             kept = _moved_aside(new, self._final, "new")
             reason = why_not_written(error) or getattr(error, "strerror", None) or error

@@ -12,8 +12,8 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from calib.reading import read_json
-from calib.sealed import digest
+from calib.files.reading import read_json
+from calib.files.sealed import digest
 from exporter.output.strays import is_disposable
 
 LIST_FILE = "rotq_files.json"
@@ -63,12 +63,18 @@ def remove_listed(folder: Path) -> bool:
     listed = read_list(folder) or frozenset()
     disposable = {name for name in entries(folder) if is_disposable(name)}
     for name in sorted(listed | disposable, key=lambda name: name == LIST_FILE):
-        with contextlib.suppress(OSError):
-            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if not _is_behind_link(folder, name):
+                (folder / name).unlink(missing_ok=True)
     for inner, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             Path(inner).rmdir()
     return not folder.exists()
+
+
+def _is_behind_link(folder: Path, name: str) -> bool:
+    """Whether a link to a folder leads to ``name``, which then lies elsewhere."""
+    return any((folder / inner).is_symlink() for inner in PurePosixPath(name).parents[:-1])
 
 
 def sha256_tree(folder: Path, exclude: Collection[str] = ()) -> dict[str, str]:

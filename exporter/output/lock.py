@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.errors import OutputError
-from calib.reading import read_json
+from calib.files.reading import read_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -111,6 +111,23 @@ def take(folder: Path) -> BaseFileLock | None:
     with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
         (folder / HOLDER_FILE).write_text(json.dumps(holder) + "\n", encoding="utf-8")
     return lock
+
+
+def held(folder: Path) -> str | None:
+    """Who holds ``folder``; ``None`` where nobody does. Nothing is made, and nothing kept."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK_FILE).is_file():
+        return None
+    lock = FileLock(folder / LOCK_FILE, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return _holder(folder)
+    except OSError:  # no locks here, or none of ours to take
+        return None
+    lock.release()
+    return None
 
 
 def release(lock: BaseFileLock | None, folder: Path) -> None:

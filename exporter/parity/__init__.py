@@ -1,7 +1,9 @@
 """Does the export still compute the same? Rungs, each with its own figure and bound.
 
 0. The files against the artifact: the numbers of every quantized linear, of the cache and of what
-   is in float, bit by bit. Nothing is altered.
+   is in float, bit by bit, and what the files beside them state. Nothing is altered. The artifact
+   against the recipe, the rotated float weights and held-out inputs: which linears are quantized,
+   how weights were rounded, and what of their range static scales leave unused.
 1. The original float model against the rotated one: relative L2 of logits, at most 1e-5 in float32.
    The fold is exact.
 2. The torch fake-quant reference, computed from the artifact alone, against the export *run in its
@@ -22,9 +24,9 @@ nor failed.
 
 from __future__ import annotations
 
-from exporter.parity.check import check_parity
+from exporter.parity.check import Check, check_parity
 from exporter.parity.passes import runtime_logits
 from exporter.parity.stored import kept_digests
 from exporter.parity.subject import Subject
 
-__all__ = ["Subject", "check_parity", "kept_digests", "runtime_logits"]
+__all__ = ["Check", "Subject", "check_parity", "kept_digests", "runtime_logits"]

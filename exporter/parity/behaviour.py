@@ -24,6 +24,7 @@ from backends.base import RuntimeModel
 from backends.torch_model import cached_pass
 from exporter.parity.rows import ran, row
 from exporter.parity.subject import Subject
+from exporter.parity.walks import original_logits
 from exporter.reporting.report import ParityRow
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def behaviour_rows(
     """
     assert subject.source is not None  # by the caller
     prompts = _prompts(subject.source, subject.rows)
-    steps = _room(subject.source.config, prompts.ids)
+    steps = _room(subject.source.config, prompts.ids, subject.quantized.prefix_length)
     if steps < NGRAM:
         return []
     ours = _continued(runtime.forward, prompts.ids, steps)
@@ -120,6 +121,40 @@ def behaviour_rows(
     ]
 
 
+def followed_rows(subject: Subject, runtime: RuntimeModel) -> list[ParityRow]:
+    """How long a float model that is never whole in memory would have written what the export
+    writes: it reads the export's continuations in one walk, and up to the first token that it
+    would not have chosen it would have written the same.
+
+    Arguments as for :func:`behaviour_rows`. How much the float model repeats itself cannot be seen
+    so, and is not judged.
+    """
+    assert subject.source is not None  # by the caller
+    prompts = _prompts(subject.source, subject.rows)
+    steps = _room(subject.source.config, prompts.ids, subject.quantized.prefix_length)
+    ours = None if steps < NGRAM else _continued(runtime.forward, prompts.ids, steps)
+    if ours is None:
+        return []
+    written = [
+        torch.cat([ids, own[:-1]]) for ids, own in zip(prompts.ids, ours.to("cpu"), strict=True)
+    ]
+    stop = subject.source.tokenizer.eos_token_id
+    together, same = [], 0
+    with original_logits(subject, written) as logits:
+        for ids, own in zip(written, ours.tolist(), strict=True):
+            chosen = logits(ids.unsqueeze(0))[0, -steps:].argmax(-1).tolist()
+            text = _until(stop, own)
+            together.append(common_length(chosen, text))
+            same += together[-1] == len(text)
+    note = (
+        f"{len(written)} prompts {prompts.origin}, continued by {steps} tokens; {same} of them the"
+        " same to the end; the float model is never whole in memory, and reads what the export"
+        " wrote"
+    )
+    mean = sum(together) / len(together)
+    return [row(3, _NAME, "tokens until they part", mean, None, note, **ran(runtime))]
+
+
 def repetition(tokens: Sequence[int]) -> float:
     """The share of 4-grams of ``tokens`` that stand in them before, 0 to 1; 0 where there are
     none.
@@ -156,11 +191,11 @@ def _prompts(source: Source, rows: Sequence[Tensor]) -> _Prompts:
     return _Prompts(beginnings, "of held-out text")
 
 
-def _room(config: Any, prompts: Sequence[Tensor]) -> int:
-    """How many tokens can follow every prompt."""
+def _room(config: Any, prompts: Sequence[Tensor], taken: int) -> int:
+    """How many tokens can follow every prompt, behind a prefix of ``taken`` tokens."""
     positions = getattr(config, "max_position_embeddings", None)
     longest = max(ids.numel() for ids in prompts)
-    return STEPS if positions is None else min(STEPS, positions - longest)
+    return STEPS if positions is None else min(STEPS, positions - taken - longest)
 
 
 @torch.no_grad()

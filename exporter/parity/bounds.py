@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from calib.artifact import QuantizedModel
 from calib.measure.floor import Distances, naive_logits, one_flip_floor, split_logits
 from calib.measure.perplexity import LogitsFunction
 from exporter.parity.rows import row
-from exporter.parity.subject import Missing, Subject
+from exporter.parity.subject import Subject
 from exporter.reporting.report import GateRow, ParityRow
 
 LINEAR_BOUND = 1e-5
@@ -46,19 +45,19 @@ class Floors:
     subject: Subject
     reference: nn.Module
     """Its fake-quant in float32."""
-    default: RuntimeModel | Missing
-    """The session as a user gets it, which may say what it computes in."""
 
-    def models(self) -> dict[str, LogitsFunction]:
-        """What to run that is a model of its own, by the name of its row."""
-        found = {}
-        if self.subject.short:
-            found[_NAIVE] = naive_logits(self.subject.quantized)
-        if self.own_precision is not None:
-            found[_own_named(self.own_precision)] = naive_logits(
-                self.subject.quantized, self.own_precision
-            )
-        return found
+    def naive(self) -> dict[str, LogitsFunction]:
+        """The same fake-quant in a short dtype, a model of its own, by the name of its row."""
+        return {_NAIVE: naive_logits(self.subject.quantized)} if self.subject.short else {}
+
+    def own(self, default: RuntimeModel) -> dict[str, LogitsFunction]:
+        """The same in the dtype that the session ``default``, which a user gets, computes in of its
+        own accord.
+        """
+        dtype = self._own_precision(default)
+        if dtype is None:
+            return {}
+        return {_own_named(dtype): naive_logits(self.subject.quantized, dtype)}
 
     def split(self) -> dict[str, LogitsFunction]:
         """The reference itself with its sums split, by the name of its row, where that is asked
@@ -68,13 +67,11 @@ class Floors:
             return {}
         return {_SPLIT: split_logits(self.reference)}
 
-    @cached_property
-    def own_precision(self) -> torch.dtype | None:
+    def _own_precision(self, runtime: RuntimeModel) -> torch.dtype | None:
         """What the default session computes in where that is shorter than the file says; ``None``
         too where it has a note, and so is not judged at all.
         """
-        runtime = self.default
-        if isinstance(runtime, Missing) or runtime.note or not isinstance(runtime, DescribedModel):
+        if runtime.note or not isinstance(runtime, DescribedModel):
             return None
         dtype: torch.dtype = getattr(torch, runtime.precision)
         same = torch.finfo(dtype).eps <= torch.finfo(self.subject.quantized.dtype).eps
@@ -85,7 +82,7 @@ class Floors:
         from.
 
         Args:
-            found: how far what :meth:`models` and :meth:`split` name is from the reference.
+            found: how far what :meth:`naive` and :meth:`split` name is from the reference.
         """
         subject = self.subject
         if subject.short:
@@ -109,10 +106,16 @@ class Floors:
         return max(FLOOR_FACTOR * floor, UNROUNDED_BOUND), rows
 
     def default_bound(
-        self, found: Mapping[str, Distances], exact: float
+        self, default: RuntimeModel, found: Mapping[str, Distances], exact: float
     ) -> tuple[float, list[ParityRow]]:
-        """The same for the default session; ``exact`` where it computes as the file says."""
-        dtype = self.own_precision
+        """The same for the default session; ``exact`` where it computes as the file says.
+
+        Args:
+            default: the session.
+            found: how far what :meth:`own` names is from the reference.
+            exact: the bound of the other session.
+        """
+        dtype = self._own_precision(default)
         if dtype is None:
             return exact, []
         name = str(dtype).removeprefix("torch.")

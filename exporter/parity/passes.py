@@ -7,16 +7,18 @@ held against the last ``n`` positions of what is expected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from backends.base import RuntimeModel
-from calib.architectures import wiring_of
 from calib.measure.floor import Difference
 from calib.measure.perplexity import LogitsFunction
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DECODE_STEPS = 64
 _DECODE_ROWS, _DECODE_PREFIX = 4, 16
@@ -26,14 +28,13 @@ Pass = Callable[[RuntimeModel, LogitsFunction, Sequence[Tensor]], float]
 """Relative L2 of a runtime's logits against the reference's over token rows."""
 
 
-def steady_length(config: Mapping[str, Any]) -> int | None:
+def steady_length(found: PretrainedConfig) -> int | None:
     """Up to how many tokens a model rotates queries and keys by the same frequencies; ``None``:
     always.
 
     Beyond that (longrope, dynamic NTK) a text in a longer batch, and one that grew from its cache,
     are not the same text alone: transformers does not make them so either.
     """
-    found = wiring_of(config).config
     parameters = getattr(found, "rope_parameters", None) or {}
     by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
     limits = {

@@ -13,12 +13,15 @@ output.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from calib.arithmetic.grids import expand_grid
 from calib.artifact import QuantizedLinear
 from exporter.parity.rows import row
+from exporter.parity.stored import Stored
 from exporter.parity.subject import Subject
 from exporter.reporting.report import ParityRow
 
@@ -29,6 +32,9 @@ MOVED = torch.finfo(torch.bfloat16).eps
 normal numbers as far as casting an artifact admits it. In weights of more than 64 steps a wrong
 step hides behind that; most have fewer."""
 _NEAREST = "rtn"
+NEIGHBOUR = 2.0
+"""In eps: the step to the next number is one eps at most, and casting an artifact to a shorter
+dtype rounds twice."""
 
 
 def rounding_rows(subject: Subject) -> list[ParityRow]:
@@ -58,6 +64,57 @@ def rounding_rows(subject: Subject) -> list[ParityRow]:
             f"{len(distances)} linears, rounded to nearest; worst: {worst}",
         )
     ]
+
+
+def float_rows(subject: Subject, stored: Stored) -> list[ParityRow]:
+    """How far float tensors and biases, of the artifact and as the folder stores them, are from
+    those of the rotated model, row by row: folded twice from the same numbers, they differ by an
+    order of summation in float64, so that a value may be rounded to its neighbour; nothing where
+    the model is not at hand.
+    """
+    if subject.fused is None:
+        return []
+    state = subject.fused.state
+    apart = {
+        f"{name}.bias": _apart(linear.bias, state[f"{name}.bias"])
+        for name, linear in subject.quantized.linears.items()
+        if f"{name}.bias" in state
+    }
+    for tensors in (subject.quantized.floats, stored.floats):
+        for name, tensor in tensors.items():
+            if name in state:
+                apart[name] = max(apart.get(name, 0.0), _apart(tensor, state[name]))
+    if not apart:
+        return []
+    worst = max(apart, key=lambda name: apart[name])
+    note = f"{len(apart)} tensors; worst: {worst}"
+    bound = NEIGHBOUR * torch.finfo(subject.quantized.dtype).eps
+    name = "float tensors, calibrated against rotated"
+    return [row(0, name, "of the largest of its row", apart[worst], bound, note)]
+
+
+def _apart(found: Tensor | None, expected: Tensor) -> float:
+    """The largest difference of a row over its largest magnitude, of a matrix either way round;
+    infinite where there is none, or shapes differ.
+    """
+    if found is None:
+        return math.inf
+    turned = found.dim() == 2 and found.T.shape == expected.shape
+    if turned and not torch.equal(found, expected):
+        return min(_row_apart(found.T, expected), _row_apart(found, expected))
+    return _row_apart(found, expected)
+
+
+def _row_apart(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return math.inf
+    rows = (
+        tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1) for tensor in (found, expected)
+    )
+    one, other = (tensor.detach().cpu().float() for tensor in rows)
+    # below the normal numbers of a dtype its steps are those of the smallest
+    largest = other.abs().amax(-1).clamp(min=torch.finfo(expected.dtype).tiny)
+    return float(((one - other).abs().amax(-1) / largest).amax())
 
 
 def _steps_away(linear: QuantizedLinear, weight: Tensor) -> float:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from backends.base import DescribedModel, ProbedModel, RuntimeModel, StandIn
 from exporter.reporting.report import ParityRow, Rung
 
+if TYPE_CHECKING:
+    from exporter.source import Source
+
 NOT_FINITE = "not finite"
 NO_ORIGINAL = "the original checkpoint is not at hand (-m/--model names it)"
+
+
+def source_notes(source: Source) -> list[str]:
+    """What a figure against the original does not show."""
+    if source.quantized is None:
+        return []
+    return [f"the original is quantized ({source.quantized}): rotq's decoder reads it, unchecked"]
 
 
 def row(

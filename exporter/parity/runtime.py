@@ -12,10 +12,12 @@ from torch.nn import functional
 
 from backends.asking import slow_linears
 from backends.base import RuntimeMissing, RuntimeModel
+from calib.architectures import wiring_of
 from calib.measure.floor import Difference, distances, settled
-from calib.measure.perplexity import model_logits
-from calib.measure.reference import ReferenceLinear, build_reference
-from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, Floors
+from calib.measure.perplexity import model_logits, remembered_logits
+from calib.measure.reference import ReferenceLinear, build_reference, unrounded_inputs
+from calib.process.memory import give_back
+from exporter.parity.bounds import LINEAR_BOUND, NAIVE_FACTOR, UNROUNDED_BOUND, Floors
 from exporter.parity.passes import (
     DECODE_STEPS,
     PADDED_ROWS,
@@ -32,6 +34,7 @@ from exporter.reporting.report import ParityRow
 _PROBE_ROWS, _PROBE_TOKENS = 3, 64
 _LINEARS = "each linear on identical inputs"
 _EXACT, _DEFAULT = "prefill, exact session", "prefill, default session"
+_UNROUNDED = "prefill, activations not rounded"
 _PASSES: Mapping[str, Pass] = {
     f"decode with cache, step by step, {DECODE_STEPS} tokens": decode,
     f"batch of {PADDED_ROWS}, left-padded": padded,
@@ -43,48 +46,67 @@ def runtime_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
     """The figures of rung 2."""
     reference = build_reference(subject.quantized)
     rows = _linears_rows(subject, sessions, reference)
+    give_back(subject.nbytes)  # each of these has a session of its own
+    unrounded = _unrounded_rows(subject, sessions, reference)
+    give_back(subject.nbytes)
     if isinstance(sessions.exact, Missing) and isinstance(sessions.default, Missing):
         rows += [_missing(name, sessions.exact) for name in (_EXACT, _DEFAULT, *_PASSES)]
     else:
         rows += _end_to_end_rows(subject, sessions, reference)
-    return rows + _fusion_rows(subject)
+    return [*rows, *unrounded, *_fusion_rows(subject)]
 
 
 def _end_to_end_rows(subject: Subject, sessions: Sessions, reference: nn.Module) -> list[ParityRow]:
-    """The whole export against the reference, which runs once over each row for all sessions, and
-    before that for the floors that are models of their own: these are gone then.
+    """The whole export against the reference, whose decoder runs once over each row. What it is
+    compared with is a model of its own each: one after the other, never two at a time.
     """
-    logits = model_logits(reference)
-    floors = Floors(subject, reference, sessions.default)
-    prefills = {_EXACT: sessions.exact, _DEFAULT: sessions.default}
-    runtimes = {
-        name: prefill_logits(session)
-        for name, session in prefills.items()
-        if not isinstance(session, Missing)
-    }
+    logits = remembered_logits(reference)
     walk = partial(distances, logits, rows=subject.proof_rows, last=subject.last)
-    found = walk(floors.models())
-    found |= walk(floors.split() | runtimes)
+    floors = Floors(subject, reference)
+    found = walk(floors.naive())
+    give_back(subject.nbytes)
+
+    session = sessions.exact
+    running = {} if isinstance(session, Missing) else {_EXACT: prefill_logits(session)}
+    found |= walk(floors.split() | running)
     exact, rows = floors.exact_bound(found)
-    default, own = floors.default_bound(found, exact)
-    rows += own
+    if isinstance(session, Missing):
+        passes = [_missing(name, session) for name in (_EXACT, *_PASSES)]
+    else:
+        passes = [_judged(_EXACT, session, found[_EXACT].value, exact)]
+        steady = steady_length(wiring_of(subject.quantized.config).config)
+        cut = [ids[:steady] for ids in subject.proof_rows]
+        passes += [
+            _judged(name, session, run(session, logits, cut), exact)
+            for name, run in _PASSES.items()
+        ]
+    del session, running
+    sessions.forget_exact()
+    give_back(subject.nbytes)
 
-    bounds = {_EXACT: exact, _DEFAULT: default}
-    for name, session in prefills.items():
-        if isinstance(session, Missing):
-            rows.append(_missing(name, session))
-        else:
-            rows.append(_judged(name, session, found[name].value, bounds[name]))
+    default = sessions.default
+    if isinstance(default, Missing):
+        own = [_missing(_DEFAULT, default)]
+    else:
+        found |= walk(floors.own(default) | {_DEFAULT: prefill_logits(default)})
+        bound, own = floors.default_bound(default, found, exact)
+        own.append(_judged(_DEFAULT, default, found[_DEFAULT].value, bound))
+    return [*rows, *own[:-1], passes[0], own[-1], *passes[1:]]
 
-    steady = steady_length(subject.quantized.config)
-    cut = [ids[:steady] for ids in subject.proof_rows]
-    for name, run in _PASSES.items():
-        if isinstance(sessions.exact, Missing):
-            rows.append(_missing(name, sessions.exact))
-        else:
-            measured = run(sessions.exact, logits, cut)
-            rows.append(_judged(name, sessions.exact, measured, exact))
-    return rows
+
+def _unrounded_rows(subject: Subject, sessions: Sessions, reference: nn.Module) -> list[ParityRow]:
+    """The whole export where nothing is rounded on the way, so that nothing amplifies: faults of
+    attention, norms or the head far below one flip show.
+    """
+    session = None if subject.short else sessions.unrounded()
+    if session is None or isinstance(session, Missing):
+        return []
+    runtime = {_UNROUNDED: prefill_logits(session)}
+    with unrounded_inputs(reference):
+        found = distances(
+            model_logits(reference), runtime, subject.proof_rows[:_PROBE_ROWS], last=subject.last
+        )
+    return [_judged(_UNROUNDED, session, found[_UNROUNDED].value, UNROUNDED_BOUND)]
 
 
 def _missing(name: str, session: Missing) -> ParityRow:
@@ -115,7 +137,7 @@ def _linears_rows(subject: Subject, sessions: Sessions, reference: nn.Module) ->
         # a float model, or one whose embeddings alone are quantized: nothing is computed in
         # integers
         return []
-    probed = sessions.probed
+    probed = sessions.probed()
     if isinstance(probed, Missing):
         return [not_run(2, _LINEARS, "relative L2", probed.reason)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from backends.altered import altered_cache, altered_parts, same_either_way
 from backends.base import Backend, ReadsFloats
-from calib.artifact import QuantizedCache, QuantizedModel
+from calib.artifact import QuantizedCache, QuantizedLinear, QuantizedModel
 from calib.artifact.files import cache_key
 from exporter.parity.rows import not_run, row
 from exporter.parity.subject import Subject
@@ -32,6 +33,22 @@ _LINEARS, _FLOATS = (
 )
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a folder holds, read back: once for all of rung 0."""
+
+    linears: Mapping[str, QuantizedLinear]
+    cache: QuantizedCache | None
+    floats: Mapping[str, Tensor]
+    """Empty where the backend reads none."""
+
+    @classmethod
+    def read(cls, backend: Backend, folder: Path, target: str) -> Stored:
+        """What ``backend`` finds in ``folder``."""
+        floats = backend.read_floats(folder, target) if isinstance(backend, ReadsFloats) else {}
+        return cls(backend.read_linears(folder, target), backend.read_cache(folder, target), floats)
+
+
 def kept_digests(
     quantized: QuantizedModel, backend: Backend, folder: Path, target: str
 ) -> dict[str, str]:
@@ -39,45 +56,39 @@ def kept_digests(
     reads back, by name, as ``folder`` holds them; of what it holds otherwise than the artifact
     those of the artifact.
     """
-    stored = backend.read_linears(folder, target)
+    stored = Stored.read(backend, folder, target)
     digests = {}
     for name, linear in quantized.linears.items():
-        same = name in stored and not altered_parts(stored[name], linear)
-        digests[name] = _digest((stored[name] if same else linear).tensors())
+        found_linear = stored.linears.get(name)
+        same = found_linear is not None and not altered_parts(found_linear, linear)
+        digests[name] = _digest((found_linear if same and found_linear else linear).tensors())
 
     if quantized.cache is not None:
-        cache = backend.read_cache(folder, target)
-        kept = quantized.cache if altered_cache(cache, quantized.cache) else cache
-        assert kept is not None
+        altered = altered_cache(stored.cache, quantized.cache)
+        kept = quantized.cache if altered or stored.cache is None else stored.cache
         digests[CACHE] = _digest(_scales(kept))
 
-    for name, found in _read_floats(backend, folder, target).items():
+    for name, found in stored.floats.items():
         expected = quantized.floats.get(name)
         if expected is not None:
             digests[name] = _digest({name: found if same_either_way(found, expected) else expected})
     return digests
 
 
-def stored_rows(subject: Subject) -> list[ParityRow]:
+def stored_rows(subject: Subject, stored: Stored) -> list[ParityRow]:
     """The figures of rung 0: how many are not what they were."""
     rows = []
     if subject.quantized.linears or subject.quantized.cache is not None:
-        rows.append(_judged(_LINEARS, subject, _found_linears(subject)))
+        rows.append(_judged(_LINEARS, subject, _found_linears(stored)))
     if isinstance(subject.backend, ReadsFloats):
-        rows.append(_judged(_FLOATS, subject, _found_floats(subject)))
+        floats = {name: _digest({name: tensor}) for name, tensor in stored.floats.items()}
+        rows.append(_judged(_FLOATS, subject, floats))
     return rows
 
 
-def _found_linears(subject: Subject) -> dict[str, str]:
-    stored = subject.backend.read_linears(subject.folder, subject.target)
-    found = {name: _digest(linear.tensors()) for name, linear in stored.items()}
-    cache = subject.backend.read_cache(subject.folder, subject.target)
-    return found if cache is None else {**found, CACHE: _digest(_scales(cache))}
-
-
-def _found_floats(subject: Subject) -> dict[str, str]:
-    floats = _read_floats(subject.backend, subject.folder, subject.target)
-    return {name: _digest({name: tensor}) for name, tensor in floats.items()}
+def _found_linears(stored: Stored) -> dict[str, str]:
+    found = {name: _digest(linear.tensors()) for name, linear in stored.linears.items()}
+    return found if stored.cache is None else {**found, CACHE: _digest(_scales(stored.cache))}
 
 
 def _judged(name: str, subject: Subject, found: Mapping[str, str]) -> ParityRow:
@@ -95,10 +106,6 @@ def _judged(name: str, subject: Subject, found: Mapping[str, str]) -> ParityRow:
     if altered:
         note += f"; altered: {', '.join(altered[:3])}"
     return row(0, name, _METRIC, float(len(altered)), 0.0, note)
-
-
-def _read_floats(backend: Backend, folder: Path, target: str) -> Mapping[str, Tensor]:
-    return backend.read_floats(folder, target) if isinstance(backend, ReadsFloats) else {}
 
 
 def _scales(cache: QuantizedCache) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from backends.base import Backend, ProbedModel, RuntimeMissing, RuntimeModel
+from backends.base import Backend, LoadsUnrounded, ProbedModel, RuntimeMissing, RuntimeModel
 from calib.artifact import QuantizedModel
 from calib.fusing import FusedModel
 from exporter.reporting.report import PROOF_ROWS, PROOF_TOKENS
@@ -29,7 +29,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Sessions:
-    """The written folder, opened in its runtime at most once in each mode."""
+    """The written folder, opened in its runtime, in each mode when that is first asked for."""
 
     backend: Backend
     target: str
@@ -37,7 +37,7 @@ class Sessions:
 
     @cached_property
     def exact(self) -> RuntimeModel | Missing:
-        """With arithmetic as written."""
+        """With arithmetic as written; see :meth:`forget_exact`."""
         return _opened(lambda: self.backend.load(self.folder, self.target, exact=True))
 
     @cached_property
@@ -45,10 +45,22 @@ class Sessions:
         """As a user runs it."""
         return _opened(lambda: self.backend.load(self.folder, self.target, exact=False))
 
-    @cached_property
+    def unrounded(self) -> RuntimeModel | Missing | None:
+        """Without the rounding of activations, opened anew and not kept; ``None`` where the backend
+        has no such session.
+        """
+        backend = self.backend
+        if not isinstance(backend, LoadsUnrounded):
+            return None
+        return _opened(lambda: backend.load_unrounded(self.folder, self.target))
+
     def probed(self) -> ProbedModel | Missing:
-        """With its linears in the open."""
+        """With its linears in the open; opened anew and not kept."""
         return _opened(lambda: self.backend.load_probed(self.folder, self.target))
+
+    def forget_exact(self) -> None:
+        """Give the memory of :attr:`exact` back: rung 3 has no use for it."""
+        vars(self).pop("exact", None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,13 @@ class Subject:
     def proof_rows(self) -> list[Tensor]:
         """Of :attr:`rows`, those that rungs 1 and 2 run: see :func:`chosen_rows`."""
         return chosen_rows(self.rows)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of the model in float32, as each that is compared holds it."""
+        weights = [linear.weight for linear in self.quantized.linears.values()]
+        numbers = sum(tensor.numel() for tensor in (*weights, *self.quantized.floats.values()))
+        return numbers * torch.float32.itemsize
 
     @property
     def short(self) -> bool:

@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 
-from calib.schemes import KV_SCHEMES, LinearScheme, scheme_named
+from calib.architectures import Architecture
+from calib.architectures.stored import canonical_name
+from calib.quantizing.plan import choose, nothing_matches
+from calib.schemes import KV_SCHEMES
 from exporter.planning.headers import ArtifactHeaders, CheckpointHeaders
 from exporter.recipe import Recipe
 from exporter.run.quantizing import customised_scheme
+
+_EXPERTS = ".experts."
 
 
 def planned_artifact(
     recipe: Recipe,
     checkpoint: CheckpointHeaders,
-    linears: Collection[str],
-    outside: Collection[str],
+    family: Architecture,
+    linears: Sequence[str],
 ) -> ArtifactHeaders:
     """What calibrating would make of a model; of rotations, those that are certain.
 
-    Linears are found by the rules of :func:`calib.quantizing.plan.resolve`, over the names in the
+    Linears are found by the rules of :func:`calib.quantizing.plan.choose`, over the names in the
     file: parsing the config takes libraries that a plan does without.
 
     Args:
         recipe: scheme, overrides, cache and rotations.
         checkpoint: the model.
-        linears: names of the decoder's linears.
-        outside: names of embeddings and of the output head, which may be tied.
-    """
-    chosen: dict[str, LinearScheme | None] = dict.fromkeys(
-        linears, customised_scheme(recipe).linear
-    )
+        family: that of the model.
+        linears: names of the decoder's linears, as stored.
 
-    tensors = {tensor.name.removesuffix(".weight") for tensor in checkpoint.tensors}
-    tensors |= set(outside)
-    for pattern, name in recipe.overrides.items():
-        matched = (
-            [pattern]
-            if pattern in tensors
-            else [linear for linear in linears if fnmatchcase(linear, pattern)]
-        )
-        chosen.update(dict.fromkeys(matched, scheme_named(name).linear))
+    Raises:
+        QuantizationError: an override matches nothing. Experts have names of their own in the run,
+            several for one stored tensor, so with any of them it is left to the run.
+    """
+    outside = (*(table.name for table in family.embeddings), family.head.name)
+    names = {linear: canonical_name(linear, family, ()) for linear in linears}
+    choice = choose(customised_scheme(recipe), recipe.overrides, names, outside)
+    if choice.unmatched and not any(_EXPERTS in name for name in linears):
+        raise nothing_matches(choice.unmatched[0], list(names.values()), outside)
     return ArtifactHeaders(
         checkpoint,
-        {name: scheme for name, scheme in chosen.items() if scheme is not None},
+        {name: scheme for name, scheme in choice.linears.items() if scheme is not None},
         None if recipe.kv is None else KV_SCHEMES[recipe.kv],
         recipe.rotate.certain,
     )

@@ -9,8 +9,12 @@ from collections.abc import Collection, Mapping
 from calib.schemes import LinearScheme
 from exporter.output import LIST_FILE
 from exporter.recipe import RECIPE_FILE, Recipe
-from exporter.reporting.card import CARD_FILE
-from exporter.reporting.report import REPORT_FILE, ROTATE_REPORT_FILE, SMOOTHING_FILE
+from exporter.reporting.report import (
+    CARD_FILE,
+    REPORT_FILE,
+    ROTATE_REPORT_FILE,
+    SMOOTHING_FILE,
+)
 from exporter.run.destination import Destination
 
 _ROTATIONS = ("rotations.safetensors", "rotations.json")

@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from calib.architectures import supported_model_types, wiring_of
 from calib.architectures.lookup import refuse_config
 from calib.architectures.stored import uncalled_names
 from calib.artifact.side_files import SIDE_FILES, side_files
 from calib.errors import CheckpointError
+from calib.files.reading import MALFORMED, is_file_in, parse_json, read_json, reason_of
 from calib.network.contents import (
     layers_of,
     refuse_files,
@@ -27,7 +29,7 @@ from calib.network.contents import (
     refuse_quantized,
     refuse_unused,
 )
-from calib.reading import parse_json, read_json
+from calib.network.quantized import Header, quantization_of
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 from exporter.recipe import EMBEDDED
 
@@ -38,6 +40,8 @@ _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NO_MODEL = "give a Hugging Face model folder or a hub id to -m/--model"
 _NO_ARTIFACT = "give what 'rotq calibrate' wrote to --from-artifact"
 _AGAIN = "run 'rotq calibrate' again"
+_BITS = 8
+"""Elements of one byte at most."""
 _MAX_HEADER = 100_000_000
 """The format's own limit; a larger number means that the file is not safetensors."""
 
@@ -68,6 +72,8 @@ class CheckpointHeaders:
     """Files that every output carries along."""
     beside: tuple[str, ...] = ()
     """Names of all files beside the weights."""
+    quantized: str | None = None
+    """How the stored weights are quantized that are read as floats, in words."""
 
     @property
     def dtype(self) -> str:
@@ -102,13 +108,49 @@ def read_headers(model: str, revision: str | None = None) -> CheckpointHeaders:
 def read_folder(folder: Path, source: str) -> CheckpointHeaders:
     """Describe a local folder whose weights are ``model.safetensors`` or shards with an index."""
     beside = tuple(path.name for path in folder.iterdir())
-    refuse_files(beside, source, ignore_unused=True)  # of adapters, check_headers decides
-    return CheckpointHeaders(
-        source,
-        _read_json(folder / "config.json"),
-        _tensors(folder, "model"),
-        tuple(side_files(folder)),
-        beside,
+    config = _read_json(folder / "config.json") if "config.json" in beside else {}
+    quantized = quantization_of(config) is not None
+    # of adapters, check_headers decides
+    refuse_files(beside, source, ignore_unused=True, quantized=quantized)
+    return _as_floats(
+        CheckpointHeaders(
+            source,
+            config or _read_json(folder / "config.json"),
+            _tensors(folder, "model"),
+            tuple(side_files(folder)),
+            beside,
+        )
+    )
+
+
+def _as_floats(checkpoint: CheckpointHeaders) -> CheckpointHeaders:
+    """What :func:`calib.network.open_checkpoint` makes of a quantized checkpoint; bytes are those
+    of what is stored.
+    """
+    quantization = quantization_of(checkpoint.config)
+    if quantization is None:
+        return checkpoint
+    stored = {tensor.name: tensor for tensor in checkpoint.tensors}
+    decoded = quantization.decoded(
+        {name: Header(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    )
+    kept = [stored[name] for name in decoded.kept]
+    floats = [tensor for tensor in kept if tensor.dtype in _FLOATS]
+    dtype = max(floats, key=lambda tensor: tensor.elements).dtype if floats else "F32"
+    weights = [
+        TensorHeader(
+            weight.name,
+            dtype,
+            weight.shape,
+            sum(stored[each].nbytes for each in weight.parts.values()),
+        )
+        for weight in decoded.weights.values()
+    ]
+    config = {
+        key: value for key, value in checkpoint.config.items() if key != "quantization_config"
+    }
+    return replace(
+        checkpoint, config=config, tensors=(*kept, *weights), quantized=quantization.words
     )
 
 
@@ -125,12 +167,27 @@ def check_headers(checkpoint: CheckpointHeaders, *, ignore_unused: bool) -> None
     """
     source, config = checkpoint.source, checkpoint.config
     refuse_config(config)
-    refuse_files(checkpoint.beside, source, ignore_unused=ignore_unused)
+    quantized = checkpoint.quantized is not None
+    refuse_files(checkpoint.beside, source, ignore_unused=ignore_unused, quantized=quantized)
     stored = {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in checkpoint.tensors}
     refuse_quantized(stored, source)
     refuse_layers(layers_of(config), len(stored), source)
     if not ignore_unused:
-        refuse_unused(uncalled_names(stored, config), source)
+        refuse_unused(_uncalled(checkpoint), source)
+
+
+def _uncalled(checkpoint: CheckpointHeaders) -> list[str]:
+    """Names of tensors that the model of the config has no use for."""
+    config = checkpoint.config
+    if str(config.get("model_type")) in supported_model_types():
+        return uncalled_names([tensor.name for tensor in checkpoint.tensors], config)
+    from calib.fusing.contents import source_tensors
+    from calib.network.published import meta
+    from calib.network.skeleton import expected_tensors
+
+    wiring = wiring_of(config)
+    stored = {tensor.name: meta(tensor.shape) for tensor in checkpoint.tensors}
+    return source_tensors(stored, wiring, expected_tensors(wiring.config)).unused()
 
 
 def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
@@ -147,7 +204,7 @@ def _tensors(folder: Path, stem: str) -> tuple[TensorHeader, ...]:
         shards = [f"{stem}.safetensors"]
 
     for shard in shards:
-        if not (folder / shard).is_file():
+        if not is_file_in(folder, shard):
             raise CheckpointError(
                 f"'{folder}' lacks the weight file '{shard}'",
                 hint="download the checkpoint again, as safetensors",
@@ -180,6 +237,8 @@ def read_artifact(folder: Path) -> ArtifactHeaders:
     )
 
     try:
+        if not isinstance(manifest["config"], dict):
+            raise TypeError("'config' is no object")
         linears = {
             name: LinearScheme(
                 tensor_scheme_from_dict(entry["weight"]),
@@ -199,8 +258,8 @@ def read_artifact(folder: Path) -> ArtifactHeaders:
             None if cache is None else tensor_scheme_from_dict(cache["scheme"]),
             tuple(sorted({rotation["kind"] for rotation in rotations["rotations"]})),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {error}", hint=_AGAIN) from error
+    except MALFORMED as error:
+        raise CheckpointError(f"'{path}' is damaged: {reason_of(error)}", hint=_AGAIN) from error
 
 
 def _read_json(
@@ -234,11 +293,13 @@ def _read_header(path: Path) -> Iterator[TensorHeader]:
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
-            whole = all(isinstance(length, int) and length >= 0 for length in shape)
-            if not whole or not 0 <= begin <= end <= size - 8 - length:
+            whole = all(isinstance(each, int) and each >= 0 for each in (*shape, begin, end))
+            if not whole or not begin <= end <= size - 8 - length:
+                raise corrupt
+            if math.prod(shape) > _BITS * (end - begin):
                 raise corrupt
             yield TensorHeader(name, str(entry["dtype"]), shape, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise corrupt from error
 
 
@@ -261,7 +322,9 @@ def _read_hub(repo: str, revision: str | None) -> CheckpointHeaders:
         config = _read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
         there = list_repo_files(repo, revision=revision)
         side = tuple(name for name in SIDE_FILES if name in there)
-        return CheckpointHeaders(repo, config, _hub_tensors(repo, revision), side, tuple(there))
+        return _as_floats(
+            CheckpointHeaders(repo, config, _hub_tensors(repo, revision), side, tuple(there))
+        )
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
         # HfHubHTTPError is an OSError too: the hub answered, and said no.
         if isinstance(error, HfHubHTTPError) and error.response is not None:

@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.architectures import Kind
-from calib.architectures.lookup import architecture_named
+from calib.architectures import Kind, architecture_of
 from calib.rotations.rotate import FOLDED, GateSet, gate_sets
 from calib.schemes import FLOAT, LinearScheme, Scheme
 from exporter.environment import cuda_devices
@@ -46,9 +45,18 @@ from exporter.planning.sizes import (
 )
 from exporter.planning.stages import Goal, Stage, Work, stages_of
 from exporter.recipe import Recipe
+from exporter.run.blocks import with_blocks
 from exporter.run.calibration_text import check_text
 from exporter.run.destination import Destination
+from exporter.run.generic import check_generic
 from exporter.run.options import RunOptions
+from exporter.run.preflight import (
+    check_disk,
+    check_libraries,
+    check_unlocked,
+    row_warnings,
+    tokenizer_warnings,
+)
 from exporter.run.quantizing import customised_scheme
 from exporter.run.tables import with_tables
 
@@ -86,6 +94,8 @@ class Plan:
     """The complete resolved recipe, as YAML."""
     warnings: tuple[str, ...] = ()
     """What a target runs slowly."""
+    source_quantized: str | None = None
+    """How the stored weights are quantized that are read as floats, in words."""
 
     @property
     def seconds(self) -> float:
@@ -106,27 +116,38 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     """
     if options.from_artifact is None:
         check_text(recipe)
+    destination = Destination.of(recipe)
+    check_unlocked(options)
+    if goal == "export":
+        check_libraries(destination)
     artifact = None if options.from_artifact is None else read_artifact(options.from_artifact)
     checkpoint = (
         read_headers(recipe.model, recipe.revision) if artifact is None else artifact.checkpoint
     )
     model_type = str(checkpoint.config.get("model_type", "unknown"))
-    offered = architecture_named(model_type).offered
+    family = architecture_of(checkpoint.config)
+    if family.how == "generic":
+        check_generic(recipe, family, goal, verify=options.verify)
     if artifact is None:
         check_headers(checkpoint, ignore_unused=recipe.ignore_unused)
     sizes, scheme = sizes_of(checkpoint, recipe), customised_scheme(recipe)
-    destination = Destination.of(recipe)
     if goal == "export" and artifact is None:
-        recipe = with_tables(recipe, sizes.tables, destination, checkpoint.config)
-    outside = (sizes.tables.embedding, sizes.tables.head)
-    model = artifact or planned_artifact(recipe, checkpoint, sizes.linears, outside)
+        recipe = with_blocks(
+            with_tables(recipe, sizes.tables, destination, checkpoint.config),
+            sizes.hidden,
+            lambda each: planned_artifact(each, checkpoint, family, sizes.linears).linears,
+            destination,
+            checkpoint.config,
+        )
+        scheme = customised_scheme(recipe)
+    model = artifact or planned_artifact(recipe, checkpoint, family, sizes.linears)
     if goal == "export":
         destination.check(recipe, checkpoint.config, model.linears, model.cache, model.rotations)
     dtypes = _dtypes(recipe, goal, destination, checkpoint, one=artifact is None)
 
-    flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
-    sets = _sets(recipe, goal, offered, destination, checkpoint.config)
-    work = Work(recipe, options, goal, sizes, scheme, sets, flops * EFFICIENCY)
+    sets = _sets(recipe, goal, family.offered, destination, checkpoint.config)
+    looks = family.how != "generic" and _looks_for_prefix(recipe, model)
+    work = _work(recipe, options, goal, sizes, sets, prefix=looks)
     captured = capture_bytes(sizes, recipe, next(iter(dtypes.values())))
     before = sum(tensor.nbytes for tensor in checkpoint.tensors)
     weights = {
@@ -134,6 +155,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         for target, dtype in dtypes.items()
     }
     after, files = _output(recipe, goal, sizes, model, destination, weights, before)
+    check_disk(options, captured.disk if goal == "capture" else after)
     layerwise = recipe.layerwise.enabled and goal in ("export", "calibrate")
     return Plan(
         goal=goal,
@@ -150,10 +172,26 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         output=None if options.output == Path() else str(options.output),
         files=files,
         recipe=recipe.to_yaml(),
-        warnings=tuple(destination.warnings(model.linears, model.rotations))
-        if goal == "export"
-        else (),
+        warnings=tuple(_warnings(recipe, options, goal, model, destination)),
+        source_quantized=checkpoint.quantized,
     )
+
+
+def _warnings(
+    recipe: Recipe,
+    options: RunOptions,
+    goal: Goal,
+    model: ArtifactHeaders,
+    destination: Destination,
+) -> list[str]:
+    """What will be slow, missing or too little."""
+    found = []
+    if goal == "export":
+        found += destination.warnings(model.linears, model.rotations)
+    if options.from_artifact is None:
+        found += tokenizer_warnings(model.checkpoint.beside, destination)
+        found += row_warnings(recipe) if goal in ("export", "calibrate") else []
+    return found
 
 
 def matmul_flops(size: int = 768, seconds: float = 0.1) -> float:
@@ -171,11 +209,49 @@ def matmul_flops(size: int = 768, seconds: float = 0.1) -> float:
     return 2 * size**3 / best
 
 
+def _work(
+    recipe: Recipe,
+    options: RunOptions,
+    goal: Goal,
+    sizes: Sizes,
+    sets: tuple[GateSet, ...],
+    *,
+    prefix: bool,
+) -> Work:
+    """What the stages take their time from; the throughput of a CPU is timed for it."""
+    flops = GPU_FLOPS if _on_gpu(recipe.device) else matmul_flops()
+    return Work(
+        recipe,
+        options,
+        goal,
+        sizes,
+        customised_scheme(recipe),
+        sets,
+        rate=flops * EFFICIENCY,
+        prefix=prefix,
+    )
+
+
 def _quantized(sizes: Sizes, scheme: Scheme, linears: Mapping[str, LinearScheme]) -> int:
     """Elements that are quantized; arguments as for :func:`weight_bytes`."""
     tables = {sizes.tables.embedding: sizes.embedding, sizes.tables.head: sizes.head}
+    if sizes.tied and len(tables.keys() & linears.keys()) == len(tables):
+        del tables[sizes.tables.head]  # one tensor, which is quantized for each
     decoder = 0 if scheme.weight is None else sizes.linear_parameters
     return decoder + sum(elements for name, elements in tables.items() if name in linears)
+
+
+def _looks_for_prefix(recipe: Recipe, model: ArtifactHeaders) -> bool:
+    """Whether massive tokens are looked for: where one is asked for, or limits are fixed
+    beforehand.
+    """
+    if recipe.prefix != "auto":
+        return recipe.prefix != "none"
+    fixed = (linear.input for linear in model.linears.values())
+    return not recipe.layerwise.enabled and (
+        model.cache is not None
+        or any(each is not None and each.needs_calibration for each in fixed)
+    )
 
 
 def _dtypes(

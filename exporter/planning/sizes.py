@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calib.architectures.lookup import architecture_named
+from calib.architectures import architecture_of
 from calib.capture.sites import CaptureBytes, estimate_bytes
 from calib.errors import CheckpointError
+from calib.rotations.rotate import trainable
 from calib.schemes import LinearScheme, PerBlock, PerChannel, Scheme, TensorScheme
 from exporter.planning.headers import CheckpointHeaders, TensorHeader
 from exporter.recipe import Recipe, parse_size
@@ -48,6 +49,11 @@ class Sizes:
     parameters: int
     stored: int
     """Parameters once a tied head has its own copy."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one stored tensor."""
+        return self.stored > self.parameters
 
     @property
     def attention(self) -> int:
@@ -101,7 +107,7 @@ def sizes_of(checkpoint: CheckpointHeaders, recipe: Recipe) -> Sizes:
     head = next((tensor.elements for tensor in weights if _HEAD.search(tensor.name)), 0)
     parameters = sum(tensor.elements for tensor in checkpoint.tensors)
     stored = parameters + (0 if head else embedding)
-    family = architecture_named(str(config.get("model_type", "unknown")))
+    family = architecture_of(checkpoint.config)
     return Sizes(
         hidden=hidden,
         layers=number("num_hidden_layers", "n_layer"),
@@ -196,7 +202,9 @@ def peak_memory(
         block = sizes.linear_parameters // sizes.layers
         outside = (sizes.stored - sizes.linear_parameters) * 4
         held = parse_size(recipe.layerwise.max_memory)
-        return LIBRARY_BYTES + max(8 * block, outside) + 16 * largest + held
+        trains = trainable(recipe.rotate.certain) and not recipe.rotation.files
+        statistics = captured.memory if trains else 0
+        return LIBRARY_BYTES + max(8 * block, outside) + 16 * largest + held + statistics
 
     logits = recipe.calibration.batch_size * sizes.seqlen * sizes.vocabulary * 4
     return LIBRARY_BYTES + 4 * sizes.stored + captured.memory + 16 * largest + logits + written

@@ -21,7 +21,7 @@ from exporter.planning.sizes import Sizes
 from exporter.recipe import Recipe
 from exporter.reporting.report import COMPARED_ROWS, PROOF_ROWS, PROOF_TOKENS
 from exporter.run.options import RunOptions
-from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS, captured_tokens
+from exporter.run.quantizing import GATE_ROW_TOKENS, GATE_TOKENS, QUICK_TOKENS, captured_tokens
 
 Goal = Literal["export", "calibrate", "capture", "rotate"]
 
@@ -34,6 +34,9 @@ PROOF_PASSES = 7
 runtime in two modes; the per-layer comparison."""
 QUALITY_PASSES = 2
 """Those of rung 3 over all evaluation rows: float, and the runtime."""
+PREFIX_LOOK, PREFIX_SEARCH = 1024, 7 * 256
+"""Tokens on which massive ones are looked for, and on which one more token of a prefix is: seven
+candidates, as a rule (:mod:`calib.stats.massive`)."""
 FLOPS_PER_ENTRY = 4
 """Of training on X [tokens, n], for each token and entry of Q: X Q and the gradient or target, at 2
 operations each.
@@ -62,14 +65,16 @@ class Work:
     """Sets of rotations that it goes through."""
     rate: float
     """Floating-point operations a second."""
+    prefix: bool = False
+    """Whether massive tokens are looked for, and a prefix where there are any."""
 
     @property
     def trained(self) -> tuple[Kind, ...]:
-        """Kinds of rotations that are trained. Files are taken to hold all that is wanted; a
-        layer-wise run, and one that quantizes nothing, has Hadamard matrices.
+        """Kinds of rotations that are trained. Files are taken to hold all that is wanted; a run
+        that quantizes nothing has Hadamard matrices.
         """
         recipe = self.recipe
-        if recipe.rotation.files or recipe.layerwise.enabled or self.scheme.weight is None:
+        if recipe.rotation.files or self.scheme.weight is None:
             return ()
         return trainable(union([candidate.rotate for candidate in self.sets]))
 
@@ -118,6 +123,11 @@ def _float_stages(work: Work) -> list[Stage]:
     """Loading, capturing and training."""
     recipe, sizes = work.recipe, work.sizes
     stages = [Stage("load", f"read {sizes.parameters:,} parameters", sizes.stored * 4 / 1e9)]
+    if work.prefix and work.goal != "rotate":
+        tokens = min(work.tokens, PREFIX_LOOK)
+        detail = f"massive tokens among {tokens:,}, and a prefix if there are any"
+        seconds = _fusing(work) + work.forward(tokens + PREFIX_SEARCH)
+        stages.append(Stage("prefix", detail, seconds))
     if work.goal == "capture" or work.trained:
         reused = work.options.from_capture
         what = f"statistics of {work.rows}" if reused is None else f"reuse {reused}"
@@ -182,7 +192,8 @@ def _quantizing_stages(work: Work) -> list[Stage]:
         stages.append(Stage("calibrate", f"{what} over {work.rows}{each}", work.comparing))
 
     if sets > 1:
-        tokens = min(recipe.gate.nsamples * work.sizes.seqlen, GATE_TOKENS)
+        rows = min(work.sizes.seqlen, GATE_ROW_TOKENS)
+        tokens = min(recipe.gate.nsamples * rows, GATE_TOKENS)
         detail = f"the {sets} sets and the original on {tokens:,} held-out tokens"
         stages.append(Stage("gate", detail, (sets + 1) * work.forward(tokens)))
     return stages
@@ -200,7 +211,7 @@ def _writing_stages(work: Work) -> list[Stage]:
         named = f"{recipe.backend} ({target or 'default target'})"
         stages.append(Stage("write", named, tracing + sizes.stored * 4 / 1e9))
         if work.options.verify:
-            detail = f"parity: rungs 1 and 2 on {proof:,} tokens, rung 3 on {quality:,}"
+            detail = f"parity: rungs 1 and 2 on {proof:,} tokens, rung 3 on up to {quality:,}"
             seconds = PROOF_PASSES * work.forward(proof) + QUALITY_PASSES * work.forward(quality)
             stages.append(Stage("verify", detail, seconds))
     return stages

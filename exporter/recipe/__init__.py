@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from exporter.recipe.loading import load_recipe, presets, recipe_of_artifact
+from exporter.recipe.loading import load_recipe, presets, recipe_of_artifact, with_values
 from exporter.recipe.schema import (
+    CAREFUL_SCHEMES,
     EMBEDDED,
     RECIPE_FILE,
     Activations,
@@ -15,6 +16,7 @@ from exporter.recipe.schema import (
 from exporter.recipe.scope import Scope
 
 __all__ = [
+    "CAREFUL_SCHEMES",
     "EMBEDDED",
     "RECIPE_FILE",
     "Activations",
@@ -26,4 +28,5 @@ __all__ = [
     "parse_size",
     "presets",
     "recipe_of_artifact",
+    "with_values",
 ]

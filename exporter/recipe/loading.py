@@ -9,14 +9,15 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from calib.errors import CheckpointError, RecipeError
-from calib.reading import bounded_text, reason_of
+from calib.errors import CheckpointError, RecipeError, did_you_mean
+from calib.files.reading import bounded_text, reason_of
 from exporter.recipe.schema import NEVER_IN_FILES, Recipe
 
 LARGEST = 2**20
@@ -33,7 +34,9 @@ def presets() -> list[str]:
     )
 
 
-def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    source: str | PathLike[str] | None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
     """Build the recipe of a run.
 
     Args:
@@ -62,6 +65,22 @@ def load_recipe(source: str | Path | None, overrides: Mapping[str, Any] | None =
         raise RecipeError(
             _explain(error), hint="`rotq export --dry-run` prints a complete recipe with every key"
         ) from error
+
+
+def with_values(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with other values, by dotted key, checked as those of a file are. What nobody has
+    said is decided anew.
+
+    Raises:
+        RecipeError: an unknown key, or a value out of range.
+    """
+    values = recipe.model_dump(exclude_unset=True)
+    for key, value in change.items():
+        _assign(values, key, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
 
 
 def recipe_of_artifact(values: Mapping[str, Any], run: Recipe, folder: Path) -> Recipe:
@@ -115,7 +134,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def _read(source: str | PathLike[str]) -> dict[str, Any]:
     if str(source) in presets():
         text = (resources.files("exporter") / "presets" / f"{source}.yaml").read_text(
             encoding="utf-8"
@@ -126,7 +145,8 @@ def _read(source: str | Path) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"cannot read the recipe '{source}': {error}",
-                hint=f"give a YAML file or one of the presets: {', '.join(presets())}",
+                hint=f"{did_you_mean(str(source), presets())}give a YAML file or one of the"
+                f" presets: {', '.join(presets())}",
             ) from error
 
     try:

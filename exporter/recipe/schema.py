@@ -5,7 +5,7 @@ as ``rotq.yaml``.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     InstanceOf,
     PlainSerializer,
     field_validator,
+    model_validator,
 )
 
 from calib.rotations.rotate import AUTO, Rotate
@@ -23,6 +24,9 @@ from exporter.recipe.scope import COST, EACH_RUN, WRITING, Scope, scope_of
 
 RECIPE_FILE = "rotq.yaml"
 EMBEDDED = "embedded"
+CAREFUL_SCHEMES = ("int4-weight-only",)
+"""Schemes whose weights are rounded by GPTQ where nothing else is said and there is text like the
+model's own: rounded one by one they lose three times as much."""
 NEVER_IN_FILES = ("trust_remote_code",)
 """Keys that a file, which somebody else may have written, does not decide."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -141,7 +145,9 @@ class RotationSettings(_Section):
     fold_norms: bool | Literal["auto"] = "auto"
     """Fold the gains of norms into the weights that read them where no R1 needs it; ``auto``: where
     inputs are quantized, for which it smooths, not where weights alone are, for which it hurts."""
-    files: list[str] = []
+    files: Annotated[
+        list[str], BeforeValidator(lambda files: [files] if isinstance(files, str) else files)
+    ] = []
     """Rotations made elsewhere, used instead of training: a folder or rotations.safetensors of
     rotq, DartQuant's r1.pt and r2.pt, SpinQuant's R.bin."""
 
@@ -150,11 +156,15 @@ class Weights(_Section):
     """How weights are rounded, beyond what the scheme says."""
 
     algorithm: str = "rtn"
-    """``rtn``, ``mse``, ``gptq`` or ``adaround``, with settings after a colon:
+    """With ``int4-weight-only`` ``gptq`` by default, unless the text is the embedded one and the
+    model is not. ``rtn``, ``mse``, ``gptq`` or ``adaround``, with settings after a colon:
     ``gptq:act_order=false,damping=0.1``.
     """
-    block_size: int | None = Field(None, ge=1)
-    """Input features that share a scale; null: the scheme's."""
+    block_size: Annotated[int | None, BeforeValidator(lambda size: None if size == 0 else size)] = (
+        Field(None, ge=1)
+    )
+    """Input features that share a scale; null or 0: the scheme's, but 64 (32 below a hidden size of
+    1024) in an export by ``int4-weight-only`` whose targets run that."""
     symmetric: bool | None = None
     """False: with zero points, for targets that can express them; null: the scheme's."""
 
@@ -250,6 +260,21 @@ class Recipe(_Section):
     gate: Gate = Gate()
     evaluation: Evaluation = Evaluation()
     rotation: RotationSettings = RotationSettings()
+
+    @model_validator(mode="after")
+    def _careful_weights(self) -> Self:
+        """What is done to the weights of a scheme of few bits where nothing is said. It does not
+        count as said: with another scheme or text the recipe decides anew
+        (:func:`exporter.recipe.with_values`).
+        """
+        own = self.weights
+        at_hand = self.model == EMBEDDED or self.calibration.dataset != EMBEDDED
+        if self.scheme in CAREFUL_SCHEMES and at_hand and "algorithm" not in own.model_fields_set:
+            careful = Weights.model_construct(
+                own.model_fields_set, **{**dict(own), "algorithm": "gptq"}
+            )
+            object.__setattr__(self, "weights", careful)  # the recipe is frozen for its users
+        return self
 
     @field_validator("target")
     @classmethod

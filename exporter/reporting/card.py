@@ -12,10 +12,8 @@ from string import Template
 
 from exporter.recipe import EMBEDDED, Recipe
 from exporter.reporting import summary
-from exporter.reporting.report import Report, RotateReport
+from exporter.reporting.report import CARD_FILE, Report, RotateReport
 from exporter.reporting.summary import Table
-
-CARD_FILE = "README.md"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -146,6 +144,7 @@ def render_rotated_card(
             " `AutoModelForCausalLM.from_pretrained(FOLDER)`. Nothing is quantized; the rotations"
             f" were chosen for `{report.scheme}`."
         ),
+        summary.quantized_words(report.model.quantized),
         "## Rotations",
         _markdown(summary.rotation_table(report)) or "None: the norms alone are folded.",
         _rotation_gate(report),
@@ -218,6 +217,7 @@ def _body(recipe: Recipe, report: Report) -> str:
             f" (`{report.rotate}`), calibrated and quantized (`{report.scheme}`) by rotq. Weights:"
             f" {size}."
         ),
+        summary.quantized_words(report.model.quantized),
         "## How to run",
         _usage(recipe, report),
         "## Layers",
@@ -230,7 +230,12 @@ def _body(recipe: Recipe, report: Report) -> str:
     if report.gate:
         parts += [
             "### How the set was chosen",
-            "Candidates, quantized, on held-out tokens against the float model:",
+            (
+                "Candidates, quantized, on held-out tokens against the float model. The interval is"
+                " that of the KL above the lowest one, from differences row by row; of the"
+                " candidates whose interval reaches zero the simplest is taken, where one is close"
+                " enough of those that are:"
+            ),
             _markdown(summary.gate_table(report)),
             "\n".join(f"* {line}" for line in summary.gate_findings(report)),
         ]
@@ -253,7 +258,7 @@ def _body(recipe: Recipe, report: Report) -> str:
         ),
         "## Recipe",
         (
-            "`rotq export --recipe rotq.yaml` repeats this"
+            "`rotq export --recipe rotq.yaml -o OUT` repeats this"
             f" run.\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```"
         ),
     ]
@@ -294,7 +299,10 @@ def _rotation_gate(report: Report | RotateReport) -> str:
     return "\n\n".join(
         (
             "### How each was chosen",
-            "Relative squared error of the quantizer of the scheme; the lowest is kept:",
+            (
+                "Relative squared error of the quantizer of the scheme; of the candidates that are"
+                " within noise of the lowest, the simplest is kept:"
+            ),
             _markdown(summary.rotation_gate_table(report.rotation_gate)),
             "\n".join(f"* {line}" for line in summary.rotation_gate_findings(report.rotation_gate)),
         )

@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backends.asking import warnings_of
 from backends.base import Backend
 from backends.cpu import cpu_words
+from calib.architectures import architecture_of
 from calib.artifact import Provenance, QuantizedModel
 from calib.artifact.older_config import with_older_keys
 from calib.artifact.side_files import copy_side_files
+from calib.errors import CheckpointError
+from calib.files.reading import reason_of
 from calib.rotations.files import save_rotations
 from calib.rotations.rotate import Rotate
 from calib.rotations.rotation_set import RotationSet
@@ -67,9 +71,8 @@ def describe(
     folder: Path,
     backend: Backend,
     target: str,
-    seconds: dict[str, float],
 ) -> Report:
-    """The report of a folder that ``backend`` wrote, but for its checksums."""
+    """The report of a folder that ``backend`` wrote, but for its checksums and what it took."""
     origin = quantized.provenance
     return Report(
         status=parity_status(parity),
@@ -83,8 +86,10 @@ def describe(
         model=ModelSummary(
             source=origin.source,
             model_type=quantized.config["model_type"],
+            how=architecture_of(quantized.config).how,
             parameters=origin.parameters,
             fingerprint=origin.fingerprint,
+            quantized=origin.quantized,
         ),
         layers=LayerSummary(
             quantized=len(quantized.linears),
@@ -105,6 +110,8 @@ def describe(
             weights=origin.recipe["weights"]["algorithm"],
             smoothing=_smoothing(origin),
             sha256=origin.calibration_sha256,
+            cpu=origin.cpu,
+            threads=origin.threads,
         ),
         rotations=rotation_summaries(quantized.rotations),
         prefix=prefix_summary(quantized),
@@ -112,7 +119,7 @@ def describe(
         gate=[GateRow.model_validate(row) for row in origin.gate],
         rotation_gate=[RotationGateRow.model_validate(row) for row in origin.rotation_gate],
         parity=parity,
-        seconds=seconds,
+        seconds={},
         versions=package_versions(),
         cpu=cpu_words() if parity else "",
     )
@@ -170,8 +177,10 @@ def source_summary(source: Source) -> ModelSummary:
     return ModelSummary(
         source=source.name,
         model_type=source.config.model_type,
+        how=source.wiring.architecture.how,
         parameters=source.parameters(),
         fingerprint=source.fingerprint,
+        quantized=source.quantized,
     )
 
 
@@ -198,9 +207,17 @@ def write_side_files(quantized: QuantizedModel, recipe: Recipe, folder: Path) ->
 def load_smoothing(folder: Path) -> dict[str, Tensor]:
     """The scales that smoothing folded into the weights of an exported folder, by group; empty if
     it did not.
+
+    Raises:
+        CheckpointError: they cannot be read.
     """
     path = folder / SMOOTHING_FILE
-    return load_file(path) if path.is_file() else {}
+    try:
+        return load_file(path) if path.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged: {reason_of(error)}", hint="export the model again"
+        ) from error
 
 
 def finish(report: Report, recipe: Recipe, folder: Path) -> Report:

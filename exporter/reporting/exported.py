@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from calib.errors import CheckpointError, RecipeError
-from calib.sealed import digest
+from calib.files.reading import reason_of
+from calib.files.sealed import digest
 from exporter.output import LIST_FILE, entries, is_hidden, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
-from exporter.reporting.card import CARD_FILE, render_card, stated_license
-from exporter.reporting.report import REPORT_FILE, Report
+from exporter.reporting.card import render_card, stated_license
+from exporter.reporting.report import CARD_FILE, REPORT_FILE, Report
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,33 @@ def check_unchanged(folder: Path, report: Report) -> None:
         )
 
 
+def check_expected(folder: Path, report: Report, sha256: str) -> None:
+    """Refuse an export, which is unchanged, that is not the one meant. What nothing listed vouches
+    for is refused here as well.
+
+    Args:
+        folder: the export.
+        report: its report.
+        sha256: :attr:`~exporter.reporting.report.Report.export_sha256` of the one that is meant.
+
+    Raises:
+        CheckpointError: it has another digest, or holds files beside those that it lists.
+    """
+    if report.export_sha256 != sha256.lower():
+        raise CheckpointError(
+            f"'{folder}' is not the export that was expected: its SHA-256 is"
+            f" {report.export_sha256}, not {sha256.lower()}",
+            hint="get the folder again, or the digest, from whoever exported it",
+        )
+    added = edited_files(folder, report).get("added")
+    if added:
+        raise CheckpointError(
+            f"'{folder}' holds what was not exported, and the expected SHA-256 does not cover:"
+            f" {', '.join(added)}",
+            hint="take away what was added",
+        )
+
+
 def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
     """Write what a later check found into a folder: the report, and the card unless somebody has
     edited it. Each is replaced as a whole, and a link is not followed. Where the folder cannot be
@@ -158,8 +186,7 @@ def _is_loaded(name: str) -> bool:
 
 
 def _incomplete(folder: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())
     return CheckpointError(
-        f"'{folder}' is not a complete export ({REPORT_FILE}, {RECIPE_FILE}): {reason}",
+        f"'{folder}' is not a complete export ({REPORT_FILE}, {RECIPE_FILE}): {reason_of(error)}",
         hint="export the model again",
     )

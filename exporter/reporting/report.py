@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from calib.files.reading import read_json
+from calib.files.sealed import seal_of
 from exporter.output import replace_text
 
 REPORT_FILE = "report.json"
 ROTATE_REPORT_FILE = "rotation_report.json"
+CARD_FILE = "README.md"
 SMOOTHING_FILE = "smoothing.safetensors"
 """The scales that smoothing folded into the weights."""
 REPORT_FORMAT_VERSION = 1
@@ -24,7 +27,11 @@ COMPARED_ROWS = 8
 """Rows on which ``rotq rotate`` compares the folder it wrote with the original."""
 PROOF_TOKENS, PROOF_ROWS = 2048, 4
 """How much rungs 1 and 2 run at least: an error of arithmetic is in every row, and whole rows are
-compared, not means of many. What only some text shows is rung 3's, which runs all rows."""
+compared, not means of many. What they would miss is a token or an expert that only other rows
+reach; numbers of these are compared one by one in rung 0, and rows of embeddings in rung 1. What
+only some text shows is rung 3's, which goes on until its figures are beyond doubt."""
+
+_SEAL = "sha256"
 
 Status = Literal["passed", "failed", "unverified"]
 
@@ -55,6 +62,17 @@ class GateRow(_Frozen):
     top1: float | None = None
     """Share of tokens whose most likely next token is the same, 0 to 1."""
     perplexity: float | None = None
+    row_kls: list[float] = Field(default_factory=list)
+    """``kl`` of each held-out row; empty, as the next, where it was not tried, and in reports of
+    versions that did not keep them."""
+    row_tokens: list[int] = Field(default_factory=list)
+    """Tokens scored in each row."""
+    margin: float | None = None
+    """``kl`` above that of the candidate with the lowest one."""
+    margin_low: float | None = None
+    """Ends of the 95 % interval of ``margin``, from the differences row by row: where it reaches
+    zero, nothing says that the other candidate is better."""
+    margin_high: float | None = None
     chosen: bool = False
 
     @property
@@ -81,9 +99,18 @@ class RotationGateRow(_Frozen):
     """Relative squared error; for R2 the mean over layers."""
     layers: list[float] = Field(default_factory=list)
     """The error of every layer; empty for R1."""
+    margin: float | None = None
+    """``error`` above the lowest one; ``None``, as the next two, in reports of versions that did
+    not say."""
+    margin_low: float | None = None
+    """Ends of the 95 % interval of ``margin``, from the differences token by token and row by
+    row."""
+    margin_high: float | None = None
     measure: str
     """What was quantized, and how."""
     chosen: bool = False
+    note: str = ""
+    """What else there is to say of it: that training was stopped, as it would not have won."""
 
 
 Rung = Literal[0, 1, 2, 3]
@@ -98,7 +125,9 @@ class ParityRow(_Frozen):
     """What was compared, in a few words."""
     metric: str
     """``relative L2``, ``KL``, ``top-1 agreement``, ``perplexity ratio``, ``tokens until they
-    part``, ``repeated 4-grams, difference``, ``unfused``, ``altered`` or ``steps``."""
+    part``, ``repeated 4-grams, difference``, ``unfused``, ``altered``, ``steps``,
+    ``of the largest of its row``, ``relative length``, ``share of ranges that do not fit`` or
+    ``share of values clipped``."""
     measured: float | None
     """``None`` where the row could not be run; ``note`` then says why."""
     bound: float | None
@@ -129,9 +158,14 @@ class ModelSummary(_Frozen):
     source: str
     """Folder or hub id as given, or ``embedded``."""
     model_type: str
+    how: Literal["table", "generic"] = "table"
+    """Where it is known from how the model is wired: the table of families, or nowhere; versions
+    that did not say took those of the table alone."""
     parameters: int
     fingerprint: str
     """SHA-256 over the names, shapes, dtypes and bytes of the source weights."""
+    quantized: str | None = None
+    """How the source was quantized, whose weights were read as floats; ``None``: it was float."""
 
 
 class LayerSummary(_Frozen):
@@ -166,6 +200,11 @@ class CalibrationSummary(_Frozen):
     """What moved outliers from activations into weights."""
     sha256: str
     """Over the token ids, in order."""
+    cpu: str = ""
+    """What it was calibrated on; empty, as ``threads`` is ``None``, in reports of versions that did
+    not say. Other sums of floats are rounded otherwise."""
+    threads: int | None = None
+    """Threads that torch computed with."""
 
 
 class PrefixSummary(_Frozen):
@@ -201,6 +240,23 @@ class RotationSummary(_Frozen):
     origin: str
 
 
+class Remedy(_Frozen):
+    """A change of the recipe that would most likely mend a parity figure that missed its bound."""
+
+    name: str
+    """In a few words, as a folder may be called."""
+    change: dict[str, Any]
+    """Recipe values, by dotted key."""
+    why: str
+    """What speaks for it in this run, and what it costs."""
+    expected: str = ""
+    """What to expect of the figure; empty where nothing is known."""
+    expected_ratio: float | None = None
+    """The perplexity ratio to expect, where that is what was missed."""
+    seconds: float | None = None
+    """About how long a run with it takes, from what this one took; ``None`` where nothing says."""
+
+
 class Report(_Frozen):
     """Everything a later reader needs to judge, repeat or compare a run."""
 
@@ -226,8 +282,15 @@ class Report(_Frozen):
     gate: list[GateRow]
     rotation_gate: list[RotationGateRow] = Field(default_factory=list)
     parity: list[ParityRow]
+    remedies: list[Remedy] = Field(default_factory=list)
+    """What would most likely mend what failed, the most promising first; empty where nothing
+    failed."""
     seconds: dict[str, float]
     """Wall-clock seconds by stage."""
+    cpu_seconds: dict[str, float] = Field(default_factory=dict)
+    """Seconds of all processors by stage; empty in reports of versions that did not say."""
+    peak_bytes: dict[str, int] = Field(default_factory=dict)
+    """The most memory that was resident, by stage; empty where nothing says so."""
     versions: dict[str, str]
     cpu: str = ""
     """What the parity check ran on; empty in reports of versions that did not say."""
@@ -237,15 +300,28 @@ class Report(_Frozen):
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder, by relative path."""
 
+    def __repr__(self) -> str:
+        return f"Report({self.status}, {self.scheme} for {self.backend}/{self.target})"
+
     @property
     def not_run_in(self) -> str:
         """Runtimes that the export is for and that nothing was run in, in words; empty: there are
         none, or nothing was run at all."""
         return next((row.not_run_in for row in self.parity if row.not_run_in), "")
 
+    @property
+    def export_sha256(self) -> str:
+        """One SHA-256 over the whole export: over the paths and the SHA-256 of all files in
+        :attr:`checksums` but the card, which a later check writes anew, as this report.
+        """
+        return seal_of({name: own for name, own in self.checksums.items() if name != CARD_FILE})
+
     def save(self, folder: Path) -> None:
-        """Write ``report.json`` into ``folder``, in place of one that is there."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        """Write ``report.json`` into ``folder``, in place of one that is there, with a SHA-256 over
+        everything else in it.
+        """
+        values = self.model_dump(mode="json")
+        text = json.dumps({**values, _SEAL: seal_of(values)}, indent=2, allow_nan=False)
         replace_text(folder / REPORT_FILE, text + "\n")
 
     @classmethod
@@ -253,10 +329,15 @@ class Report(_Frozen):
         """Read ``report.json`` from ``folder``.
 
         Raises:
-            OSError, pydantic.ValidationError: left to the caller, who knows what the folder should
-                be.
+            OSError, ValueError: it cannot be read, or is not as it was written; left to the caller,
+                who knows what the folder should be.
         """
-        return cls.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        values = read_json(folder / REPORT_FILE)
+        seal = values.pop(_SEAL, None)  # versions before this had none
+        report = cls.model_validate(values)
+        if seal is not None and seal != seal_of(values):
+            raise ValueError("its checksum does not fit: it is damaged or was edited")
+        return report
 
 
 class RotateReport(_Frozen):
@@ -275,7 +356,12 @@ class RotateReport(_Frozen):
     rotation_gate: list[RotationGateRow]
     parity: list[ParityRow]
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float] = Field(default_factory=dict)
+    peak_bytes: dict[str, int] = Field(default_factory=dict)
     versions: dict[str, str]
+    cpu: str = ""
+    """As :attr:`CalibrationSummary.cpu`, and so are the threads."""
+    threads: int | None = None
 
     def save(self, folder: Path) -> None:
         """Write ``rotation_report.json`` into ``folder``: its model is a checkpoint, not an

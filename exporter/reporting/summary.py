@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from exporter.recipe import EMBEDDED
+from calib.architectures.generic import GENERIC
+from exporter.flags import command, flags_of
+from exporter.recipe import EMBEDDED, RECIPE_FILE
 from exporter.reporting.report import (
     CalibrationSummary,
+    GateRow,
     ParityRow,
     Report,
     RotateReport,
@@ -50,6 +54,11 @@ def human_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
+def digest_line(sha256: str) -> str:
+    """The digest of an export, as ``rotq verify --expect-sha256`` takes it."""
+    return f"sha256 of the export: {sha256}"
+
+
 def human_seconds(seconds: float) -> str:
     """``75`` as ``1 min 15 s``."""
     if seconds < 59.95:
@@ -62,6 +71,19 @@ def human_seconds(seconds: float) -> str:
 def source_words(source: str) -> str:
     """The model as a reader should see it; nobody should take the example for their own model."""
     return "the embedded example model" if source == EMBEDDED else source
+
+
+def quantized_words(quantized: str | None) -> str:
+    """That the weights were read from a quantized checkpoint; nothing where it was a float one.
+
+    Args:
+        quantized: how, as a report says it.
+    """
+    if quantized is None:
+        return ""
+    return (
+        f"The source is quantized ({quantized}); its weights are read as the floats they stand for."
+    )
 
 
 def size_words(before: int, after: int) -> str:
@@ -93,6 +115,8 @@ def layer_lines(report: Report) -> list[str]:
     lines = [
         f"{layers.quantized} linears quantized ({report.scheme}), {len(layers.kept)} kept in float"
     ]
+    if report.model.how == "generic":
+        lines.insert(0, GENERIC)
     if len(layers.schemes) > 1:
         lines += [f"{count} with {words}" for words, count in layers.schemes.items()]
     if layers.cache is not None:
@@ -144,30 +168,47 @@ def massive_lines(report: Report) -> list[str]:
 
 def gate_table(report: Report) -> Table:
     """The candidates of ``--rotate auto`` and ``--prefix auto`` on held-out tokens."""
+    tokens = next((row.row_tokens for row in report.gate if row.row_tokens), [])
+    counted = f"{len(tokens)} held-out rows, {sum(tokens):,} tokens" if tokens else "held-out rows"
     return Table(
-        "Gate (held-out tokens, against the float model)",
-        ("candidate", "KL", "top-1 agreement", "perplexity", ""),
+        f"Gate ({counted}, against the float model)",
+        (
+            *("candidate", "KL", "above the lowest", "95 % interval"),
+            *("top-1 agreement", "perplexity", ""),
+        ),
         tuple(
             (
                 row.name,
                 "-" if row.kl is None else f"{row.kl:.4g}",
+                *_margin_words(row),
                 "-" if row.top1 is None else f"{row.top1:.2%}",
                 "-" if row.perplexity is None else f"{row.perplexity:.3f}",
                 "chosen" if row.chosen else "not tried" if row.kl is None else "",
             )
             for row in report.gate
         ),
-        right=frozenset({1, 2, 3}),
+        right=frozenset({1, 2, 3, 4, 5}),
         marked=frozenset(index for index, row in enumerate(report.gate) if row.chosen),
     )
 
 
+def _margin_words(row: GateRow | RotationGateRow) -> tuple[str, str]:
+    """How far a candidate is above the lowest one, and the interval of that; the lowest one has
+    none.
+    """
+    if row.margin is None or row.margin_low is None or row.margin_high is None:
+        return "-", "-"
+    if row.margin == row.margin_low == row.margin_high:
+        return f"{row.margin:.2g}", "-"
+    return f"{row.margin:.2g}", f"{row.margin_low:.2g} to {row.margin_high:.2g}"
+
+
 def gate_findings(report: Report) -> list[str]:
     """Say plainly what each candidate did: where it helped, and where it made things worse."""
+    findings = _choice_findings(report)
     plain = next((row for row in report.gate if row.name == "none"), None)
     if plain is None or plain.kl is None:
-        return []
-    findings = []
+        return findings
     for row in report.gate:
         if row.kl is None:
             continue
@@ -180,28 +221,50 @@ def gate_findings(report: Report) -> list[str]:
             findings.append(f"{row.name} lowers KL from {plain.kl:.4g} to {row.kl:.4g}")
     if plain.chosen and len(report.gate) > 1:
         findings.append(
-            "nothing was applied: none of the candidates was better than leaving the model as it is"
+            "nothing was applied: none of the candidates was better than leaving the model as it"
+            " is, beyond noise"
         )
     return findings
+
+
+def _choice_findings(report: Report) -> list[str]:
+    """Why the candidate with the lowest KL was not taken, where it was not; and what one row alone
+    cannot say.
+    """
+    chosen = next((row for row in report.gate if row.chosen), None)
+    lowest = next((row for row in report.gate if row.margin == 0), None)
+    if chosen is None or lowest is None:
+        return []
+    if len(lowest.row_kls) == 1:
+        return ["one held-out row shows no noise: the lowest KL was taken (gate.nsamples)"]
+    if chosen.margin:
+        return [
+            f"{lowest.name} has the lowest KL; {chosen.name} is within noise of it, and simpler"
+        ]
+    return []
 
 
 def rotation_gate_table(rows: Sequence[RotationGateRow]) -> Table:
     """The candidates of each rotation by the error of the exported quantizer."""
     return Table(
         "Candidates of each rotation (relative squared quantization error)",
-        ("rotation", "candidate", "error", "range over layers", "measured on", ""),
+        (
+            *("rotation", "candidate", "error", "above the lowest", "95 % interval"),
+            *("range over layers", "measured on", ""),
+        ),
         tuple(
             (
                 row.rotation,
                 row.candidate,
                 f"{row.error:.3e}",
+                *_margin_words(row),
                 f"{min(row.layers):.2e} to {max(row.layers):.2e}" if row.layers else "",
                 row.measure,
-                "chosen" if row.chosen else "",
+                "chosen" if row.chosen else row.note,
             )
             for row in rows
         ),
-        right=frozenset({2}),
+        right=frozenset({2, 3, 4}),
         marked=frozenset(index for index, row in enumerate(rows) if row.chosen),
     )
 
@@ -213,11 +276,13 @@ def rotation_gate_findings(rows: Sequence[RotationGateRow]) -> list[str]:
     findings = []
     for name, best in chosen.items():
         if best.candidate == "identity":
-            findings.append(f"{name} is left out: no rotation lowers this error")
+            findings.append(f"{name} is left out: no rotation lowers this error beyond noise")
         elif best.candidate != "trained" and name in trained:
             ratio = trained[name].error / best.error
+            within = ", within noise" if ratio < 1 else ""
             findings.append(
-                f"training {name} gained nothing over {best.candidate}: {ratio:.2f} x its error"
+                f"training {name} gained nothing over {best.candidate}: {ratio:.2f} x its"
+                f" error{within}"
             )
     return findings
 
@@ -309,11 +374,78 @@ def failed_rows(report: Report) -> list[str]:
     ]
 
 
-def seconds_table(report: Report | RotateReport) -> Table:
-    """Wall-clock time by stage, and in total."""
-    rows = [(stage, human_seconds(seconds)) for stage, seconds in report.seconds.items()]
-    rows.append(("total", human_seconds(sum(report.seconds.values()))))
-    return Table("Time", ("stage", "seconds"), tuple(rows), right=frozenset({1}))
+def verdict_line(report: Report, folder: Path | str) -> str:
+    """What matters most, in one line: whether it passed, quality and size before and after."""
+    words = {
+        "passed": "parity passed"
+        + (f", not run in {report.not_run_in}" if report.not_run_in else ""),
+        "failed": "PARITY FAILED: do not deploy",
+        "unverified": "parity not checked",
+    }[report.status]
+    parts = [words]
+    figures = {row.metric: row for row in report.parity if row.rung == 3}
+    ratio, kl = figures.get("perplexity ratio"), figures.get("KL")
+    if ratio is not None and ratio.measured is not None:
+        before_after = ratio.note.partition(" on ")[0]
+        parts.append(f"perplexity {before_after or f'x {ratio.measured:.3f}'}")
+    if kl is not None and kl.measured is not None:
+        parts.append(f"KL {kl.measured:.3g}")
+    before, after = report.layers.bytes_before, report.layers.bytes_after
+    parts.append(f"{human_bytes(before)} -> {human_bytes(after)}")
+    return f"{'; '.join(parts)}: {folder}"
+
+
+def remedy_commands(report: Report, folder: Path) -> list[str]:
+    """The command line of each remedy, complete: of an export that is in ``folder``."""
+    return [
+        command(
+            *("rotq", "export", "--recipe", folder / RECIPE_FILE),
+            *flags_of(remedy.change),
+            *("-o", f"{folder}-{remedy.name}"),
+        )
+        for remedy in report.remedies
+    ]
+
+
+def remedy_lines(report: Report, folder: Path) -> list[str]:
+    """What would most likely mend a failed report: each command, and under it why, what to expect,
+    and how long it takes.
+    """
+    lines = []
+    for line, remedy in zip(remedy_commands(report, folder), report.remedies, strict=True):
+        words = [remedy.why]
+        if remedy.expected:
+            words.append(f"expected: {remedy.expected}")
+        if remedy.seconds is not None:
+            words.append(f"about {human_seconds(remedy.seconds)}")
+        lines += [f"  {line}", f"      {'; '.join(words)}"]
+    return lines
+
+
+def seconds_table(report: Report | RotateReport, stages: Collection[str] = ()) -> Table:
+    """Time and memory by stage, and in all; of some ``stages`` alone where they are named."""
+    seconds = {name: own for name, own in report.seconds.items() if not stages or name in stages}
+    cpu = {name: own for name, own in report.cpu_seconds.items() if name in seconds}
+    peak = {name: own for name, own in report.peak_bytes.items() if name in seconds}
+    rows = [
+        (
+            stage,
+            human_seconds(spent),
+            human_seconds(cpu[stage]) if stage in cpu else "-",
+            human_bytes(peak[stage]) if stage in peak else "-",
+        )
+        for stage, spent in seconds.items()
+    ]
+    rows.append(
+        (
+            "total",
+            human_seconds(sum(seconds.values())),
+            human_seconds(sum(cpu.values())) if cpu else "-",
+            human_bytes(max(peak.values())) if peak else "-",
+        )
+    )
+    head = ("stage", "seconds", "of processors", "peak memory")
+    return Table("Time", head, tuple(rows), right=frozenset({1, 2, 3}))
 
 
 def _figure(value: float | None) -> str:

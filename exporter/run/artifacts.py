@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from calib.architectures import architecture_of
 from calib.artifact import QuantizedModel, load_artifact
 from calib.errors import CheckpointError, RotqError
 from exporter.recipe import Recipe, recipe_of_artifact
 from exporter.run.calibrated import Calibrated
 from exporter.run.destination import Destination
+from exporter.run.generic import check_generic
 from exporter.run.inputs import Inputs, resolve_device
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.workdir import WALK, WorkDir
@@ -60,10 +62,14 @@ def open_artifact(
         verify: whether it is to be compared with its original.
 
     Raises:
-        CheckpointError: the artifact is damaged, or made from another model than ``source``.
+        CheckpointError: the artifact is damaged, or made from another model than ``source``; or
+            its family is not in the table, and the original is not at hand.
         BackendError: a target cannot express it.
     """
     quantized = _checked(load_artifact(folder), recipe, destination)
+    if destination is not None:
+        family = architecture_of(quantized.config)
+        check_generic(Recipe(), family, "export", verify=verify, original=source is not None)
     if source is not None:
         hint = "name the original with -m/--model, or give --no-verify"
         _check_original(source, quantized, folder, hint)
@@ -105,12 +111,15 @@ def open_finished(
     _check_original(inputs.source, quantized, folder, "use another --work-dir")
     # The run may have ended between keeping the artifact and removing what it was made in.
     work.remove(WALK)
+    # what the run settled by itself, such as the size of blocks, is in the artifact alone
+    recipe = recipe_of_artifact(quantized.provenance.recipe, inputs.recipe, folder)
     return Calibrated(
-        inputs.recipe,
+        recipe,
         quantized,
         inputs.device,
         inputs.source,
-        evaluation=_evaluation_rows(inputs.recipe, quantized, clock) if verify else None,
+        evaluation=_evaluation_rows(recipe, quantized, clock) if verify else None,
+        work=work,
     )
 
 
@@ -121,8 +130,8 @@ def _checked(
     if destination is not None:
         cache = None if quantized.cache is None else quantized.cache.scheme
         schemes, kinds = quantized.schemes(), quantized.rotations.kinds()
-        prefix = 0 if quantized.prefix is None else quantized.prefix.length
-        destination.check(recipe, quantized.config, schemes, cache, kinds, prefix)
+        length = quantized.prefix_length
+        destination.check(recipe, quantized.config, schemes, cache, kinds, length)
         destination.warn(schemes, kinds)
     return quantized
 

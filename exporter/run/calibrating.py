@@ -4,16 +4,18 @@ once for each candidate that the gate compares.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from calib.architectures.experts import with_parameters
 from calib.artifact import Provenance, QuantizedModel
 from calib.data.batches import length_batches
 from calib.data.forward_loop import ForwardLoop, forward_loop_over
 from calib.data.rows import RowSplits, at_most
+from calib.data.tokens import token_hash
+from calib.files.sealed import seal_of
 from calib.fusing import FusedModel, materialize, with_prefix
-from calib.measure.perplexity import model_logits
+from calib.measure.perplexity import remembered_logits
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import Quantization
 from calib.rotations.rotate import GateSet
@@ -25,12 +27,14 @@ from calib.smoothing.smooth import smooth
 from calib.stats.massive import PrefixChoice
 from calib.weights.algorithms import algorithm_named
 from exporter.reporting.report import GateRow
+from exporter.run.contents import rotations_digest
 from exporter.run.destination import Destination
 from exporter.run.gate import Candidate, Gate, Setup
 from exporter.run.inputs import Inputs
-from exporter.run.quantizing import GATE_TOKENS, QUICK_TOKENS, folds_norms
+from exporter.run.quantizing import GATE_ROW_TOKENS, GATE_TOKENS, QUICK_TOKENS, folds_norms
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.widening import fixes_limits, widened, wider_sets
+from exporter.run.workdir import GATE, WorkDir
 
 SMOOTHING = "smoothquant:0.5"
 """What the gate tries together with R4: a scale by formula, since a search passes over R4."""
@@ -91,9 +95,39 @@ class Calibrating:
         Args:
             sets: sets of rotations, the simplest first.
         """
-        setups = [Setup(str(each), self.tokens, online=each.rotate.online) for each in sets]
+        setups = [Setup.of(each, self.tokens) for each in sets]
         offered = self.inputs.recipe.prefix == "auto" and self.tokens
         return [*([replace(setups[0], prefix=())] if offered else []), *setups]
+
+    def gate(self, rotations: Mapping[str, RotationSet], work: WorkDir, clock: Stopwatch) -> Gate:
+        """What compares candidates.
+
+        Args:
+            rotations: those of every set, by the name of the set.
+            work: may hold what was measured of a candidate, and keeps it.
+            clock: times the stages.
+        """
+        rows = at_most([row[:GATE_ROW_TOKENS] for row in self.rows.gate], GATE_TOKENS)
+        digests = {name: rotations_digest(each) for name, each in rotations.items()}
+
+        def remember(setup: Setup, measure: Callable[[], GateRow]) -> GateRow:
+            made_of = {
+                "rotations": digests[setup.rotate],
+                "setup": asdict(setup),
+                "quantization": seal_of({"": repr(self.widened(setup.wider))}),
+                "rows": [token_hash(part) for part in (self.rows.train, rows)],
+            }
+            row = work.remembered(GATE, made_of, lambda: measure().model_dump(mode="json"))
+            return GateRow.model_validate(row)
+
+        return Gate(
+            make=lambda setup: self.candidate(setup, rotations[setup.rotate], clock),
+            original=remembered_logits(self.inputs.source.original(self.inputs.device)),
+            rows=rows,
+            bound=self.quantization.scheme.max_perplexity_ratio,
+            clock=clock,
+            remember=remember,
+        )
 
     def candidate(self, setup: Setup, rotations: RotationSet, clock: Stopwatch) -> Candidate:
         """The model with ``rotations`` folded in, smoothed and quantized.
@@ -186,13 +220,15 @@ class Calibrating:
 
 
 def best_candidate(
-    sets: Mapping[GateSet, RotationSet], calibrating: Calibrating, clock: Stopwatch
+    sets: Mapping[GateSet, RotationSet], calibrating: Calibrating, work: WorkDir, clock: Stopwatch
 ) -> tuple[Candidate, list[GateRow]]:
-    """The quantized model of the best candidate, and the gate's table where there was a choice.
+    """The quantized model of the candidate that the gate takes, and the gate's table where there
+    was a choice.
 
     Args:
         sets: rotations of every set, the simplest first.
         calibrating: what is done with each.
+        work: may hold rows of the table, and keeps them.
         clock: times the stages.
     """
     rotations = {str(name): chosen for name, chosen in sets.items()}
@@ -201,32 +237,29 @@ def best_candidate(
         (setup,) = setups
         return calibrating.candidate(setup, rotations[setup.rotate], clock), []
 
-    quick, inputs = calibrating.quick(), calibrating.inputs
-    gate = Gate(
-        make=lambda setup: quick.candidate(setup, rotations[setup.rotate], clock),
-        original=model_logits(inputs.source.original(inputs.device)),
-        rows=at_most(calibrating.rows.gate, GATE_TOKENS),
-        bound=calibrating.quantization.scheme.max_perplexity_ratio,
-    )
-    gate.run(setups, clock.progress)
-    if calibrating.may_keep_norms and "r1" not in rotations[gate.best.setup.rotate].kinds():
-        gate.run([replace(gate.best.setup, norms_kept=True)], clock.progress)
+    quick = calibrating.quick()
+    gate = quick.gate(rotations, work, clock)
+    gate.run(setups)
+    if calibrating.may_keep_norms and "r1" not in rotations[gate.chosen.rotate].kinds():
+        gate.run([replace(gate.chosen, norms_kept=True)])
     if calibrating.may_smooth:
-        around_r4 = gate.lowest([name for name, each in rotations.items() if "r4" in each.kinds()])
+        with_r4 = [name for name, each in rotations.items() if "r4" in each.kinds()]
+        around_r4 = gate.chosen_among(with_r4)
         # without the prefix first: it is not needed where smoothing is enough
         smoothed = () if around_r4 is None else _smoothed_setups(around_r4)
         for setup in smoothed:
             if not gate.met:
-                gate.run([setup], clock.progress)
-    if not gate.met and inputs.recipe.widen == "auto" and fixes_limits(calibrating.quantization):
-        base = gate.best.setup
-        gate.run(quick.wider_setups(base, rotations[base.rotate], clock), clock.progress)
+                gate.run([setup])
+    widens = calibrating.inputs.recipe.widen == "auto"
+    if not gate.met and widens and fixes_limits(calibrating.quantization):
+        base = gate.chosen
+        gate.run(quick.wider_setups(base, rotations[base.rotate], clock))
 
-    best = gate.best
     everything = len(quick.rows.train) == len(calibrating.rows.train)
-    if not everything or quick.quantization != calibrating.quantization:
-        best = calibrating.candidate(best.setup, rotations[best.setup.rotate], clock)
-    return best, gate.table()
+    if everything and quick.quantization == calibrating.quantization:
+        return gate.candidate(), gate.table()
+    chosen = gate.chosen
+    return calibrating.candidate(chosen, rotations[chosen.rotate], clock), gate.table()
 
 
 def _smoothed_setups(base: Setup) -> list[Setup]:

@@ -14,6 +14,7 @@ from exporter.recipe import EMBEDDED, Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from calib.data.rows import RowSplits
     from exporter.source import Source
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,15 @@ def check_text(recipe: Recipe) -> None:
     for data in (recipe.calibration, recipe.evaluation):
         if data.dataset not in (None, EMBEDDED):
             check_source(data.dataset, data.column)
+
+
+def warn_of_embedded_text(recipe: Recipe) -> None:
+    """Log that a model which is not the embedded one is calibrated on the embedded text, if so."""
+    if recipe.calibration.dataset == EMBEDDED:
+        logger.warning(
+            "the calibration text is the embedded one, which is written for the example model: give"
+            " text like that which the model will see (--calib-dataset)"
+        )
 
 
 def widest_input(source: Source) -> int:
@@ -68,6 +78,22 @@ def few_tokens(weights: str, smoothing: str, tokens: int, channels: int) -> str 
         f" input channels of the widest linear, and {' and '.join(users)} estimates second moments"
         f" of them: give at least {LEAST_TOKENS_PER_CHANNEL} (--nsamples, --seqlen, a longer text)"
     )
+
+
+def warn_of_few_rows(recipe: Recipe, rows: RowSplits) -> None:
+    """Log which splits have fewer rows than the recipe asks for: their figures say less."""
+    wanted = {
+        "calibration": (recipe.calibration.nsamples, rows.train),
+        "gate": (recipe.gate.nsamples, rows.gate),
+        "evaluation": (recipe.evaluation.nsamples, rows.evaluation),
+    }
+    few = [
+        f"{len(found)} of {asked} {name}"
+        for name, (asked, found) in wanted.items()
+        if len(found) < asked
+    ]
+    if few and recipe.calibration.dataset != EMBEDDED:
+        logger.warning("the text has fewer rows than asked for: %s", ", ".join(few))
 
 
 def warn_of_few_tokens(recipe: Recipe, source: Source, rows: Sequence[Tensor]) -> None:

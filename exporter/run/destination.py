@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from backends.asking import (
@@ -197,3 +198,19 @@ class Destination:
             max_shard_bytes=recipe.max_shard_bytes,
             dtype=recipe.dtype,
         )
+
+
+def default_output(recipe: Recipe, goal: str) -> Path:
+    """``out/MODEL-SCHEME-TARGET`` of an export; of what is for no target, ``out/MODEL-SCHEME``; of
+    what no scheme shapes, ``out/MODEL-GOAL``.
+    """
+    model = Path(recipe.model).expanduser()
+    name = (model.resolve() if model.exists() else model).name
+    match goal:
+        case "export":
+            words = (name, recipe.scheme, *Destination.of(recipe).targets)
+        case "calibrate":
+            words = (name, recipe.scheme)
+        case _:
+            words = (name, goal)
+    return Path("out") / "-".join(words)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from backends.cpu import cpu_words
 from calib.architectures import Kind
 from calib.artifact import Provenance
 from calib.data.rows import RowSplits
@@ -18,14 +19,15 @@ from calib.network.skeleton import oriented_shapes, portable_config
 from calib.quantizing.plan import Quantization
 from calib.rotations.rotation_set import RotationSet, idle_rotations
 from calib.schemes import FLOAT, Scheme
-from exporter.recipe import Recipe
+from exporter.recipe import EMBEDDED, Recipe
 from exporter.reporting.describe import package_versions
-from exporter.run.calibration_text import check_text
+from exporter.run.blocks import with_blocks
+from exporter.run.calibration_text import check_text, warn_of_embedded_text
 from exporter.run.destination import Destination
 from exporter.run.quantizing import check_layerwise, customised_scheme, quantization_of
 from exporter.run.stopwatch import Stopwatch
 from exporter.run.tables import Tables, with_tables
-from exporter.source import Source, open_source, read_rows
+from exporter.source import Source, Texts, open_source, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +41,7 @@ class Inputs:
     scheme: Scheme
     """The recipe's, with its finer controls."""
     source: Source
+    texts: Texts
     device: torch.device
     dtype: torch.dtype
     """What the run computes in."""
@@ -66,8 +69,9 @@ class Inputs:
         return quantization_of(self.recipe, self.scheme, self.source.wiring)
 
     def with_tables(self, destination: Destination) -> Inputs:
-        """These, with large embeddings and output heads quantized unless the recipe says how; see
-        :func:`exporter.run.tables.with_tables`.
+        """These, with what the recipe leaves open settled: large embeddings and output heads are
+        quantized (:func:`exporter.run.tables.with_tables`), and blocks may be smaller than the
+        scheme's (:func:`exporter.run.blocks.with_blocks`).
         """
         wiring = self.source.wiring
         shapes = oriented_shapes(wiring)
@@ -80,12 +84,29 @@ class Inputs:
             sum(sizes.values()),
         )
         config = portable_config(self.source.config)
-        return replace(self, recipe=with_tables(self.recipe, tables, destination, config))
+        recipe = with_blocks(
+            with_tables(self.recipe, tables, destination, config),
+            wiring.sizes.hidden,
+            lambda each: quantization_of(each, customised_scheme(each), wiring).linears,
+            destination,
+            config,
+        )
+        return replace(self, recipe=recipe, scheme=customised_scheme(recipe))
+
+    def stored_bytes(self, quantization: Quantization) -> int:
+        """Of the quantized model, about: without scales."""
+        floats, total = self.dtype.itemsize, 0.0
+        for name, shape in oriented_shapes(self.source.wiring).items():
+            linear = quantization.linears.get(name.removesuffix(".weight"))
+            size = floats if linear is None else linear.weight.format.bits / 8
+            total += math.prod(shape) * size
+        return int(total)
 
     def rows(self, clock: Stopwatch) -> RowSplits:
         """Read the three splits of the text."""
         with clock.stage("data"):
-            return read_rows(self.recipe, self.source.tokenizer, self.source.config)
+            source = self.source
+            return read_rows(self.recipe, source.tokenizer, source.config, self.texts)
 
     def fuse(
         self,
@@ -122,6 +143,9 @@ class Inputs:
             calibration_tokens=sum(row.numel() for row in rows.train),
             calibration_sha256=token_hash(rows.train),
             versions=package_versions(),
+            cpu=cpu_words(),
+            threads=torch.get_num_threads(),
+            quantized=self.source.quantized,
         )
 
 
@@ -147,9 +171,12 @@ def open_inputs(
     scheme = customised_scheme(recipe)
     device = resolve_device(recipe.device)
     source = open_source(recipe, model, tokenizer)
+    if model is not None or recipe.model != EMBEDDED:
+        warn_of_embedded_text(recipe)
     name = destination.common_dtype(recipe.dtype, lambda: source.dtype)
     block = destination.online_block()
-    return Inputs(recipe, scheme, source, device, getattr(torch, name), block)
+    texts = Texts(recipe, source.tokenizer)
+    return Inputs(recipe, scheme, source, texts, device, getattr(torch, name), block)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,7 +1,7 @@
 """Layer-wise runs: the walk that quantizes block by block.
 
-Nothing that needs the whole model is done: rotations are Hadamard matrices or come from files, and
-no sets of them are compared.
+Rotations are trained as in any run, on what a walk captures. No sets of them are compared, which
+takes the whole model.
 """
 
 from __future__ import annotations
@@ -10,29 +10,36 @@ from pathlib import Path
 
 from calib.artifact import QuantizedModel
 from calib.data.batches import length_batches
+from calib.files.sealed import seal_of
 from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
-from calib.rotations.rotate import Rotate
-from calib.rotations.rotation_set import RotationSet, check_offered, hadamard_rotations
+from calib.layerwise.prefix import with_prefix_blockwise
+from calib.rotations.from_capture import TrainedRotations
+from calib.rotations.rotation_set import RotationSet
 from calib.smoothing.methods import smoothing_named
 from exporter.recipe import parse_size
 from exporter.run.calibrating import Calibrating
-from exporter.run.inputs import Inputs
+from exporter.run.contents import rotations_digest
 from exporter.run.options import RunOptions
+from exporter.run.rotations import trained_rotations
 from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import WorkDir
 
 
-def layerwise_rotations(inputs: Inputs, imported: RotationSet) -> RotationSet:
-    """The rotations that the recipe names: those of ``imported``, and Hadamard matrices.
-
-    Raises:
-        RotationError: the architecture refuses one.
+def layerwise_rotations(
+    calibrating: Calibrating,
+    imported: RotationSet,
+    options: RunOptions,
+    work: WorkDir,
+    clock: Stopwatch,
+) -> TrainedRotations:
+    """The rotations that the recipe names: those of ``imported``, and trained ones; arguments and
+    errors as for :func:`~exporter.run.rotations.trained_rotations`.
     """
-    source, kinds = inputs.source, inputs.recipe.rotate.certain
-    check_offered(kinds, source.wiring)
-    missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
-    seed, block = inputs.recipe.seed, inputs.online_block
-    own = hadamard_rotations(source.wiring, missing, seed=seed, online_block=block)
-    return own.merged(imported.of(kinds).values())
+    inputs, rows = calibrating.inputs, calibrating.rows.train
+    kinds = inputs.recipe.rotate.certain
+    return trained_rotations(
+        kinds, inputs, imported, rows, options, work, clock, calibrating.tokens
+    )
 
 
 def quantize_layerwise(
@@ -55,7 +62,9 @@ def quantize_layerwise(
     """
     inputs = calibrating.inputs
     recipe, settings = inputs.recipe, inputs.recipe.layerwise
-    fused = inputs.fuse(rotations, clock, fold_norms=calibrating.fold_norms, lazy=True)
+    folded = inputs.fuse(rotations, clock, fold_norms=calibrating.fold_norms, lazy=True)
+    reason = "" if calibrating.prefix is None else calibrating.prefix.reason
+    fused = with_prefix_blockwise(folded, calibrating.tokens, reason, inputs.device)
 
     with clock.stage("calibrate"):
         return quantize_blockwise(
@@ -75,7 +84,13 @@ def quantize_layerwise(
                 max_memory=parse_size(settings.max_memory),
                 resume=options.resume,
                 resumable=options.work_dir is not None,
-                depends_on={"model": inputs.source.fingerprint},
+                # a target, which a resume may change, decides on blocks, tables and a prefix
+                depends_on={
+                    "model": inputs.source.fingerprint,
+                    "rotations": rotations_digest(rotations),
+                    "quantization": seal_of({"": repr(calibrating.quantization)}),
+                    "prefix": repr(calibrating.tokens),
+                },
             ),
             progress=clock.progress,
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from calib.errors import RecipeError
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -23,3 +25,26 @@ class RunOptions:
     """A saved quantized model to write: nothing is calibrated."""
     from_capture: Path | None = None
     """Captured statistics to train on: nothing is captured."""
+    shared_capture: Path | None = None
+    """A folder for the statistics of several runs: those in it are used where they are of the same
+    prefix, and where there is none, it is written."""
+    profile: Path | None = None
+    """A file to write what every stage took into: see
+    :meth:`exporter.run.stopwatch.Stopwatch.profile`."""
+
+
+def check_retry(*, verify: bool, from_artifact: Path | None) -> None:
+    """Refuse ``--retry`` where nothing is checked, or nothing that is checked can change.
+
+    Raises:
+        RecipeError: with the option that is in the way.
+    """
+    if not verify:
+        raise RecipeError(
+            "--retry needs the parity check that --no-verify skips", hint="give one of them"
+        )
+    if from_artifact is not None:
+        raise RecipeError(
+            "--retry has no effect with --from-artifact: the artifact is quantized already",
+            hint="export from the model, or leave --retry out",
+        )

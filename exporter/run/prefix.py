@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from calib.data.rows import RowSplits
+from calib.data.tokens import encode
 from calib.errors import RecipeError
+from calib.layerwise.massive import massive_inputs_blockwise
 from calib.quantizing.plan import Quantization
 from calib.rotations.rotation_set import RotationSet
 from calib.stats.massive import MASSIVE, PrefixChoice, choose_prefix
+from exporter.parity.passes import steady_length
 from exporter.run.destination import Destination
 from exporter.run.inputs import Inputs
 from exporter.run.stopwatch import Stopwatch
@@ -27,10 +32,16 @@ _MARKS = ("\n", ".", ",")
 """Besides what begins and ends a text: tokens that say nothing by themselves make good sinks."""
 
 
+_MOVING = (
+    "its RoPE takes other frequencies for long texts (longrope, dynamic), and the keys of a prefix,"
+    " which are constants, would keep those of short ones"
+)
+
+
 def chosen_prefix(
     inputs: Inputs,
     quantization: Quantization,
-    rows: Sequence[Tensor],
+    rows: RowSplits,
     destination: Destination | None,
     clock: Stopwatch,
 ) -> PrefixChoice | None:
@@ -40,7 +51,8 @@ def chosen_prefix(
         inputs: the model, and what is asked for.
         quantization: what is done to its linears; only limits that are fixed beforehand suffer from
             massive tokens.
-        rows: calibration rows, int64 ``[tokens]``.
+        rows: calibrates on ``train``; all others, int64 ``[tokens]``, must have room behind it as
+            well.
         destination: what must be able to have one, if anything.
         clock: times the choice.
 
@@ -49,33 +61,43 @@ def chosen_prefix(
             the model has.
     """
     asked = inputs.recipe.prefix
-    if asked == "none":
+    if asked == "none" or inputs.source.wiring.generic:
         return None
-    room = _room(inputs.source.config, rows)
+    every = [row for part in (rows.train, rows.gate, rows.evaluation) for row in part]
+    room = _room(inputs.source.config, every)
+    moving = _MOVING if steady_length(inputs.source.wiring.config) is not None else None
     exactly = None if asked == "auto" else asked
     if exactly is None:
         if not fixes_limits(quantization) or inputs.recipe.layerwise.enabled or room < 1:
             return None
-        refused = None if destination is None else destination.refused_prefix()
+        refused = moving or (None if destination is None else destination.refused_prefix())
     elif exactly > room:
         raise RecipeError(
-            f"a prefix of {exactly} tokens does not fit: the longest calibration row leaves"
+            f"a prefix of {exactly} tokens does not fit: the longest row leaves"
             f" {max(room, 0)} of the model's {inputs.source.config.max_position_embeddings}"
             " positions free",
             hint="take a shorter prefix, or shorter rows: --seqlen",
         )
+    elif moving is not None:
+        raise RecipeError(
+            f"a prefix cannot stand before this model: {moving}",
+            hint="leave --prefix out, or --prefix none",
+        )
     else:
         refused = None
 
-    fused = inputs.fuse(RotationSet(), clock)
+    blocks = inputs.recipe.layerwise.enabled
+    fused = inputs.fuse(RotationSet(), clock, lazy=blocks)
+    walked = partial(massive_inputs_blockwise, fused, device=inputs.device)
     with clock.stage("prefix"):
         choice = choose_prefix(
             fused,
-            rows,
+            rows.train,
             sinks(inputs.source.tokenizer),
             limit=min(MOST, room) if refused is None else 0,
             exactly=exactly,
             device=inputs.device,
+            measure=walked if blocks else None,
             progress=clock.progress,
         )
     if refused is not None and choice.massive:
@@ -102,10 +124,14 @@ def massive_rows(choice: PrefixChoice | None) -> tuple[dict[str, Any], ...]:
 
 
 def sinks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that are tried first: what begins and what ends a text, and marks that are one token."""
+    """Ids that are tried first: what begins and what ends a text, and marks that are one token.
+
+    Raises:
+        DataError: the tokenizer fails on them.
+    """
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     for mark in _MARKS:
-        encoded = tokenizer(mark, add_special_tokens=False)["input_ids"]
+        encoded = encode(mark, tokenizer, special=False).tolist()
         ids += encoded if len(encoded) == 1 else []
     return [token for token in dict.fromkeys(ids) if isinstance(token, int)]
 

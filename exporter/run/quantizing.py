@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calib.capture.sites import CaptureConfig
 from calib.errors import QuantizationError, RecipeError
 from calib.quantizing.plan import Quantization, customised, resolve
-from calib.schemes import FLOAT, Scheme, scheme_named
+from calib.schemes import FLOAT, SCHEMES, Scheme, scheme_named
 from calib.smoothing.methods import smoothing_named
 from calib.weights.algorithms import algorithm_named
 from exporter.recipe import Activations, Recipe, Weights
@@ -27,6 +27,8 @@ QUICK_TOKENS = 8192
 """Of calibration for each candidate that is only compared: limits settle long before."""
 GATE_TOKENS = 4096
 """On which candidates are compared, at most."""
+GATE_ROW_TOKENS = 512
+"""Of one row, at most: the noise of a comparison shows between rows, and eight are few enough."""
 
 
 def customised_scheme(recipe: Recipe) -> Scheme:
@@ -119,12 +121,12 @@ def check_names(recipe: Recipe) -> None:
         raise RecipeError(
             "recipe key 'smoothing' has no effect: the scheme 'float' quantizes nothing"
         )
+    _check_moot(recipe)
     if recipe.activations.observer != "min_max":
         from calib.observers.registry import observer_named  # needs torch
 
         _checked("activations.observer", lambda: observer_named(recipe.activations.observer))
     check_layerwise(recipe)
-    check_prefix(recipe)
     if recipe.rotation.fold_norms is False and "r1" in recipe.rotate.certain:
         raise RecipeError(
             "recipe key 'rotation.fold_norms' cannot be false with R1, which passes norms only once"
@@ -133,6 +135,28 @@ def check_names(recipe: Recipe) -> None:
         )
     for pattern, name in recipe.overrides.items():
         _checked(f"overrides.{pattern}", partial(scheme_named, name))
+
+
+def _check_moot(recipe: Recipe) -> None:
+    """Refuse what a scheme, its overrides and the cache leave nothing to do for."""
+    schemes = [
+        customised_scheme(recipe),
+        *(scheme_named(name) for name in recipe.overrides.values() if name in SCHEMES),
+    ]
+    weights = [each for each in schemes if each.weight is not None]
+    inputs = [each for each in weights if each.activation and each.activation.needs_calibration]
+    moot = {
+        "weights.algorithm": recipe.weights.algorithm != "rtn" and not weights,
+        "activations.observer": (
+            recipe.activations.observer != "min_max" and not inputs and recipe.kv is None
+        ),
+    }
+    for key, has_no_effect in moot.items():
+        if has_no_effect:
+            raise RecipeError(
+                f"recipe key '{key}' has no effect on what the scheme '{recipe.scheme}' does",
+                hint="leave it out, or choose another scheme",
+            )
 
 
 def check_layerwise(recipe: Recipe) -> None:
@@ -153,22 +177,14 @@ def check_layerwise(recipe: Recipe) -> None:
         raise RecipeError(
             "layer-wise mode cannot compare sets of rotations, which takes the whole model",
             hint=(
-                "name them: --rotate none, or --rotate r1,r2,r4 for Hadamard matrices or those of"
-                " --rotations"
+                "name them: --rotate none, or --rotate r1,r2,r4, trained or those of --rotations"
             ),
         )
-
-
-def check_prefix(recipe: Recipe) -> None:
-    """Refuse a prefix that a run cannot have, before anything is read.
-
-    Raises:
-        RecipeError: with the reason.
-    """
-    if recipe.certain_prefix and recipe.layerwise.enabled:
+    if recipe.certain_prefix and recipe.smoothing != "none":
         raise RecipeError(
-            "layer-wise mode cannot have a prefix, which the whole model computes",
-            hint="leave --prefix or --layerwise out",
+            "layer-wise mode cannot smooth behind a prefix, whose values would have to be scaled"
+            " with every block",
+            hint="leave --prefix, --smoothing or --layerwise out",
         )
 
 

@@ -17,7 +17,7 @@ def check_paths(recipe: Recipe, options: RunOptions) -> None:
 
     Raises:
         OutputError: as :func:`~exporter.output.check_target`; or the output is an input or the work
-            folder of the run, or holds it.
+            folder of the run, or holds it; the profile cannot be written.
     """
     check_target(options.output, options.overwrite)
     for what, path in _inputs(recipe, options):
@@ -26,6 +26,12 @@ def check_paths(recipe: Recipe, options: RunOptions) -> None:
                 f"the output '{options.output}' is {what} '{path}', or holds it",
                 hint="choose another -o/--output: what a run reads is never overwritten",
             )
+    profile = options.profile
+    if profile is not None and (profile.is_dir() or not profile.absolute().parent.is_dir()):
+        raise OutputError(
+            f"the profile '{profile}' cannot be written: it is a folder, or is in none",
+            hint="--profile takes a file in a folder that exists",
+        )
     work = options.work_dir
     if work is not None and (is_in(work, options.output) or is_in(options.output, work)):
         raise OutputError(

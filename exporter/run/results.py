@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.recipe import Recipe
+from exporter.reporting.html import page
 from exporter.reporting.report import Report
+from exporter.reporting.summary import gate_table, parity_table, seconds_table, verdict_line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResult:
     """What :func:`exporter.commands.export.export` made."""
 
@@ -33,3 +35,24 @@ class ExportResult:
         """
         alone = len(self.reports) == 1
         return {target: self.output if alone else self.output / target for target in self.reports}
+
+    def __repr__(self) -> str:
+        return f"ExportResult({'; '.join(self._verdicts())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        tables = []
+        for report in self.reports.values():
+            tables += [gate_table(report), parity_table(report), seconds_table(report)]
+        facts = {
+            "scheme": self.recipe.scheme,
+            "rotate": self.report.rotate,
+            "backend": self.recipe.backend,
+            "targets": ", ".join(self.reports),
+        }
+        return page("; ".join(self._verdicts()), facts, tables)
+
+    def _verdicts(self) -> list[str]:
+        return [
+            verdict_line(report, self.folders[target]) for target, report in self.reports.items()
+        ]

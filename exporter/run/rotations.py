@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
 from calib.architectures import Kind
 from calib.capture.storage import Capture
 from calib.errors import RotationError
+from calib.files.reading import MALFORMED, reason_of
+from calib.files.sealed import read_sealed, write_sealed
 from calib.fusing import FusedModel
+from calib.rotations.files import load_rotations, save_rotations
 from calib.rotations.foreign import import_rotations
 from calib.rotations.from_capture import TrainedRotations, train_rotations
-from calib.rotations.objectives import ActivationScheme
+from calib.rotations.quantizer import ActivationScheme
 from calib.rotations.readers import residual_rows, value_rows
 from calib.rotations.rotate import GateSet, Rotate, gate_sets, trainable, union
 from calib.rotations.rotation_set import (
@@ -21,7 +27,7 @@ from calib.rotations.rotation_set import (
     hadamard_rotations,
     online_rotations,
 )
-from calib.rotations.selection import Judge, integer_quantizer, judge_for
+from calib.rotations.selection import CandidateError, Judge, integer_quantizer, judge_for
 from calib.rotations.train_config import TrainConfig
 from calib.schemes import Scheme
 from exporter.recipe import Recipe, Training
@@ -29,8 +35,11 @@ from exporter.run.capturing import captured
 from exporter.run.inputs import Inputs
 from exporter.run.options import RunOptions
 from exporter.run.stopwatch import Stopwatch
-from exporter.run.workdir import WorkDir
+from exporter.run.workdir import ROTATIONS, WorkDir
 from exporter.source import Source
+
+_CHOICE = "choice.json"
+"""In the folder of kept rotations: what they were made of, and how each was chosen."""
 
 
 def imported_rotations(recipe: Recipe, source: Source) -> RotationSet:
@@ -115,30 +124,89 @@ def trained_rotations(
         rows: calibration rows ``[tokens]``, on which statistics are captured where something is
             trained.
         options: may name statistics to use again.
-        work: may hold them, and keeps them.
+        work: may hold them, or what was trained, and keeps both.
         clock: times the stages.
         prefix: ids of the tokens that stand before every row while statistics are captured.
 
     Raises:
         RotationError: a kind is refused, or the samples cannot be trained on.
     """
-    source = inputs.source
-    check_offered(kinds, source.wiring)
-    statistics = folded = None
-    if inputs.quantizes and trainable(kinds, imported.kinds()):
-        statistics = captured(inputs, rows, options, work, clock, prefix)
-        folded = inputs.fuse(RotationSet(), clock, lazy=True)
+    check_offered(kinds, inputs.source.wiring)
+    if not inputs.quantizes or not trainable(kinds, imported.kinds()):
+        with clock.stage("train"):
+            plain = () if inputs.quantizes else _missing(kinds, imported)
+            own = TrainedRotations(_hadamards(trainable(plain), inputs))
+            return _completed(own, kinds, inputs, imported)
 
+    made_of = {
+        "kinds": list(Rotate.of(kinds).certain),
+        "prefix": list(prefix),
+        "block": inputs.online_block,
+        "scheme": repr(inputs.scheme),
+    }
+    kept = work.finished(ROTATIONS)
+    if kept is not None:
+        trained = load_trained(kept, made_of)
+        if trained is not None:
+            return trained
+        work.remove(ROTATIONS)  # of a target that takes other kinds or blocks, or no prefix
+
+    statistics = captured(inputs, rows, options, work, clock, prefix)
+    folded = inputs.fuse(RotationSet(), clock, lazy=True)
     with clock.stage("train"):
-        missing = Rotate.of(set(kinds) - set(imported.kinds())).certain
-        if statistics is not None:
-            own = _trained(missing, inputs, statistics, folded, clock)
-        else:
-            plain = () if inputs.quantizes else trainable(missing)
-            own = TrainedRotations(_hadamards(plain, inputs))
-        online = online_rotations(source.wiring, missing, block=inputs.online_block)
-        rotations = own.rotations.merged(online).merged(imported.of(kinds).values())
-        return TrainedRotations(rotations, own.table)
+        own = _trained(_missing(kinds, imported), inputs, statistics, folded, clock)
+        trained = _completed(own, kinds, inputs, imported)
+    work.keep(ROTATIONS, partial(save_trained, trained, made_of))
+    return trained
+
+
+def _missing(kinds: Collection[str], imported: RotationSet) -> tuple[Kind, ...]:
+    """Those of ``kinds`` that no file holds."""
+    return Rotate.of(set(kinds) - set(imported.kinds())).certain
+
+
+def _completed(
+    own: TrainedRotations, kinds: Collection[str], inputs: Inputs, imported: RotationSet
+) -> TrainedRotations:
+    """``own`` with the Hadamard matrices that run online, and what files hold in place of it."""
+    online = online_rotations(
+        inputs.source.wiring, _missing(kinds, imported), block=inputs.online_block
+    )
+    rotations = own.rotations.merged(online).merged(imported.of(kinds).values())
+    return TrainedRotations(rotations, own.table)
+
+
+def save_trained(trained: TrainedRotations, made_of: Mapping[str, object], folder: Path) -> None:
+    """Keep rotations, with the tables that they were chosen by.
+
+    Args:
+        trained: what is kept.
+        made_of: all that decides them beside recipe and inputs; what JSON can hold.
+        folder: a new one.
+    """
+    save_rotations(trained.rotations, folder)
+    table = [asdict(row) for row in trained.table]
+    write_sealed(folder / _CHOICE, {"format_version": 1, "of": dict(made_of), "table": table})
+
+
+def load_trained(folder: Path, made_of: Mapping[str, object]) -> TrainedRotations | None:
+    """What :func:`save_trained` has kept; ``None`` where it was made of something else.
+
+    Raises:
+        RotationError: it is damaged.
+    """
+    try:
+        values = read_sealed(folder / _CHOICE, lambda values: None)
+        if values["of"] != made_of:
+            return None
+        rows = [{**row, "layers": tuple(row["layers"])} for row in values["table"]]
+        table = tuple(CandidateError(**row) for row in rows)
+    except (OSError, *MALFORMED) as error:
+        raise RotationError(
+            f"the rotations kept in '{folder}' cannot be read: {reason_of(error)}",
+            hint="start in another --work-dir; what is in this one cannot be trusted",
+        ) from error
+    return TrainedRotations(load_rotations(folder), table)
 
 
 def activation_scheme(scheme: Scheme) -> ActivationScheme | None:

@@ -56,8 +56,8 @@ def with_tables(
     """``recipe`` with large tables quantized, as overrides that its own win over: ``lm_head=float``
     keeps the head as it is.
 
-    Nothing is added where the recipe quantizes nothing or goes block by block, which leaves out
-    what is in none, or where a target cannot take both tables, or only slowly.
+    Nothing is added where the recipe quantizes nothing, or where a target cannot take both tables,
+    or only slowly.
 
     Args:
         recipe: what to do.
@@ -65,7 +65,7 @@ def with_tables(
         destination: what must be able to express them.
         config: Hugging Face config of the model.
     """
-    if recipe.scheme == FLOAT or recipe.layerwise.enabled or not tables.large:
+    if recipe.scheme == FLOAT or not tables.large:
         return recipe
     if not destination.takes(tables.linears, config):
         return recipe

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 
 from backends.base import WriteOptions
+from backends.cpu import cpu_words
 from calib.artifact import cast_model
-from exporter.output import write_list
-from exporter.parity import Subject, check_parity, kept_digests
+from calib.data.tokens import token_hash
+from calib.files.sealed import seal_of
+from exporter.output import sha256_tree, write_list
+from exporter.parity import Check, Subject, check_parity, kept_digests
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import describe, finish, write_side_files
 from exporter.reporting.growth import growth_warning
 from exporter.reporting.report import ParityRow, Report
 from exporter.run.calibrated import Calibrated
 from exporter.run.destination import Destination
+from exporter.run.remedies import remedies_of
 from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import PARITY, WorkDir
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +47,14 @@ def write_targets(
         return {target: _write(calibrated, recipe, destination, target, folder, clock)}
 
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    reports = {}
+    reports, before = {}, clock.copy()
     for target in destination.targets:
         inner = folder / target
         inner.mkdir()
         own = recipe.model_copy(update={"target": target})
-        reports[target] = _write(calibrated, own, destination, target, inner, clock.copy())
+        aside = before.copy()
+        reports[target] = _write(calibrated, own, destination, target, inner, aside)
+        clock.include(aside, before)
         write_list(inner)  # so that it may be replaced alone
     return reports
 
@@ -95,11 +104,44 @@ def _write(
                 device=calibrated.device,
                 last=recipe.logits == "last",
             )
-            parity = check_parity(subject, clock.progress)
+            parity = check_parity(subject, clock.progress, _remembering(calibrated.work, subject))
 
-    report = describe(quantized, parity, folder, backend, target, clock.seconds)
-    report = report.model_copy(update={"stored": digests})
+    report = describe(quantized, parity, folder, backend, target)
+    report = report.model_copy(update={"stored": digests, **clock.figures()})
+    if report.status == "failed":
+        remedies = remedies_of(report, recipe, quantized.config, list(quantized.linears))
+        report = report.model_copy(update={"remedies": remedies})
     grown = growth_warning(report.layers, lambda: backend.contents(folder, target))
     if grown is not None:
         logger.warning("target '%s': %s", target, grown)
     return finish(report, recipe, folder)
+
+
+def _remembering(work: WorkDir | None, subject: Subject) -> Callable[[str, Check], list[ParityRow]]:
+    """What keeps the rungs of one output folder, as :func:`check_parity` takes it.
+
+    They hang on the files that were written, the rows, the machine, and whatever is installed:
+    runtimes come with packages of their own. A rung that could not be run may run another time.
+    """
+    if work is None or work.folder is None:
+        return lambda rung, check: check()
+    installed = sorted(f"{each.name} {each.version}" for each in distributions())
+    made_of = {
+        "backend": subject.backend.name,
+        "target": subject.target,
+        "files": seal_of(sha256_tree(subject.folder)),
+        "rows": token_hash(subject.rows),
+        "machine": [cpu_words(), torch.get_num_threads(), str(subject.device)],
+        "installed": seal_of({"": installed}),
+    }
+
+    def remember(rung: str, check: Check) -> list[ParityRow]:
+        rows = work.remembered(
+            PARITY,
+            {**made_of, "rung": rung},
+            lambda: [row.model_dump(mode="json") for row in check()],
+            lambda rows: all(row["measured"] is not None for row in rows),
+        )
+        return [ParityRow.model_validate(row) for row in rows]
+
+    return remember

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from backends.asking import refusal_of
+from backends.base import Request
 from backends.onnx.backend import OnnxBackend
 from backends.registry import available, get_backend, target_of
+from backends.time_limit import time_limit
 from calib.errors import BackendError
 from calib.schemes import INT4, LINEAR_SCHEMES, SCHEMES
 from tests.plugins import install_plugins
@@ -93,7 +98,7 @@ def test_getting_a_broken_plugin_names_it_and_its_distribution() -> None:
 def test_an_unknown_backend_lists_those_installed() -> None:
     with pytest.raises(BackendError, match="unknown backend 'onx'") as caught:
         get_backend("onx")
-    assert str(caught.value.hint).startswith("installed backends: broken, onnx, ")
+    assert caught.value.hint.startswith("did you mean 'onnx'? installed backends: broken, onnx, ")
 
 
 @pytest.mark.usefixtures("plugins")
@@ -154,3 +159,116 @@ def test_listing_backends_imports_neither_torch_nor_a_runtime() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+HEAD = "class Backend:\n    name = 'odd'\n    targets = ('one',)\n    contract = 2\n"
+
+
+def _plugin(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Install a distribution whose backend is the class ``Backend`` of ``module``."""
+    info = folder / "odd-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rotq.backends]\nodd = odd_plugin:Backend\n")
+    (folder / "odd_plugin.py").write_text(module)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "odd_plugin", raising=False)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "import time\ntry:\n    time.sleep(60)\nexcept Exception:\n    pass\n",
+        "while True:\n    pass\n",
+    ],
+)
+def test_a_plugin_that_takes_too_long_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    _plugin(tmp_path, monkeypatch, module)
+    monkeypatch.setenv("ROTQ_PLUGIN_SECONDS", "0.2")
+    entries = {entry.name: entry for entry in available()}
+    assert entries["odd"].error == "TooLongError: it takes longer than 0.2 seconds"
+    assert entries["onnx"].error is None
+    with pytest.raises(BackendError, match=r"longer than 0\.2 seconds") as caught:
+        get_backend("odd")
+    assert caught.value.hint is not None
+    assert "ROTQ_PLUGIN_SECONDS" in caught.value.hint
+
+
+@pytest.mark.parametrize("when", ["refusals", "__init__"])
+def test_a_plugin_that_sleeps_when_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    asked = f"    def {when}(self, *request):\n        import time\n        time.sleep(60)\n"
+    _plugin(tmp_path, monkeypatch, f"{HEAD}{asked}")
+    monkeypatch.setenv("ROTQ_PLUGIN_SECONDS", "0.2")
+    entries = {entry.name: entry for entry in available()}
+    assert "longer than 0.2 seconds" in str(entries["odd"].error)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("contract = '2'", "failed to load: TypeError"),
+        ("contract = None", "failed to load: TypeError"),
+        ("targets = None", "'targets' is no tuple"),
+        ("targets = ()", "'targets' is no tuple"),
+        ("def __init__(self): raise GeneratorExit", "failed to load: GeneratorExit"),
+        ("def __init__(self): raise ValueError('a\\nb')", "failed to load: a b"),
+    ],
+)
+def test_a_plugin_that_is_no_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+) -> None:
+    _plugin(tmp_path, monkeypatch, f"{HEAD}    {line}\n")
+    assert {entry.name: entry for entry in available()}["odd"].error
+    with pytest.raises(BackendError, match=said):
+        get_backend("odd")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("return ['text']", "gives a str where a Reason belongs"),
+        ("return None", "fails when it is asked"),
+        ("raise RuntimeError('a\\nb')", "fails when it is asked what it can express: a b"),
+    ],
+)
+def test_a_plugin_that_gives_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, said: str
+) -> None:
+    _plugin(tmp_path, monkeypatch, f"{HEAD}    def refusals(self, request):\n        {answer}\n")
+    with pytest.raises(BackendError, match=said) as caught:
+        refusal_of(get_backend("odd"), Request("one"))
+    assert "\n" not in caught.value.message
+
+
+def test_a_timer_of_somebody_else_goes_on() -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with time_limit(10):
+            pass
+        time.sleep(0.6)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert rung == [signal.SIGALRM]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("entry_points.txt", b"[rotq.backends]\nodd = \xff\n"),
+        ("entry_points.txt", b"[rotq.backends]\nodd\n"),
+        ("METADATA", b"Name: \xff\n"),
+    ],
+)
+def test_a_distribution_whose_files_are_damaged_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
+) -> None:
+    _plugin(tmp_path, monkeypatch, f"{HEAD}    refusals = list\n")
+    (tmp_path / "odd-1.0.dist-info" / file).write_bytes(content)
+    assert "onnx" in {entry.name for entry in available()}
+    assert isinstance(get_backend("onnx"), OnnxBackend)

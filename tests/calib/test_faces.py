@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import calib
-from calib._moved import MOVED
+from calib._names.moved import MOVED
 
 PACKAGES = sorted(
     f"calib.{module.name}" for module in pkgutil.iter_modules(calib.__path__) if module.ispkg
@@ -43,7 +43,7 @@ def test_a_package_says_what_is_public(package: str) -> None:
 def test_faces_load_nothing_until_they_are_asked() -> None:
     code = (
         "import sys, calib.data, calib.capture.sites, calib.rotations, calib.modelopt\n"
-        "import calib.network, calib.architectures.groups, calib.schemes, calib._moved\n"
+        "import calib.network, calib.architectures.groups, calib.schemes, calib._names.moved\n"
         "print([m for m in ('torch', 'modelopt', 'transformers') if m in sys.modules])"
     )
     assert clean(code) == "[]"
@@ -95,3 +95,13 @@ def test_names_are_imported_from_where_they_were() -> None:
 def test_a_module_that_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"calib\.never"):
         importlib.import_module("calib.never")
+
+
+@pytest.mark.parametrize("name", ["fake_quantize", "scheme_error"])
+def test_a_name_that_moved_is_found_with_a_warning(name: str) -> None:
+    old = importlib.import_module("calib.rotations.objectives")
+    with pytest.warns(DeprecationWarning, match=f"{name}' moved to calib.rotations.quantizer"):
+        found = getattr(old, name)
+    assert found is getattr(importlib.import_module("calib.rotations.quantizer"), name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        old.nothing  # noqa: B018

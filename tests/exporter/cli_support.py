@@ -116,6 +116,24 @@ def write_llama(folder: Path, *, shards: int = 1, **config: object) -> Path:
     return folder
 
 
+def gate_row(
+    rotate: str, kl: float, top1: float, perplexity: float, margin: tuple[float, float, float]
+) -> GateRow:
+    """A row of the gate's table, on two rows of 100 and 120 tokens, with a margin and its ends."""
+    value, low, high = margin
+    return GateRow(
+        rotate=rotate,
+        kl=kl,
+        top1=top1,
+        perplexity=perplexity,
+        row_kls=[kl, kl],
+        row_tokens=[100, 120],
+        margin=value,
+        margin_low=low,
+        margin_high=high,
+    )
+
+
 def sample_report(status: Status = "passed", **changes: object) -> Report:
     """A report with every kind of content."""
     failed = status == "failed"
@@ -148,9 +166,11 @@ def sample_report(status: Status = "passed", **changes: object) -> Report:
             RotationSummary(name="r4", space="ffn", order=704, online=True, origin="hadamard"),
         ],
         gate=[
-            GateRow(rotate="none", kl=0.16, top1=0.81, perplexity=16.98),
-            GateRow(rotate="r1,r2", kl=0.17, top1=0.80, perplexity=17.10),
-            GateRow(rotate="r1,r2,r4", kl=0.004, top1=0.97, perplexity=14.46, chosen=True),
+            gate_row("none", 0.16, 0.81, 16.98, (0.156, 0.15, 0.162)),
+            gate_row("r1,r2", 0.17, 0.80, 17.10, (0.166, 0.16, 0.172)),
+            gate_row("r1,r2,r4", 0.004, 0.97, 14.46, (0.0, 0.0, 0.0)).model_copy(
+                update={"chosen": True}
+            ),
         ],
         parity=[
             ParityRow(

@@ -17,7 +17,7 @@ from backends.onnx.backend import OnnxBackend
 from backends.torch_model import TorchModel
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.measure.reference import build_reference
-from calib.progress import silent
+from calib.process.progress import silent
 from exporter.parity import Subject, check_parity
 from exporter.parity.bounds import NAIVE_FACTOR
 from exporter.reporting.report import ParityRow, parity_status
@@ -102,7 +102,13 @@ def parity(written: QuantizedModel, folder: Path, meant: QuantizedModel | None =
     subject = Subject(
         meant or written, OnnxBackend(), "openvino", folder, rows, source=None, fused=None
     )
-    return Rows(check_parity(subject, silent))
+    return checked(subject)
+
+
+def checked(subject: Subject) -> Rows:
+    """But for metadata, which is missing: nothing but a graph is written here."""
+    rows = check_parity(subject, silent)
+    return Rows([row for row in rows if not row.name.startswith("metadata")])
 
 
 @pytest.mark.runtimes
@@ -212,6 +218,14 @@ class ShortBackend(OnnxBackend):
     def load_probed(self, folder: Path, target: str) -> Any:
         return TorchModel(self._model)
 
+    def load_unrounded(self, folder: Path, target: str) -> None:
+        return None
+
+    def contradictions(
+        self, folder: Path, target: str, model: QuantizedModel
+    ) -> Mapping[str, Sequence[str]]:
+        return {}
+
     def fusion(self, folder: Path, target: str) -> None:
         return None
 
@@ -233,7 +247,7 @@ def test_any_runtime_that_says_what_it_computes_in_is_held_to_a_floor_in_that(
     subject = Subject(
         model, ShortBackend(model), "ort", tmp_path, token_rows((24, 20), seed=7), None, None
     )
-    found = Rows(check_parity(subject, silent))
+    found = checked(subject)
     default, floor = found.one("default session"), found.one("naive floor in bfloat16")
     assert found.failed == []
     assert floor.measured == pytest.approx(default.measured)  # this runtime *is* the naive path
@@ -252,7 +266,5 @@ def test_one_that_does_not_say_so_is_held_to_the_bound_of_the_file(
         default = Silent
 
     rows = token_rows((24, 20), seed=7)
-    found = Rows(
-        check_parity(Subject(model, Unasked(model), "ort", tmp_path, rows, None, None), silent)
-    )
+    found = checked(Subject(model, Unasked(model), "ort", tmp_path, rows, None, None))
     assert found.failed == ["end to end: prefill, default session"]

@@ -24,10 +24,11 @@ def test_every_model_type_is_listed_and_refusals_are_marked() -> None:
         for row in support_table().splitlines()
     }
     listed = [name for cells in rows.values() for name in cells[0].replace("`", "").split(", ")]
-    assert set(supported_model_types()) == set(listed) - {"model types", "---"}
-    assert rows["Llama"][1:5] == ["folded", "folded", "online", "online"]
-    assert rows["Gemma-2"][1:5] == ["no", "folded", "online", "online"]
-    assert "all-ones" in rows["GPT-2"][5]
+    assert set(supported_model_types()) == set(listed) - {"model types", "---", ""}
+    assert rows["Llama"][1:6] == ["table", "folded", "folded", "online", "online"]
+    assert rows["Gemma-2"][1:6] == ["table", "no", "folded", "online", "online"]
+    assert "all-ones" in rows["GPT-2"][6]
+    assert rows["other decoders"][1:6] == ["generic", "no", "no", "no", "no"]
 
 
 def test_the_table_replaces_an_old_one_and_nothing_else() -> None:

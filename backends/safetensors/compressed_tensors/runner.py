@@ -40,7 +40,7 @@ from backends.safetensors.manifest import Manifest
 from backends.torch_model import cached_pass
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.errors import BackendError
-from calib.reading import read_json, reason_of
+from calib.files.reading import is_failure, read_json, reason_of
 from calib.rotations.files import load_rotations
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 
@@ -131,10 +131,18 @@ def load(folder: Path, *, exact: bool, stands_in: bool, not_run_in: str) -> Tran
     note = "" if described is None else _note(described)
     if stands_in:
         _check_stand_in(folder, note)
-    with _quiet():
-        network = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32 if exact else "auto", local_files_only=True
-        )
+    try:
+        with _quiet():
+            network = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32 if exact else "auto", local_files_only=True
+            )
+    except Exception as error:  # of config and tensors that do not fit each other
+        if not is_failure(error):
+            raise
+        raise BackendError(
+            f"transformers does not load '{folder}': {reason_of(error)}",
+            hint="export the model again",
+        ) from error
     if described is not None:
         _decompress(network, exact=exact)
     if exact and note:

@@ -24,6 +24,7 @@ unpacked, in up to twice the space, but vLLM 0.33 has kernels of packed ones alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -149,7 +150,8 @@ def short_blocks(name: str, width: int, scheme: TensorScheme) -> Reason | None:
         return Reason(f"{reason}blocks of no other size for this format", leave)
 
     return Reason(
-        f"{reason}no short blocks", f"choose a --block-size that divides them, or {leave}"
+        f"{reason}no short blocks",
+        f"choose a --block-size that divides them, such as {math.gcd(width, size)}, or {leave}",
     )
 
 

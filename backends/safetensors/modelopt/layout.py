@@ -217,5 +217,5 @@ def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     raise KeyError("no float weight")
 
 
-def _json(values: Mapping[str, Any]) -> str:
+def _json(values: Mapping[str, object]) -> str:
     return json.dumps(values, indent=2, allow_nan=False) + "\n"

@@ -24,11 +24,11 @@ from calib.data.rows import calibration_rows
 from calib.data.tokens import Tokenizer, clamp_seqlen
 from calib.errors import BackendError, CheckpointError
 from calib.fusing import FusedModel
-from calib.fusing.source import SourceTensors
+from calib.fusing.contents import source_tensors
 from calib.network.checkpoint import load_config, open_checkpoint
 from calib.network.layout import oriented
 from calib.network.skeleton import expected_tensors
-from calib.progress import Progress, silent
+from calib.process.progress import Progress, silent
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import resolve
 from calib.rotations.rotation_set import RotationSet
@@ -158,7 +158,7 @@ def _as_it_is(model_type: str, config: PretrainedConfig, dtype: torch.dtype) -> 
     """
     wiring = wiring_for(config)
     expected = expected_tensors(config)
-    tensors = SourceTensors(open_checkpoint(model_type), wiring, expected)
+    tensors = source_tensors(open_checkpoint(model_type), wiring, expected)
     untied = deepcopy(config)
     untied.tie_word_embeddings = False
     untied.dtype = dtype

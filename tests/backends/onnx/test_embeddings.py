@@ -16,7 +16,7 @@ from backends.onnx.trace_cache import cached_trace
 from backends.onnx.write import build
 from calib.errors import BackendError
 from calib.network.skeleton import portable_config
-from calib.progress import silent
+from calib.process.progress import silent
 from calib.schemes import (
     FLOAT8,
     INT4,

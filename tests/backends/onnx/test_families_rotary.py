@@ -12,19 +12,21 @@ from tests.backends.onnx.conftest import CASES
 from tests.backends.onnx.families import (
     EXPERTS,
     LAYER_NORM,
+    OPT,
     PACKED,
     POST_NORM,
     ROTARY,
     RUN_ELSEWHERE,
     check_kept_norms,
     check_prefill_and_decoding,
+    one_of,
     run_here,
 )
 from tests.tiny import CONFIGS
 
 
 def test_every_config_is_in_one_group() -> None:
-    groups = [*ROTARY, *PACKED, *POST_NORM, *EXPERTS, *LAYER_NORM]
+    groups = [*ROTARY, *PACKED, *POST_NORM, *EXPERTS, *LAYER_NORM, *OPT]
     assert sorted(groups) == sorted(CONFIGS)
 
 
@@ -42,6 +44,6 @@ def test_prefill_and_decoding_are_the_reference(name: str, tmp_path: Path) -> No
     check_prefill_and_decoding(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("name", one_of(ROTARY))
 def test_kept_norms_are_those_of_the_original(name: str, tmp_path: Path) -> None:
     check_kept_norms(name, tmp_path)

@@ -26,7 +26,7 @@ from backends.onnx.trace_cache import cached_trace
 from calib.architectures import Kind
 from calib.artifact import cast_model
 from calib.network.skeleton import portable_config
-from calib.progress import silent
+from calib.process.progress import silent
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import resolve
 from calib.schemes import scheme_named

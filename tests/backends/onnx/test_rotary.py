@@ -13,7 +13,7 @@ from backends.onnx.rotary import ROTARY_OPSET, fuse_rotary
 from backends.onnx.trace import TraceRequest
 from backends.onnx.trace_cache import cached_trace
 from calib.network.skeleton import portable_config
-from calib.progress import silent
+from calib.process.progress import silent
 from tests.tiny import CONFIGS
 
 

@@ -19,7 +19,7 @@ from backends.onnx.backend import OnnxBackend
 from backends.onnx.file_names import DATA_FILE, MODEL_FILE
 from backends.onnx.files import data_ranges
 from backends.onnx.save import save
-from calib.progress import silent
+from calib.process.progress import silent
 from tests.backends.onnx.conftest import Exported
 from tests.tiny import token_rows
 

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 from backends.onnx.placeholders import ATTENTION, DOMAIN, LINEAR
@@ -18,7 +18,7 @@ from backends.onnx.trace_cache import cached_trace
 from backends.onnx.write import build
 from calib.errors import BackendError, CheckpointError
 from calib.network.skeleton import portable_config
-from calib.progress import silent
+from calib.process.progress import silent
 from tests.tiny import CONFIGS, quantize_tiny
 
 SMALL = 128
@@ -134,10 +134,10 @@ def test_attention_that_no_placeholder_can_hold_is_refused(monkeypatch: pytest.M
     original = modeling_llama.LlamaAttention.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(self, *args, **kwargs, s_aux=nn.Parameter(torch.ones(6)))
+        return original(self, *args, **kwargs, position_bias=torch.ones(6))
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     with pytest.raises(
-        BackendError, match="LlamaAttention cannot be written as ONNX: it takes s_aux"
+        BackendError, match="LlamaAttention cannot be written as ONNX: it takes position_bias"
     ):
         trace(request("llama"))

@@ -18,7 +18,7 @@ from backends.onnx.trace import TraceRequest, trace
 from backends.onnx.trace_cache import cached_trace, key_of
 from backends.user_cache import cache_folder
 from calib.network.skeleton import portable_config
-from calib.progress import silent
+from calib.process.progress import silent
 from calib.rotations.rotation_set import RotationSet, hadamard_rotation
 from tests.tiny import CONFIGS, make_tiny, quantize_tiny
 

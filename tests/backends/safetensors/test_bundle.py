@@ -28,8 +28,8 @@ from backends.safetensors.read import open_bundle, read_cache, read_linears, rea
 from backends.safetensors.tensor_file import write_tensors
 from calib.artifact import QuantizedCache, QuantizedModel
 from calib.errors import BackendError
+from calib.files.sealed import digest, seal_of
 from calib.schemes import KV_SCHEMES
-from calib.sealed import digest, seal_of
 from tests.backends.safetensors.plain import PlainLayout, entry
 from tests.hub_cache import is_sound, link_files
 from tests.tiny import CONFIGS, quantize_tiny

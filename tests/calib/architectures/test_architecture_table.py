@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from calib.architectures import Space, Wiring, wiring_for
 from calib.errors import RotationError
 from calib.network.skeleton import expected_tensors
+from tests.rows import ROWS
 
 SMALL = {
     "vocab_size": 32,
@@ -46,9 +47,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(params=CONFIGS, ids=list(CONFIGS))
+@pytest.fixture(params=[*CONFIGS, *ROWS])
 def case(request: pytest.FixtureRequest) -> tuple[Wiring, nn.Module]:
-    config = CONFIGS[request.param]()
+    config = (CONFIGS | ROWS)[request.param]()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     return wiring_for(config), model
@@ -59,11 +60,15 @@ def test_every_linear_of_the_model_is_in_the_table(
 ) -> None:
     wiring, model = case
     linears = {
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+        name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)
     }
     table = [spec for spec in wiring.linears if spec.layout != "experts"]
     # a module class of its own
-    routers = {spec.name for spec in table if spec.name.endswith(".mlp.gate")}
+    routers = {
+        spec.name
+        for spec in table
+        if type(model.get_submodule(spec.name)).__name__.endswith("Router")
+    }
     assert {spec.name for spec in table} - routers == linears
     assert set(wiring.linear_names) == {
         name for name in linears if name != "lm_head" and not name.endswith("shared_expert_gate")
@@ -101,12 +106,8 @@ def test_every_norm_of_the_residual_stream_is_in_the_table(
     case: tuple[Wiring, nn.Module],
 ) -> None:
     wiring, model = case
-    norms = {
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith(("Norm", "LayerNorm"))
-    }
-    untouched = {name.removesuffix(".weight") for name in wiring.untouched}
+    norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    untouched = {name.rpartition(".")[0] for name in wiring.untouched}
     assert set(wiring.norm_names) | untouched == norms
     for norm in wiring.norm_names:
         assert wiring.readers(norm)

@@ -6,12 +6,13 @@ import pytest
 
 from calib.architectures import wiring_for
 from calib.architectures.groups import merged_linears, reading_groups
+from tests.rows import EVERY
 from tests.tiny import CONFIGS
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", list(EVERY))
 def test_groups_hold_every_linear_once_in_topological_order(name: str) -> None:
-    config = CONFIGS[name]()
+    config = EVERY[name]()
     wiring = wiring_for(config)
     groups = reading_groups(wiring)
     everything = list(wiring.quantizable)

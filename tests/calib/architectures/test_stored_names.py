@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from calib.architectures import supported_model_types
-from calib.architectures.stored import _BIASES, is_buffer, uncalled_names
+from calib.architectures.stored import is_buffer, uncalled_names
 from calib.network.skeleton import expected_tensors
+from tests.rows import EVERY
 from tests.tiny import CONFIGS
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 def test_every_tensor_of_the_module_tree_is_called_for(config: Callable[[], Any]) -> None:
     made = config()
     assert uncalled_names(expected_tensors(made), made.to_dict()) == []
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 def test_a_bias_that_the_module_tree_lacks_is_not(config: Callable[[], Any]) -> None:
     made = config()
     expected = expected_tensors(made)
@@ -30,10 +30,6 @@ def test_a_bias_that_the_module_tree_lacks_is_not(config: Callable[[], Any]) -> 
     ]
     lacking = [f"{name}.bias" for name in linears if f"{name}.bias" not in expected]
     assert uncalled_names([*expected, *lacking], made.to_dict()) == sorted(lacking)
-
-
-def test_every_model_type_says_which_linears_have_biases() -> None:
-    assert set(_BIASES) == set(supported_model_types())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])

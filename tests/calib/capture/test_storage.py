@@ -81,8 +81,8 @@ def edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None
         (lambda folder: (folder / "manifest.json").write_text("{"), "is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is damaged"),
         (
-            edit(lambda manifest: manifest.update(format_version=3)),
-            "capture format 3, this rotq reads 2",
+            edit(lambda manifest: manifest.update(format_version=4)),
+            "capture format 4, this rotq reads 3",
         ),
         (edit(lambda manifest: manifest.pop("provenance")), "is damaged: KeyError"),
         (edit(lambda manifest: manifest.update(config={"future": 1})), "is damaged: TypeError"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.modules.attention import attention_implementation
+from tests.rows import EVERY, ROWS, WHOLE
 from tests.tiny import CONFIGS, Tiny, make_tiny, relative_l2
 
 
@@ -25,10 +26,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=CONFIGS, ids=list(CONFIGS))
+@pytest.fixture(params=WHOLE)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
-    """One model of every family and variant."""
-    return make_tiny(CONFIGS[request.param]())
+    """One model of every family and variant; of the rows of the table, in the census alone."""
+    return make_tiny(EVERY[request.param]())
+
+
+@pytest.fixture(params=ROWS)
+def row(request: pytest.FixtureRequest) -> Tiny:
+    """One model of every row of the table that the census proves."""
+    return make_tiny(ROWS[request.param]())
 
 
 @pytest.fixture
@@ -61,7 +68,11 @@ def exact() -> Callable[[Any], Any]:
             if name.endswith("RMSNorm"):
                 offset = 1.0 if name.startswith("Gemma") else 0.0
                 module.forward = _RmsNorm(module, offset)
-            elif name.endswith("TopKRouter"):
+            elif name.startswith("Cohere") and name.endswith("LayerNorm"):
+                module.forward = _CenteredNorm(module, 0.0)
+            elif name == "GraniteMoeTopKRouter":
+                module.forward = _LateRouter(module)
+            elif name.endswith("TopKRouter") and not isinstance(module, nn.Linear):
                 module.forward = _Router(module)
         if getattr(model.config, "attn_logit_softcapping", None):  # "eager" has a float32 softmax
             model.set_attn_implementation(attention_implementation(model.config))
@@ -82,6 +93,23 @@ class _RmsNorm:
             * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
             * (self.offset + self.module.weight)
         )
+
+
+class _CenteredNorm(_RmsNorm):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x - x.mean(-1, keepdim=True))
+
+
+@dataclass
+class _LateRouter:
+    """The softmax is taken over the chosen experts alone."""
+
+    module: Any
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(x, self.module.weight)
+        chosen, index = torch.topk(logits, self.module.top_k)
+        return index, chosen.softmax(-1), logits
 
 
 @dataclass

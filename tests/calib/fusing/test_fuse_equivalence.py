@@ -40,6 +40,16 @@ def test_float64_logits_agree(
     assert fused.refusals == ()
 
 
+def test_float64_logits_of_every_row_agree(
+    row: Any, tokens: Tensor, exact: Patch, relative: Distance
+) -> None:
+    """Norms and all rotations that are offered, at once."""
+    fused = fuse(row.state, row.wiring, row.rotations(row.offered()), dtype=torch.float64)
+    reference = logits(exact(row.model()), tokens)
+    assert relative(logits(exact(materialize(fused)), tokens), reference) <= 1e-10
+    assert list(fused.state) == list(row.state)
+
+
 @pytest.mark.parametrize("kind", ["r1", "r2", "r3", "r4"])
 @pytest.mark.parametrize(
     "name", ["llama-bias-tied-headdim", "gpt2", "gpt_neox", "phi3", "qwen2_moe"]

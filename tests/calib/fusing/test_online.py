@@ -59,14 +59,16 @@ def test_down_projection_sees_the_rotated_activation(tiny_of: OfName, tokens: Te
 def test_cached_keys_are_rotated_and_values_too(
     tiny: Any, tokens: Tensor, relative: Distance
 ) -> None:
+    kinds = [kind for kind in ("r2", "r3") if kind in tiny.offered()]
     with torch.no_grad():
         plain = build(tiny, [])(tokens, use_cache=True).past_key_values
-        rotated = build(tiny, ["r2", "r3"])(tokens, use_cache=True).past_key_values
-    rotations = tiny.rotations(["r2", "r3"])
+        rotated = build(tiny, kinds)(tokens, use_cache=True).past_key_values
+    rotations = tiny.rotations(kinds)
     for layer in range(2):
         keys, values = plain.layers[layer].keys, plain.layers[layer].values
-        assert relative(rotated.layers[layer].keys, rotations[f"R3.{layer}"].apply(keys)) <= 1e-6
-        assert relative(rotated.layers[layer].keys, keys) > 0.1
+        turned = rotations[f"R3.{layer}"].apply(keys) if "r3" in kinds else keys
+        assert relative(rotated.layers[layer].keys, turned) <= 1e-6
+        assert "r3" not in kinds or relative(rotated.layers[layer].keys, keys) > 0.1
         assert (
             relative(rotated.layers[layer].values, values @ rotations[f"R2.{layer}"].dense())
             <= 1e-6

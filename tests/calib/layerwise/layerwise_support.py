@@ -37,6 +37,20 @@ class Rtn:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     """What each linear read, by batch, in the last pass."""
     groups: list[tuple[str, ...]] = field(default_factory=list)
+    looks_at_head: bool = False
+    """Whether the head is rounded as well."""
+
+    def quantize_outside(
+        self, name: str, tensors: Mapping[str, Tensor], run: Callable[[nn.Module], None]
+    ) -> Rounded | None:
+        if not self.looks_at_head or name != "lm_head":
+            return None
+        linear = nn.Linear(1, 1, bias=False)
+        linear.weight = nn.Parameter(tensors["lm_head.weight"], requires_grad=False)
+        inputs: list[Tensor] = []
+        linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        run(linear)
+        return rounded(linear, inputs)
 
     def calibrate(
         self, block: Block, names: Sequence[str], run: Callable[..., None]
@@ -111,10 +125,15 @@ def batches() -> list[Batch]:
 
 
 def walk(
-    fused: FusedModel, work: Path, flags: Mapping[str, bool] | None = None, **options: Any
+    fused: FusedModel,
+    work: Path,
+    flags: Mapping[str, bool] | None = None,
+    *,
+    head: bool = False,
+    **options: Any,
 ) -> Rtn:
     """The whole walk; returns the calibrator."""
-    calibrator = Rtn()
+    calibrator = Rtn(looks_at_head=head)
     runner = CalibrationRunner(fused, batches(), calibrator, work, **options)
     runner.prepare_calibration()
     runner.layerwise_calibration("cpu", **(flags or {}))

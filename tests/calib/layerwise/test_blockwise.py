@@ -17,9 +17,9 @@ from calib.artifact import QuantizedModel, load_artifact
 from calib.artifact.files import artifact_tensors
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
-from calib.errors import QuantizationError
-from calib.fusing import FusedModel, fuse, materialize
+from calib.fusing import FusedModel, fuse, materialize, with_prefix
 from calib.layerwise.calibrator import WalkSettings, quantize_blockwise
+from calib.layerwise.prefix import with_prefix_blockwise
 from calib.measure.reference import build_reference
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import Quantization, resolve
@@ -31,6 +31,7 @@ from calib.smoothing.smooth import smooth
 from tests.tiny import CONFIGS, PROVENANCE, Tiny, make_tiny, token_rows
 
 KINDS: list[Any] = ["r1", "r2", "r3", "r4"]
+TABLES = ("lm_head", "transformer.wte")
 CASES = [
     ("llama", "int8", {}),
     ("llama", "int8", {"observer": "percentile:99"}),
@@ -44,6 +45,18 @@ CASES = [
     ("mixtral", "int8", {}),
     ("qwen2_moe", "int4-weight-only", {"weights": "gptq"}),
     ("qwen3_moe", "int8", {"overrides": {"*.experts.gate_up_proj": "float"}}),
+    # the head and embeddings, with static inputs, second moments, and other observers
+    ("qwen2", "int8", {"overrides": {"lm_head": "int8", "model.embed_tokens": "int8-weight-only"}}),
+    (
+        "gpt2",
+        "int4-weight-only",
+        {
+            "weights": "gptq",
+            "overrides": dict.fromkeys(TABLES, "int8-weight-only"),
+        },
+    ),
+    ("mixtral", "int8", {"observer": "percentile:99", "overrides": {"lm_head": "int8"}}),
+    ("llama", "float", {"overrides": {"lm_head": "int8"}}),
 ]
 
 
@@ -178,6 +191,19 @@ def test_smoothing_block_by_block_is_that_of_the_whole_model(
         torch.testing.assert_close(linear.input_scale, expected, rtol=1e-4, atol=0)
 
 
+def test_a_prefix_stands_before_every_block(tmp_path: Path) -> None:
+    held, lazy, how = prepared("llama", "int8", {"kv": "int8", "overrides": {"lm_head": "int8"}})
+    loop = forward_loop_over(length_batches(token_rows(), 4))
+    whole = quantize_model(with_prefix(held, (5, 9)), how, loop, PROVENANCE)
+    found = blockwise(with_prefix_blockwise(lazy, (5, 9)), how, tmp_path)
+    assert_same(found, whole)
+    assert found.prefix is not None
+    assert whole.prefix is not None
+    assert found.prefix.tokens == (5, 9)
+    for layer, values in whole.prefix.values.items():
+        assert torch.equal(found.prefix.values[layer], values)
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"])
 def test_asym_sees_the_quantized_model(name: str, tmp_path: Path) -> None:
     """The last linear is calibrated on what it reads in the result: its input's amax there is that
@@ -210,12 +236,6 @@ def test_weights_alone_need_no_batch(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     found = quantize_blockwise(lazy, how, [], PROVENANCE, tmp_path / "work", tmp_path / "out")
     assert_same(found, quantize_model(held, how, None, PROVENANCE))
-
-
-def test_the_head_lies_outside_of_the_blocks(tmp_path: Path) -> None:
-    _, lazy, how = prepared("llama", "int8", {"overrides": {"lm_head": "int8-weight-only"}})
-    with pytest.raises(QuantizationError, match="decoder blocks only, not lm_head"):
-        blockwise(lazy, how, tmp_path)
 
 
 @pytest.mark.parametrize("resumable", [True, False])

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import DataError, QuantizationError
-from calib.measure.perplexity import compare_logits, model_logits, perplexity, window_spans
+from calib.measure.perplexity import (
+    compare_logits,
+    model_logits,
+    perplexity,
+    remembered_logits,
+    window_spans,
+)
+from tests.tiny import CONFIGS, make_tiny, token_rows
 
 VOCABULARY = 50
 
@@ -91,6 +98,16 @@ def test_comparison_equals_the_definition() -> None:
     assert got.top1 == float((p.argmax(-1) == q.argmax(-1))[context].double().mean())
     assert got.reference == perplexity(lambda ids: p[ids], rows, window=8, stride=3)
     assert got.candidate == perplexity(lambda ids: q[ids], rows, window=8, stride=3)
+    assert got.row_tokens == (29, 1, 16)
+    for row, own in zip(rows, got.row_kls, strict=True):
+        alone = compare_logits(lambda ids: p[ids], lambda ids: q[ids], [row], window=8, stride=3)
+        assert alone.kl == own
+
+
+def test_rows_that_predict_nothing_have_no_figures() -> None:
+    p, q, rows = bigram(0), bigram(1), rows_of([1, 9, 1])
+    got = compare_logits(lambda ids: p[ids], lambda ids: q[ids], rows, window=8, stride=8)
+    assert (got.row_tokens, len(got.row_kls)) == ((8,), 1)
 
 
 def test_a_model_agrees_with_itself_exactly() -> None:
@@ -153,3 +170,26 @@ def test_a_transformers_model_is_scored_with_its_real_context() -> None:
     assert math.isclose(got.nll, float(loss), rel_tol=19 * 2.0**-24)
     # context matters
     assert perplexity(model_logits(model), [row], window=5, stride=1).nll != got.nll
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "gpt_neox"])
+def test_a_model_that_is_remembered_runs_its_decoder_once_over_the_same_tokens(name: str) -> None:
+    """gemma2 does something to its logits behind the head."""
+    model = make_tiny(CONFIGS[name]()).model()
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    first = next(module for module in model.base_model.modules() if not list(module.children()))
+    first.register_forward_hook(count)
+    remembered = remembered_logits(model)
+    rows = [row.unsqueeze(0) for row in token_rows((5, 9))]
+    expected = [model_logits(model)(ids) for ids in rows]
+    assert passes == len(rows)
+    for _ in range(3):
+        for ids, logits in zip(rows, expected, strict=True):
+            assert torch.equal(remembered(ids), logits)
+    assert passes == 2 * len(rows)
+    assert "forward" not in vars(model.base_model)

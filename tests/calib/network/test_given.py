@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -92,6 +93,34 @@ def _added(model: Any) -> None:
     model.model.layers[0].self_attn.q_proj.adapter = nn.Linear(48, 48)
 
 
+def _hook(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _hook_with_keywords(model: Any) -> None:
+    def doubled(module: Any, inputs: Any, keywords: Any, output: Any) -> Any:
+        return 2 * output[0], *output[1:]
+
+    model.model.layers[0].self_attn.register_forward_hook(doubled, with_kwargs=True)
+
+
+def _pre_hook(model: Any) -> None:
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def _whole_hook(model: Any) -> None:
+    model.register_forward_hook(lambda module, inputs, output: output)
+
+
+def _forward(model: Any) -> None:
+    norm = model.model.norm
+    norm.forward = MethodType(lambda module, states: 2 * states, norm)
+
+
+def _whole_forward(model: Any) -> None:
+    model.forward = MethodType(type(model).forward, model)
+
+
 def _head(model: Any) -> None:
     model.lm_head = nn.Sequential(model.lm_head)
 
@@ -106,6 +135,12 @@ def _head(model: Any) -> None:
         (_scaling, r"layers\.0\.self_attn\.scaling is .*, expected"),
         (_epsilon, r"model\.norm\.variance_epsilon is 0\.1, expected"),
         (_added, r"a module model\.layers\.0\.self_attn\.q_proj\.adapter \(Linear\) beside"),
+        (_hook, r"layers\.1\.mlp has a forward hook \(_hook\.<locals>\.<lambda>\)"),
+        (_hook_with_keywords, r"layers\.0\.self_attn has a forward hook \(.*doubled\)"),
+        (_pre_hook, r"lm_head has a forward pre-hook"),
+        (_whole_hook, r": it has a forward hook"),
+        (_forward, r"model\.norm\.forward was replaced"),
+        (_whole_forward, r": it\.forward was replaced"),
         (_head, r"lm_head is Sequential, expected Linear"),
     ],
 )
@@ -115,6 +150,21 @@ def test_what_differs_is_named(llama: Any, edit: Callable[[Any], None], said: st
     with pytest.raises(UnsupportedModelError, match=said) as caught:
         check_given(model)
     assert "from_pretrained" in str(caught.value.hint)
+
+
+def test_hooks_of_the_library_itself_pass(llama: Any) -> None:
+    model = deepcopy(llama)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model(torch.tensor([[3, 4, 5]]), output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules())
+    check_given(model)
+
+
+def test_hooks_that_see_gradients_alone_pass(llama: Any) -> None:
+    model = deepcopy(llama)
+    model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: None)
+    check_given(model)
 
 
 def test_a_classifier_is_named() -> None:

@@ -87,7 +87,7 @@ def test_a_matrix_that_is_not_orthogonal_is_refused_with_the_figure(
     ("tensors", "message"),
     [
         ({"R1": torch.eye(32)}, r"R1 has shape \[32, 32\] but the model needs \[48, 48\]"),
-        ({R2_KEY.format(0): torch.eye(8)}, r"R2 for some layers only; missing: 1$"),
+        ({R2_KEY.format(0): torch.eye(8)}, r"R2 for some layers only; missing: 1\n"),
         ({R2_KEY.format(i): torch.eye(4) for i in range(2)}, r"R2\.0 has shape \[2, 4, 4\]"),
         ({R2_KEY.format(7): torch.eye(8)}, r"R2\.7 names a layer"),
         ({}, "hold no rotation"),

@@ -11,7 +11,8 @@ from torch import Tensor
 from calib.capture.result import Samples
 from calib.errors import RotationError
 from calib.rotations.joint import unit_rows, with_weight_rows
-from calib.rotations.objectives import ActivationScheme, scheme_error, whole_inputs
+from calib.rotations.objectives import whole_inputs
+from calib.rotations.quantizer import ActivationScheme, scheme_error
 from calib.rotations.train import train_rotation
 from calib.rotations.train_config import TrainConfig
 

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import RotationError
-from calib.rotations.objectives import (
-    ActivationScheme,
-    ObjectiveName,
-    fake_quantize,
-    make_objective,
-    over_heads,
-    scheme_error,
-    whole_inputs,
-)
+from calib.rotations.objectives import ObjectiveName, make_objective, over_heads, whole_inputs
+from calib.rotations.quantizer import ActivationScheme, fake_quantize, scheme_error
 
 SCHEMES = [
     ActivationScheme(bits, symmetric, granularity, group_size=5)
@@ -194,7 +187,7 @@ def test_heads_share_the_quantizer_of_their_token(name: ObjectiveName) -> None:
     y = tokens(2, kv, 10, 4, seed=7)
     weights = torch.linspace(1, 2, 5, dtype=torch.float64)
     objective = make_objective(name, scheme=ActivationScheme(4, symmetric=False), p=2.0)
-    loss, gradient = over_heads(objective, group).loss_and_gradient(
+    loss, gradient = over_heads(objective, kv, group).loss_and_gradient(
         y, weights.repeat_interleave(group).expand(2, kv, 10)
     )
     assert loss.shape == (2, kv)
@@ -208,3 +201,23 @@ def test_heads_share_the_quantizer_of_their_token(name: ObjectiveName) -> None:
     torch.testing.assert_close(loss, loss[..., :1].expand(2, kv))
     # Gradients are times the number of tokens, which are entries here.
     torch.testing.assert_close(whole_inputs(gradient, group), wanted * group)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", ["whip", "lp", "kurtosis", "range", "scheme"])
+def test_a_closed_form_is_the_derivative_that_autograd_finds(
+    name: ObjectiveName, scheme: ActivationScheme
+) -> None:
+    kv, group = 3, 2
+    y = tokens(2 * kv, 8, 6, seed=8)
+    for p in (4.0, 3.0) if name == "lp" else (4.0,):
+        objective = over_heads(make_objective(name, scheme=scheme, p=p), kv, group)
+        if objective.closed_form is None:
+            assert objective.whole
+            continue
+        leaf = y.clone().requires_grad_()
+        losses = objective.per_token(leaf)
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)
+        # the same sums of some dozen float64 terms in another order
+        found = objective.closed_form(y.clone())
+        torch.testing.assert_close(found, (losses.detach(), slope), rtol=1e-11, atol=1e-12)

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import RotationError
-from calib.rotations.objectives import ActivationScheme, Objective, make_objective
-from calib.rotations.optimizers import MonotoneStepper, Problem, QrStepper, RiemannianStepper
+from calib.rotations.objectives import Objective, make_objective
+from calib.rotations.optimizers import MonotoneStepper, QrStepper, RiemannianStepper
 from calib.rotations.polar import newton_schulz, polar_factor, project_orthogonal, spectral_norm
+from calib.rotations.problem import Problem
+from calib.rotations.quantizer import ActivationScheme
 from calib.rotations.starts import haar_start
 
 EXACT = 1e-12

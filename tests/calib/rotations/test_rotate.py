@@ -59,6 +59,10 @@ def test_the_gate_adds_the_largest_set_without_training_where_there_is_a_choice(
     assert gate_sets(sets, imported=["r1"])[-1].plain == ("r2",)
     assert words(gate_sets(sets, imported=["r1", "r2"])) == ["none", "r1,r2", "r1,r2,r4"]
     assert words(gate_sets(Rotate.of(["r1"]).sets(KINDS))) == ["r1"]
+    assert [each.trained for each in gate_sets(sets)] == [False, True, True, False]
+    # a matrix from a file is no simpler than one that was trained here
+    assert gate_sets(sets, imported=["r1"])[-1].trained
+    assert not gate_sets([Rotate.of(["r4"])])[0].trained
 
 
 def test_kinds_are_in_order_and_r3_and_r4_are_never_trained() -> None:

@@ -380,8 +380,8 @@ def test_spinquant_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.eye(3), "does not hold a dictionary of tensors"),
-        ({"R1": [1.0]}, "does not hold a dictionary of tensors"),
+        (torch.eye(3), "does not hold a dictionary of float tensors"),
+        ({"R1": [1.0]}, "does not hold a dictionary of float tensors"),
         ({"R7": torch.eye(3)}, "unknown entry 'R7'"),
         ({"R1": torch.ones(3, 4)}, "not square"),
         ({"R1": torch.ones(3)}, "not square"),

@@ -17,7 +17,7 @@ from calib.errors import RotationError
 from calib.rotations import from_capture, selection
 from calib.rotations.from_capture import train_rotations
 from calib.rotations.joint import unit_rows, with_weight_rows
-from calib.rotations.objectives import ActivationScheme, fake_quantize, scheme_error
+from calib.rotations.quantizer import ActivationScheme, fake_quantize, scheme_error
 from calib.rotations.readers import residual_rows, value_rows
 from calib.rotations.selection import (
     Judge,
@@ -78,6 +78,37 @@ def test_an_outlier_channel_asks_for_a_rotation_and_the_lowest_error_wins() -> N
     assert [row.chosen for row in found.table] == [name == found.name for name in by_name]
     assert found.matrix is not None
     assert found.matrix.shape == (16, 16)
+
+
+def test_what_is_lower_by_noise_alone_is_not_taken() -> None:
+    """The trained matrix is that of Hadamard, turned by a hair: it rounds some tokens better, and
+    others worse.
+    """
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.ones(16)
+    scale[3] = 8  # so that the identity is far off
+    train, held = (
+        Samples(torch.randn(tokens, 16, generator=generator) * scale, torch.ones(tokens), massive=0)
+        for tokens in (256, 64)
+    )
+    judge = Judge("int8", TensorScheme(INT8_FORMAT, PerToken(), dynamic=True))
+    hadamard = candidates(haar_start(16, 0), train, seed=0)["hadamard"]
+    assert hadamard is not None
+    lower = []
+    for seed in range(6):
+        skew = 0.001 * torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)).double()
+        found = select(
+            "r1", hadamard @ torch.linalg.matrix_exp(skew - skew.T), train, held, judge, seed=0
+        )
+        rows = {row.candidate: row for row in found.table}
+        assert found.name == "hadamard"
+        for row in rows.values():
+            assert row.margin == pytest.approx(row.error - min(errors(found).values()))
+            assert row.margin_low <= row.margin <= row.margin_high
+        assert rows["identity"].margin_low > 0 >= rows["hadamard"].margin_low
+        lower.append(rows["trained"].error < rows["hadamard"].error)
+    assert any(lower)
+    assert not all(lower)
 
 
 def test_where_rotating_hurts_nothing_is_rotated() -> None:
@@ -369,7 +400,9 @@ def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
     found.rotations.validate(tiny.wiring)
 
     monkeypatch.setattr(
-        selection, "_error", lambda matrix, *rest: torch.full((2,), 0.0 if matrix is None else 1.0)
+        selection,
+        "_parts",
+        lambda matrix, *rest: [torch.full((2, 3), 0.0 if matrix is None else 1.0)],
     )
     found = train_rotations(tiny_capture, tiny.wiring, kinds, judge=Judge("int8", STATIC), **given)
     assert found.rotations.kinds() == ("r4",)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from calib.errors import RotationError
-from calib.rotations.objectives import ActivationScheme, scheme_error, whole_inputs
+from calib.rotations.objectives import whole_inputs
+from calib.rotations.quantizer import ActivationScheme, scheme_error
 from calib.rotations.starts import haar_start, hadamard_start
 from calib.rotations.tokens import second_moment
 from calib.rotations.train import TrainResult, train_rotation
@@ -342,3 +343,39 @@ def test_the_heads_of_a_token_stay_together_in_batches() -> None:
     # all.
     assert sum(result.losses[:-1]) / tokens == pytest.approx(start.losses[-1], rel=1e-4)
     assert train_rotation(x, replace(config, batch_size=7), group=group).steps == -(-tokens // 7)
+
+
+def test_the_number_of_threads_does_not_show() -> None:
+    """Of as many tokens and channels as torch and LAPACK share between threads."""
+    x = activations(2000, 256)
+    config = TrainConfig(scheme=INT4, epochs=3)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            results.append(train_rotation(x, config, held_out=x[:500]))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(results[0].matrix, results[1].matrix)
+    assert results[0].losses == results[1].losses
+    assert results[0].held_out_errors == results[1].held_out_errors
+
+
+def test_training_that_cannot_win_is_not_taken_to_the_end() -> None:
+    """Against no rotation, where channels are uniform: each already fills its range."""
+    uniform = [
+        torch.rand(2000, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        for seed in (0, 1)
+    ]
+    config = TrainConfig(objective="scheme", scheme=INT4, epochs=12, look=3, start="identity")
+    stopped = train_rotation(uniform[0], config, held_out=uniform[1])
+    assert stopped.hopeless
+    assert stopped.steps == 3
+    whole = train_rotation(uniform[0], replace(config, look=None), held_out=uniform[1])
+    assert not whole.hopeless
+    assert min(whole.held_out_errors) >= (1 - 0.005) * stopped.held_out_errors[0]
+
+    heavy = train_rotation(activations(800, 16), config, held_out=activations(400, 16, seed=1))
+    assert not heavy.hopeless
+    assert heavy.steps == 12

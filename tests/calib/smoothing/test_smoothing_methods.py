@@ -27,7 +27,7 @@ def test_names(text: str, method: object) -> None:
 def test_unknown_names_are_told_the_known_ones(text: str) -> None:
     with pytest.raises(QuantizationError, match=f"unknown smoothing '{text}'") as error:
         smoothing_named(text)
-    assert error.value.hint == (
+    assert error.value.hint.endswith(
         "choose from none, smoothquant, smoothquant:ALPHA, smoothquant:auto, awq, awq:grid=STEPS"
     )
 

@@ -30,6 +30,7 @@ COMMANDS = (
     "inspect",
     "eval",
     "backends",
+    "explain",
     "env",
 )
 
@@ -75,8 +76,9 @@ def answered() -> None:
         (["export", "--help"], 0),
         (["backends"], 0),
         (["env"], 0),
+        (["explain", "rung"], 0),
         (["exprot"], 2),
-        (["export"], 2),
+        (["export", "--target", "nowhere"], 2),
         (["export", "--scheme", "int9", "-o", "x"], 2),
         (["export", "--backend", "stub", "-m", "./nowhere", "--dry-run"], 1),
         (["export", "--backend", "stub", "--dry-run"], 0),
@@ -118,7 +120,6 @@ def test_an_unknown_option_is_answered_with_the_known() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export"], "missing option -o/--output"),
         (["export", "-o", "x", "--scheme", "int9"], "unknown --scheme 'int9'"),
         (["export", "-o", "x", "--backend", "tflite"], "unknown --backend 'tflite'"),
         (["export", "-o", "x", "--backend", "stub", "--target", "three"], "no --target 'three'"),

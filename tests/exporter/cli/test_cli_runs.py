@@ -18,7 +18,7 @@ import pytest
 from cli_support import sample_report
 
 from calib.errors import BackendError
-from calib.progress import Progress
+from calib.process.progress import Progress
 from exporter.cli import main
 from exporter.cli.results import targets_for
 from exporter.recipe import Recipe, load_recipe
@@ -97,6 +97,7 @@ def test_json_is_one_document_and_nothing_else(
     assert main([*ARGUMENTS, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document.pop("output") == "out dir"
+    assert len(document.pop("export_sha256")) == 64
     assert Report.model_validate(document) == sample_report()
 
 
@@ -236,6 +237,17 @@ def test_failures_of_a_run_have_their_code(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(message)
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    pipeline: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.export = fail(KeyboardInterrupt())  # type: ignore[attr-defined]
+    assert main([*ARGUMENTS, "-q", "--work-dir", "my work"]) == 130
+    said = "add --resume to the same command, with --work-dir 'my work', to go on from there"
+    assert capsys.readouterr().err == f"interrupted\nhint: what is finished is kept: {said}\n"
+    assert main([*ARGUMENTS, "-q"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -435,7 +447,7 @@ def test_verify_repeats_the_verdict(
     sample_report().save(tmp_path)
     module = types.ModuleType("exporter.commands.verify")
     module.verify = (  # type: ignore[attr-defined]
-        lambda folder, *, model, rows, progress: sample_report("failed")
+        lambda folder, **settings: sample_report("failed")
     )
     monkeypatch.setitem(sys.modules, "exporter.commands.verify", module)
     assert main(["verify", str(tmp_path), "-q"]) == 3

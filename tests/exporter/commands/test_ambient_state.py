@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import exporter
-from calib.ambient import plain_torch
+from calib.process.ambient import plain_torch
 from exporter.recipe import Recipe, load_recipe
 from tests.checkpoints import write_checkpoint
 from tests.exporter.cli_support import ROOT
@@ -147,7 +147,7 @@ back."""
 def test_products_are_exact_by_whatever_way_they_were_not(setting: str) -> None:
     program = f"""
 import torch
-from calib.ambient import plain_torch
+from calib.process.ambient import plain_torch
 
 def now():
     try:

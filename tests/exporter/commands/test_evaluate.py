@@ -74,19 +74,25 @@ def test_the_original_of_a_run_has_its_caps_too(capped: Path) -> None:
     assert source.original("cpu").config._attn_implementation not in ("sdpa", "eager")
 
 
+LOADERS = (
+    "AutoModelForCausalLM.from_pretrained",
+    "MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained",
+)
+
+
 def test_there_is_one_loader_of_checkpoints() -> None:
     loaders = [
         path.relative_to(ROOT).as_posix()
         for package in ("calib", "exporter", "benchmarks")
         for path in (ROOT / package).rglob("*.py")
         if any(
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) == "AutoModelForCausalLM.from_pretrained"
+            isinstance(node, ast.Call) and ast.unparse(node.func) in LOADERS
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     ]
-    # the benchmark is what transformers does alone
-    assert sorted(loaders) == ["benchmarks/readers.py", "calib/network/original.py"]
+    # the benchmarks are what transformers, and what peers, do alone
+    own = "calib/network/original.py"
+    assert sorted(loaders) == ["benchmarks/job_peer.py", "benchmarks/readers.py", own]
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_not_made_up(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_without_rotation_there_is_no_after(source: Path, tmp_path: Path) -> Non
     assert {key.partition("/")[0] for key in load_file(tmp_path / "out" / TENSORS_FILE)} == {
         "before"
     }
-    assert "after" not in damage_table(report, report.linears).header
+    assert not any("after" in name for name in damage_table(report, report.linears).header)
 
 
 def test_the_console_shows_the_most_damaged(
@@ -234,7 +234,6 @@ def test_an_existing_folder_is_replaced_only_if_asked(
     ("arguments", "code", "message"),
     [
         (["-m", "./nowhere", "-o", "out"], 1, "nowhere"),
-        ([], 2, "missing option -o/--output"),
         (
             ["--cluster-jointly", "-o", "out"],
             2,

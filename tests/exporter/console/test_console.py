@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from pathlib import Path
 
 import pytest
 from cli_support import sample_report
 from rich.console import Console
 
-from calib.progress import track
+from calib.process.progress import track
 from exporter.console import ConsoleProgress, output_console, show_report
 from exporter.reporting.summary import human_bytes, human_seconds
 
@@ -41,6 +42,54 @@ def test_without_a_terminal_each_finished_stage_is_one_line() -> None:
     lines = raw.getvalue().decode().splitlines()
     assert [line.split(":")[0] for line in lines] == ["capture", "open end", "verify", "last"]
     assert all(re.fullmatch(r"[\w ]+: \d+\.\d s", line) for line in lines)
+
+
+def test_where_nothing_is_said_for_long_a_line_says_where_the_run_is() -> None:
+    screen, raw = console()
+
+    def said() -> str:
+        """What is printed until it is the same twice in the time of three lines."""
+        length = len(raw.getvalue())
+        deadline = time.monotonic() + 20
+        while raw.getvalue().count(b"\n", length) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return raw.getvalue()[length:].decode().splitlines()[-1]
+
+    with ConsoleProgress(screen, quiet=0.02) as progress:
+        assert re.fullmatch(r"at work, \d+\.\d s so far", said())
+        progress("trace", 0, None)
+        assert re.fullmatch(r"trace: \d+\.\d s so far", said())
+        progress("gate", 1, 4)
+        progress("gate 2/4 r1,r2: calibrate", 1, 4)
+        assert re.fullmatch(r"gate 2/4 r1,r2: calibrate: 25%, about \d+\.\d s left", said())
+        progress("gate 2/4 r1,r2: calibrate", 4, 4)
+        assert said().startswith("gate: 25%, about")  # what is still at work
+    ended = raw.getvalue()
+    time.sleep(0.1)  # five lines, if it went on
+    assert raw.getvalue() == ended
+
+
+def test_a_run_that_speaks_gets_no_lines_between() -> None:
+    screen, raw = console()
+    with ConsoleProgress(screen, quiet=30) as progress:
+        list(track(range(3), "capture", 3, progress))
+    assert raw.getvalue().decode().count("\n") == 1
+
+
+def test_bars_that_move_stay_in_sight() -> None:
+    """A terminal of 25 lines, and more stages than that."""
+    screen, raw = console(terminal=True)
+    with ConsoleProgress(screen) as progress:
+        for number in range(60):
+            list(track(range(1), f"gate {number}/60", 1, progress))
+        raw.truncate(0)
+        progress("gate 0/60", 0, 2)  # one that was taken down, and comes again
+        progress("parity", 1, 4)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.getvalue().decode())
+    assert "parity" in drawn
+    assert "gate 59/60" in drawn
+    assert "gate 0/60" in drawn
+    assert "gate 1/60" not in drawn
 
 
 def test_an_interrupted_stage_is_not_reported_as_finished() -> None:
@@ -103,7 +152,9 @@ def test_the_summary_says_everything_once() -> None:
         "out/x (onnx, ort, int8, rotate r1,r2,r4): parity passed",
     ):
         assert text.count(expected) == 1, expected
-    assert re.search(r"r1,r2,r4 +0\.004 +97\.00% +14\.460 +chosen", text)
+    assert "Gate (2 held-out rows, 220 tokens, against the float model)" in text
+    assert re.search(r"r1,r2 +0\.17 +0\.17 +0\.16 to 0\.17 +80\.00% +17\.100", text)
+    assert re.search(r"r1,r2,r4 +0\.004 +0 +- +97\.00% +14\.460 +chosen", text)
     assert re.search(r"1 +rotated +relative L2 +2e-07 +1e-05 +pass", text)
     assert re.search(r"3 +decode +KL +- +- +not run +no cache outputs", text)
     assert re.search(r"r4 +ffn +704 +1 +online: computed at run time", text)
@@ -116,6 +167,19 @@ def test_a_rotation_that_hurts_is_called_that() -> None:
     text = summary_text(gate=gate, rotations=[])
     assert "nothing was applied: none of the candidates was better" in text
     assert "rotations: none" in text
+
+
+def test_the_one_with_the_lowest_kl_is_named_where_it_was_not_taken() -> None:
+    none, _, lowest = sample_report().gate
+    gate = [
+        none.model_copy(update={"chosen": True, "margin": 0.1, "margin_low": -0.2}),
+        lowest.model_copy(update={"chosen": False}),
+    ]
+    text = summary_text(gate=gate)
+    assert "r1,r2,r4 has the lowest KL; none is within noise of it, and simpler" in text
+    one = [row.model_copy(update={"row_kls": [0.1], "row_tokens": [9]}) for row in gate]
+    text = summary_text(gate=one)
+    assert "one held-out row shows no noise: the lowest KL was taken (gate.nsamples)" in text
 
 
 def test_a_failed_parity_stands_out() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from calib.architectures import wiring_of
 from exporter.commands.export import export
 from exporter.commands.verify import verify
 from exporter.parity.passes import steady_length
@@ -254,7 +255,8 @@ def test_texts_are_compared_where_their_length_changes_nothing(
     rope = rope | {"rope_theta": 1e4}
     if rope["rope_type"] in ("longrope", "yarn"):
         rope["original_max_position_embeddings"] = 32
-    assert steady_length(config | {"rope_parameters": rope}) == steady
+    found = wiring_of(config | {"rope_parameters": rope}).config
+    assert steady_length(found) == steady
 
 
 def test_rows_of_the_exact_rungs_are_the_longest_and_those_with_the_most_new_tokens() -> None:

@@ -5,19 +5,23 @@ that scale.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
 import pytest
 from cli_support import LLAMA_CONFIG, llama_shapes, write_llama, write_safetensors
 
-from calib.errors import BackendError, CheckpointError, UnsupportedModelError
+from calib.architectures.lookup import architecture_named
+from calib.errors import BackendError, CheckpointError, QuantizationError, UnsupportedModelError
 from calib.schemes import INT8, PerChannel, TensorScheme, tensor_scheme_to_dict
-from exporter.planning.headers import read_headers
+from exporter.planning.artifact import planned_artifact
+from exporter.planning.headers import CheckpointHeaders, read_headers
 from exporter.planning.plan import Plan, plan
 from exporter.planning.stages import Goal, Stage
 from exporter.recipe import Recipe, load_recipe
 from exporter.run.options import RunOptions
+from tests.census.configs import seeded_model, tiny_config
 
 BLOCK_PARAMETERS = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64)
 EMBEDDING = 100 * 64
@@ -78,16 +82,27 @@ def test_large_tables_are_planned_as_the_run_quantizes_them(
     monkeypatch.setattr("exporter.run.tables.LEAST_ELEMENTS", 0)
     monkeypatch.setattr("exporter.run.tables.LEAST_SHARE", 0.1)
     found = planned(folder)
-    assert found.quantized_parameters == BLOCK_PARAMETERS + 2 * EMBEDDING
+    # of a tied table both copies are quantized, and it is one table all the same
+    assert found.quantized_parameters == BLOCK_PARAMETERS + (1 if tied else 2) * EMBEDDING
+    assert found.quantized_parameters <= found.parameters
     assert float_tables.bytes_after - found.bytes_after == 2 * (3 * EMBEDDING - 4 * 100)
     assert "lm_head: int8-weight-only" in found.recipe
     assert "lm_head" not in planned(folder, goal="calibrate").recipe
 
 
 def test_four_bit_weights_take_half_a_byte_and_one_scale_a_block(tmp_path: Path) -> None:
-    found = planned(write_llama(tmp_path / "model"), scheme="int4-weight-only")
+    folder = write_llama(tmp_path / "model")
+    found = planned(folder, **{"scheme": "int4-weight-only", "weights.block_size": 128})
     # no row is longer than a block of 128 here, so there is one scale a row
-    assert found.bytes_after == BLOCK_PARAMETERS // 2 + 4 * CHANNELS + 4 * (2 * EMBEDDING + NORMS)
+    floats = 4 * (2 * EMBEDDING + NORMS)
+    assert found.bytes_after == BLOCK_PARAMETERS // 2 + 4 * CHANNELS + floats
+    # of a narrow model they are of 32 unless the recipe says so, and every width is a multiple
+    found = planned(folder, scheme="int4-weight-only")
+    assert "block_size: 32" in found.recipe
+    assert found.bytes_after == BLOCK_PARAMETERS // 2 + 4 * BLOCK_PARAMETERS // 32 + floats
+    # what is calibrated for no target keeps the blocks of the scheme, and so does what fixes them
+    assert "block_size: null" in planned(folder, scheme="int4-weight-only", goal="calibrate").recipe
+    assert "block_size: null" in planned(folder, scheme="w4a8").recipe
 
 
 def test_the_stages_are_those_of_the_settings(tmp_path: Path) -> None:
@@ -95,6 +110,7 @@ def test_the_stages_are_those_of_the_settings(tmp_path: Path) -> None:
     everything = [
         "start",
         "load",
+        "prefix",
         "capture",
         "train R1",
         "train R2",
@@ -106,18 +122,17 @@ def test_the_stages_are_those_of_the_settings(tmp_path: Path) -> None:
     ]
     assert list(stages(planned(folder))) == everything
     plain = planned(folder, rotate="none", options=RunOptions(output=Path("out"), verify=False))
-    assert list(stages(plain)) == ["start", "load", "fuse", "calibrate", "write"]
-    assert list(stages(planned(folder, rotate="r2"))) == [
+    assert list(stages(plain)) == ["start", "load", "prefix", "fuse", "calibrate", "write"]
+    assert list(stages(planned(folder, rotate="r2", prefix="none"))) == [
         "start", "load", "capture", "train R2", "fuse", "calibrate", "write", "verify",
     ]  # fmt: skip
     assert "capture" not in stages(planned(folder, rotate="r4"))
-    assert list(stages(planned(folder, goal="capture"))) == ["start", "load", "capture"]
-    assert list(stages(planned(folder, goal="calibrate", rotate="none"))) == [
-        "start",
-        "load",
-        "fuse",
-        "calibrate",
-    ]
+    assert list(stages(planned(folder, goal="capture"))) == ["start", "load", "prefix", "capture"]
+    dynamic = planned(folder, goal="calibrate", rotate="none", scheme="int8-dynamic")
+    assert list(stages(dynamic)) == ["start", "load", "fuse", "calibrate"]
+    assert "prefix" not in stages(planned(folder, goal="rotate"))
+    wanted = planned(folder, goal="calibrate", rotate="none", scheme="int8-dynamic", prefix=1)
+    assert "prefix" in stages(wanted)
 
 
 def test_what_is_reused_costs_no_time(tmp_path: Path) -> None:
@@ -148,8 +163,8 @@ def test_parity_proves_on_few_rows_and_scores_on_all(
         return next(each for each in planned(folder, **settings).stages if each.name == "verify")
 
     one, many, more = verify(1), verify(256), verify(512)
-    assert f"rungs 1 and 2 on {seqlen:,} tokens, rung 3 on {seqlen:,}" in one.detail
-    assert f"rungs 1 and 2 on {proof:,} tokens, rung 3 on {256 * seqlen:,}" in many.detail
+    assert f"rungs 1 and 2 on {seqlen:,} tokens, rung 3 on up to {seqlen:,}" in one.detail
+    assert f"rungs 1 and 2 on {proof:,} tokens, rung 3 on up to {256 * seqlen:,}" in many.detail
     # in passes over one row: 7 and 2 of it; beyond the proof's rows, only rung 3 grows
     a_pass = one.seconds / 9
     assert many.seconds == pytest.approx((7 * proof / seqlen + 2 * 256) * a_pass)
@@ -181,7 +196,9 @@ def test_an_artifact_is_only_written_and_verified(tmp_path: Path) -> None:
     options = RunOptions(output=Path("out"), from_artifact=folder)
     assert list(stages(planned(folder, options=options))) == ["start", "write", "verify"]
     (folder / "quantized_model.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"quantized_model\.json' is damaged: 'linears'"):
+    with pytest.raises(
+        CheckpointError, match=r"quantized_model\.json' is damaged: KeyError: 'config'"
+    ):
         planned(folder, options=options)
     (folder / "quantized_model.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no quantized_model\.json") as caught:
@@ -215,6 +232,7 @@ def test_a_plan_refuses_and_warns_as_the_run_would(
 ) -> None:
     monkeypatch.syspath_prepend(plugins)
     folder = write_llama(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
     found = planned(
         folder, backend="stub", target="two", scheme="int8", overrides={"*.0.mlp.*": "w4a8"}
     )
@@ -234,6 +252,47 @@ def test_a_plan_refuses_and_warns_as_the_run_would(
     odd = write_llama(tmp_path / "odd", vocab_size=101)
     with pytest.raises(BackendError, match="cannot express this model: its vocabulary is odd"):
         planned(odd, backend="stub")
+
+
+@pytest.mark.parametrize("goal", ["export", "calibrate"])
+def test_an_override_that_matches_nothing_is_refused_as_the_run_would(
+    goal: Goal, tmp_path: Path
+) -> None:
+    folder = write_llama(tmp_path / "model")
+    for pattern in ("*.gate", "model.layers.2.*", "model.norm", "*.lm_head"):
+        with pytest.raises(
+            QuantizationError, match=re.escape(f"the override '{pattern}' matches no linear")
+        ) as caught:
+            planned(folder, goal=goal, overrides={pattern: "float"})
+        assert "linears are called like model.layers.0." in str(caught.value.hint)
+    for pattern in ("*.gate_proj", "model.layers.1.*", "lm_head", "model.embed_tokens"):
+        planned(folder, goal=goal, overrides={pattern: "float"})
+
+
+def test_overrides_match_the_names_of_the_run_whatever_the_file_calls_them() -> None:
+    """GPT-2 is stored without its base prefix."""
+    stored = [f"h.{layer}.attn.c_attn" for layer in range(2)]
+    checkpoint = CheckpointHeaders("here", {"model_type": "gpt2"}, ())
+    family = architecture_named("gpt2")
+    recipe = load_recipe(None, {"overrides": {"transformer.h.0.*": "float"}})
+    assert list(planned_artifact(recipe, checkpoint, family, stored).linears) == stored[1:]
+    with pytest.raises(QuantizationError, match="matches no linear"):
+        planned_artifact(
+            load_recipe(None, {"overrides": {"transformer.h.2.*": "float"}}),
+            checkpoint,
+            family,
+            stored,
+        )
+
+
+def test_a_family_that_is_not_in_the_table_is_planned_as_it_runs(tmp_path: Path) -> None:
+    seeded_model(tiny_config("persimmon")).save_pretrained(tmp_path / "model")
+    found = planned(tmp_path / "model", overrides={"*.0.self_attn.dense": "float"})
+    assert found.quantized_parameters > 0
+    # nothing is rotated, and no prefix is looked for, though limits are fixed beforehand
+    assert list(stages(found)) == ["start", "load", "fuse", "calibrate", "write", "verify"]
+    with pytest.raises(QuantizationError, match="matches no linear"):
+        planned(tmp_path / "model", overrides={"*.q_proj": "float"})
 
 
 def test_the_scheme_float_trains_and_compares_nothing(tmp_path: Path) -> None:
@@ -270,8 +329,10 @@ def test_the_embedded_model_can_be_planned() -> None:
     assert found.bytes_after < found.bytes_before
 
 
-def test_an_unknown_architecture_is_refused_with_the_list(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not in .*llama"):
+def test_a_model_that_is_not_supported_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"'mamba' is not supported: .*linear_attention"
+    ):
         planned(write_llama(tmp_path / "model", model_type="mamba"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,8 +14,8 @@ from pydantic import BaseModel
 from calib.errors import RecipeError
 from calib.rotations.rotate import Rotate
 from calib.rotations.train_config import TrainConfig
-from exporter.recipe import Recipe, load_recipe, presets, recipe_of_artifact
-from exporter.recipe.schema import NEVER_IN_FILES
+from exporter.recipe import Recipe, load_recipe, presets, recipe_of_artifact, with_values
+from exporter.recipe.schema import NEVER_IN_FILES, Weights
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -165,3 +166,27 @@ def test_rotate_is_text_in_files_and_a_value_in_the_recipe(tmp_path: Path) -> No
     assert "\nrotate: none\n" in load_recipe(None, {"rotate": "none"}).to_yaml()
     with pytest.raises(RecipeError, match=r"'rotate': expected text .* \(got 3\)"):
         load_recipe(write(tmp_path, "rotate: 3"))
+
+
+@pytest.mark.parametrize(
+    ("said", "algorithm"),
+    [
+        ({"scheme": "int4-weight-only"}, "gptq"),
+        ({"scheme": "int4-weight-only", "model": "a"}, "rtn"),  # the text is not the model's own
+        (
+            {"scheme": "int4-weight-only", "model": "a", "calibration": {"dataset": "a.txt"}},
+            "gptq",
+        ),
+        ({"scheme": "int4-weight-only", "weights": {"algorithm": "rtn"}}, "rtn"),
+        ({"scheme": "int8"}, "rtn"),
+    ],
+    ids=str,
+)
+def test_what_is_decided_for_the_user_does_not_depend_on_what_was_said_first(
+    said: dict[str, Any], algorithm: str
+) -> None:
+    recipe = Recipe.model_validate(said)
+    assert recipe.weights.algorithm == algorithm
+    others = (Recipe(), Recipe(scheme="int4-weight-only"), Recipe(weights=Weights(block_size=32)))
+    for before in others:
+        assert with_values(before, said).weights.algorithm == algorithm

@@ -80,7 +80,11 @@ def test_folded_and_online_rotations_are_told_apart() -> None:
 
 def test_the_gate_is_shown_with_what_did_not_help() -> None:
     text = render_card(Recipe(), sample_report())
-    assert "| **r1,r2,r4** | **0.004** | **97.00%** | **14.460** | **chosen** |" in text
+    assert (
+        "| **r1,r2,r4** | **0.004** | **0** | **-** | **97.00%** | **14.460** | **chosen** |"
+        in text
+    )
+    assert "| r1,r2 | 0.17 | 0.17 | 0.16 to 0.17 | 80.00% | 17.100 |  |" in text
     assert "r1,r2 did not help: KL 0.17 against 0.16 of the model as it is" in text
 
 

@@ -10,10 +10,9 @@ from cli_support import sample_report
 from calib.errors import CheckpointError
 from exporter.output import atomic_folder, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe
-from exporter.reporting.card import CARD_FILE
 from exporter.reporting.describe import finish
 from exporter.reporting.exported import check_unchanged, edited_files, read_export, update_export
-from exporter.reporting.report import REPORT_FILE, Report
+from exporter.reporting.report import CARD_FILE, REPORT_FILE, Report
 from tests.hub_cache import is_sound, link_files
 
 

@@ -126,9 +126,8 @@ def test_a_resume_notices_that_the_model_was_replaced_and_removes_what_was_left_
     assert (tmp_path / "work" / ARTIFACT).is_dir()
     assert not (tmp_path / "work" / WALK).exists()
     write_checkpoint(model, seed=1)
-    with pytest.raises(CheckpointError, match="fingerprint of its weights differs") as caught:
+    with pytest.raises(OutputError, match="the weights of the model changed since the run began"):
         calibrate(recipe, RunOptions(tmp_path / "third", work_dir=tmp_path / "work", resume=True))
-    assert caught.value.hint == "use another --work-dir"
 
 
 def test_a_resume_may_not_move_what_is_kept_apart_from_the_calibration_text(

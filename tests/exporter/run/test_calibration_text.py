@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 from calib.errors import DataError
-from exporter.cli.options import DataFlags, EvalDataFlag
+from exporter.cli.number_options import DataFlags, EvalDataFlag
 from exporter.cli.overrides import overrides
 from exporter.commands.export import export, run_capture
 from exporter.planning.plan import plan
 from exporter.recipe import load_recipe
 from exporter.reporting.summary import calibration_words
 from exporter.run.calibration_text import few_tokens, widest_input
+from exporter.run.destination import Destination
+from exporter.run.inputs import open_inputs
 from exporter.run.options import RunOptions
 from exporter.source import open_source, read_rows
+from tests.checkpoints import write_checkpoint
 from tests.exporter.cli_support import sample_report
 
 STORY = "once upon a time there was a little girl. she went to the park with her mum. "
@@ -149,3 +152,13 @@ def test_the_summary_says_tokens_for_each_channel() -> None:
     assert words == (
         "128 rows, 60,000 tokens (85.2 for each of the 704 input channels of the widest linear)"
     )
+
+
+def test_the_embedded_text_is_named_for_a_model_of_ones_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = load_recipe(None, {"model": str(write_checkpoint(tmp_path / "model"))})
+    for recipe, said in ((own, True), (load_recipe(None), False)):
+        caplog.clear()
+        open_inputs(recipe, Destination.of(recipe))
+        assert ("the calibration text is the embedded one" in caplog.text) is said

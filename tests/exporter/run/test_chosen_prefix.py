@@ -4,6 +4,7 @@ place in everything that is compared.
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,20 @@ import torch
 import transformers
 
 from calib.artifact import load_artifact, load_prefix
-from calib.errors import BackendError, RecipeError
+from calib.capture.storage import Capture
+from calib.errors import BackendError, CheckpointError, RecipeError
 from calib.stats.massive import MASSIVE
+from exporter.commands.evaluate import evaluate
 from exporter.commands.export import calibrate, export
 from exporter.commands.verify import verify
 from exporter.recipe import Recipe, load_recipe
+from exporter.run.capturing import captured
+from exporter.run.destination import Destination
+from exporter.run.inputs import open_inputs
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import check_names
+from exporter.run.stopwatch import Stopwatch
+from exporter.run.workdir import CAPTURE, WorkDir
 from tests.checkpoints import VOCABULARY, write_checkpoint
 
 FEW: dict[str, Any] = {
@@ -110,6 +118,31 @@ def test_a_prefix_that_helps_is_found_kept_written_and_judged(sink: str, tmp_pat
     assert again.prefix == report.prefix
 
 
+def test_statistics_are_those_of_the_prefix_of_the_run(llama: str, tmp_path: Path) -> None:
+    """A prefix is no parameter: the fingerprint of the model does not know it."""
+    recipe = few(llama, rotate="r1", prefix="none")
+    inputs, clock = open_inputs(recipe, Destination.of(recipe)), Stopwatch()
+    rows = inputs.rows(clock).train
+    shared = RunOptions(tmp_path, shared_capture=tmp_path / "shared")
+    work = WorkDir(tmp_path / "work", recipe, resume=False)
+
+    behind = captured(inputs, rows, shared, work, clock, [5])
+    assert behind.provenance.prefix == (5,)
+    for again in (shared, RunOptions(tmp_path, from_capture=tmp_path / "work" / CAPTURE)):
+        kept = captured(inputs, rows, again, WorkDir(None, recipe, resume=False), clock, [5])
+        assert kept.provenance == behind.provenance
+    given = RunOptions(tmp_path, from_capture=tmp_path / "shared")
+    with pytest.raises(CheckpointError, match=r"has the tokens \[5\] before every row.* no prefix"):
+        captured(inputs, rows, given, work, clock)
+
+    plain = captured(inputs, rows, shared, work, clock)
+    assert plain.provenance.prefix == ()
+    assert not torch.equal(plain.r1.covariance, behind.r1.covariance)
+    # what a resume had is replaced, and what others share stays
+    assert Capture.load(tmp_path / "work" / CAPTURE).provenance == plain.provenance
+    assert Capture.load(tmp_path / "shared").provenance == behind.provenance
+
+
 def test_an_artifact_keeps_its_prefix(sink: str, tmp_path: Path) -> None:
     calibrate(few(sink, prefix=2), RunOptions(tmp_path / "artifact"))
     artifact = load_artifact(tmp_path / "artifact")
@@ -196,8 +229,39 @@ def test_a_bundle_has_it_for_whoever_builds_the_network(
 def test_a_prefix_has_to_fit_into_the_positions(sink: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"a prefix of 17 tokens does not fit: .* leaves 16 of"):
         calibrate(few(sink, prefix=17), RunOptions(tmp_path / "out"))
-    with pytest.raises(RecipeError, match="layer-wise mode cannot have a prefix"):
-        check_names(few(sink, prefix=1, layerwise__enabled=True))
+    with pytest.raises(RecipeError, match="layer-wise mode cannot smooth behind a prefix"):
+        check_names(few(sink, prefix=1, layerwise__enabled=True, smoothing="smoothquant:0.5"))
+
+
+def test_longer_rows_than_those_of_calibration_have_to_fit_as_well(
+    sink: str, tmp_path: Path
+) -> None:
+    """64 positions, 3 of which the prefix takes."""
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text("\n".join(f"a few words, row {index}" for index in range(12)))
+    long.write_text("\n".join(f"more words than that, row {index} " * 40 for index in range(8)))
+    texts = {"calibration__dataset": str(short), "evaluation__dataset": str(long)}
+    recipe = few(sink, prefix=3, calibration__seqlen=64, calibration__layout="documents", **texts)
+    with pytest.raises(RecipeError, match="a prefix of 3 tokens does not fit"):
+        export(recipe, RunOptions(tmp_path / "out"))
+
+
+def test_what_evaluates_counts_the_positions_of_the_prefix(sink: str, tmp_path: Path) -> None:
+    """Learned positions end where they end."""
+    text = tmp_path / "long.txt"
+    text.write_text("many more words in a row than there are positions " * 40)
+    export(few(sink, prefix=3), RunOptions(tmp_path / "out"))
+    assert evaluate(str(tmp_path / "out"), str(text)).tokens > 64
+    stated = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert stated["model"]["context_length"] == stated["search"]["max_length"] == 61
+
+
+def test_frequencies_that_move_have_no_prefix(tmp_path: Path) -> None:
+    """Its keys would keep those of short texts."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = str(write_checkpoint(tmp_path / "model", rope_parameters=rope))
+    with pytest.raises(RecipeError, match="takes other frequencies for long texts"):
+        calibrate(few(model, prefix=2), RunOptions(tmp_path / "out"))
 
 
 def test_without_a_prefix_the_linear_that_hurts_gets_a_wider_input(

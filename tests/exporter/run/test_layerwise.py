@@ -4,6 +4,7 @@ must be.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from calib.errors import OutputError, RecipeError
 from exporter.commands.evaluate import evaluate
 from exporter.commands.export import calibrate
 from exporter.recipe import load_recipe, parse_size
+from exporter.run import quantizing
 from exporter.run.options import RunOptions
 from exporter.run.quantizing import check_layerwise
 from exporter.run.workdir import ARTIFACT, WALK
@@ -34,9 +36,15 @@ def quantized(tmp_path: Path, name: str, **settings: Any) -> QuantizedModel:
 
 
 def test_a_layerwise_run_is_the_whole_model_run(tmp_path: Path) -> None:
-    layerwise = quantized(tmp_path, "one", layerwise__enabled=True)
+    tables = {"lm_head": "int8", "model.embed_tokens": "int8-weight-only"}
+    layerwise = quantized(tmp_path, "one", layerwise__enabled=True, overrides=tables)
+    assert layerwise.linears.keys() > tables.keys()
     assert not list(tmp_path.glob(".one*"))  # the temporary folder is gone
-    whole = quantized(tmp_path, "other", rotation__files=[str(tmp_path / "one")])
+    whole = quantized(tmp_path, "other", overrides=tables)
+    assert layerwise.provenance.rotation_gate == whole.provenance.rotation_gate != ()
+    assert layerwise.rotations.kinds() == ("r1", "r2", "r4")
+    for rotation in whole.rotations.values():  # trained, each on its own capture
+        assert torch.equal(layerwise.rotations[rotation.name].dense(), rotation.dense())
     assert list(layerwise.linears) == list(whole.linears)
     for name, linear in layerwise.linears.items():
         for key, tensor in linear.tensors().items():
@@ -73,10 +81,40 @@ def test_a_work_folder_keeps_the_walk_until_it_is_whole(tmp_path: Path) -> None:
         quantized(tmp_path, "third", layerwise__enabled=True, work=work, resume=True, scheme="w4a8")
 
 
+def test_a_walk_is_not_resumed_for_a_target_that_quantizes_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of both in one artifact would be of no run."""
+    few = {"layerwise.enabled": True, "rotate": "none", "scheme": "int8-weight-only"}
+    recipe = load_recipe(None, {**FEW, **few})
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def resumed() -> None:
+        options = RunOptions(tmp_path / "out", work_dir=tmp_path / "work", resume=True)
+        calibrate(recipe, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("calib.layerwise.calibrator._assembled", stop)
+        with pytest.raises(KeyboardInterrupt):
+            resumed()
+    own = quantizing.quantization_of
+    monkeypatch.setattr(
+        "exporter.run.inputs.quantization_of", lambda *given: replace(own(*given), weights="mse")
+    )
+    with pytest.raises(OutputError, match=r"quantization was .* and is now"):
+        resumed()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"layerwise.enabled": True, "rotate": "auto"}, "cannot compare sets of rotations"),
+        (
+            {"layerwise.enabled": True, "rotate": "none", "prefix": 2, "smoothing": "awq"},
+            "cannot smooth behind a prefix",
+        ),
         ({"layerwise.asym": True}, "'layerwise.asym' has no effect"),
         ({"layerwise.max_memory": "much"}, r"'layerwise.max_memory': this is no size.*'much'"),
         ({"layerwise.max_memory": "0GB"}, "is no size"),

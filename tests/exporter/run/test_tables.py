@@ -56,7 +56,7 @@ def test_large_is_a_share_and_a_size() -> None:
         ({"scheme": "int4-weight-only"}, BOTH),
         ({"target": ["ort", "openvino", "tensorrt"]}, BOTH),
         ({"scheme": "float"}, {}),
-        ({"layerwise__enabled": True, "rotate": "none"}, {}),
+        ({"layerwise__enabled": True, "rotate": "none"}, BOTH),
         # transformers and vLLM have no quantized embedding
         ({"backend": "safetensors", "target": "modelopt"}, {}),
         ({"backend": "safetensors", "target": "tensorrt"}, BOTH),

@@ -4,13 +4,24 @@ makes of both.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from backends.safetensors.compressed_tensors.stated_transforms import (
+    sylvester,
+    transform_contradictions,
+)
+from backends.safetensors.compressed_tensors.transforms import transform_config, transforms_of
+from backends.safetensors.names import Names
+from calib.artifact import QuantizedModel
 from calib.errors import BackendError
 from calib.measure.reference import build_reference
 from tests.backends.safetensors.compressed_tensors.compressed_support import (
@@ -130,3 +141,70 @@ def test_it_is_not_written_for_who_would_pass_over_it(target: str, tmp_path: Pat
     with pytest.raises(BackendError, match="passes over rotations while running") as found:
         written(artifact("llama", "int8", kinds=("r4",)), tmp_path / "bundle", target)
     assert found.value.hint
+
+
+Stated = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def _applied(**values: object) -> Callable[[Stated, Tensors], object]:
+    return lambda stated, _: stated["config_groups"]["R4"]["apply"][0].update(values)
+
+
+def _group(**values: object) -> Callable[[Stated, Tensors], object]:
+    return lambda stated, _: stated["config_groups"]["R4"].update(values)
+
+
+def _stored(change: Callable[[Tensor], Tensor]) -> Callable[[Stated, Tensors], object]:
+    return lambda _, tensors: tensors.update({_MATRIX: change(tensors[_MATRIX])})
+
+
+def _one_sign(matrix: Tensor) -> Tensor:
+    changed = matrix.clone()
+    changed[3, 5] *= -1
+    return changed
+
+
+def _elsewhere(stated: Stated, tensors: Tensors) -> None:
+    tensors[_MATRIX.replace("R4", "R5")] = tensors.pop(_MATRIX)
+
+
+@cache
+def rotated(family: str) -> QuantizedModel:
+    return artifact(family, "int8", kinds=("r4",), online_block=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda stated, _: stated.clear(), "'model.layers.0.mlp.down_proj' is not rotated"),
+        (_applied(targets=["model.layers.1.mlp.down_proj"]), "layers.0.mlp.down_proj' is not"),
+        (_applied(location="output"), "'location' is 'output'"),
+        (_applied(inverse=True), "'inverse' is True"),
+        (_applied(ignore=["model.layers.1.mlp.down_proj"]), "'ignore' is"),
+        (_group(head_dim=16), "'head_dim' is 16 instead of"),
+        (_group(type="random-matrix"), "'type' is 'random-matrix'"),
+        (_stored(torch.neg), "is not R4"),
+        (_stored(_one_sign), "is not R4"),
+        (_stored(lambda matrix: matrix / len(matrix) ** 0.5), "is not R4"),
+        (_stored(lambda matrix: matrix[:4, :4]), "is not R4"),
+        (_elsewhere, "no matrix is stored"),
+    ],
+)
+@pytest.mark.parametrize("family", ["wide", "llama"])
+def test_a_wrong_statement_of_a_rotation_is_found(
+    family: str, change: Callable[[Stated, Tensors], object], words: str
+) -> None:
+    """Of either type: Sylvester's matrix, and one that is read from the file."""
+    model = rotated(family)
+    tensors = tensors_of(model)
+    stated = transform_config(transforms_of(model, Names.of(model.config)))
+    assert list(transform_contradictions(stated, tensors, model)) == []
+    changed = copy.deepcopy(stated)
+    change(changed, tensors)
+    assert words in " ".join(transform_contradictions(changed, tensors, model))
+
+
+def test_the_matrix_of_the_kernel_is_the_one_that_is_called_sylvesters() -> None:
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    assert torch.equal(sylvester(8), torch.kron(two, torch.kron(two, two)))

@@ -22,7 +22,7 @@ from backends.safetensors.file_names import MANIFEST_FILE
 from backends.safetensors.tensorrt.layout import TensorRTLayout
 from backends.safetensors.tripy.loader import fill
 from calib.errors import BackendError
-from calib.sealed import seal_of
+from calib.files.sealed import seal_of
 from tests.backends.safetensors.tripy.bundles import quantized, write
 
 pytestmark = pytest.mark.runtimes

@@ -37,6 +37,19 @@ def plain_torch() -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Run a block with one thread for each operator: what LAPACK gives in its last bits depends on
+    how many there are.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _exact_products() -> Iterator[None]:
     """Compute products of float32 in float32, by both of torch's ways to say so.
 

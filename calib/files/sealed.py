@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from calib.reading import read_json
+from calib.files.reading import MALFORMED, is_file_in, read_json, reason_of
 
 _SEAL, _FILES = "sha256", "files"
 
@@ -46,10 +46,16 @@ def write_sealed(path: Path, values: Mapping[str, Any], files: Iterable[str] = (
         OSError: it cannot be written, or a file cannot be read.
     """
     sums = {name: digest(path.parent / name) for name in sorted(set(files))}
+    path.write_text(sealed_text({**values, _FILES: sums}), encoding="utf-8")
+
+
+def sealed_text(values: Mapping[str, object]) -> str:
+    """A sealed manifest of ``values`` as text, for whoever writes the file in a way of its own; it
+    vouches for those files alone that ``values`` lists.
+    """
     # as a reader will have them: tuples are lists then
-    whole = json.loads(json.dumps({**values, _FILES: sums}, allow_nan=False))
-    text = json.dumps({**whole, _SEAL: seal_of(whole)}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    whole = json.loads(json.dumps({**values, _FILES: values.get(_FILES, {})}, allow_nan=False))
+    return json.dumps({**whole, _SEAL: seal_of(whole)}, indent=2) + "\n"
 
 
 def read_sealed(
@@ -61,11 +67,11 @@ def read_sealed(
     Args:
         path: the manifest.
         check: called with the values before the seal is looked at: another format may have
-            another one. What it raises passes through.
+            another one. An error of rotq that it raises passes through.
         required: whether one without a seal is damaged; rotq did not always write them.
 
     Raises:
-        DamagedError: it is no JSON object, or it or a file is not as it was written.
+        DamagedError: it is no JSON object of a manifest, or it or a file is not as it was written.
         OSError: a file cannot be read.
     """
     try:
@@ -73,13 +79,18 @@ def read_sealed(
         check(values)
         seal = values.pop(_SEAL, None)
         fits = seal == seal_of(values)  # no NaN or Inf: they are no JSON
-    except ValueError as error:
-        raise DamagedError(f"{path.name} is damaged: {error}") from error
+    except DamagedError:
+        raise
+    except MALFORMED as error:
+        raise DamagedError(f"{path.name} is damaged: {reason_of(error)}") from error
     if seal is None and not required:
         return values
     if not fits:
         raise DamagedError(f"{path.name} is damaged or was edited: its checksum does not fit")
-    check_files(path.parent, values[_FILES])
+    sums = values.get(_FILES)
+    if not isinstance(sums, dict):
+        raise DamagedError(f"{path.name} is damaged: it has no checksums of files")
+    check_files(path.parent, sums)
     return values
 
 
@@ -90,7 +101,7 @@ def check_files(folder: Path, sums: Mapping[str, str]) -> None:
         DamagedError: one is missing, or another than was written.
     """
     for name, expected in sums.items():
-        if not (folder / name).is_file():
+        if not is_file_in(folder, name):
             raise DamagedError(f"{name} is missing")
         if digest(folder / name) != expected:
             raise DamagedError(f"{name} is damaged or was changed: its checksum does not fit")

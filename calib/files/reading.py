@@ -9,6 +9,19 @@ import stat
 from pathlib import Path
 from typing import Any
 
+MALFORMED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,  # of torch; and RecursionError
+)
+"""What code raises that takes values of somebody else's for what they should be."""
+_TELLS_LITTLE = (LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+"""Of these, the name says as much as the words."""
+
 LARGEST = 2**28
 """Bytes of a JSON file. The index of a model of 1e12 parameters takes a tenth of it."""
 
@@ -29,6 +42,16 @@ def regular_file(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise ValueError("it is no regular file")
     return path
+
+
+def is_file_in(folder: Path, name: str) -> bool:
+    """Whether ``name``, which somebody else wrote, is a file in ``folder`` itself: a name with
+    folders in it would reach outside, and some names no file can have.
+    """
+    try:
+        return Path(name).name == name and (folder / name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def bounded_text(path: Path, largest: int) -> str:
@@ -82,5 +105,10 @@ def is_failure(error: BaseException) -> bool:
 
 def reason_of(error: BaseException, largest: int = 300) -> str:
     """What an exception of somebody else's says, in one line of at most ``largest`` characters."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    try:
+        words = " ".join(str(error).split())
+    except Exception:  # not even that
+        words = ""
+    if not words or isinstance(error, _TELLS_LITTLE):
+        words = f"{type(error).__name__}: {words}".removesuffix(": ")
     return words if len(words) <= largest else f"{words[:largest]}..."

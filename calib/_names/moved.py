@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -35,18 +35,38 @@ MOVED: dict[str, tuple[str, ...]] = {
     "calib.observation": ("calib.quantizing.observation",),
     "calib.online": ("calib.network.online",),
     "calib.perplexity": ("calib.measure.perplexity",),
+    "calib.progress": ("calib.process.progress",),
     "calib.quantization": ("calib.quantizing.plan",),
     "calib.quantize": ("calib.quantizing.calibrator",),
+    "calib.reading": ("calib.files.reading",),
     "calib.reference": ("calib.measure.reference",),
     "calib.rotations.imported": ("calib.rotations.foreign",),
     "calib.rotations.rotation_files": ("calib.rotations.files", "calib.rotations.foreign"),
     "calib.rounding": ("calib.arithmetic.rounding",),
     "calib.scales": ("calib.arithmetic.scales",),
+    "calib.sealed": ("calib.files.sealed",),
     "calib.skeleton": ("calib.network.skeleton",),
 }
 """Where what an old module held is now: the first of several that has a name counts."""
 _PACKAGES = ("calib.experts",)
 """Packages all of whose modules moved. They hold nothing else, so only their modules warn."""
+
+
+def moved_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that stays, some of whose names moved.
+
+    Args:
+        module: its ``__name__``.
+        homes: the module that defines each of these names now.
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module '{module}' has no attribute '{name}'")
+        warnings.warn(f"'{module}.{name}' moved to {homes[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(homes[name]), name)
+
+    return load
 
 
 class _MovedModule(ModuleType):

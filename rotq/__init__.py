@@ -1,0 +1,58 @@
+"""From a Hugging Face causal LM to a rotated, calibrated, quantized model that a deployment runtime
+loads.
+
+    import rotq
+
+    result = rotq.export("./my-model", scheme="int4-weight-only", target="ort")
+    result.report.status
+
+Everything is in :mod:`rotq.api`; it is loaded when it is first asked for, so that ``import
+rotq`` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rotq.api import (
+        calibrate,
+        capture,
+        evaluate,
+        export,
+        inspect,
+        load_recipe,
+        rotate,
+        stats,
+        verify,
+    )
+
+    __version__: str
+
+__all__ = [
+    "__version__",
+    "calibrate",
+    "capture",
+    "evaluate",
+    "export",
+    "inspect",
+    "load_recipe",
+    "rotate",
+    "stats",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rotq")
+    if name not in __all__:
+        raise AttributeError(f"module 'rotq' has no attribute '{name}'")
+    return getattr(import_module("rotq.api"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

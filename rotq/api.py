@@ -1,0 +1,445 @@
+"""What ``import rotq`` offers: the commands as functions that take what a notebook has.
+
+A model is a folder, a hub id or an object, a recipe is a file, a preset, a mapping, a
+:class:`~exporter.recipe.Recipe` or nothing, and every option of the command line is a keyword
+(``scheme="int8"``, ``nsamples=64``; :data:`exporter.flags.RECIPE_KEYS` lists them). Each function
+imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rotq.settings import keyed, plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from calib.process.progress import Progress
+    from exporter.commands.evaluate import EvalResult
+    from exporter.commands.export import CalibrateResult
+    from exporter.commands.inspect import Inspection
+    from exporter.commands.rotate import RotateResult
+    from exporter.commands.stats import StatsResult
+    from exporter.recipe import Recipe
+    from exporter.reporting.report import Report
+    from exporter.run.options import RunOptions
+    from exporter.run.results import ExportResult
+    from rotq.texts import Dataset
+
+__all__ = [
+    "calibrate",
+    "capture",
+    "evaluate",
+    "export",
+    "inspect",
+    "load_recipe",
+    "rotate",
+    "stats",
+    "verify",
+]
+
+Pathlike = str | os.PathLike[str]
+
+
+def load_recipe(
+    source: Recipe | Pathlike | Mapping[str, object] | None = None,
+    overrides: Mapping[str, object] | None = None,
+    **settings: object,
+) -> Recipe:
+    """A recipe, with what is given here in place of what it says.
+
+    Args:
+        source: a YAML file, a preset's name, a mapping of keys (nested, or dotted), a recipe, or
+            ``None`` for the defaults.
+        overrides: values by dotted key (``{"calibration.nsamples": 64}``); ``None`` values are
+            skipped.
+        settings: values by the name of an option, with underscores (``nsamples=64``). A target
+            names its backend.
+
+    Raises:
+        RecipeError: an unknown key, preset or file, or a value out of range.
+        TypeError: a keyword that is no option.
+    """
+    from exporter.recipe import Recipe as RecipeType
+    from exporter.recipe import load_recipe as load
+    from exporter.recipe import with_values
+    from exporter.run.named_targets import with_backend
+
+    values = plain({**(overrides or {}), **keyed(settings)})
+    if isinstance(source, RecipeType):
+        return with_values(source, with_backend(values, source.backend))
+    if isinstance(source, Mapping):
+        base = plain(source)
+        load(None, deepcopy(base))  # what is no recipe has no target
+        base = with_backend(base)
+        own = load(None, deepcopy(base)).backend
+        return load(None, {**base, **with_backend(values, own)})
+    named = None if source is None else os.fspath(source)
+    return load(named, with_backend(values, load(named).backend))
+
+
+def export(
+    model: PreTrainedModel | Pathlike | None = None,
+    recipe: Recipe | Pathlike | Mapping[str, object] | None = None,
+    *,
+    output: Pathlike | None = None,
+    dataset: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    retry: bool = False,
+    work_dir: Pathlike | None = None,
+    resume: bool = False,
+    from_artifact: Pathlike | None = None,
+    from_capture: Pathlike | None = None,
+    progress: Progress | bool | None = None,
+    **settings: object,
+) -> ExportResult:
+    """Rotate, calibrate, quantize and write a causal LM for a runtime, and check parity there.
+
+    Args:
+        model: a checkpoint folder, a hub id, a Hugging Face model object, or ``None`` for the
+            recipe's (by default the embedded example model).
+        recipe: as ``source`` of :func:`load_recipe`.
+        output: the folder to create; by default ``out/MODEL-SCHEME-TARGET``.
+        dataset: the calibration text: a name or file, or rows: texts, conversations, token ids
+            ``[tokens]`` (written out by the tokenizer), or a ``datasets.Dataset`` of these.
+        tokenizer: needed with a model object that was not loaded from a folder; a folder will do.
+        overwrite: replace an existing output folder that rotq wrote.
+        verify: run the parity check.
+        retry: where it fails, try what would most likely mend it, and keep the first that passes.
+        work_dir: where intermediate results are kept.
+        resume: go on from what ``work_dir`` holds.
+        from_artifact: what :func:`calibrate` wrote: only write and verify.
+        from_capture: what :func:`capture` wrote.
+        progress: called after every unit of work; ``True``: bars, which ``None`` means in a
+            notebook.
+        settings: recipe values by the name of an option: ``scheme="int8"``, ``target="vllm"``.
+
+    Returns:
+        The output folder, the resolved recipe and a report for each target.
+        ``result.report.status`` is ``passed``, ``failed`` (the folder is kept) or ``unverified``.
+
+    Raises:
+        calib.errors.RotqError: a known failure, with a hint; nothing was written.
+        TypeError: a keyword that is no option.
+    """
+    if from_artifact is not None and recipe is None:
+        recipe, settings = _recipe_of_artifact(Path(from_artifact)), {"dtype": "auto", **settings}
+    if retry:
+        from exporter.commands.retry import export_until_passed as run
+    else:
+        from exporter.commands.export import export as run
+    from dataclasses import replace
+
+    given = _Given.of(model, recipe, dataset, tokenizer, settings)
+    options = replace(
+        _options(given.recipe, "export", output, overwrite, work_dir, resume, from_capture),
+        verify=verify,
+        from_artifact=None if from_artifact is None else Path(from_artifact),
+    )
+    return run(
+        given.recipe,
+        options,
+        model=given.model,
+        tokenizer=given.tokenizer,
+        progress=_progress(progress),
+    )
+
+
+def calibrate(
+    model: PreTrainedModel | Pathlike | None = None,
+    recipe: Recipe | Pathlike | Mapping[str, object] | None = None,
+    *,
+    output: Pathlike | None = None,
+    dataset: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
+    overwrite: bool = False,
+    work_dir: Pathlike | None = None,
+    resume: bool = False,
+    from_capture: Pathlike | None = None,
+    progress: Progress | bool | None = None,
+    **settings: object,
+) -> CalibrateResult:
+    """Stop at the quantized model that no runtime has shaped yet; as :func:`export`, which writes
+    it with ``from_artifact=``.
+    """
+    from exporter.commands.export import calibrate as run
+
+    given = _Given.of(model, recipe, dataset, tokenizer, settings)
+    options = _options(given.recipe, "calibrate", output, overwrite, work_dir, resume, from_capture)
+    return run(
+        given.recipe,
+        options,
+        model=given.model,
+        tokenizer=given.tokenizer,
+        progress=_progress(progress),
+    )
+
+
+def capture(
+    model: PreTrainedModel | Pathlike | None = None,
+    recipe: Recipe | Pathlike | Mapping[str, object] | None = None,
+    *,
+    output: Pathlike | None = None,
+    dataset: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
+    overwrite: bool = False,
+    progress: Progress | bool | None = None,
+    **settings: object,
+) -> Path:
+    """Only capture the statistics that rotations are trained on; as :func:`export`, which reuses
+    them with ``from_capture=``. Returns their folder.
+    """
+    from exporter.commands.export import run_capture as run
+
+    given = _Given.of(model, recipe, dataset, tokenizer, settings)
+    return run(
+        given.recipe,
+        _options(given.recipe, "capture", output, overwrite),
+        model=given.model,
+        tokenizer=given.tokenizer,
+        progress=_progress(progress),
+    )
+
+
+def rotate(
+    model: PreTrainedModel | Pathlike | None = None,
+    recipe: Recipe | Pathlike | Mapping[str, object] | None = None,
+    *,
+    output: Pathlike | None = None,
+    dataset: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
+    overwrite: bool = False,
+    write_dartquant: bool = False,
+    from_capture: Pathlike | None = None,
+    progress: Progress | bool | None = None,
+    **settings: object,
+) -> RotateResult:
+    """Write the rotated float checkpoint, which loads like the original; as :func:`export`."""
+    from exporter.commands.rotate import rotate as run
+
+    given = _Given.of(model, recipe, dataset, tokenizer, settings)
+    return run(
+        given.recipe,
+        _options(given.recipe, "rotate", output, overwrite, from_capture=from_capture),
+        write_dartquant=write_dartquant,
+        model=given.model,
+        tokenizer=given.tokenizer,
+        progress=_progress(progress),
+    )
+
+
+def stats(
+    model: PreTrainedModel | Pathlike | None = None,
+    recipe: Recipe | Pathlike | Mapping[str, object] | None = None,
+    *,
+    output: Pathlike | None = None,
+    dataset: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
+    overwrite: bool = False,
+    from_capture: Pathlike | None = None,
+    progress: Progress | bool | None = None,
+    **settings: object,
+) -> StatsResult:
+    """Statistics of every linear before and after rotation, by damage; as :func:`export`."""
+    from exporter.commands.stats import stats as run
+
+    given = _Given.of(model, recipe, dataset, tokenizer, settings)
+    return run(
+        given.recipe,
+        _options(given.recipe, "stats", output, overwrite, from_capture=from_capture),
+        model=given.model,
+        tokenizer=given.tokenizer,
+        progress=_progress(progress),
+    )
+
+
+def verify(
+    folder: Pathlike,
+    *,
+    model: Pathlike | None = None,
+    rows: int | None = None,
+    expect_sha256: str | None = None,
+    progress: Progress | bool | None = None,
+) -> Report:
+    """Repeat the parity check on an exported folder, in its runtime, and update its report.
+
+    Args:
+        folder: what :func:`export` wrote.
+        model: the float model, where it is no longer where the recipe says.
+        rows: evaluation rows; by default the recipe's.
+        expect_sha256: refuse another export than this.
+        progress: as for :func:`export`.
+
+    Raises:
+        calib.errors.RotqError: a known failure, with a hint.
+    """
+    from exporter.commands.verify import verify as run
+
+    return run(
+        Path(folder),
+        model=None if model is None else os.fspath(model),
+        rows=rows,
+        expect_sha256=expect_sha256,
+        progress=_progress(progress),
+    )
+
+
+def evaluate(
+    source: PreTrainedModel | Pathlike,
+    dataset: Dataset | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    nsamples: int | None = None,
+    device: str = "auto",
+    progress: Progress | bool | None = None,
+) -> EvalResult:
+    """Perplexity of an exported folder in its runtime, or in torch of an artifact, a checkpoint or
+    a model object (where it is).
+
+    Args:
+        source: an exported or calibrated folder, a checkpoint folder, a hub id, or a Hugging Face
+            model object.
+        dataset: as for :func:`export`; by default the embedded evaluation text.
+        tokenizer: needed with a model object that was not loaded from a folder.
+        window: tokens that the model sees at once; by default 2048, or what it takes.
+        stride: tokens that windows move on by; by default the window.
+        nsamples: documents; by default all.
+        device: where a checkpoint runs.
+        progress: as for :func:`export`.
+
+    Raises:
+        calib.errors.RotqError: a known failure, with a hint.
+    """
+    from exporter.commands.evaluate import evaluate as run
+
+    given = _tokenizer(tokenizer)
+    return run(
+        os.fspath(source) if isinstance(source, str | os.PathLike) else source,
+        None if dataset is None else _text(dataset, given, source),
+        tokenizer=given,
+        window=window,
+        stride=stride,
+        nsamples=nsamples,
+        device=device,
+        progress=_progress(progress),
+    )
+
+
+def inspect(folder: Pathlike) -> Inspection:
+    """What a folder of :func:`export` or :func:`calibrate` holds, and how its runtime executes it.
+
+    Raises:
+        calib.errors.RotqError: it is incomplete or damaged.
+    """
+    from exporter.commands.inspect import inspect_folder
+
+    return inspect_folder(Path(folder))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a caller gave, as the commands take it."""
+
+    recipe: Recipe
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel | Pathlike | None,
+        recipe: Recipe | Pathlike | Mapping[str, object] | None,
+        dataset: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase | Pathlike | None,
+        settings: Mapping[str, object],
+    ) -> _Given:
+        """Arguments as for :func:`export`."""
+        values = dict(settings)
+        own, loaded = None, _tokenizer(tokenizer)
+        if isinstance(model, str | os.PathLike):
+            values["model"] = os.fspath(model)
+        elif model is not None:
+            own = model
+            values["model"] = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        if dataset is not None:
+            where = own if own is not None else load_recipe(recipe, keyed(values)).model
+            values["calib_dataset"] = _text(dataset, loaded, where)
+        return cls(load_recipe(recipe, keyed(values)), own, loaded)
+
+
+def _text(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel | Pathlike,
+) -> str:
+    """What a recipe calls the data set; token ids are written out by the model's own tokenizer
+    where none is given and the model is in a folder."""
+    if isinstance(dataset, str | os.PathLike):
+        return os.fspath(dataset)
+    from exporter.source import load_tokenizer
+    from rotq.texts import text_source
+
+    named = isinstance(model, str | os.PathLike)
+    folder = str(model if named else getattr(model, "name_or_path", "") or "")
+    if tokenizer is None and folder and Path(folder).is_dir():
+        tokenizer = load_tokenizer(Path(folder))
+    return text_source(dataset, tokenizer)
+
+
+def _recipe_of_artifact(folder: Path) -> Path | None:
+    """The recipe that lies with it, which says where its original is."""
+    from exporter.recipe import RECIPE_FILE
+
+    saved = folder / RECIPE_FILE
+    return saved if saved.is_file() else None
+
+
+def _tokenizer(given: PreTrainedTokenizerBase | Pathlike | None) -> PreTrainedTokenizerBase | None:
+    if not isinstance(given, str | os.PathLike):
+        return given
+    from exporter.source import load_tokenizer
+
+    return load_tokenizer(Path(given))
+
+
+def _options(
+    recipe: Recipe,
+    goal: str,
+    output: Pathlike | None,
+    overwrite: bool,
+    work_dir: Pathlike | None = None,
+    resume: bool = False,
+    from_capture: Pathlike | None = None,
+) -> RunOptions:
+    from exporter.run.destination import default_output
+    from exporter.run.options import RunOptions as Options
+
+    return Options(
+        output=default_output(recipe, goal) if output is None else Path(output),
+        overwrite=overwrite,
+        work_dir=None if work_dir is None else Path(work_dir),
+        resume=resume,
+        from_capture=None if from_capture is None else Path(from_capture),
+    )
+
+
+def _progress(asked: Progress | bool | None) -> Progress:
+    from calib.process.progress import silent
+    from rotq.bars import Bars
+
+    if asked is None:
+        asked = "ipykernel" in sys.modules
+    if not isinstance(asked, bool):
+        return asked
+    return Bars() if asked else silent
