@@ -27,6 +27,7 @@ __all__ = [
     "ContentKind",
     "Dtype",
     "Fusion",
+    "Int8Weights",
     "KvBuffer",
     "ListsFiles",
     "LoadsUnrounded",
@@ -44,7 +45,7 @@ __all__ = [
     "WriteOptions",
 ]
 
-CONTRACT_VERSION = 3
+CONTRACT_VERSION = 4
 """Of what this module says. It is raised by a new option of :class:`Request`, which a backend of an
 older version need not know, and by what no older backend satisfies."""
 OLDEST_CONTRACT = 2
@@ -53,6 +54,7 @@ method of its own, and no release of rotq had it."""
 
 Logits = Literal["all", "last"]
 KvBuffer = Literal["grown", "shared"]
+Int8Weights = Literal["auto", "signed", "unsigned"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 About = Literal["linear", "cache", "rotation", "option", "model"]
 Severity = Literal["refused", "slow"]
@@ -96,6 +98,8 @@ class Request:
     prefix: int = field(default=0, metadata={_SINCE: 3})
     """How many tokens stand before every sequence, as constant keys and values of the model
     (:class:`~calib.artifact.Prefix`)."""
+    int8_weights: Int8Weights = field(default="auto", metadata={_SINCE: 4})
+    """See :class:`WriteOptions`."""
 
     def options(self, *, newer_than: int = 0) -> dict[str, object]:
         """The options that do not have their defaults, by field.
@@ -144,6 +148,11 @@ class WriteOptions:
     output to one memory."""
     max_shard_bytes: int | None = None
     """Files of weights are split beyond this size; ``None``: the backend's own limit."""
+    int8_weights: Int8Weights = "auto"
+    """``signed``: int8 weights that are multiplied by int8 inputs are stored as they are.
+    ``unsigned``: in uint8, 128 above, which multiplies exactly on every CPU, and more slowly on
+    those that multiply signed ones exactly as well. ``auto``: signed where this CPU's kernels are
+    exact with them."""
     progress: Progress = field(default=silent, compare=False)
 
 

@@ -18,6 +18,7 @@ RECIPE_KEYS = {
     "target": "target",
     "logits": "logits",
     "kv_buffer": "kv_buffer",
+    "int8_weights": "int8_weights",
     "max_shard_size": "max_shard_size",
     "scheme": "scheme",
     "kv": "kv",

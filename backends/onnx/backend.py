@@ -28,7 +28,7 @@ class OnnxBackend:
 
     name = "onnx"
     targets = tuple(TARGETS)
-    contract = 3
+    contract = 4
 
     def refusals(self, request: Request) -> list[Reason]:
         """See :class:`~backends.base.Backend`. Online rotations are standard nodes, and logits of
@@ -123,6 +123,9 @@ def _limits(target: Target) -> Limits:
     refused = target.shared_buffer_refusal()
     if refused is not None:
         options["kv_buffer"] = refused
+    refused = target.int8_weights_refusal()
+    if refused is not None:
+        options["int8_weights"] = refused
 
     return Limits(
         linear=target.refusal, slow=target.warning, cache=target.cache_refusal, options=options

@@ -13,7 +13,8 @@ Static int8 is stored in uint8 where the target gains by it, saturating at the s
 The left operand of x86's integer products is unsigned. ONNX Runtime turns a pair of int8 into one
 of uint8 only where it serves a single MatMul, while it merges pairs that are equal, as those of
 linears that read one value mostly are. Merged ones of int8 make no integer kernels. Merged ones of
-uint8 do, and the value is quantized once for all.
+uint8 do, and the value is quantized once for all. Weights of uint8 are another matter:
+:mod:`backends.onnx.weights`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from backends.onnx.linear_nodes import STORAGE, LinearNodes
+from backends.onnx.linear_nodes import STORAGE, UNSIGNED_ZERO, LinearNodes
 from backends.onnx.names import ZERO_POINT, Label, Part, initializer_name
 from calib.artifact import QuantizedLinear
 from calib.errors import BackendError
@@ -29,8 +30,6 @@ from calib.schemes import INT8, NumberFormat, PerBlock, PerCluster, TensorScheme
 
 TRT = "trt"
 """Domain of TensorRT's own operators."""
-UNSIGNED_ZERO = 128
-"""What uint8 stores for 0."""
 
 
 def quantized_input(
@@ -86,35 +85,15 @@ def _static(
     assert linear.input_scale is not None
     assert x.shape is not None
     scale = nodes.scale(Part.INPUT_SCALE, linear.input_scale)
-    zero = _input_zero_points(nodes, linear, scheme.format, unsigned=unsigned)
+    points = linear.input_zero_point
+    zero = zero_points(
+        nodes, Part.INPUT_ZERO_POINT, points, linear.input_scale, scheme.format, unsigned=unsigned
+    )
     axis = {"axis": len(x.shape) - 1} if isinstance(scheme.granularity, PerCluster) else {}
     stored = nodes.op("QuantizeLinear", [x, scale, zero], Label.QUANTIZE_INPUT, **axis)
 
     return _like(
         nodes.op("DequantizeLinear", [stored, scale, zero], Label.DEQUANTIZE_INPUT, **axis), x
-    )
-
-
-def _input_zero_points(
-    nodes: LinearNodes, linear: QuantizedLinear, fmt: NumberFormat, *, unsigned: bool
-) -> ir.Value:
-    """Zero points of the shape of the input's scales, which say as what it is stored."""
-    points, scale = linear.input_zero_point, linear.input_scale
-    assert scale is not None
-    storage = ir.DataType.UINT8 if unsigned else STORAGE[fmt.name]
-
-    if points is None:
-        return nodes.filled(
-            ZERO_POINT, tuple(scale.shape), storage, UNSIGNED_ZERO if unsigned else 0
-        )
-    if not unsigned:
-        return zero_points(nodes, Part.INPUT_ZERO_POINT, points, fmt)
-
-    return nodes.lazy(
-        initializer_name(nodes.name, Part.INPUT_ZERO_POINT),
-        points.shape,
-        storage,
-        lambda: (points.short() + UNSIGNED_ZERO).to(torch.uint8),
     )
 
 
@@ -128,14 +107,35 @@ def _of_known_width(nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear) ->
 
 
 def zero_points(
-    nodes: LinearNodes, part: Part, points: torch.Tensor, fmt: NumberFormat
+    nodes: LinearNodes,
+    part: Part,
+    points: torch.Tensor | None,
+    scale: torch.Tensor,
+    fmt: NumberFormat,
+    *,
+    unsigned: bool = False,
 ) -> ir.Value:
-    """Zero points as integers of the storage format."""
+    """Zero points of the shape of ``scale``, which say as what the integers are stored.
+
+    Args:
+        nodes: of the linear.
+        part: what they are called.
+        points: as the artifact has them; ``None``: all zero.
+        scale: that they stand beside.
+        fmt: of the integers.
+        unsigned: store int8 in uint8.
+    """
+    storage = ir.DataType.UINT8 if unsigned else STORAGE[fmt.name]
+    above = UNSIGNED_ZERO if unsigned else 0
+    if points is None:
+        return nodes.filled(ZERO_POINT, tuple(scale.shape), storage, above)
+
+    dtype = torch.uint8 if unsigned else torch.int8
     return nodes.lazy(
         initializer_name(nodes.name, part),
         points.shape,
-        STORAGE[fmt.name],
-        lambda: points.to(torch.int8).contiguous(),
+        storage,
+        lambda: (points.short() + above).to(dtype).contiguous(),
     )
 
 

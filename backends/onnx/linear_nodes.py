@@ -23,6 +23,8 @@ STORAGE = {
     "float4_e2m1": ir.DataType.FLOAT4E2M1,
 }
 """What the number formats of :mod:`calib.schemes` are in ONNX, by name."""
+UNSIGNED_ZERO = 128
+"""What uint8 stores for 0 of int8."""
 
 
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
@@ -123,6 +125,9 @@ class LinearNodes:
             weights: integers or codes, or floats of any dtype.
             dtype: as which it is stored; ``None``: floats in the dtype of the graph.
             rows: by default as many as there are input features.
+
+        Integers of int8 that are stored in uint8 are 128 above: two's complement with the sign bit
+        turned over.
         """
         out, width = sum(len(weight) for weight in weights), weights[0].shape[1]
         name, stored = initializer_name(self.name, Part.WEIGHT), dtype or self.dtype
@@ -132,6 +137,8 @@ class LinearNodes:
             missing = stop - max(start, width)
             if missing > 0:
                 turned = torch.cat([turned, turned.new_zeros(missing, out)])
+            if stored == ir.DataType.UINT8:
+                turned = turned.contiguous().view(torch.uint8) ^ UNSIGNED_ZERO
             return _tensor(
                 (turned.to(self.torch_dtype) if dtype is None else turned).contiguous(),
                 stored,

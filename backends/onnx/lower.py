@@ -20,7 +20,7 @@ parts. What follows the DequantizeLinear of the input is there where it has to b
   Runtime drops a scalar zero, and so would merge the two again.
 
 An int8 input is stored as q or as q + 128, whichever the target multiplies
-(:mod:`backends.onnx.inputs`). Linears that read one value become one MatMul where the target gains
+(:mod:`backends.onnx.inputs`), and so is an int8 weight (:mod:`backends.onnx.weights`). Linears that read one value become one MatMul where the target gains
 by it (:mod:`backends.onnx.packing`). A linear in float is rotated as well, and multiplied as it is.
 An output head that holds the numbers of the embedding reads the embedding's initializer, turned,
 which runtimes do once, when they load the graph.
@@ -46,7 +46,7 @@ from backends.onnx.weights import dequantized_weight, padded_width
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.schemes import FLOAT4, LinearScheme
+from calib.schemes import FLOAT4, INT8, LinearScheme
 
 LEAST_OPSET = 21
 """The first with INT4, float8 and blocks in DequantizeLinear."""
@@ -57,8 +57,16 @@ added.
 _FLOAT4_IR_VERSION = 11
 
 
-def lower(model: ir.Model, quantized: QuantizedModel, target: Target) -> None:
+def lower(
+    model: ir.Model, quantized: QuantizedModel, target: Target, *, unsigned_weights: bool = False
+) -> None:
     """Replace every linear's placeholder of ``model``, in place, by the linear it stands for.
+
+    Args:
+        model: a traced graph.
+        quantized: what its placeholders name.
+        target: what it is for.
+        unsigned_weights: store int8 weights that it multiplies as integers in uint8.
 
     Raises:
         BackendError: a placeholder names a linear that the artifact does not hold, a scale vanishes
@@ -71,7 +79,7 @@ def lower(model: ir.Model, quantized: QuantizedModel, target: Target) -> None:
             hint=f"use opset {LEAST_OPSET} or a newer one",
         )
 
-    _Lowering(model.graph, quantized, target).run()
+    _Lowering(model.graph, quantized, target, unsigned_weights=unsigned_weights).run()
     if any(linear.weight_scheme.format == FLOAT4 for linear in quantized.linears.values()):
         model.graph.opset_imports[""] = max(opset, FLOAT4_OPSET)
         model.ir_version = max(model.ir_version, _FLOAT4_IR_VERSION)
@@ -82,10 +90,18 @@ def lower(model: ir.Model, quantized: QuantizedModel, target: Target) -> None:
 class _Lowering:
     """One pass over one graph. Holds what the linears of a graph share."""
 
-    def __init__(self, graph: ir.Graph, quantized: QuantizedModel, target: Target) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        quantized: QuantizedModel,
+        target: Target,
+        *,
+        unsigned_weights: bool,
+    ) -> None:
         self.graph = graph
         self.quantized = quantized
         self.target = target
+        self.unsigned_weights = unsigned_weights
         self._rotated: dict[tuple[int, str], ir.Value] = {}
         self._before_float = rotations_before_float(quantized)
 
@@ -187,13 +203,24 @@ class _Lowering:
                 "Add", [x, nodes.filled(SHARED_BARRIER, (rows,), nodes.dtype)], Label.BARRIER
             )
 
-        return _product(nodes, x, dequantized_weight(nodes, linear, weights, rows), linear.bias)
+        unsigned = (
+            self.unsigned_weights
+            and linear.weight_scheme.format == INT8
+            and self._multiplied(linear)
+        )
+        weight = dequantized_weight(nodes, linear, weights, rows, unsigned=unsigned)
+        return _product(nodes, x, weight, linear.bias)
 
     def _needs_barrier(self, linear: QuantizedLinear) -> bool:
         scheme = linear.input_scheme
         if scheme is None or scheme.dynamic:
             return False
-        return not self.target.multiplies(LinearScheme(linear.weight_scheme, scheme))
+        return not self._multiplied(linear)
+
+    def _multiplied(self, linear: QuantizedLinear) -> bool:
+        """Whether its inputs and its weight become one product of integers, or of float8."""
+        scheme = LinearScheme(linear.weight_scheme, linear.input_scheme)
+        return self.target.multiplies(scheme)
 
     def _rotated_once(self, nodes: LinearNodes, x: ir.Value, rotation: str) -> ir.Value:
         """Linears that read one value behind one rotation share its nodes."""

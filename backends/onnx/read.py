@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backends.onnx.embeddings import read_embedding
 from backends.onnx.files import follow_links, read_proto
-from backends.onnx.inputs import UNSIGNED_ZERO
+from backends.onnx.linear_nodes import UNSIGNED_ZERO
 from backends.onnx.names import (
     CACHE_METADATA_KEY,
     METADATA_KEY,
@@ -35,7 +35,7 @@ from calib.artifact import QuantizedCache, QuantizedLinear
 from calib.artifact.files import cache_key
 from calib.errors import BackendError
 from calib.files.reading import MALFORMED, reason_of
-from calib.schemes import TensorScheme, tensor_scheme_from_dict
+from calib.schemes import INT8, TensorScheme, tensor_scheme_from_dict
 
 _Read = TypeVar("_Read")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -156,12 +156,13 @@ def _linear(
         if second is None
         else parts.need(Label.DEQUANTIZE_WEIGHT_SCALE, 0)
     )
-    points = parts.get(Label.DEQUANTIZE_WEIGHT, 2)
+    codes = parts.need(Label.DEQUANTIZE_WEIGHT, 0)
+    points = _points(parts, Label.DEQUANTIZE_WEIGHT, weight, scale)
     input_scale = parts.get(Label.QUANTIZE_INPUT, 1)
 
     return QuantizedLinear(
         name=name,
-        weight=_without_padding(parts.need(Label.DEQUANTIZE_WEIGHT, 0).T, parts.get(Label.PAD, 1)),
+        weight=_without_padding(_signed(codes, weight).T, parts.get(Label.PAD, 1)),
         weight_scale=_scale_values(turned(scale, weight.granularity), weight),
         weight_scheme=weight,
         bias=parts.get(Label.ADD, 1),
@@ -170,10 +171,10 @@ def _linear(
         online_rotation=entry["online_rotation"],
         weight_zero_point=None
         if points is None
-        else turned(points, weight.granularity).to(scale.dtype).contiguous(),
+        else turned(points, weight.granularity).contiguous(),
         weight_second_scale=second,
         weight_order=parts.get(Label.ORDER, 1),
-        input_zero_point=_input_points(parts, inputs, input_scale),
+        input_zero_point=_points(parts, Label.QUANTIZE_INPUT, inputs, input_scale),
     )
 
 
@@ -214,12 +215,21 @@ def _scale_values(stored: Tensor, scheme: TensorScheme) -> Tensor:
     return stored.contiguous()
 
 
-def _input_points(
-    parts: _Parts, scheme: TensorScheme | None, scale: Tensor | None
+def _signed(codes: Tensor, scheme: TensorScheme) -> Tensor:
+    """``codes``, which may be int8 stored in uint8."""
+    unsigned = scheme.format == INT8 and codes.dtype == torch.uint8
+    return (codes ^ UNSIGNED_ZERO).view(torch.int8) if unsigned else codes
+
+
+def _points(
+    parts: _Parts, label: Label, scheme: TensorScheme | None, scale: Tensor | None
 ) -> Tensor | None:
+    """The zero points of a quantizer ``label`` that has any of its own, in the dtype of ``scale``,
+    as they are beside signed integers.
+    """
     if scheme is None or scheme.symmetric or scale is None:
         return None
-    points = parts.need(Label.QUANTIZE_INPUT, 2)
+    points = parts.need(label, 2)
     return points.to(scale.dtype) - (UNSIGNED_ZERO if points.dtype == torch.uint8 else 0)
 
 

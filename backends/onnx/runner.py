@@ -13,9 +13,9 @@ from torch import Tensor
 from backends.onnx.feeds import cache_inputs, feeds, whole_row
 from backends.onnx.files import follow_links, read_proto, unreadable
 from backends.onnx.ort_options import ACCURACY_LEVEL, EXACT, session_options
-from backends.onnx.probes import ask_ort_saturation
+from backends.onnx.names import Label, linear_of
 from backends.onnx.taps import taps
-from backends.onnx.targets import ASKED_ORT
+from backends.onnx.targets import ASKED_ORT, ort_clips
 from backends.onnx.unrounded import without_rounding
 from calib.schemes import INT4, INT8, LinearScheme, PerBlock, TensorScheme
 
@@ -43,9 +43,9 @@ class OnnxModel:
         unrounded: leave out the rounding of what enters linears
             (:mod:`backends.onnx.unrounded`).
         stands_in: why ONNX Runtime runs what is another runtime's, for :attr:`runtime`; empty where
-            it is its own. It then does not optimize what it would fail to load: its kernels
+            it is its own. It then does not optimize what it would fail to load (its kernels
             quantize and dequantize float8, and its optimizer makes linears of them for which there
-            are none.
+            are none), nor what it would not compute exactly on this CPU.
 
     Raises:
         BackendError: the file or its external data is missing, damaged or refused by ONNX Runtime.
@@ -65,14 +65,14 @@ class OnnxModel:
     ) -> None:
         proto = read_proto(path)
         found = taps(proto.graph)
-        float8 = bool(stands_in) and uses_float8(proto.graph)
-        options = session_options(exact=exact, float8=float8)
+        as_written = bool(stands_in) and (uses_float8(proto.graph) or bool(ort_clips()))
+        options = session_options(exact=exact, as_written=as_written)
         approximated = any(tap.quantized and tap.multiplies_floats for tap in found.values())
         self.runtime = f"ONNX Runtime {ort.__version__} (CPU)" + (
             f"; {stands_in}" if stands_in else ""
         )
         self.note = (
-            _APPROXIMATION if approximated and not (exact or float8) and approximates() else ""
+            _APPROXIMATION if approximated and not (exact or as_written) and approximates() else ""
         )
         self._taps = found if probed else {}
         self._caches = cache_inputs(proto.graph)
@@ -92,7 +92,9 @@ class OnnxModel:
                 [name for tap in self._taps.values() for name in (tap.entering, tap.leaving)],
             )
         self._session = open_session(source, options, path)
-        self.session = _settings(self._session, exact=exact)
+        self.session = _settings(
+            self._session, exact=exact, sums=_sums(proto.graph, as_written=as_written)
+        )
 
     def forward(
         self,
@@ -144,22 +146,36 @@ def approximates() -> bool:
     return any(answer is None or answer.approximation > _ROUNDED for answer in answers)
 
 
-def _settings(session: ort.InferenceSession, *, exact: bool) -> dict[str, str]:
+def _settings(session: ort.InferenceSession, *, exact: bool, sums: str) -> dict[str, str]:
     """What a session says of itself, and of the kernels that it has on this CPU."""
     threads = session.get_session_options().intra_op_num_threads
     asked = [answer.level for answer in map(ASKED_ORT.about, _WEIGHT_ONLY) if answer is not None]
     level = EXACT[ACCURACY_LEVEL] if exact else " and ".join(map(str, sorted(set(asked))))
-    saturation = ASKED_ORT.answer("sums of products of uint8 and int8", ask_ort_saturation)
-    if saturation is None or not saturation.fused:
-        sums = "not asked"
-    else:
-        sums = "exact" if saturation.approximation < _ROUNDED else "clipped to 16 bits"
     return {
         "providers": " ".join(session.get_providers()),
         "intra_op_num_threads": str(threads or "one a core"),
         "MatMulNBits accuracy_level": level or "not asked",
         "sums of int8 products": sums,
     }
+
+
+def _sums(graph: onnx.GraphProto, *, as_written: bool) -> str:
+    """What a session on this CPU makes of sums of products of int8."""
+    if as_written:
+        return "floats"
+    unsigned = {
+        node.input[0]
+        for node in graph.node
+        if linear_of(node.name, Label.DEQUANTIZE_WEIGHT) is not None
+    } & {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.UINT8
+    }
+    if unsigned:
+        return "exact, of weights stored in uint8"
+    clips = ort_clips()
+    return "not asked" if clips is None else "clipped to 16 bits" if clips else "exact"
 
 
 def open_session(

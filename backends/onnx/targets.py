@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from backends.base import Int8Weights
 from backends.facts import OPENVINO, ORT, TENSORRT_RTX, How, Runtime, stated
 from backends.onnx.asking import Answer, Asked
 from backends.rules import Rule, first_reason, is_dynamic, tensor_schemes
@@ -76,6 +77,10 @@ class Target:
     unsigned_inputs: bool = False
     """Whether int8 inputs with calibrated scales are stored in uint8, 128 above: what its kernels
     multiply, and what it fuses where linears share an input (:mod:`backends.onnx.inputs`)."""
+    clips: Callable[[], bool] | None = None
+    """Whether its products of unsigned inputs and signed weights are clipped on this CPU, so that
+    weights are better stored unsigned too (:mod:`backends.onnx.weights`); ``None``: it takes signed
+    weights alone, or chooses by itself."""
     counts_by_mask: bool = False
     """Whether the mask says how long the cache is, even where it holds fewer rows
     (:mod:`backends.onnx.cache_length`)."""
@@ -109,6 +114,18 @@ class Target:
         it can.
         """
         return None if self.shared_buffer is None else stated(self.shared_buffer, [self.runtime])
+
+    def stores_unsigned(self, int8_weights: Int8Weights) -> bool:
+        """Whether int8 weights that it multiplies are stored in uint8 where that is asked for
+        (:attr:`backends.base.WriteOptions.int8_weights`).
+        """
+        if self.clips is None or int8_weights == "signed":
+            return False
+        return int8_weights == "unsigned" or self.clips()
+
+    def int8_weights_refusal(self) -> str | None:
+        """Why nobody chooses how its int8 weights are stored; ``None`` if one can."""
+        return None if self.clips is not None else f"{self.runtime.name} takes int8 weights as int8"
 
     @property
     def _here(self) -> str:
@@ -239,6 +256,18 @@ def _ask_openvino(scheme: LinearScheme) -> Answer:
 
 ASKED_ORT = Asked(ORT, "onnxruntime", _ask_ort)
 """ONNX Runtime, if it is installed."""
+_EXACT = 1e-4
+"""Relative error of sums that are not clipped, with room for float32."""
+
+
+def ort_clips() -> bool | None:
+    """Whether ONNX Runtime clips sums of products of uint8 and int8 on this CPU; ``None`` where it
+    is not there to tell, or has no such kernel.
+    """
+    from backends.onnx.probes import ask_ort_saturation
+
+    answer = ASKED_ORT.answer("sums of products of uint8 and int8", ask_ort_saturation)
+    return None if answer is None or not answer.fused else answer.approximation > _EXACT
 
 _NO_BFLOAT16 = (
     "nothing on a CPU runs a graph of bfloat16: ONNX Runtime, in which it would be checked, has no"
@@ -286,6 +315,7 @@ _ORT = Target(
     branches=True,
     counts_by_mask=True,
     unsigned_inputs=True,
+    clips=lambda: bool(ort_clips()),
 )
 
 _OPENVINO = Target(

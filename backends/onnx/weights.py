@@ -7,6 +7,16 @@
 
 The weight is stored transposed from the artifact's ``[out, in]`` so that its DequantizeLinear feeds
 MatMul directly: the form that runtimes turn into a kernel.
+
+An int8 weight that is multiplied by integers may be stored in uint8, ``w + 128`` around ``z + 128``.
+Processors with AVX2 or AVX-512 and without VNNI multiply unsigned by signed bytes with one
+instruction (VPMADDUBSW) that adds two products in 16 bits:
+
+    |x_k w_k + x_(k+1) w_(k+1)| <= 32767,    0 <= x <= 255,  -128 <= w <= 127,    or it is clipped
+
+which inputs around 128 reach where two weights are large: of normal ones relative L2 1.6 % of the
+product is lost. For two unsigned bytes the same processors widen both to 16 bits first, and add in
+32: exact, and in 1.3 times the time. With VNNI signed weights are exact, and faster.
 """
 
 from __future__ import annotations
@@ -27,7 +37,12 @@ E8M0_BIAS = 127
 
 
 def dequantized_weight(
-    nodes: LinearNodes, linear: QuantizedLinear, weights: Sequence[Tensor], rows: int
+    nodes: LinearNodes,
+    linear: QuantizedLinear,
+    weights: Sequence[Tensor],
+    rows: int,
+    *,
+    unsigned: bool = False,
 ) -> ir.Value:
     """The weight ``[rows, out]`` in the dtype of the graph.
 
@@ -36,9 +51,11 @@ def dequantized_weight(
         linear: its scale format is ``e8m0`` only with float8.
         weights: what its rows are read from, in turn.
         rows: input features, and further ones that are zero; see :func:`padded_width`.
+        unsigned: it is of int8, and stored in uint8.
     """
     scheme = linear.weight_scheme
-    codes = nodes.weight(weights, STORAGE[scheme.format.name], rows)
+    stored = ir.DataType.UINT8 if unsigned else STORAGE[scheme.format.name]
+    codes = nodes.weight(weights, stored, rows)
 
     match scheme.scale_format:
         case "e4m3":
@@ -46,13 +63,15 @@ def dequantized_weight(
         case "e8m0" | "e8m0-floor":
             return _mxfp8(nodes, linear, codes)
 
-    inputs = [
-        codes,
-        nodes.scale(Part.WEIGHT_SCALE, turned(linear.weight_scale, scheme.granularity)),
-    ]
-    if linear.weight_zero_point is not None:
-        points = turned(linear.weight_zero_point, scheme.granularity)
-        inputs.append(zero_points(nodes, Part.WEIGHT_ZERO_POINT, points, scheme.format))
+    scale, points = (
+        None if each is None else turned(each, scheme.granularity)
+        for each in (linear.weight_scale, linear.weight_zero_point)
+    )
+    assert scale is not None  # every quantized weight has one
+    inputs = [codes, nodes.scale(Part.WEIGHT_SCALE, scale)]
+    if points is not None or unsigned:
+        part = Part.WEIGHT_ZERO_POINT
+        inputs.append(zero_points(nodes, part, points, scale, scheme.format, unsigned=unsigned))
 
     return nodes.op(
         "DequantizeLinear", inputs, Label.DEQUANTIZE_WEIGHT, **_attributes(scheme.granularity)

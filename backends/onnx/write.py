@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from backends.base import WriteOptions
+from backends.base import Int8Weights, WriteOptions
 from backends.onnx.attention import lower_attention
 from backends.onnx.cache import quantize_cache
 from backends.onnx.cache_length import leave_room
@@ -44,7 +44,12 @@ def write(model: QuantizedModel, path: Path, options: WriteOptions) -> None:
     target, progress = TARGETS[options.target], options.progress
     shared = options.kv_buffer == "shared"
     graph = build(
-        model, target, last_logits=options.logits == "last", shared_buffer=shared, progress=progress
+        model,
+        target,
+        last_logits=options.logits == "last",
+        shared_buffer=shared,
+        int8_weights=options.int8_weights,
+        progress=progress,
     )
     save(graph, path, max_shard_bytes=options.max_shard_bytes, progress=progress)
     if target.compute_dtype in GENAI_DTYPES:
@@ -63,9 +68,12 @@ def build(
     *,
     last_logits: bool = False,
     shared_buffer: bool = False,
+    int8_weights: Int8Weights = "auto",
     progress: Progress = silent,
 ) -> ir.Model:
-    """The graph of ``model`` in memory, its large initializers still unread."""
+    """The graph of ``model`` in memory, its large initializers still unread; the options are those
+    of :class:`~backends.base.WriteOptions`.
+    """
     request = TraceRequest(
         config=model.config,
         dtype=model.dtype,
@@ -93,7 +101,8 @@ def build(
 
     # only now weights come in
     fill(graph, model.floats)
-    lower(graph, with_experts_apart(model), target)
+    unsigned = target.stores_unsigned(int8_weights)
+    lower(graph, with_experts_apart(model), target, unsigned_weights=unsigned)
     if shared_buffer:
         fuse_residual_norms(graph)
 

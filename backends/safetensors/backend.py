@@ -43,6 +43,7 @@ _OF_BUNDLES = Limits(
     options={
         "logits": "a bundle holds weights; which logits are computed is up to whoever loads it",
         "kv_buffer": "a bundle holds weights; how a cache is kept is up to whoever loads it",
+        "int8_weights": "the layout of a bundle says how int8 weights are stored",
     }
 )
 """What no target of a bundle can be written with."""
@@ -57,7 +58,7 @@ class SafetensorsBackend:
 
     name = "safetensors"
     targets = tuple(TARGETS)
-    contract = 3
+    contract = 4
 
     def refusals(self, request: Request) -> list[Reason]:
         """See :class:`~backends.base.Backend`."""

@@ -140,6 +140,17 @@ class WritingFlags:
             rich_help_panel=RUN,
         ),
     ] = None
+    int8_weights: Annotated[
+        Literal["auto", "signed", "unsigned"] | None,
+        typer.Option(
+            "--int8-weights",
+            help=(
+                "How a graph stores them: signed is fastest on CPUs with VNNI, unsigned is "
+                "exact on all; default: auto, as this CPU multiplies."
+            ),
+            rich_help_panel=RUN,
+        ),
+    ] = None
     max_shard_size: Annotated[
         str | None,
         typer.Option(

@@ -131,6 +131,7 @@ def check_backend(recipe: Recipe, flags: Mapping[str, Any], *, write: bool = Tru
             rotations=recipe.rotate.certain,
             logits=recipe.logits,
             kv_buffer=recipe.kv_buffer,
+            int8_weights=recipe.int8_weights,
             dtype=recipe.dtype,
             prefix=recipe.certain_prefix,
         )

@@ -70,6 +70,8 @@ def _writing(recipe: Recipe) -> dict[str, str]:
         shown["logits"] = "of the last token only"
     if recipe.kv_buffer == "shared":
         shown["kv buffer"] = "one that goes in and out, written in place"
+    if recipe.int8_weights != "auto":
+        shown["int8 weights"] = recipe.int8_weights
     if recipe.max_shard_size is not None:
         shown["shards"] = f"of up to {recipe.max_shard_size}"
     return shown

@@ -227,6 +227,10 @@ class Recipe(_Section):
     kv_buffer: Annotated[Literal["grown", "shared"], WRITING] = "grown"
     """Keys and values are ``grown`` by the new tokens on each run, or written into one ``shared``
     buffer with room for all of them."""
+    int8_weights: Annotated[Literal["auto", "signed", "unsigned"], WRITING] = "auto"
+    """Whether a graph stores int8 weights that are multiplied by int8 inputs ``signed``, which is
+    fastest on processors that multiply them exactly, or ``unsigned``, which is exact on all;
+    ``auto``: as this machine's is."""
     max_shard_size: Annotated[str | None, WRITING] = None
     """Files of weights are split beyond this size (``2GB``, ``500MiB``); ``None``: the backend's
     own limit.

@@ -195,6 +195,7 @@ class Destination:
             linears=linears,
             logits=recipe.logits,
             kv_buffer=recipe.kv_buffer,
+            int8_weights=recipe.int8_weights,
             max_shard_bytes=recipe.max_shard_bytes,
             dtype=recipe.dtype,
         )

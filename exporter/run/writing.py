@@ -80,6 +80,7 @@ def _write(
             target,
             logits=recipe.logits,
             kv_buffer=recipe.kv_buffer,
+            int8_weights=recipe.int8_weights,
             max_shard_bytes=recipe.max_shard_bytes,
             progress=clock.progress,
         )
