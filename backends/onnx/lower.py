@@ -20,10 +20,11 @@ parts. What follows the DequantizeLinear of the input is there where it has to b
   Runtime drops a scalar zero, and so would merge the two again.
 
 An int8 input is stored as q or as q + 128, whichever the target multiplies
-(:mod:`backends.onnx.inputs`), and so is an int8 weight (:mod:`backends.onnx.weights`). Linears that read one value become one MatMul where the target gains
-by it (:mod:`backends.onnx.packing`). A linear in float is rotated as well, and multiplied as it is.
-An output head that holds the numbers of the embedding reads the embedding's initializer, turned,
-which runtimes do once, when they load the graph.
+(:mod:`backends.onnx.inputs`), and so is an int8 weight (:mod:`backends.onnx.weights`). Linears that
+read one value become one MatMul where the target gains by it (:mod:`backends.onnx.packing`). A
+linear in float is rotated as well, and multiplied as it is. An output head that holds the numbers
+of the embedding reads the embedding's initializer, turned, which runtimes do once, when they load
+the graph.
 """
 
 from __future__ import annotations

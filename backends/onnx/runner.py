@@ -12,8 +12,8 @@ from torch import Tensor
 
 from backends.onnx.feeds import cache_inputs, feeds, whole_row
 from backends.onnx.files import follow_links, read_proto, unreadable
-from backends.onnx.ort_options import ACCURACY_LEVEL, EXACT, session_options
 from backends.onnx.names import Label, linear_of
+from backends.onnx.ort_options import ACCURACY_LEVEL, EXACT, session_options
 from backends.onnx.taps import taps
 from backends.onnx.targets import ASKED_ORT, ort_clips
 from backends.onnx.unrounded import without_rounding
@@ -167,11 +167,7 @@ def _sums(graph: onnx.GraphProto, *, as_written: bool) -> str:
         node.input[0]
         for node in graph.node
         if linear_of(node.name, Label.DEQUANTIZE_WEIGHT) is not None
-    } & {
-        tensor.name
-        for tensor in graph.initializer
-        if tensor.data_type == onnx.TensorProto.UINT8
-    }
+    } & {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
     if unsigned:
         return "exact, of weights stored in uint8"
     clips = ort_clips()

@@ -269,6 +269,7 @@ def ort_clips() -> bool | None:
     answer = ASKED_ORT.answer("sums of products of uint8 and int8", ask_ort_saturation)
     return None if answer is None or not answer.fused else answer.approximation > _EXACT
 
+
 _NO_BFLOAT16 = (
     "nothing on a CPU runs a graph of bfloat16: ONNX Runtime, in which it would be checked, has no"
     " MatMul for it"

@@ -8,8 +8,8 @@
 The weight is stored transposed from the artifact's ``[out, in]`` so that its DequantizeLinear feeds
 MatMul directly: the form that runtimes turn into a kernel.
 
-An int8 weight that is multiplied by integers may be stored in uint8, ``w + 128`` around ``z + 128``.
-Processors with AVX2 or AVX-512 and without VNNI multiply unsigned by signed bytes with one
+An int8 weight that is multiplied by integers may be stored in uint8, ``w + 128`` around ``z +
+128``. Processors with AVX2 or AVX-512 and without VNNI multiply unsigned by signed bytes with one
 instruction (VPMADDUBSW) that adds two products in 16 bits:
 
     |x_k w_k + x_(k+1) w_(k+1)| <= 32767,    0 <= x <= 255,  -128 <= w <= 127,    or it is clipped

@@ -106,6 +106,15 @@ class Case:
         return activation is not None and activation.needs_calibration
 
     @property
+    def clips(self) -> bool:
+        """Whether the runtime clips sums of products on the machine that ran it."""
+        return any(
+            value.startswith("clipped")
+            for row in self.report.parity
+            for value in row.session.values()
+        )
+
+    @property
     def smoothed(self) -> bool:
         """Whether anything smooths, by the recipe or by the choice of the gate."""
         return self.report.calibration.smoothing != "none"
@@ -161,6 +170,14 @@ RULES: tuple[Rule, ...] = (
         lambda case: [{}],
         "the files are not what was calibrated: no setting mends that; if it happens again, report"
         " it with report.json and the output of 'rotq env'",
+    ),
+    Rule(
+        "unsigned",
+        ("runtime", "quality"),
+        lambda case: case.clips,
+        lambda case: [{"int8_weights": "unsigned"}],
+        "this processor clips sums of signed int8 products (it has no VNNI); weights stored in"
+        " uint8 are multiplied exactly on every one",
     ),
     Rule(
         "auto",

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from backends.base import Int8Weights
 from backends.onnx.lower import lower
 from backends.onnx.names import METADATA_KEY
 from backends.onnx.placeholders import DOMAIN, LINEAR, MODULE_ATTRIBUTE
@@ -105,7 +106,7 @@ class Single:
         found: Tensor = self.reference(self.inputs.float())
         return found
 
-    def graph(self, target: str, copies: int = 1) -> ir.Model:
+    def graph(self, target: str, copies: int = 1, int8_weights: Int8Weights = "auto") -> ir.Model:
         """``x -> y``, or several times the same linear on one ``x``, in the dtype of the linear's
         scales.
         """
@@ -128,15 +129,17 @@ class Single:
             [x], outputs, nodes=nodes, opset_imports={"": TARGETS[target].opset}, name="single"
         )
         model = ir.Model(graph, ir_version=10)
-        lower(model, self.model(copies), TARGETS[target])
+        unsigned = TARGETS[target].stores_unsigned(int8_weights)
+        lower(model, self.model(copies), TARGETS[target], unsigned_weights=unsigned)
         model.metadata_props[METADATA_KEY] = json.dumps(
             {name: self.linear.description() for name in _names(copies)}
         )
         return model
 
-    def bytes(self, target: str, copies: int = 1) -> bytes:
+    def bytes(self, target: str, copies: int = 1, int8_weights: Int8Weights = "auto") -> bytes:
         """The same as an ``.onnx`` file."""
-        data: bytes = ir.to_proto(self.graph(target, copies)).SerializeToString()
+        proto = ir.to_proto(self.graph(target, copies, int8_weights))
+        data: bytes = proto.SerializeToString()
         return data
 
     def model(self, copies: int = 1) -> QuantizedModel:

@@ -411,6 +411,7 @@ def test_a_folder_without_config_and_a_file_are_refused(tmp_path: Path) -> None:
         ({"target": "ort", "dtype": "bfloat16"}, "--dtype bfloat16: nothing on a CPU runs"),
         ({"target": "ort", "dtype": "float16"}, "--dtype float16: ONNX Runtime's CPU"),
         ({"target": "openvino", "kv_buffer": "shared"}, "--kv-buffer shared: OpenVINO has no"),
+        ({"target": "tensorrt", "int8_weights": "unsigned"}, "--int8-weights unsigned: Tens"),
     ],
 )
 def test_a_plan_refuses_options_as_the_run_would(

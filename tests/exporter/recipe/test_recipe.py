@@ -45,6 +45,10 @@ def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path
         ("rotate: r1,r9", "expected 'auto', 'none' or distinct names"),
         ("rotate: r1,r1", "distinct"),
         ("dtype: float64", "'dtype'"),
+        (
+            "int8_weights: either",
+            "'int8_weights': Input should be 'auto', 'signed' or 'unsigned'",
+        ),
         ("kv_buffer: ring", "'kv_buffer': Input should be 'grown' or 'shared'"),
         ("- a\n- b", "must be a mapping"),
         ("a: [", "not valid YAML"),
@@ -139,7 +143,8 @@ def test_what_an_artifact_and_a_work_folder_fix_is_said_by_the_recipe() -> None:
     """The whole list, so that a new field is a decision."""
     free = {key for key in settings() if not Recipe.scope(key).fixed_by_artifact}
     running = {"model", "revision", "device", "dtype"}
-    writing = {"trust_remote_code", "backend", "target", "logits", "kv_buffer", "max_shard_size"}
+    how = {"logits", "kv_buffer", "int8_weights", "max_shard_size"}
+    writing = {"trust_remote_code", "backend", "target", *how}
     assert free == running | writing
     unkept = {key for key in settings() if not Recipe.scope(key).fixed_by_work_dir}
     assert unkept == writing | {"layerwise.max_memory", "ignore_unused"}

@@ -46,6 +46,7 @@ QUALITY = missed(3, "perplexity ratio")
 RANGES = missed(0, "share of ranges that do not fit", 0.5, 0.25)
 END_TO_END = missed(2, "relative L2", 2e-5, 1e-5)
 FLIPS = END_TO_END.model_copy(update={"name": "one-flip floor", "bound": None, "passed": None})
+CLIPPED = {"sums of int8 products": "clipped to 16 bits"}
 MASSIVE = [MassiveSummary(name=DOWN, ratio=900.0)]
 
 
@@ -62,6 +63,7 @@ INT4 = {"scheme": "int4-weight-only"}
 PLAIN = {**INT4, "weights.algorithm": "rtn", "weights.block_size": 128}
 FAILED = {
     "again": Failed((missed(0, "altered", 1, 0),)),
+    "unsigned": Failed((END_TO_END.model_copy(update={"session": CLIPPED}),)),
     "auto": Failed(recipe={"rotate": "r1"}),
     "prefix": Failed(recipe={"prefix": "none"}, report={"massive": MASSIVE}),
     "rows": Failed((END_TO_END, FLIPS)),
