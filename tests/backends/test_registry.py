@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backends.asking import refusal_of
-from backends.base import Request
+from backends.base import CONTRACT_VERSION, Request
 from backends.onnx.backend import OnnxBackend
 from backends.registry import available, get_backend, target_of
 from backends.time_limit import time_limit
@@ -127,7 +127,7 @@ def test_another_version_of_the_contract_is_refused_in_one_line(
 ) -> None:
     line = (
         f"was written for version {version} of the backend contract, and this rotq takes versions"
-        " 2 to 3"
+        f" 2 to {CONTRACT_VERSION}"
     )
     with pytest.raises(BackendError) as caught:
         get_backend(name)

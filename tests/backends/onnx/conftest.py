@@ -20,11 +20,13 @@ from backends.onnx.backend import OnnxBackend
 from backends.onnx.file_names import DATA_FILE, MODEL_FILE
 from backends.onnx.names import members
 from backends.onnx.runner import OnnxModel
+from backends.onnx.targets import TARGETS
 from calib.architectures import Kind
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.fusing import fuse
 from calib.measure.reference import build_reference
 from calib.rotations.rotation_set import RotationSet, hadamard_rotation
+from calib.schemes import LinearScheme
 from tests.tiny import CONFIGS, SIZES, fuse_tiny, make_tiny, quantize_fused
 
 ALL: tuple[Kind, ...] = ("r1", "r2", "r4")
@@ -61,6 +63,14 @@ class Exported:
             self.quantized.linears
         )
         return found
+
+    @staticmethod
+    def stored_as(linear: QuantizedLinear) -> str:
+        """ONNX's name of the type that the weight of ``linear`` has on this machine."""
+        target = TARGETS["ort"]
+        multiplied = target.multiplies(LinearScheme(linear.weight_scheme, linear.input_scheme))
+        unsigned = multiplied and target.stores_unsigned("auto")
+        return "uint8" if unsigned else linear.weight_scheme.format.name
 
     def runtime(self) -> OnnxModel:
         """In ONNX Runtime, with arithmetic as written."""

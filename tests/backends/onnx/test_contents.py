@@ -50,7 +50,7 @@ def test_kinds_are_those_of_the_artifact(exported: Exported) -> None:
     assert by_kind["quantized weight"] == len(products)
     for name, (linear, *_) in products.items():
         assert found[f"{name}.weight"].kind == "quantized weight"
-        assert found[f"{name}.weight"].dtype == linear.weight_scheme.format.name
+        assert found[f"{name}.weight"].dtype == exported.stored_as(linear)
         assert found[f"{name}.weight_scale"].kind == "scale"
     for name, tensor in exported.quantized.floats.items():
         if name in found:

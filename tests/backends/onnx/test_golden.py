@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from backends.base import Int8Weights
 from backends.onnx.targets import TARGETS
 from backends.onnx.write import build
 from calib.artifact import QuantizedModel
@@ -57,11 +58,15 @@ def expressed(target: str, scheme: Scheme) -> bool:
     return scheme.linear is None or TARGETS[target].refusal(scheme.linear) is None
 
 
-CASES = [
-    (target, name)
-    for target in TARGETS
-    for name, scheme in SCHEMES.items()
-    if expressed(target, scheme)
+CASES: list[tuple[str, str, Int8Weights]] = [
+    *[
+        (target, name, "signed")
+        for target in TARGETS
+        for name, scheme in SCHEMES.items()
+        if expressed(target, scheme)
+    ],
+    ("ort", "int8", "unsigned"),
+    ("ort", "int8-zero-points", "unsigned"),
 ]
 
 
@@ -106,11 +111,18 @@ def described(model: ir.Model) -> str:
     return "\n".join(lines).replace(_LAYER, "") + "\n"
 
 
-@pytest.mark.parametrize(("target", "name"), CASES)
-def test_the_graph_is_the_golden_one(target: str, name: str, regenerate_golden: bool) -> None:
+def place(target: str, name: str, int8_weights: Int8Weights) -> Path:
+    """The file of a case."""
+    return Path(target, f"{name}-unsigned.txt" if int8_weights == "unsigned" else f"{name}.txt")
+
+
+@pytest.mark.parametrize(("target", "name", "int8_weights"), CASES)
+def test_the_graph_is_the_golden_one(
+    target: str, name: str, int8_weights: Int8Weights, regenerate_golden: bool
+) -> None:
     model = quantized(name, getattr(torch, TARGETS[target].compute_dtype))
-    found = described(build(model, TARGETS[target]))
-    path = GOLDEN / target / f"{name}.txt"
+    found = described(build(model, TARGETS[target], int8_weights=int8_weights))
+    path = GOLDEN / place(target, name, int8_weights)
     if regenerate_golden:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(found, encoding="utf-8")
@@ -119,5 +131,5 @@ def test_the_graph_is_the_golden_one(target: str, name: str, regenerate_golden: 
 
 def test_there_are_no_others() -> None:
     assert {path.relative_to(GOLDEN) for path in GOLDEN.rglob("*.txt")} == {
-        Path(target, f"{name}.txt") for target, name in CASES
+        place(*case) for case in CASES
     }

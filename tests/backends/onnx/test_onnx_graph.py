@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
@@ -82,9 +83,8 @@ def test_weights_are_integer_initializers_in_front_of_their_matmul(exported: Exp
             linear.weight.shape[1],
             sum(len(each.weight) for each in pack),
         )
-        assert weight.data_type == onnx.TensorProto.DataType.Value(
-            linear.weight_scheme.format.name.upper()
-        )
+        kind = exported.stored_as(linear)
+        assert weight.data_type == onnx.TensorProto.DataType.Value(kind.upper())
         assert nodes[f"{name}/MatMul"].input[1] == dequantize.output[0]
         attributes = {attribute.name: attribute.i for attribute in dequantize.attribute}
         granularity = linear.weight_scheme.granularity
@@ -92,7 +92,7 @@ def test_weights_are_integer_initializers_in_front_of_their_matmul(exported: Exp
         assert attributes == (
             {"axis": 0, "block_size": granularity.size} if blocked else {"axis": 1}
         )
-        assert len(dequantize.input) == 2  # no zero point
+        assert len(dequantize.input) == (3 if kind == "uint8" else 2)  # no zero point of its own
 
 
 def test_symmetric_inputs_are_unsigned_around_128_and_scales_positive(exported: Exported) -> None:
@@ -113,9 +113,7 @@ def test_large_initializers_are_external_and_the_file_itself_is_small(exported: 
     external = 0
     for tensor in exported.graph.initializer:
         elements = int(np.prod(tensor.dims))
-        bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8, onnx.TensorProto.INT64: 64}.get(
-            tensor.data_type, 32
-        )
+        bits = ir.DataType(tensor.data_type).bitwidth
         if elements * bits / 8 > INLINE_BYTES:
             assert tensor.data_location == onnx.TensorProto.EXTERNAL, tensor.name
             entries = {entry.key: entry.value for entry in tensor.external_data}
