@@ -30,6 +30,18 @@ _QUESTIONS = Path(__file__).with_name("probes.py")
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a target has a linear written."""
+
+    unsigned_inputs: bool = False
+    """Int8 inputs with calibrated scales are stored in uint8."""
+    unsigned_weights: bool = False
+    """Int8 weights are stored in uint8."""
+    barrier: bool = False
+    """A vector of zeros is added to the rounded input."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a runtime makes of one linear."""
 

@@ -35,6 +35,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 from torch import Tensor
 
+from backends.base import Int8Weights
 from backends.onnx.inputs import TRT, pad_features, quantized_input
 from backends.onnx.linear_nodes import LinearNodes
 from backends.onnx.names import SHARED_BARRIER, Label, Part, initializer_name, node_name
@@ -47,7 +48,7 @@ from backends.onnx.weights import dequantized_weight, padded_width
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedLinear, QuantizedModel
 from calib.errors import BackendError
-from calib.schemes import FLOAT4, INT8, LinearScheme
+from calib.schemes import FLOAT4, LinearScheme
 
 LEAST_OPSET = 21
 """The first with INT4, float8 and blocks in DequantizeLinear."""
@@ -59,7 +60,11 @@ _FLOAT4_IR_VERSION = 11
 
 
 def lower(
-    model: ir.Model, quantized: QuantizedModel, target: Target, *, unsigned_weights: bool = False
+    model: ir.Model,
+    quantized: QuantizedModel,
+    target: Target,
+    *,
+    int8_weights: Int8Weights = "auto",
 ) -> None:
     """Replace every linear's placeholder of ``model``, in place, by the linear it stands for.
 
@@ -67,7 +72,8 @@ def lower(
         model: a traced graph.
         quantized: what its placeholders name.
         target: what it is for.
-        unsigned_weights: store int8 weights that it multiplies as integers in uint8.
+        int8_weights: how those are stored that it multiplies as integers; see
+            :class:`~backends.base.WriteOptions`.
 
     Raises:
         BackendError: a placeholder names a linear that the artifact does not hold, a scale vanishes
@@ -80,7 +86,7 @@ def lower(
             hint=f"use opset {LEAST_OPSET} or a newer one",
         )
 
-    _Lowering(model.graph, quantized, target, unsigned_weights=unsigned_weights).run()
+    _Lowering(model.graph, quantized, target, int8_weights).run()
     if any(linear.weight_scheme.format == FLOAT4 for linear in quantized.linears.values()):
         model.graph.opset_imports[""] = max(opset, FLOAT4_OPSET)
         model.ir_version = max(model.ir_version, _FLOAT4_IR_VERSION)
@@ -96,13 +102,12 @@ class _Lowering:
         graph: ir.Graph,
         quantized: QuantizedModel,
         target: Target,
-        *,
-        unsigned_weights: bool,
+        int8_weights: Int8Weights,
     ) -> None:
         self.graph = graph
         self.quantized = quantized
         self.target = target
-        self.unsigned_weights = unsigned_weights
+        self.int8_weights = int8_weights
         self._rotated: dict[tuple[int, str], ir.Value] = {}
         self._before_float = rotations_before_float(quantized)
 
@@ -191,37 +196,23 @@ class _Lowering:
         self, nodes: LinearNodes, x: ir.Value, linear: QuantizedLinear, weights: Sequence[Tensor]
     ) -> ir.Value:
         rows = padded_width(linear, whole_blocks=self.target.whole_blocks)
+        scheme = LinearScheme(linear.weight_scheme, linear.input_scheme)
+        form = self.target.form(scheme, self.int8_weights)
         if linear.online_rotation is not None:
             x = self._rotated_once(nodes, x, linear.online_rotation)
         if linear.input_scheme is not None:
-            x = quantized_input(nodes, x, linear, unsigned=self.target.unsigned_inputs)
+            x = quantized_input(nodes, x, linear, unsigned=form.unsigned_inputs)
         if linear.weight_order is not None:
             x = self._ordered(nodes, x, linear.weight_order)
         x = pad_features(nodes, x, rows - linear.weight.shape[1])
 
-        if self._needs_barrier(linear):
+        if form.barrier:
             x = nodes.op(
                 "Add", [x, nodes.filled(SHARED_BARRIER, (rows,), nodes.dtype)], Label.BARRIER
             )
 
-        unsigned = (
-            self.unsigned_weights
-            and linear.weight_scheme.format == INT8
-            and self._multiplied(linear)
-        )
-        weight = dequantized_weight(nodes, linear, weights, rows, unsigned=unsigned)
+        weight = dequantized_weight(nodes, linear, weights, rows, unsigned=form.unsigned_weights)
         return _product(nodes, x, weight, linear.bias)
-
-    def _needs_barrier(self, linear: QuantizedLinear) -> bool:
-        scheme = linear.input_scheme
-        if scheme is None or scheme.dynamic:
-            return False
-        return not self._multiplied(linear)
-
-    def _multiplied(self, linear: QuantizedLinear) -> bool:
-        """Whether its inputs and its weight become one product of integers, or of float8."""
-        scheme = LinearScheme(linear.weight_scheme, linear.input_scheme)
-        return self.target.multiplies(scheme)
 
     def _rotated_once(self, nodes: LinearNodes, x: ir.Value, rotation: str) -> ir.Value:
         """Linears that read one value behind one rotation share its nodes."""

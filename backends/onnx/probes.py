@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from backends.onnx.asking import Answer
+from backends.onnx.asking import Answer, Form
 from calib.schemes import INT4, LinearScheme, PerBlock, PerChannel, PerCluster, TensorScheme
 
 _OUT = 24
@@ -36,15 +36,14 @@ _STEP = 0.02
 """Scale of the inputs: normal ones then fill the range of int8 up to a few that are clipped."""
 
 
-def ask_ort(scheme: LinearScheme, *, unsigned: bool, barrier: bool) -> Answer:
+def ask_ort(scheme: LinearScheme, form: Form) -> Answer:
     """What a default session of ONNX Runtime executes a linear of ``scheme`` with.
 
     Args:
         scheme: with scales in float32, calibrated ones for the input.
-        unsigned: int8 inputs are stored as uint8.
-        barrier: a vector of zeros is added to the rounded input.
+        form: how it is written.
     """
-    graph = linear_graph(scheme, unsigned=unsigned, barrier=barrier)
+    graph = linear_graph(scheme, form)
     try:
         nodes = _ort_optimized(graph)
         weights = next((node for node in nodes if node.op_type == _ORT_WEIGHTS), None)
@@ -63,59 +62,87 @@ def ask_ort_saturation() -> Answer:
     """Whether ONNX Runtime's product of uint8 and int8 on this CPU keeps the sum of two products
     that int16 does not.
 
-    Processors with AVX2 and without VNNI add pairs of products in 16 bits, and clip them to 32767.
+    x86 processors without VNNI add pairs of products in 16 bits, and clip them to 32767
+    (:mod:`backends.onnx.weights`).
     """
+    graph, x, wanted = _largest()
+    try:
+        kernels = {node.op_type for node in _ort_optimized(graph)}
+        kernel = next((name for name in _ORT_INTEGER if name in kernels), "")
+        found = _ort_session(graph, exact=False).run(None, {"x": x})[0]
+    except Exception as error:
+        return Answer("", fused=False, refused=_line(error))
+    return Answer(
+        kernel, fused=bool(kernel), approximation=float(abs(found - wanted).max() / wanted)
+    )
+
+
+def ask_openvino_saturation() -> Answer:
+    """The same of OpenVINO's CPU plugin."""
+    import openvino as ov
+
+    from backends.onnx import openvino_options as options
+
+    graph, x, wanted = _largest()
+    try:
+        model = ov.Core().read_model(graph.SerializeToString())
+        compiled = ov.Core().compile_model(model, options.DEVICE, options.AS_WRITTEN)
+        kernel = _openvino_product(compiled)
+        found = compiled([x])[0]
+    except RuntimeError as error:
+        return Answer("", fused=False, refused=_line(error))
+    fused = kernel.endswith((" i8", " u8"))
+    return Answer(kernel, fused=fused, approximation=float(abs(found - wanted).max() / wanted))
+
+
+def _largest() -> tuple[onnx.ModelProto, Any, float]:
+    """A linear of int8, inputs, and each of its outputs: the largest codes of both, throughout."""
     width = 64
     scales = {"xs": _float("xs", [], [1.0]), "s": _float("s", [1], [1.0])}
     weight = _tensor("w", onnx.TensorProto.INT8, [width, 1], np.full(width, 127, np.int8))
     zero = _tensor("xz", onnx.TensorProto.UINT8, [], np.array(0, np.uint8))
     body = _ROUND + "v = DequantizeLinear <axis = 1> (w, s)\n y = MatMul(d, v)"
     graph = _model(body, width, 1, [*scales.values(), weight, zero])
-    try:
-        kernels = {node.op_type for node in _ort_optimized(graph)}
-        kernel = next((name for name in _ORT_INTEGER if name in kernels), "")
-        session = _ort_session(graph, exact=False)
-        found = session.run(None, {"x": np.full((1, 4, width), 255, np.float32)})[0]
-    except Exception as error:
-        return Answer("", fused=False, refused=_line(error))
-    wanted = 255 * 127 * width
-    return Answer(
-        kernel, fused=bool(kernel), approximation=float(abs(found - wanted).max() / wanted)
-    )
+    return graph, np.full((1, 4, width), 255, np.float32), 255 * 127 * width
 
 
-def ask_openvino(scheme: LinearScheme, *, barrier: bool) -> Answer:
+def ask_openvino(scheme: LinearScheme, form: Form) -> Answer:
     """What a compiled model of OpenVINO's CPU plugin, as a user gets it, executes a linear of
     ``scheme`` with."""
     import openvino as ov
 
     from backends.onnx import openvino_options as options
 
-    graph = linear_graph(scheme, unsigned=False, barrier=barrier)
+    graph = linear_graph(scheme, form)
     try:
         model = ov.Core().read_model(graph.SerializeToString())
-        operators = (
-            ov.Core()
-            .compile_model(model, options.DEVICE, options.AS_A_USER)
-            .get_runtime_model()
-            .get_ops()
-        )
+        compiled = ov.Core().compile_model(model, options.DEVICE, options.AS_A_USER)
+        kernel = _openvino_product(compiled)
     except RuntimeError as error:
         return Answer("", fused=False, refused=_line(error))
-    products = [op for op in operators if _kind(op) in ("FullyConnected", "MatMul")]
-    if len(products) != 1:
+    if not kernel:
         return Answer("", fused=False)
-    entering, weight = (_type(source) for source in products[0].inputs()[:2])
+    _, entering, weight = kernel.split()
     integer = weight in _OV_INTEGER
-    kernel = f"{_kind(products[0])} {entering} {weight}"
     fused = integer and (entering in _OV_INTEGER) == (scheme.input is not None)
     return Answer(kernel, fused=fused)
+
+
+def _openvino_product(compiled: Any) -> str:
+    """The operator that multiplies in a compiled model of one linear, and the types of its
+    operands; empty where there is not one."""
+    operators = compiled.get_runtime_model().get_ops()
+    products = [op for op in operators if _kind(op) in ("FullyConnected", "MatMul")]
+    if len(products) != 1:
+        return ""
+    entering, weight = (_type(source) for source in products[0].inputs()[:2])
+    return f"{_kind(products[0])} {entering} {weight}"
 
 
 _ROUND = "q = QuantizeLinear(x, xs, xz)\n d = DequantizeLinear(q, xs, xz)\n "
 
 
-def linear_graph(scheme: LinearScheme, *, unsigned: bool, barrier: bool) -> onnx.ModelProto:
+def linear_graph(scheme: LinearScheme, form: Form) -> onnx.ModelProto:
     """One linear of ``scheme`` with a bias, as the ONNX backend writes it."""
     block = (
         scheme.weight.granularity.size if isinstance(scheme.weight.granularity, PerBlock) else None
@@ -125,14 +152,16 @@ def linear_graph(scheme: LinearScheme, *, unsigned: bool, barrier: bool) -> onnx
     if scheme.input is not None:
         axis = isinstance(scheme.input.granularity, PerCluster)
         body += _ROUND.replace("Linear(", "Linear <axis = 2> (") if axis else _ROUND
-        constants += _input_constants(scheme.input, width if axis else None, unsigned=unsigned)
+        constants += _input_constants(
+            scheme.input, width if axis else None, unsigned=form.unsigned_inputs
+        )
 
     entering = "x" if scheme.input is None else "d"
-    if barrier and scheme.input is not None:
+    if form.barrier and scheme.input is not None:
         body, entering = f"{body}b = Add(d, nothing)\n ", "b"
         constants.append(_float("nothing", [width], np.zeros(width)))
-    constants += _weight_constants(scheme.weight, width, block)
-    inputs = "w, s" if scheme.weight.symmetric else "w, s, z"
+    constants += _weight_constants(scheme.weight, width, block, unsigned=form.unsigned_weights)
+    inputs = "w, s" if scheme.weight.symmetric and not form.unsigned_weights else "w, s, z"
     attributes = {PerBlock: f"<axis = 0, block_size = {block}>", PerChannel: "<axis = 1>"}
     written = attributes.get(type(scheme.weight.granularity), "")
     body += (
@@ -170,7 +199,7 @@ def _input_constants(
 
 
 def _weight_constants(
-    scheme: TensorScheme, width: int, block: int | None
+    scheme: TensorScheme, width: int, block: int | None, *, unsigned: bool
 ) -> list[onnx.TensorProto]:
     """Codes ``[width, out]``, scales and zero points, as random as a weight's."""
     random = _random()
@@ -181,14 +210,15 @@ def _weight_constants(
     shape = [width // block, _OUT] if block else [_OUT]
     shape = shape if isinstance(scheme.granularity, PerBlock | PerChannel) else []
     size = int(np.prod(shape, dtype=int))
-    dtype = _DTYPES[scheme.format.name]
+    dtype = onnx.TensorProto.UINT8 if unsigned else _DTYPES[scheme.format.name]
     found = [
         _tensor("w", dtype, [width, _OUT], codes),
         _float("s", shape, random.uniform(0.01, 0.02, size)),
     ]
-    if not scheme.symmetric:
+    if unsigned or not scheme.symmetric:
         stored = (size + 1) // 2 if scheme.format == INT4 else size
-        points = random.integers(0, 3, stored).astype(np.uint8)
+        points = random.integers(0, 1 if scheme.symmetric else 3, stored) + (128 if unsigned else 0)
+        points = points.astype(np.uint8)
         found.append(_tensor("z", dtype, shape, points))
     return found
 

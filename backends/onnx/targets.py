@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from backends.base import Int8Weights
 from backends.facts import OPENVINO, ORT, TENSORRT_RTX, How, Runtime, stated
-from backends.onnx.asking import Answer, Asked
+from backends.onnx.asking import Answer, Asked, Form
 from backends.rules import Rule, first_reason, is_dynamic, tensor_schemes
 from calib.schemes import (
     FLOAT4,
@@ -115,10 +115,24 @@ class Target:
         """
         return None if self.shared_buffer is None else stated(self.shared_buffer, [self.runtime])
 
-    def stores_unsigned(self, int8_weights: Int8Weights) -> bool:
-        """Whether int8 weights that it multiplies are stored in uint8 where that is asked for
-        (:attr:`backends.base.WriteOptions.int8_weights`).
+    def form(self, scheme: LinearScheme, int8_weights: Int8Weights = "auto") -> Form:
+        """How a linear of ``scheme`` is written.
+
+        Args:
+            scheme: of its weight and its input.
+            int8_weights: :attr:`backends.base.WriteOptions.int8_weights`.
         """
+        multiplied = self.multiplies(scheme)
+        return Form(
+            unsigned_inputs=self.unsigned_inputs,
+            unsigned_weights=multiplied
+            and scheme.weight.format == INT8
+            and self._unsigned(int8_weights),
+            barrier=scheme.input is not None and not scheme.input.dynamic and not multiplied,
+        )
+
+    def _unsigned(self, int8_weights: Int8Weights) -> bool:
+        """Whether int8 weights that it multiplies are stored in uint8."""
         if self.clips is None or int8_weights == "signed":
             return False
         return int8_weights == "unsigned" or self.clips()
@@ -245,17 +259,18 @@ for those that are not installed; one that is installed is asked."""
 def _ask_ort(scheme: LinearScheme) -> Answer:
     from backends.onnx.probes import ask_ort
 
-    return ask_ort(scheme, unsigned=_ORT.unsigned_inputs, barrier=not _ORT.multiplies(scheme))
+    return ask_ort(scheme, _ORT.form(scheme))
 
 
 def _ask_openvino(scheme: LinearScheme) -> Answer:
     from backends.onnx.probes import ask_openvino
 
-    return ask_openvino(scheme, barrier=not _OPENVINO.multiplies(scheme))
+    return ask_openvino(scheme, _OPENVINO.form(scheme))
 
 
 ASKED_ORT = Asked(ORT, "onnxruntime", _ask_ort)
 """ONNX Runtime, if it is installed."""
+_ASKED_OPENVINO = Asked(OPENVINO, "openvino", _ask_openvino)
 _EXACT = 1e-4
 """Relative error of sums that are not clipped, with room for float32."""
 
@@ -266,7 +281,18 @@ def ort_clips() -> bool | None:
     """
     from backends.onnx.probes import ask_ort_saturation
 
-    answer = ASKED_ORT.answer("sums of products of uint8 and int8", ask_ort_saturation)
+    return _clips(ASKED_ORT, ask_ort_saturation)
+
+
+def openvino_clips() -> bool | None:
+    """The same of OpenVINO's CPU plugin."""
+    from backends.onnx.probes import ask_openvino_saturation
+
+    return _clips(_ASKED_OPENVINO, ask_openvino_saturation)
+
+
+def _clips(asked: Asked, ask: Callable[[], Answer]) -> bool | None:
+    answer = asked.answer("sums of products of uint8 and int8", ask)
     return None if answer is None or not answer.fused else answer.approximation > _EXACT
 
 
@@ -343,7 +369,7 @@ _OPENVINO = Target(
     ),
     products=(INT8,),
     runtime=OPENVINO,
-    asked=Asked(OPENVINO, "openvino", _ask_openvino),
+    asked=_ASKED_OPENVINO,
     told=lambda scheme, answer: (
         _OPENVINO_ROUNDED if answer.kernel.endswith((" i8", " i4", " u8", " u4")) else _CONVERTED
     ),
@@ -376,6 +402,7 @@ _OPENVINO = Target(
         "OpenVINO has no TensorScatter, and cuts the cache of a GroupQueryAttention to the tokens"
         " in it"
     ),
+    clips=lambda: bool(openvino_clips()),
 )
 
 _TENSORRT = Target(

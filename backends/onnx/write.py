@@ -101,8 +101,7 @@ def build(
 
     # only now weights come in
     fill(graph, model.floats)
-    unsigned = target.stores_unsigned(int8_weights)
-    lower(graph, with_experts_apart(model), target, unsigned_weights=unsigned)
+    lower(graph, with_experts_apart(model), target, int8_weights=int8_weights)
     if shared_buffer:
         fuse_residual_norms(graph)
 

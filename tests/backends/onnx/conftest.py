@@ -67,10 +67,8 @@ class Exported:
     @staticmethod
     def stored_as(linear: QuantizedLinear) -> str:
         """ONNX's name of the type that the weight of ``linear`` has on this machine."""
-        target = TARGETS["ort"]
-        multiplied = target.multiplies(LinearScheme(linear.weight_scheme, linear.input_scheme))
-        unsigned = multiplied and target.stores_unsigned("auto")
-        return "uint8" if unsigned else linear.weight_scheme.format.name
+        form = TARGETS["ort"].form(LinearScheme(linear.weight_scheme, linear.input_scheme))
+        return "uint8" if form.unsigned_weights else linear.weight_scheme.format.name
 
     def runtime(self) -> OnnxModel:
         """In ONNX Runtime, with arithmetic as written."""

@@ -129,8 +129,7 @@ class Single:
             [x], outputs, nodes=nodes, opset_imports={"": TARGETS[target].opset}, name="single"
         )
         model = ir.Model(graph, ir_version=10)
-        unsigned = TARGETS[target].stores_unsigned(int8_weights)
-        lower(model, self.model(copies), TARGETS[target], unsigned_weights=unsigned)
+        lower(model, self.model(copies), TARGETS[target], int8_weights=int8_weights)
         model.metadata_props[METADATA_KEY] = json.dumps(
             {name: self.linear.description() for name in _names(copies)}
         )

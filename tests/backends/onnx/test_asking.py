@@ -18,7 +18,7 @@ import backends.onnx.asking as module
 from backends.asking import warnings_of
 from backends.facts import ORT, Runtime
 from backends.onnx import probes, runner
-from backends.onnx.asking import Answer, Asked
+from backends.onnx.asking import Answer, Asked, Form
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.targets import ASKED_ORT, FUSED_BLOCKS, TARGETS
 from backends.rules import first_reason
@@ -60,10 +60,7 @@ class TestTheAnswers:
     def test_the_graph_that_is_asked_about_is_the_graph_that_is_written(self, words: str) -> None:
         """Operators, and types of what they read: what kernels are chosen by."""
         scheme = schemes()[words]
-        target = TARGETS["ort"]
-        asked = probes.linear_graph(
-            scheme, unsigned=target.unsigned_inputs, barrier=not target.multiplies(scheme)
-        )
+        asked = probes.linear_graph(scheme, TARGETS["ort"].form(scheme))
         written = onnx.load_from_string(single(scheme).bytes("ort"))
         assert _operators(asked) == _operators(written)
 
@@ -73,7 +70,7 @@ class TestTheAnswers:
         version = onnxruntime.__version__
         if version not in FUSED_BLOCKS:
             pytest.skip(f"nobody wrote down what ONNX Runtime {version} fuses: it is asked")
-        answer = probes.ask_ort(preset(f"int4/{size}"), unsigned=True, barrier=False)
+        answer = probes.ask_ort(preset(f"int4/{size}"), Form(unsigned_inputs=True))
         assert answer.fused == FUSED_BLOCKS[version](size)
         assert (answer.kernel, answer.level) == (
             ("MatMulNBits", 4) if answer.fused else ("MatMul", 0)
@@ -106,8 +103,8 @@ class TestTheAnswers:
     def test_rounding_of_inputs_is_seen_by_the_numbers(self) -> None:
         """Weight-only linears are rounded to int8 on a CPU that has products of them; integers
         never are."""
-        weights = probes.ask_ort(preset("int4-weight-only"), unsigned=True, barrier=False)
-        static = probes.ask_ort(preset("int8"), unsigned=True, barrier=False)
+        weights = probes.ask_ort(preset("int4-weight-only"), Form(unsigned_inputs=True))
+        static = probes.ask_ort(preset("int8"), Form(unsigned_inputs=True))
         assert weights.approximation > runner._ROUNDED
         assert static.approximation == 0
 
@@ -147,13 +144,13 @@ class TestTheAnswers:
     def test_a_graph_that_does_not_load_is_an_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = probes.linear_graph
 
-        def unknown(scheme: LinearScheme, *, unsigned: bool, barrier: bool) -> onnx.ModelProto:
-            graph = real(scheme, unsigned=unsigned, barrier=barrier)
+        def unknown(scheme: LinearScheme, form: Form) -> onnx.ModelProto:
+            graph = real(scheme, form)
             graph.graph.node[0].op_type = "NoSuchOperator"
             return graph
 
         monkeypatch.setattr(probes, "linear_graph", unknown)
-        answer = probes.ask_ort(preset("int8"), unsigned=True, barrier=False)
+        answer = probes.ask_ort(preset("int8"), Form(unsigned_inputs=True))
         assert "NoSuchOperator" in answer.refused
         assert "\n" not in answer.refused
 
@@ -334,9 +331,7 @@ class TestOpenVino:
     @pytest.mark.parametrize("words", accepted("openvino"))
     def test_the_graph_that_is_asked_about_is_the_graph_that_is_written(self, words: str) -> None:
         scheme = schemes()[words]
-        asked = probes.linear_graph(
-            scheme, unsigned=False, barrier=not TARGETS["openvino"].multiplies(scheme)
-        )
+        asked = probes.linear_graph(scheme, TARGETS["openvino"].form(scheme))
         written = onnx.load_from_string(single(scheme).bytes("openvino"))
         assert _operators(asked) == _operators(written)
 
@@ -352,7 +347,7 @@ class TestOpenVino:
         if target.runtime.installed() != target.runtime.seen[-1]:
             pytest.skip(f"OpenVINO {target.runtime.seen[-1]} is not installed")
         monkeypatch.setattr(openvino_options, "AS_A_USER", {"INFERENCE_PRECISION_HINT": hint})
-        answer = probes.ask_openvino(scheme, barrier=not target.multiplies(scheme))
+        answer = probes.ask_openvino(scheme, target.form(scheme, "signed"))
         assert answer.fused == (first_reason(target.warnings, scheme) is None)
         if not answer.fused:
             assert target.told is not None
