@@ -285,10 +285,13 @@ def ort_clips() -> bool | None:
 
 
 def openvino_clips() -> bool | None:
-    """The same of OpenVINO's CPU plugin."""
+    """The same of OpenVINO's CPU plugin; where it is not there to tell, of ONNX Runtime, which adds
+    with the same instructions.
+    """
     from backends.onnx.probes import ask_openvino_saturation
 
-    return _clips(_ASKED_OPENVINO, ask_openvino_saturation)
+    own = _clips(_ASKED_OPENVINO, ask_openvino_saturation)
+    return ort_clips() if own is None else own
 
 
 def _clips(asked: Asked, ask: Callable[[], Answer]) -> bool | None:
