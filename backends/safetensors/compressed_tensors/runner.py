@@ -136,6 +136,8 @@ def load(folder: Path, *, exact: bool, stands_in: bool, not_run_in: str) -> Tran
             network = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32 if exact else "auto", local_files_only=True
             )
+        if described is not None:
+            _decompress(network, exact=exact)
     except Exception as error:  # of config and tensors that do not fit each other
         if not is_failure(error):
             raise
@@ -143,8 +145,6 @@ def load(folder: Path, *, exact: bool, stands_in: bool, not_run_in: str) -> Tran
             f"transformers does not load '{folder}': {reason_of(error)}",
             hint="export the model again",
         ) from error
-    if described is not None:
-        _decompress(network, exact=exact)
     if exact and note:
         _quantize_inputs_as_written(network, folder)
         note = ""
