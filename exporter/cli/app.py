@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 
 from calib.errors import OutputError
-from exporter.cli import check_commands, info_commands, inspect_command, run_commands, stats_command
+from exporter.cli import (
+    chat_command,
+    check_commands,
+    info_commands,
+    inspect_command,
+    run_commands,
+    stats_command,
+)
 from exporter.cli.command import Command, Group
 from exporter.cli.errors import exit_code_of
 from exporter.cli.standard_streams import escape_what_cannot_be_encoded, stand_in_for_closed
@@ -81,6 +88,12 @@ for name, function, summary, examples in (
         check_commands.evaluate,
         "Perplexity of a folder or checkpoint.",
         check_commands.EVAL_EXAMPLES,
+    ),
+    (
+        "chat",
+        chat_command.chat,
+        "Talk to a folder, in its runtime.",
+        chat_command.EXAMPLES,
     ),
     (
         "backends",

@@ -73,7 +73,7 @@ def verify(
             f"--expect-sha256 '{expect_sha256}' is no SHA-256",
             hint="give the 64 hexadecimal digits that 'rotq export' printed",
         )
-    _check_exported(folder)
+    check_exported(folder)
     with running(talk) as progress:
         from exporter.commands.verify import verify as run
 
@@ -169,7 +169,12 @@ def _print_evaluation(result: EvalResult, source: str, text: str | None, talk: T
         show_evaluation(output_console(), result)
 
 
-def _check_exported(folder: Path) -> None:
+def check_exported(folder: Path) -> None:
+    """Refuse what is no exported folder.
+
+    Raises:
+        CheckpointError: it has no report.
+    """
     # Before torch is imported: a mistyped path should not take ten seconds to be refused.
     from exporter.reporting.exported import is_export, what_to_give
     from exporter.reporting.report import REPORT_FILE

@@ -35,6 +35,12 @@ def hint_if_interrupted(hint: str) -> None:
         received.hint = hint
 
 
+def told_to_end() -> bool:
+    """Whether it was no Ctrl-C that raised the last ``KeyboardInterrupt``, but a request to end."""
+    received = _CURRENT.get()
+    return received is not None and received.signal is not None
+
+
 @contextlib.contextmanager
 def signals_as_interrupts() -> Iterator[Received]:
     """Within the block, SIGTERM and SIGHUP raise ``KeyboardInterrupt``, and are noted.

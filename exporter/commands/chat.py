@@ -1,0 +1,263 @@
+"""``rotq chat``: an exported folder answers, in its runtime.
+
+A conversation is the text that the chat template makes of all its messages, or, where the tokenizer
+has none, of what was typed and answered so far. Keys and values of the tokens that the cache holds
+are kept between turns: of the ids of a new turn only those are run that come after the longest
+beginning that both have in common,
+
+    run = ids[c:],    c = min(|ids| - 1, common length of ids and the tokens in the cache).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from backends.base import RuntimeModel, StandIn
+from backends.registry import get_backend
+from calib.errors import DataError
+from calib.network.checkpoint import load_config
+from exporter.parity.behaviour import common_length
+from exporter.reporting.exported import check_unchanged, read_report
+from exporter.source import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes to while the bytes of a character are not all there."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """Logits are divided by it; 0: always the most likely token."""
+    top_p: float = 1.0
+    """Of the tokens, the most likely first, those are drawn from whose predecessors together have
+    less than this probability (nucleus sampling, Holtzman et al., arXiv 1904.09751)."""
+    seed: int = 0
+
+    def chooser(self) -> torch.Generator:
+        """What it draws with, from the beginning."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token id.
+
+        Args:
+            logits: float ``[vocabulary]``.
+            generator: what it draws with.
+        """
+        if self.temperature == 0:
+            return int(logits.argmax())
+        chances, order = (logits.double() / self.temperature).softmax(-1).sort(descending=True)
+        before = chances.cumsum(-1) - chances
+        chances = chances.masked_fill(before >= self.top_p, 0)  # the first has nothing before it
+        return int(order[torch.multinomial(chances, 1, generator=generator)])
+
+
+@dataclass
+class Speed:
+    """Of one answer."""
+
+    read: int = 0
+    """Tokens that were run before the first token came: what the cache did not hold."""
+    written: int = 0
+    """Tokens of the answer, the last one, which ends it, among them."""
+    first: float = 0.0
+    """Seconds until the first token."""
+    rest: float = 0.0
+    """Seconds for the others."""
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second after the first; ``None`` where there is none."""
+        return (self.written - 1) / self.rest if self.written > 1 and self.rest > 0 else None
+
+
+@dataclass
+class Conversation:
+    """Messages so far, and the cache of their tokens. Not for several threads."""
+
+    runtime: RuntimeModel
+    tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+    """How many tokens the model takes, a prefix of its own not counted; ``None``: not known."""
+    stops: frozenset[int]
+    """Ids that end an answer."""
+    words: str
+    """What runs it, for people."""
+    system: str | None = None
+    """A message before all others; only with a chat template."""
+    speed: Speed = field(default_factory=Speed, init=False)
+    """Of the last answer."""
+    _messages: list[dict[str, str]] = field(default_factory=list, init=False)
+    _cached: list[int] = field(default_factory=list, init=False)
+    _past: list[Tensor] = field(default_factory=list, init=False)
+
+    @property
+    def templated(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def reset(self) -> None:
+        """Forget everything that was said."""
+        self._messages.clear()
+
+    def answer(
+        self, text: str, sampling: Sampling, generator: torch.Generator, *, most: int
+    ) -> Iterator[str]:
+        """What the model answers, piece by piece, as soon as whole characters are there.
+
+        Ending the iteration early keeps what was answered so far.
+
+        Args:
+            text: the message.
+            sampling: how tokens are chosen.
+            generator: what it draws with.
+            most: tokens of the answer.
+
+        Raises:
+            DataError: the conversation has become longer than the model takes, or is empty.
+        """
+        ids = self._ids([*self._messages, {"role": "user", "content": text}])
+        room = most if self.positions is None else min(most, self.positions - len(ids))
+        if not ids or room < 1:
+            raise DataError(
+                f"the conversation has {len(ids)} tokens, and the model takes {self.positions}"
+                if ids
+                else "there is no token to begin with",
+                hint="forget what was said (/reset), or ask for less" if ids else "type something",
+            )
+
+        written: list[int] = []
+        shown = ""
+        try:
+            for token in self._tokens(ids, sampling, generator, room):
+                if token in self.stops:
+                    break
+                written.append(token)
+                whole = self._decoded(ids[-1], written)
+                if not whole.endswith(_UNFINISHED):
+                    yield whole[len(shown) :]
+                    shown = whole
+            whole = self._decoded(ids[-1], written)
+            if whole != shown:  # cut off within a character
+                yield whole[len(shown) :]
+        finally:
+            said = self._decoded(ids[-1], written)
+            self._messages += [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": said},
+            ]
+
+    def _ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        tokenizer: Any = self.tokenizer
+        if not self.templated:
+            whole = "".join(message["content"] for message in messages)
+            return list(tokenizer(whole)["input_ids"])
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        found = tokenizer.apply_chat_template(
+            [*before, *messages], add_generation_prompt=True, return_dict=True
+        )
+        return list(found["input_ids"])
+
+    def _decoded(self, before: int, ids: Sequence[int]) -> str:
+        """The text of ``ids`` that follow the token ``before``: by themselves they may lose a
+        leading space.
+        """
+        start, whole = (
+            str(self.tokenizer.decode(part, skip_special_tokens=True))
+            for part in ([before], [before, *ids])
+        )
+        return whole.removeprefix(start)
+
+    def _tokens(
+        self, ids: list[int], sampling: Sampling, generator: torch.Generator, most: int
+    ) -> Iterator[int]:
+        """Up to ``most`` ids that follow ``ids``."""
+        common = min(len(ids) - 1, common_length(ids, self._cached))
+        if not self._past:  # no cache: everything is run again
+            common = 0
+        past = [tensor[:, :, :common] for tensor in self._past] if common else []
+        entering, self.speed = ids[common:], Speed(read=len(ids) - common)
+        started = time.perf_counter()
+        while True:
+            length = common + len(entering)
+            logits, past = self.runtime.forward(
+                torch.tensor([entering]),
+                torch.ones(1, length, dtype=torch.long),
+                torch.arange(common, length).unsqueeze(0),
+                past or None,
+            )
+            token = sampling.choose(logits[0, -1], generator)
+            self._past, self._cached = past, [*ids[:length]]
+            now = time.perf_counter()
+            if self.speed.written == 0:
+                self.speed.first, started = now - started, now
+            self.speed.written += 1
+            self.speed.rest = now - started
+            yield token
+
+            if self.speed.written == most:
+                return
+            ids = [*ids, token]
+            common, entering = (length, [token]) if past else (0, ids)
+
+
+def open_conversation(folder: str | Path, *, system: str | None = None) -> Conversation:
+    """The exported ``folder`` in its runtime, as a user gets it.
+
+    Args:
+        folder: what ``rotq export`` wrote.
+        system: a message before all others.
+
+    Raises:
+        RotqError: the folder is none of rotq's, was edited, or has no runtime here; or ``system``
+            is given and its tokenizer has no chat template.
+    """
+    folder = Path(folder)
+    report = read_report(folder)
+    check_unchanged(folder, report)
+    tokenizer, config = load_tokenizer(folder), load_config(folder)
+    runtime = get_backend(report.backend).load(folder, report.target, exact=False)
+    words = runtime.runtime
+    if isinstance(runtime, StandIn) and runtime.not_run_in:
+        words += f", not in {runtime.not_run_in}"
+
+    taken = 0 if report.prefix is None else len(report.prefix.tokens)
+    positions = getattr(config, "max_position_embeddings", None)
+    conversation = Conversation(
+        runtime,
+        tokenizer,
+        None if positions is None else positions - taken,
+        _stops(folder, tokenizer),
+        words,
+        system,
+    )
+    if system is not None and not conversation.templated:
+        raise DataError(
+            f"the tokenizer of '{folder}' has no chat template, so that there is no place for a"
+            " system message",
+            hint="leave --system out",
+        )
+    return conversation
+
+
+def _stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The end tokens of the generation config and of the tokenizer."""
+    from transformers import GenerationConfig
+
+    found: list[int | None] = [tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        found += ends if isinstance(ends, list) else [ends]
+    return frozenset(token for token in found if token is not None)
