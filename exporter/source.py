@@ -244,12 +244,6 @@ def read_rows(
         DataError: text that is missing, empty or too short.
     """
     data = recipe.calibration
-    if data.dataset == EMBEDDED and recipe.model != EMBEDDED:
-        logger.warning(
-            "calibrating '%s' on the example text that ships with rotq; text like the model's own"
-            " use gives better scales: --calib-dataset FILE",
-            recipe.model,
-        )
     texts = Texts(recipe, tokenizer) if texts is None else texts
     cutter = RowCutter(
         tokenizer, clamp_seqlen(data.seqlen, config), layout=data.layout, seed=recipe.seed

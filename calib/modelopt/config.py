@@ -59,10 +59,10 @@ def _quantizer(scheme: TensorScheme) -> dict[str, Any]:
         raise QuantizationError(
             "ModelOpt's integer quantizers have no zero point", hint="use a symmetric scheme"
         )
-    return {"num_bits": _num_bits(scheme.format), **_grouping(scheme)}
+    return {"num_bits": num_bits(scheme.format), **_grouping(scheme)}
 
 
-def _num_bits(fmt: NumberFormat) -> int | tuple[int, int]:
+def num_bits(fmt: NumberFormat) -> int | tuple[int, int]:
     """ModelOpt names integers by their width and floats by (exponent, mantissa) bits."""
     if fmt.kind == "integer":
         return fmt.bits

@@ -41,7 +41,7 @@ as well.
 """
 _CURES = {
     "peft": "merge first: model = model.merge_and_unload()",
-    "modelopt": "give the float model; rotq quantizes it by itself",
+    "modelopt": "give the float model here; rotq.export and rotq.calibrate take it as it is",
     "calib.fake_quant": "give the float model; rotq quantizes it by itself",
 }
 """What to do about modules, by the package that their class is from."""

@@ -54,6 +54,7 @@ from exporter.run.rotations import (
     trained_rotations,
 )
 from exporter.run.stopwatch import Stopwatch
+from exporter.run.taken import quantized_by_modelopt, taken_from_modelopt
 from exporter.run.workdir import ARTIFACT, FUSED, WALK, WorkDir
 from exporter.run.writing import write_targets
 
@@ -218,6 +219,10 @@ def _calibrated(
     verify, targets = write and options.verify, destination if write else None
     if targets is not None:
         check_libraries(targets)
+    if quantized_by_modelopt(model):
+        assert model is not None
+        yield taken_from_modelopt(recipe, options, model, tokenizer, targets, clock, verify=verify)
+        return
     if options.from_artifact is not None:
         source = open_original(recipe, model, tokenizer) if verify else None
         yield open_artifact(options.from_artifact, recipe, source, targets, clock, verify=verify)

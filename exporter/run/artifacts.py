@@ -66,7 +66,7 @@ def open_artifact(
             its family is not in the table, and the original is not at hand.
         BackendError: a target cannot express it.
     """
-    quantized = _checked(load_artifact(folder), recipe, destination)
+    quantized = checked(load_artifact(folder), recipe, destination)
     if destination is not None:
         family = architecture_of(quantized.config)
         check_generic(Recipe(), family, "export", verify=verify, original=source is not None)
@@ -79,7 +79,7 @@ def open_artifact(
         quantized,
         resolve_device(recipe.device),
         source,
-        evaluation=_evaluation_rows(recipe, quantized, clock) if verify else None,
+        evaluation=evaluation_rows(recipe, quantized, clock) if verify else None,
         travelled=True,
     )
 
@@ -107,7 +107,7 @@ def open_finished(
         CheckpointError: the artifact is damaged, or made from another model.
         BackendError: a target cannot express it.
     """
-    quantized = _checked(load_artifact(folder), inputs.recipe, destination)
+    quantized = checked(load_artifact(folder), inputs.recipe, destination)
     _check_original(inputs.source, quantized, folder, "use another --work-dir")
     # The run may have ended between keeping the artifact and removing what it was made in.
     work.remove(WALK)
@@ -118,12 +118,12 @@ def open_finished(
         quantized,
         inputs.device,
         inputs.source,
-        evaluation=_evaluation_rows(recipe, quantized, clock) if verify else None,
+        evaluation=evaluation_rows(recipe, quantized, clock) if verify else None,
         work=work,
     )
 
 
-def _checked(
+def checked(
     quantized: QuantizedModel, recipe: Recipe, destination: Destination | None
 ) -> QuantizedModel:
     """``quantized``, which every target can express."""
@@ -146,7 +146,7 @@ def _check_original(source: Source, quantized: QuantizedModel, folder: Path, hin
         )
 
 
-def _evaluation_rows(
+def evaluation_rows(
     recipe: Recipe, quantized: QuantizedModel, clock: Stopwatch
 ) -> Sequence[Tensor]:
     """Rows by the tokenizer that travels with the artifact."""
