@@ -56,18 +56,18 @@ def _answer(backend: Backend, request: Request) -> list[Reason]:
         return list(backend.refusals(request))
     try:
         reasons = list(backend.refusals(request))
-        wrong = next((each for each in reasons if not isinstance(each, Reason)), None)
+        wrong = [each for each in reasons if not isinstance(each, Reason)]
     except (RotqError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise BackendError(
             f"backend '{backend.name}' fails when it is asked what it can express:"
             f" {reason_of(error)}",
             hint="update or remove its package",
         ) from error
-    if wrong is not None:
+    if wrong:
         raise BackendError(
-            f"backend '{backend.name}' gives a {type(wrong).__name__} where a Reason belongs",
+            f"backend '{backend.name}' gives a {type(wrong[0]).__name__} where a Reason belongs",
             hint="update or remove its package",
         )
     return reasons

@@ -17,10 +17,10 @@ from typing import TypeVar
 
 from backends.asking import reasons_against, refusal_of
 from backends.base import CONTRACT_VERSION, OLDEST_CONTRACT, Backend, Request
-from backends.time_limit import TooLongError, time_limit
 from calib.architectures.spec import KINDS
 from calib.errors import BackendError, did_you_mean
 from calib.files.reading import MALFORMED, reason_of
+from calib.process.time_limit import TooLongError, time_limit
 from calib.schemes import FLOAT, KV_SCHEMES, LINEAR_SCHEMES
 
 __all__ = ["GROUP", "BackendInfo", "available", "get_backend", "names", "target_of"]
@@ -31,6 +31,9 @@ SECONDS = 10.0
 _VARIABLE = "ROTQ_PLUGIN_SECONDS"
 _OWN = "rotq"
 """The distribution whose backends are not timed."""
+_ONE = 1.0
+"""Seconds for the files of all distributions, which take milliseconds, or of one: a pipe in place
+of one is never read to its end."""
 _FAILURES = (Exception, SystemExit, GeneratorExit, TooLongError)
 """What ends a plugin and not rotq; of BaseException, others are told to rotq itself."""
 _T = TypeVar("_T")
@@ -137,7 +140,12 @@ def _strange_contract(backend: Backend) -> tuple[str, str] | None:
 def _loaded(entry: EntryPoint) -> Backend:
     """The backend; what its package prints meanwhile is no result of rotq."""
     with contextlib.redirect_stdout(sys.stderr), _limit(entry):
-        backend: Backend = entry.load()()
+        try:
+            backend: Backend = entry.load()()
+        except BaseException as error:
+            if type(error) is BaseException:  # nobody tells rotq anything by this one
+                raise TypeError(f"it raises a BaseException: {reason_of(error)}") from error
+            raise
     if not isinstance(backend.targets, tuple | list) or not backend.targets:
         raise TypeError("its 'targets' is no tuple of names")
     return backend
@@ -146,11 +154,12 @@ def _loaded(entry: EntryPoint) -> Backend:
 def _registered() -> list[EntryPoint]:
     """The entry points of all distributions whose own files can be read."""
     try:
-        return list(entry_points(group=GROUP))
-    except (OSError, *MALFORMED):  # of one of them, whatever it is for
+        with time_limit(_ONE):
+            return list(entry_points(group=GROUP))
+    except (OSError, TooLongError, *MALFORMED):  # of one of them, whatever it is for
         found: dict[str, EntryPoint] = {}
         for distribution in distributions():
-            with contextlib.suppress(OSError, *MALFORMED):
+            with contextlib.suppress(OSError, TooLongError, *MALFORMED), time_limit(_ONE):
                 for entry in distribution.entry_points.select(group=GROUP):
                     found.setdefault(entry.name, entry)
         return list(found.values())
@@ -235,6 +244,7 @@ def _rotation_warnings(backend: Backend, target: str) -> dict[str, str]:
 def _distribution(entry: EntryPoint) -> str:
     unknown = "unknown distribution"
     try:
-        return unknown if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
-    except (OSError, *MALFORMED):
+        with time_limit(_ONE):
+            return unknown if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+    except (OSError, TooLongError, *MALFORMED):
         return unknown

@@ -71,6 +71,32 @@ def test_a_slice_of_every_kind(kind: Kind, folders: Path, tmp_path: Path) -> Non
     ]
 
 
+FAILED_BEFORE = (
+    ("ONNX graph", 570),
+    ("artifact", 103),
+    ("bundle modelopt", 67),
+    ("bundle modelopt", 2714),
+    ("bundle tensorrt", 3474),
+    ("bundle vllm", 3612),
+    ("bundle vllm", 331),
+    ("config.json", 595),
+    ("plugins", 27),
+    ("plugins", 72),
+    ("plugins", 229),
+    ("plugins", 247),
+    ("tokenizer", 588),
+)
+"""Inputs of seed 11 on which a reader once failed, by kind and number."""
+
+
+@pytest.mark.parametrize(("name", "number"), FAILED_BEFORE)
+def test_inputs_that_failed_before(name: str, number: int, folders: Path, tmp_path: Path) -> None:
+    inputs = Inputs(kind_named(name), folders, tmp_path, seed=11)
+    inputs.make(number)
+    failure = inputs.examine()
+    assert failure is None, failure.told
+
+
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.name != "text"], ids=lambda kind: kind.name
 )

@@ -33,9 +33,9 @@ def contents(path: Path) -> list[StoredTensor]:
     for tensor in read_proto(path).graph.initializer:
         try:
             dtype = ir.DataType(tensor.data_type)
-        except ValueError as error:
+            bits = math.prod(tensor.dims) * dtype.bitwidth
+        except (ValueError, TypeError) as error:  # no such type, or one without a width
             raise unreadable(path, f"'{tensor.name}': {reason_of(error)}") from error
-        bits = math.prod(tensor.dims) * dtype.bitwidth
         kind = _kind(tensor.name, dtype)
         tensors.append(
             StoredTensor(

@@ -27,6 +27,7 @@ from calib.artifact import (
     QuantizedModel,
     load_prefix,
 )
+from calib.artifact.files import check_named_rotations
 from calib.errors import BackendError, RotqError
 from calib.files.reading import MALFORMED, is_file_in, read_json, reason_of
 from calib.files.sealed import digest
@@ -171,7 +172,8 @@ def read_floats(bundle: Bundle, layout: Layout) -> Mapping[str, Tensor]:
 
 def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
     """The quantized model as ``bundle`` holds it; errors as for :func:`read_linears`."""
-    manifest = bundle.manifest
+    manifest, rotations = bundle.manifest, read_rotations(bundle)
+    _undamaged(bundle, lambda: check_named_rotations(manifest.linears, rotations))
     return QuantizedModel(
         config=manifest.config,
         scheme=_sound(bundle, lambda: scheme_named(manifest.scheme)),
@@ -179,7 +181,7 @@ def read_model(bundle: Bundle, layout: Layout) -> QuantizedModel:
         linears=read_linears(bundle, layout),
         floats=read_floats(bundle, layout),
         kept=manifest.kept,
-        rotations=read_rotations(bundle),
+        rotations=rotations,
         provenance=_provenance(bundle),
         cache=read_cache(bundle, layout),
         prefix=read_prefix(bundle),

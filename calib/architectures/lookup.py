@@ -56,6 +56,12 @@ def refuse_config(config: Mapping[str, Any]) -> None:
             f" quantization_config{f': {method}' if method else ''})",
             hint=FLOAT_CHECKPOINT,
         )
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(config.get(key), str | None):  # transformers believes it, and stumbles
+            raise UnsupportedModelError(
+                f"the config says '{key}' is {config[key]!r:.40}, which is no dtype",
+                hint='mend config.json: "dtype": "bfloat16", for example',
+            )
     names = config.get("architectures") or []
     names = list(names) if isinstance(names, list | tuple) else [names]
     # ...LMHeadModel is GPT-2's, ...Model a bare decoder

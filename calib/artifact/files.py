@@ -31,6 +31,7 @@ from calib.errors import CheckpointError
 from calib.files.reading import MALFORMED, reason_of, regular_file
 from calib.files.sealed import DamagedError, read_sealed, write_sealed
 from calib.rotations.files import load_rotations, save_rotations
+from calib.rotations.rotation_set import RotationSet
 from calib.schemes import (
     scheme_from_dict,
     scheme_to_dict,
@@ -133,7 +134,10 @@ def _from_manifest(
     if cache is not None:
         parts |= {cache_key(layer, part) for layer in cache.key_scale for part in ("key", "value")}
     smoothing = {group: tensors[smoothing_key(group)] for group in manifest["smoothing"]}
-    sides = side_files(folder)
+    sides, rotations = side_files(folder), load_rotations(folder)
+    check_named_rotations(manifest["linears"], rotations)
+    if not isinstance(manifest["config"]["model_type"], str):
+        raise ValueError("its config names no model type")
     parts |= {smoothing_key(group) for group in smoothing}
 
     return QuantizedModel(
@@ -144,7 +148,7 @@ def _from_manifest(
         # in the order that they had: whoever writes them writes the same bytes
         floats={key: tensors[key] for key in manifest["tensors"] if key not in parts},
         kept=manifest["kept"],
-        rotations=load_rotations(folder),
+        rotations=rotations,
         provenance=_provenance(manifest["provenance"]),
         files={name: sides[name] for name in sides.keys() & manifest["files"].keys()},
         cache=cache,
@@ -152,6 +156,18 @@ def _from_manifest(
         prefix=load_prefix(folder),
         norms_folded=manifest.get("norms_folded", True),  # the only way before there was a choice
     )
+
+
+def check_named_rotations(linears: Mapping[str, Mapping[str, Any]], rotations: RotationSet) -> None:
+    """Hold the online rotations that descriptions of linears name against those that are there.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    for name, entry in linears.items():
+        rotation = entry["online_rotation"]
+        if rotation is not None and not (isinstance(rotation, str) and rotation in rotations):
+            raise ValueError(f"the rotation {rotation!r:.40} before '{name}' is not there")
 
 
 def _read_linear(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from calib.data.chat import has_chat_template, templated
 from calib.data.documents import CHAT_COLUMN, Row, no_text, rows_of, text_of
 from calib.data.sources import STREAMED_DOCUMENTS, HubDataset, Layout, resolve_source
 from calib.data.tokens import Tokenizer, encode
@@ -126,19 +127,9 @@ def _conversation(row: Row, tokenizer: object) -> str:
             f"{row.where}: '{row.column}' holds no conversation",
             hint=f'Give "{CHAT_COLUMN}": [{{"role": "user", "content": "..."}}, ...] in every row.',
         )
-    render = getattr(tokenizer, "apply_chat_template", None)
-    if render is None or not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         raise DataError(
             f"{row.where} is a conversation, and the model's tokenizer has no chat template",
             hint="Give plain text, or name its column with --calib-column.",
         )
-
-    try:
-        return str(render(messages, tokenize=False))
-    # a template may raise whatever it likes, and what jinja makes of what it does not know
-    except Exception as error:
-        raise DataError(
-            f"{row.where}: the model's chat template refuses this conversation:"
-            f" {' '.join(str(error).split())}",
-            hint="Most templates want roles to alternate, beginning with the user's.",
-        ) from error
+    return str(templated(tokenizer, messages, where=str(row.where), tokenize=False))

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -133,6 +134,7 @@ def load_config(
         config = AutoConfig.from_pretrained(
             str(folder or path_or_id), trust_remote_code=trust_remote_code, revision=revision
         )
+        _check_dtypes(config.to_dict())
     except Exception as error:
         # transformers raises OSError for anything from a missing file to no network, ValueError for
         # an unknown model.
@@ -140,6 +142,21 @@ def load_config(
     if quantization_of(vars(config)) is not None:
         del config.quantization_config
     return config
+
+
+def _check_dtypes(values: Mapping[str, Any]) -> None:
+    """Transformers believes any word for a dtype, and stumbles over it later.
+
+    Raises:
+        ValueError: one is none of torch's.
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_dtypes(value)
+        elif key in ("dtype", "torch_dtype") and value is not None:
+            name = str(value).removeprefix("torch.")
+            if not isinstance(getattr(torch, name, None), torch.dtype):
+                raise ValueError(f"'{key}' is {name!r:.40}, which is no dtype")
 
 
 def open_checkpoint(

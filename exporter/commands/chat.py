@@ -21,6 +21,7 @@ from torch import Tensor
 
 from backends.base import RuntimeModel, StandIn
 from backends.registry import get_backend
+from calib.data.chat import has_chat_template, templated
 from calib.errors import DataError
 from calib.network.checkpoint import load_config
 from exporter.parity.behaviour import common_length
@@ -106,7 +107,7 @@ class Conversation:
     @property
     def templated(self) -> bool:
         """Whether the tokenizer has a chat template."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return has_chat_template(self.tokenizer)
 
     def reset(self) -> None:
         """Forget everything that was said."""
@@ -165,8 +166,12 @@ class Conversation:
             whole = "".join(message["content"] for message in messages)
             return list(tokenizer(whole)["input_ids"])
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
-        found = tokenizer.apply_chat_template(
-            [*before, *messages], add_generation_prompt=True, return_dict=True
+        found = templated(
+            tokenizer,
+            [*before, *messages],
+            where="what was typed",
+            add_generation_prompt=True,
+            return_dict=True,
         )
         return list(found["input_ids"])
 

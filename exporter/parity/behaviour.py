@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from backends.base import RuntimeModel
 from backends.torch_model import cached_pass
+from calib.data.chat import has_chat_template, templated
 from exporter.parity.rows import ran, row
 from exporter.parity.subject import Subject
 from exporter.parity.walks import original_logits
@@ -176,10 +177,12 @@ def _prompts(source: Source, rows: Sequence[Tensor]) -> _Prompts:
     rows.
     """
     tokenizer: Any = source.tokenizer
-    if getattr(tokenizer, "chat_template", None):
+    if has_chat_template(tokenizer):
         asked = [
-            tokenizer.apply_chat_template(
+            templated(
+                tokenizer,
                 [{"role": "user", "content": question}],
+                where="a prompt of the parity check",
                 add_generation_prompt=True,
                 return_dict=True,
             )["input_ids"]

@@ -14,8 +14,8 @@ from backends.asking import refusal_of
 from backends.base import CONTRACT_VERSION, Request
 from backends.onnx.backend import OnnxBackend
 from backends.registry import available, get_backend, target_of
-from backends.time_limit import time_limit
 from calib.errors import BackendError
+from calib.process.time_limit import time_limit
 from calib.schemes import INT4, LINEAR_SCHEMES, SCHEMES
 from tests.plugins import install_plugins
 

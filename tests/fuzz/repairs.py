@@ -38,7 +38,7 @@ def bundle(folder: Path) -> None:
     """The manifest of a bundle, and those of rotations in it."""
     sealed("rotations.json")(folder)
     path = folder / "rotq_bundle.json"
-    with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
         values = _json(path)
         values.pop("sha256", None)
         for file, entry in values["files"].items():
@@ -63,7 +63,7 @@ def everything(folder: Path) -> None:
         sealed("quantized_model.json", "rotations.json", "manifest.json", "prefix.json")(inner)
         bundle(inner)
         report = inner / "report.json"
-        with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
             values = _json(report)
             for file in values["checksums"]:
                 if _is_file(inner / file):

@@ -40,7 +40,7 @@ from backends.safetensors.manifest import Manifest
 from backends.torch_model import cached_pass
 from calib.arithmetic.inputs import fake_quantize_input
 from calib.errors import BackendError
-from calib.files.reading import is_failure, read_json, reason_of
+from calib.files.reading import MALFORMED, is_failure, read_json, reason_of
 from calib.rotations.files import load_rotations
 from calib.schemes import LinearScheme, TensorScheme, tensor_scheme_from_dict
 
@@ -128,7 +128,13 @@ def load(folder: Path, *, exact: bool, stands_in: bool, not_run_in: str) -> Tran
         except BackendError as error:
             raise RuntimeMissing(error.message, hint=error.hint) from error
         runtime += f", compressed-tensors {version}"
-    note = "" if described is None else _note(described)
+    try:
+        note = "" if described is None else _note(described)
+    except MALFORMED as error:
+        raise BackendError(
+            f"the quantization_config of '{folder / CONFIG_FILE}' is damaged: {reason_of(error)}",
+            hint="export the model again",
+        ) from error
     if stands_in:
         _check_stand_in(folder, note)
     try:
