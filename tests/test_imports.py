@@ -13,6 +13,7 @@ OPTIONAL = {
     "mlir_tensorrt",  # what nvtripy compiles with, and where there is no GPU cannot be installed
     "nvtripy",
     "openvino",
+    "tensorrt",  # nvtripy imports it where it is installed without a GPU
     "tensorrt_rtx",
 }
 MODULES = [

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from backends.base import Fusion, Reason, Request, StoredTensor, WriteOptions
 from backends.onnx.file_names import DATA_FILE, DATA_SHARDS, GENAI_DTYPES, GENAI_FILE, MODEL_FILE
-from backends.onnx.targets import TARGETS, Target
+from backends.onnx.target import Target
+from backends.onnx.targets import TARGETS
 from backends.rules import Limits
 
 if TYPE_CHECKING:

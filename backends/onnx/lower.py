@@ -43,7 +43,7 @@ from backends.onnx.nodes import replace
 from backends.onnx.packing import packed, packs
 from backends.onnx.placeholders import DOMAIN, LINEAR, MODULE_ATTRIBUTE
 from backends.onnx.rotate import rotate, rotations_before_float
-from backends.onnx.targets import Target
+from backends.onnx.target import Target
 from backends.onnx.weights import dequantized_weight, padded_width
 from calib.architectures import wiring_of
 from calib.artifact import QuantizedLinear, QuantizedModel

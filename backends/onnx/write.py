@@ -25,7 +25,8 @@ from backends.onnx.residual import fuse_residual_norms
 from backends.onnx.rotary import fuse_rotary
 from backends.onnx.save import save
 from backends.onnx.shared_buffer import share_buffer
-from backends.onnx.targets import TARGETS, Target
+from backends.onnx.target import Target
+from backends.onnx.targets import TARGETS
 from backends.onnx.trace import TraceRequest, fill
 from backends.onnx.trace_cache import cached_trace
 from calib.architectures import wiring_of

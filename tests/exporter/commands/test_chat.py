@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from calib.errors import DataError
 from exporter.cli import main
 from exporter.commands.chat import Conversation, Sampling, open_conversation
+
+pytestmark = pytest.mark.usefixtures("clean_logging")  # the command line sets levels
 
 GREEDY = Sampling()
 TEMPLATE = (
@@ -143,7 +146,8 @@ class Bytes:
 
 
 def scripted(says: list[int], positions: int | None = None) -> Conversation:
-    return Conversation(Scripted(says), Bytes(), positions, frozenset({299}), "script")  # type: ignore[arg-type]
+    runtime, tokenizer = Scripted(says), cast(PreTrainedTokenizerBase, Bytes())
+    return Conversation(runtime, tokenizer, positions, frozenset({299}), "script")
 
 
 def test_characters_come_whole_and_the_end_is_not_said() -> None:
@@ -152,7 +156,8 @@ def test_characters_come_whole_and_the_end_is_not_said() -> None:
     pieces = list(talk.answer("x", GREEDY, GREEDY.chooser(), most=50))
     assert pieces == ["a", "é", "\N{SNOWMAN}"]
     # without a cache each token is chosen from all before it
-    assert [each.shape[1] for each in talk.runtime.seen] == list(range(1, 8))  # type: ignore[attr-defined]
+    assert isinstance(talk.runtime, Scripted)
+    assert [each.shape[1] for each in talk.runtime.seen] == list(range(1, 8))
 
     cut = scripted(list("a\N{SNOWMAN}".encode()))
     assert say(cut, "x", most=2) == "a\N{REPLACEMENT CHARACTER}"
