@@ -96,7 +96,8 @@ def taken_from_modelopt(
         scheme, settled = _settled(taken, source.wiring, fused.state)
         recipe = with_values(recipe, settled)
         replaced = {f"{name}.{part}" for name in taken.linears for part in ("weight", "bias")}
-        kept = dict.fromkeys(source.wiring.quantizable.keys() - taken.linears.keys(), _KEPT)
+        names = source.wiring.quantizable
+        kept = {name: _KEPT for name in names if name not in taken.linears}
         quantized = QuantizedModel(
             config=portable_config(fused.config),
             scheme=scheme,
