@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tests.faults.cases import CASES, Case, Stage
+from tests.faults.cases import CASES, Case, Stage, content
 from tests.faults.children import Ended, forked, rotq
 from tests.faults.findings import Table, evenly
 from tests.faults.kills import Trial
@@ -58,7 +58,21 @@ def judged(trial: Trial, ended: Ended) -> tuple[str, str]:
         why in ended.said for why in ("disk is full", "ulimit", "space")
     ):
         wrong = wrong or f"says nothing of the disk: {ended.errors}"
+    wrong = wrong or _aside(trial, ended)
     return wrong or trial.next_run(), _DONE if ended.code == 0 else _REFUSED
+
+
+def _aside(trial: Trial, ended: Ended) -> str:
+    """A result that is complete and cannot be put in its place is kept beside it, and the one line
+    says where; what is wrong with one that is there, in words. It is taken away as a user would.
+    """
+    for path in list(trial.folder.rglob("*.new")):
+        if f"It is in '{path}'" not in ended.said:
+            return f"left without a word: {path.name}"
+        if path.parent == trial.folder and content(path) != trial.new:
+            return f"kept, and not complete: {path.name}"
+        shutil.rmtree(path)
+    return ""
 
 
 def _limits(
