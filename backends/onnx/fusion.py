@@ -14,6 +14,10 @@ from backends.onnx.files import read_proto
 from backends.onnx.names import Label, linear_of, members
 from backends.onnx.ort_options import session_options
 from backends.onnx.runner import open_session
+from calib.errors import BackendError
+
+_UNWRITTEN = "Failed to write"
+"""What ONNX Runtime says where it cannot write what it has optimized."""
 
 
 def ort_fusion(path: Path) -> Fusion:
@@ -36,7 +40,16 @@ def ort_fusion(path: Path) -> Fusion:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "optimized.data"
         )
-        open_session(str(path), options, path)
+        try:
+            open_session(str(path), options, path)
+        except BackendError as error:
+            if _UNWRITTEN not in error.message:
+                raise
+            raise BackendError(
+                f"the graph that ONNX Runtime makes of '{path}' does not fit into the temporary"
+                f" folder '{scratch}': the disk is full, or a limit (ulimit -f) is too low",
+                hint="free some space there, or set TMPDIR to another folder",
+            ) from error
         optimized = onnx.load(optimized_path, load_external_data=False).graph
 
     constants = {tensor.name for tensor in optimized.initializer}

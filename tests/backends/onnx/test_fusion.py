@@ -4,6 +4,7 @@ linears.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from backends.base import Fusion, WriteOptions
 from backends.onnx.backend import OnnxBackend
 from calib.data.batches import length_batches
 from calib.data.forward_loop import forward_loop_over
+from calib.errors import BackendError
 from calib.quantizing.calibrator import quantize_model
 from calib.quantizing.plan import resolve
 from calib.schemes import scheme_named
@@ -99,3 +101,17 @@ class TestOpenVino:
         export(tmp_path, "llama", "int8", {DOWN: "float8"}, "openvino")
         left = fusion(tmp_path, "openvino").unfused
         assert left == [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+
+
+def test_a_full_temporary_folder_is_no_fault_of_the_graph(tmp_path: Path) -> None:
+    export(tmp_path, "llama", "int8", {})
+    resource = pytest.importorskip("resource", reason="there are no limits on the size of files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+        with pytest.raises(BackendError, match="the disk is full, or a limit"):
+            fusion(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
