@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, distributions, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import TypeVar
 
 from backends.asking import reasons_against, refusal_of
@@ -31,9 +31,6 @@ SECONDS = 10.0
 _VARIABLE = "ROTQ_PLUGIN_SECONDS"
 _OWN = "rotq"
 """The distribution whose backends are not timed."""
-_ONE = 1.0
-"""Seconds for the files of all distributions, which take milliseconds, or of one: a pipe in place
-of one is never read to its end."""
 _FAILURES = (Exception, SystemExit, GeneratorExit, TooLongError)
 """What ends a plugin and not rotq; of BaseException, others are told to rotq itself."""
 _T = TypeVar("_T")
@@ -153,16 +150,20 @@ def _loaded(entry: EntryPoint) -> Backend:
 
 def _registered() -> list[EntryPoint]:
     """The entry points of all distributions whose own files can be read."""
-    try:
-        with time_limit(_ONE):
-            return list(entry_points(group=GROUP))
-    except (OSError, TooLongError, *MALFORMED):  # of one of them, whatever it is for
-        found: dict[str, EntryPoint] = {}
-        for distribution in distributions():
-            with contextlib.suppress(OSError, TooLongError, *MALFORMED), time_limit(_ONE):
+    found: dict[str, EntryPoint] = {}
+    for distribution in distributions():
+        with contextlib.suppress(OSError, *MALFORMED):  # of one of them, whatever it is for
+            if _is_regular(distribution, "entry_points.txt"):
                 for entry in distribution.entry_points.select(group=GROUP):
                     found.setdefault(entry.name, entry)
-        return list(found.values())
+    return list(found.values())
+
+
+def _is_regular(distribution: Distribution, name: str) -> bool:
+    """Whether reading the file ``name`` of a distribution comes to an end: it is a file, or not
+    there; a pipe has none."""
+    folder = getattr(distribution, "_path", None)  # of those that lie in folders
+    return folder is None or not (folder / name).exists() or (folder / name).is_file()
 
 
 def _limit(entry: EntryPoint) -> contextlib.AbstractContextManager[None]:
@@ -244,7 +245,8 @@ def _rotation_warnings(backend: Backend, target: str) -> dict[str, str]:
 def _distribution(entry: EntryPoint) -> str:
     unknown = "unknown distribution"
     try:
-        with time_limit(_ONE):
-            return unknown if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
-    except (OSError, TooLongError, *MALFORMED):
+        if entry.dist is None or not _is_regular(entry.dist, "METADATA"):
+            return unknown
+        return f"{entry.dist.name} {entry.dist.version}"
+    except (OSError, *MALFORMED):
         return unknown

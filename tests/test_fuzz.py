@@ -82,6 +82,7 @@ FAILED_BEFORE = (
     ("config.json", 595),
     ("plugins", 27),
     ("plugins", 72),
+    ("plugins", 119),
     ("plugins", 229),
     ("plugins", 247),
     ("tokenizer", 588),
