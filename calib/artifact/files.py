@@ -210,7 +210,10 @@ def smoothing_key(group: str) -> str:
 
 
 def _provenance(values: Mapping[str, Any]) -> Provenance:
-    tables = {name: tuple(values.get(name, ())) for name in ("gate", "rotation_gate", "massive")}
+    tables = {
+        name: tuple(values.get(name, ()))
+        for name in ("gate", "rotation_gate", "massive", "training")
+    }
     return Provenance(**{**values, **tables})
 
 

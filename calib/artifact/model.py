@@ -166,6 +166,9 @@ class Provenance:
     massive: tuple[dict[str, Any], ...] = ()
     """The inputs with massive tokens: ``name``, ``ratio`` (largest over median) and
     ``with_prefix``."""
+    training: tuple[dict[str, Any], ...] = ()
+    """How the training of each rotation went: ``rotation``, ``objective``, ``losses``,
+    ``held_out_errors`` and ``note``."""
     cpu: str = ""
     """Name and extensions of the processor that it was calibrated on; empty, as ``threads`` is
     ``None``, where nobody said."""

@@ -57,6 +57,8 @@ class Comparison:
         candidate: perplexity of the candidate.
         kl: mean KL(reference ‖ candidate) of a token's distribution, in nats.
         top1: the fraction of tokens for which both predict the same token.
+        top5: the fraction of tokens for which what the reference predicts is among the five that
+            the candidate finds most likely.
         row_kls: ``kl`` of each row by itself.
         row_tokens: tokens scored in each row.
     """
@@ -65,6 +67,7 @@ class Comparison:
     candidate: Perplexity
     kl: float
     top1: float
+    top5: float
     row_kls: tuple[float, ...]
     row_tokens: tuple[int, ...]
 
@@ -117,7 +120,7 @@ def compare_logits(
         DataError: also if the vocabularies differ.
     """
     nll_reference = nll_candidate = 0.0
-    agreed = 0
+    agreed = among_five = 0
     rows_found: list[tuple[float, int]] = []
     for row in rows:
         divergence, tokens = 0.0, 0
@@ -137,7 +140,10 @@ def compare_logits(
                 # A sum over the vocabulary of p log(p/q): the rounding of a zero divergence can be
                 # below zero.
                 divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).sum())
-                agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                predicted = log_p.argmax(-1)
+                agreed += int((predicted == log_q.argmax(-1)).sum())
+                five = log_q.topk(min(5, log_q.shape[-1]), dim=-1).indices
+                among_five += int((five == predicted.unsqueeze(-1)).any(-1).sum())
                 tokens += wanted.numel()
         if tokens:
             rows_found.append((divergence, tokens))
@@ -148,6 +154,7 @@ def compare_logits(
         candidate=Perplexity(nll_candidate / scored, scored),
         kl=math.fsum(divergence for divergence, _ in rows_found) / scored,
         top1=agreed / scored,
+        top5=among_five / scored,
         row_kls=tuple(divergence / tokens for divergence, tokens in rows_found),
         row_tokens=tuple(tokens for _, tokens in rows_found),
     )

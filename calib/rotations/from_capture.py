@@ -30,6 +30,21 @@ LOOK = 8
 
 
 @dataclass(frozen=True)
+class TrainingCurve:
+    """How one training went, of R1 or of all R2 at once."""
+
+    rotation: str
+    """``R1`` or ``R2``."""
+    objective: str
+    losses: tuple[float, ...]
+    """As :attr:`calib.rotations.train.TrainResult.losses`."""
+    held_out_errors: tuple[float, ...]
+    """As :attr:`calib.rotations.train.TrainResult.held_out_errors`."""
+    note: str = ""
+    """That it was stopped, as it would not have won."""
+
+
+@dataclass(frozen=True)
 class TrainedRotations:
     """Rotations of a model, and what each was chosen from."""
 
@@ -37,6 +52,8 @@ class TrainedRotations:
     """R1 and R2 only where some rotation was better than none."""
     table: tuple[CandidateError, ...] = ()
     """A row for every candidate of every rotation that went through the gate."""
+    training: tuple[TrainingCurve, ...] = ()
+    """Of every rotation that was trained, whether it was taken or not."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,14 @@ class Choice:
     trained: TrainResult
     seed: int
     table: tuple[CandidateError, ...] = ()
+
+    def curve(self, rotation: str) -> TrainingCurve:
+        """How its training went."""
+        result = self.trained
+        note = _stopped_words(result)
+        return TrainingCurve(
+            rotation, result.objective, result.losses, result.held_out_errors, note
+        )
 
     @property
     def origin(self) -> str:
@@ -100,12 +125,14 @@ def train_rotations(
     check_offered(kinds, wiring)
     rotations: list[Rotation] = []
     table: tuple[CandidateError, ...] = ()
+    training: list[TrainingCurve] = []
     if "r1" in kinds:
         settings = replace(r1, fix_ones=wiring.layer_norm)
         chosen = choose(capture, "r1", settings, held_out, judge, device=device, progress=progress)
         if chosen.matrix is not None:
             rotations.append(fused_rotation("r1", chosen.matrix, origin=chosen.origin))
         table += chosen.table
+        training.append(chosen.curve("R1"))
     if "r2" in kinds:
         chosen = choose(capture, "r2", r2, held_out, judge, device=device, progress=progress)
         if chosen.matrix is not None:
@@ -114,7 +141,9 @@ def train_rotations(
                 for layer, heads in zip(capture.r2, chosen.matrix, strict=True)
             ]
         table += chosen.table
-    return TrainedRotations(RotationSet([*rotations, *online_rotations(wiring, kinds)]), table)
+        training.append(chosen.curve("R2"))
+    everything = RotationSet([*rotations, *online_rotations(wiring, kinds)])
+    return TrainedRotations(everything, table, tuple(training))
 
 
 def choose(
@@ -145,11 +174,16 @@ def choose(
     chosen = select(
         rotation, result.matrix, train, held, judge, seed=config.seed, fix_ones=config.fix_ones
     )
-    note = f"stopped after {result.steps} steps: would not have won" if result.hopeless else ""
+    note = _stopped_words(result)
     table = tuple(
         replace(row, note=note) if row.candidate == "trained" else row for row in chosen.table
     )
     return Choice(chosen.name, chosen.matrix, result, config.seed, table)
+
+
+def _stopped_words(result: TrainResult) -> str:
+    """That training ended early because it would not have won; empty where it did not."""
+    return f"stopped after {result.steps} steps: would not have won" if result.hopeless else ""
 
 
 def _train(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from calib.files.sealed import read_sealed, write_sealed
 from calib.fusing import FusedModel
 from calib.rotations.files import load_rotations, save_rotations
 from calib.rotations.foreign import import_rotations
-from calib.rotations.from_capture import TrainedRotations, train_rotations
+from calib.rotations.from_capture import TrainedRotations, TrainingCurve, train_rotations
 from calib.rotations.quantizer import ActivationScheme
 from calib.rotations.readers import residual_rows, value_rows
 from calib.rotations.rotate import GateSet, Rotate, gate_sets, trainable, union
@@ -173,7 +174,7 @@ def _completed(
         inputs.source.wiring, _missing(kinds, imported), block=inputs.online_block
     )
     rotations = own.rotations.merged(online).merged(imported.of(kinds).values())
-    return TrainedRotations(rotations, own.table)
+    return TrainedRotations(rotations, own.table, own.training)
 
 
 def save_trained(trained: TrainedRotations, made_of: Mapping[str, object], folder: Path) -> None:
@@ -185,8 +186,13 @@ def save_trained(trained: TrainedRotations, made_of: Mapping[str, object], folde
         folder: a new one.
     """
     save_rotations(trained.rotations, folder)
-    table = [asdict(row) for row in trained.table]
-    write_sealed(folder / _CHOICE, {"format_version": 1, "of": dict(made_of), "table": table})
+    values = {
+        "format_version": 1,
+        "of": dict(made_of),
+        "table": [asdict(row) for row in trained.table],
+        "training": [asdict(curve) for curve in trained.training],
+    }
+    write_sealed(folder / _CHOICE, values)
 
 
 def load_trained(folder: Path, made_of: Mapping[str, object]) -> TrainedRotations | None:
@@ -201,12 +207,19 @@ def load_trained(folder: Path, made_of: Mapping[str, object]) -> TrainedRotation
             return None
         rows = [{**row, "layers": tuple(row["layers"])} for row in values["table"]]
         table = tuple(CandidateError(**row) for row in rows)
+        training = tuple(map(_curve, values.get("training", ())))
     except (OSError, *MALFORMED) as error:
         raise RotationError(
             f"the rotations kept in '{folder}' cannot be read: {reason_of(error)}",
             hint="start in another --work-dir; what is in this one cannot be trusted",
         ) from error
-    return TrainedRotations(load_rotations(folder), table)
+    return TrainedRotations(load_rotations(folder), table, training)
+
+
+def _curve(values: Mapping[str, Any]) -> TrainingCurve:
+    """From JSON."""
+    lists = {name: tuple(values[name]) for name in ("losses", "held_out_errors")}
+    return TrainingCurve(**{**values, **lists})
 
 
 def activation_scheme(scheme: Scheme) -> ActivationScheme | None:

@@ -96,6 +96,8 @@ def test_comparison_equals_the_definition() -> None:
     want = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     assert math.isclose(got.kl, float(want), rel_tol=1e-12)  # float64 sums of 50 terms each
     assert got.top1 == float((p.argmax(-1) == q.argmax(-1))[context].double().mean())
+    five = q.argsort(-1, descending=True)[:, :5]
+    assert got.top5 == float((five == p.argmax(-1, keepdim=True)).any(-1)[context].double().mean())
     assert got.reference == perplexity(lambda ids: p[ids], rows, window=8, stride=3)
     assert got.candidate == perplexity(lambda ids: q[ids], rows, window=8, stride=3)
     assert got.row_tokens == (29, 1, 16)
@@ -115,7 +117,7 @@ def test_a_model_agrees_with_itself_exactly() -> None:
     got = compare_logits(
         lambda ids: table[ids], lambda ids: table[ids], rows_of([40]), window=16, stride=16
     )
-    assert (got.kl, got.top1, got.reference) == (0.0, 1.0, got.candidate)
+    assert (got.kl, got.top1, got.top5, got.reference) == (0.0, 1.0, 1.0, got.candidate)
 
 
 def test_small_divergences_are_resolved() -> None:

@@ -411,6 +411,11 @@ def test_the_table_covers_both_rotations_and_identity_leaves_r1_out(
     judge = Judge("both", TOKEN, TensorScheme(INT4, PerChannel()), rows)
     found = train_rotations(tiny_capture, tiny.wiring, kinds, judge=judge, **given)
     assert {row.measure for row in found.table} == {"both"}
+    assert [curve.rotation for curve in found.training] == ["R1", "R2"]
+    for curve in found.training:
+        # before each step, and last that of the result
+        assert len(curve.losses) == given["r1"].epochs + 1
+        assert len(curve.held_out_errors) == given["r1"].epochs + 1
 
     ungated = train_rotations(tiny_capture, tiny.wiring, kinds, **given)
     assert ungated.rotations.kinds() == ("r1", "r2", "r4")
