@@ -6,8 +6,8 @@ loads.
     result = rotq.export("./my-model", scheme="int4-weight-only", target="ort")
     result.report.status
 
-Everything is in :mod:`rotq.api`; it is loaded when it is first asked for, so that ``import
-rotq`` stays light.
+Everything is in :mod:`rotq.api` and :mod:`rotq.looking`, which are loaded when they are first asked
+for, so that ``import rotq`` stays light.
 """
 
 from __future__ import annotations
@@ -16,17 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rotq.api import (
-        calibrate,
-        capture,
-        evaluate,
-        export,
-        inspect,
-        load_recipe,
-        rotate,
-        stats,
-        verify,
-    )
+    from rotq.api import calibrate, capture, export, load_recipe, rotate, stats
+    from rotq.looking import diff, evaluate, inspect, report, verify
 
     __version__: str
 
@@ -34,14 +25,17 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "diff",
     "evaluate",
     "export",
     "inspect",
     "load_recipe",
+    "report",
     "rotate",
     "stats",
     "verify",
 ]
+_LOOKING = frozenset({"diff", "evaluate", "inspect", "report", "verify"})
 
 
 def __getattr__(name: str) -> object:
@@ -51,7 +45,7 @@ def __getattr__(name: str) -> object:
         return version("rotq")
     if name not in __all__:
         raise AttributeError(f"module 'rotq' has no attribute '{name}'")
-    return getattr(import_module("rotq.api"), name)
+    return getattr(import_module("rotq.looking" if name in _LOOKING else "rotq.api"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,5 @@
-"""What ``import rotq`` offers: the commands as functions that take what a notebook has.
+"""What ``import rotq`` offers to make something: the commands as functions that take what a
+notebook has. Those that look at what is there are in :mod:`rotq.looking`.
 
 A model is a folder, a hub id or an object, a recipe is a file, a preset, a mapping, a
 :class:`~exporter.recipe.Recipe` or nothing, and every option of the command line is a keyword
@@ -9,26 +10,23 @@ imports what it needs when it is called.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rotq.given import Pathlike, progress_of, text_of, tokenizer_of
 from rotq.settings import keyed, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from calib.process.progress import Progress
-    from exporter.commands.evaluate import EvalResult
     from exporter.commands.export import CalibrateResult
-    from exporter.commands.inspect import Inspection
     from exporter.commands.rotate import RotateResult
     from exporter.commands.stats import StatsResult
     from exporter.recipe import Recipe
-    from exporter.reporting.report import Report
     from exporter.run.options import RunOptions
     from exporter.run.results import ExportResult
     from rotq.texts import Dataset
@@ -36,16 +34,11 @@ if TYPE_CHECKING:
 __all__ = [
     "calibrate",
     "capture",
-    "evaluate",
     "export",
-    "inspect",
     "load_recipe",
     "rotate",
     "stats",
-    "verify",
 ]
-
-Pathlike = str | os.PathLike[str]
 
 
 def load_recipe(
@@ -99,6 +92,7 @@ def export(
     resume: bool = False,
     from_artifact: Pathlike | None = None,
     from_capture: Pathlike | None = None,
+    report: bool = False,
     progress: Progress | bool | None = None,
     **settings: object,
 ) -> ExportResult:
@@ -119,6 +113,7 @@ def export(
         resume: go on from what ``work_dir`` holds.
         from_artifact: what :func:`calibrate` wrote: only write and verify.
         from_capture: what :func:`capture` wrote.
+        report: draw the page of the report into the folder.
         progress: called after every unit of work; ``True``: bars, which ``None`` means in a
             notebook.
         settings: recipe values by the name of an option: ``scheme="int8"``, ``target="vllm"``.
@@ -144,13 +139,14 @@ def export(
         _options(given.recipe, "export", output, overwrite, work_dir, resume, from_capture),
         verify=verify,
         from_artifact=None if from_artifact is None else Path(from_artifact),
+        report=report,
     )
     return run(
         given.recipe,
         options,
         model=given.model,
         tokenizer=given.tokenizer,
-        progress=_progress(progress),
+        progress=progress_of(progress),
     )
 
 
@@ -180,7 +176,7 @@ def calibrate(
         options,
         model=given.model,
         tokenizer=given.tokenizer,
-        progress=_progress(progress),
+        progress=progress_of(progress),
     )
 
 
@@ -206,7 +202,7 @@ def capture(
         _options(given.recipe, "capture", output, overwrite),
         model=given.model,
         tokenizer=given.tokenizer,
-        progress=_progress(progress),
+        progress=progress_of(progress),
     )
 
 
@@ -233,7 +229,7 @@ def rotate(
         write_dartquant=write_dartquant,
         model=given.model,
         tokenizer=given.tokenizer,
-        progress=_progress(progress),
+        progress=progress_of(progress),
     )
 
 
@@ -258,93 +254,8 @@ def stats(
         _options(given.recipe, "stats", output, overwrite, from_capture=from_capture),
         model=given.model,
         tokenizer=given.tokenizer,
-        progress=_progress(progress),
+        progress=progress_of(progress),
     )
-
-
-def verify(
-    folder: Pathlike,
-    *,
-    model: Pathlike | None = None,
-    rows: int | None = None,
-    expect_sha256: str | None = None,
-    progress: Progress | bool | None = None,
-) -> Report:
-    """Repeat the parity check on an exported folder, in its runtime, and update its report.
-
-    Args:
-        folder: what :func:`export` wrote.
-        model: the float model, where it is no longer where the recipe says.
-        rows: evaluation rows; by default the recipe's.
-        expect_sha256: refuse another export than this.
-        progress: as for :func:`export`.
-
-    Raises:
-        calib.errors.RotqError: a known failure, with a hint.
-    """
-    from exporter.commands.verify import verify as run
-
-    return run(
-        Path(folder),
-        model=None if model is None else os.fspath(model),
-        rows=rows,
-        expect_sha256=expect_sha256,
-        progress=_progress(progress),
-    )
-
-
-def evaluate(
-    source: PreTrainedModel | Pathlike,
-    dataset: Dataset | None = None,
-    *,
-    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
-    window: int | None = None,
-    stride: int | None = None,
-    nsamples: int | None = None,
-    device: str = "auto",
-    progress: Progress | bool | None = None,
-) -> EvalResult:
-    """Perplexity of an exported folder in its runtime, or in torch of an artifact, a checkpoint or
-    a model object (where it is).
-
-    Args:
-        source: an exported or calibrated folder, a checkpoint folder, a hub id, or a Hugging Face
-            model object.
-        dataset: as for :func:`export`; by default the embedded evaluation text.
-        tokenizer: needed with a model object that was not loaded from a folder.
-        window: tokens that the model sees at once; by default 2048, or what it takes.
-        stride: tokens that windows move on by; by default the window.
-        nsamples: documents; by default all.
-        device: where a checkpoint runs.
-        progress: as for :func:`export`.
-
-    Raises:
-        calib.errors.RotqError: a known failure, with a hint.
-    """
-    from exporter.commands.evaluate import evaluate as run
-
-    given = _tokenizer(tokenizer)
-    return run(
-        os.fspath(source) if isinstance(source, str | os.PathLike) else source,
-        None if dataset is None else _text(dataset, given, source),
-        tokenizer=given,
-        window=window,
-        stride=stride,
-        nsamples=nsamples,
-        device=device,
-        progress=_progress(progress),
-    )
-
-
-def inspect(folder: Pathlike) -> Inspection:
-    """What a folder of :func:`export` or :func:`calibrate` holds, and how its runtime executes it.
-
-    Raises:
-        calib.errors.RotqError: it is incomplete or damaged.
-    """
-    from exporter.commands.inspect import inspect_folder
-
-    return inspect_folder(Path(folder))
 
 
 @dataclass(frozen=True)
@@ -366,7 +277,7 @@ class _Given:
     ) -> _Given:
         """Arguments as for :func:`export`."""
         values = dict(settings)
-        own, loaded = None, _tokenizer(tokenizer)
+        own, loaded = None, tokenizer_of(tokenizer)
         if isinstance(model, str | os.PathLike):
             values["model"] = os.fspath(model)
         elif model is not None:
@@ -374,27 +285,8 @@ class _Given:
             values["model"] = str(getattr(model, "name_or_path", "") or type(model).__name__)
         if dataset is not None:
             where = own if own is not None else load_recipe(recipe, keyed(values)).model
-            values["calib_dataset"] = _text(dataset, loaded, where)
+            values["calib_dataset"] = text_of(dataset, loaded, where)
         return cls(load_recipe(recipe, keyed(values)), own, loaded)
-
-
-def _text(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel | Pathlike,
-) -> str:
-    """What a recipe calls the data set; token ids are written out by the model's own tokenizer
-    where none is given and the model is in a folder."""
-    if isinstance(dataset, str | os.PathLike):
-        return os.fspath(dataset)
-    from exporter.source import load_tokenizer
-    from rotq.texts import text_source
-
-    named = isinstance(model, str | os.PathLike)
-    folder = str(model if named else getattr(model, "name_or_path", "") or "")
-    if tokenizer is None and folder and Path(folder).is_dir():
-        tokenizer = load_tokenizer(Path(folder))
-    return text_source(dataset, tokenizer)
 
 
 def _recipe_of_artifact(folder: Path) -> Path | None:
@@ -403,14 +295,6 @@ def _recipe_of_artifact(folder: Path) -> Path | None:
 
     saved = folder / RECIPE_FILE
     return saved if saved.is_file() else None
-
-
-def _tokenizer(given: PreTrainedTokenizerBase | Pathlike | None) -> PreTrainedTokenizerBase | None:
-    if not isinstance(given, str | os.PathLike):
-        return given
-    from exporter.source import load_tokenizer
-
-    return load_tokenizer(Path(given))
 
 
 def _options(
@@ -432,14 +316,3 @@ def _options(
         resume=resume,
         from_capture=None if from_capture is None else Path(from_capture),
     )
-
-
-def _progress(asked: Progress | bool | None) -> Progress:
-    from calib.process.progress import silent
-    from rotq.bars import Bars
-
-    if asked is None:
-        asked = "ipykernel" in sys.modules
-    if not isinstance(asked, bool):
-        return asked
-    return Bars() if asked else silent

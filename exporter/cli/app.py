@@ -13,11 +13,13 @@ import typer
 from calib.errors import OutputError
 from exporter.cli import (
     chat_command,
-    check_commands,
+    eval_command,
     info_commands,
     inspect_command,
+    report_commands,
     run_commands,
     stats_command,
+    verify_command,
 )
 from exporter.cli.command import Command, Group
 from exporter.cli.errors import exit_code_of
@@ -73,9 +75,9 @@ for name, function, summary, examples in (
     ),
     (
         "verify",
-        check_commands.verify,
+        verify_command.verify,
         "Repeat the parity check on a folder.",
-        check_commands.VERIFY_EXAMPLES,
+        verify_command.EXAMPLES,
     ),
     (
         "inspect",
@@ -84,10 +86,22 @@ for name, function, summary, examples in (
         inspect_command.EXAMPLES,
     ),
     (
+        "report",
+        report_commands.report,
+        "One page of an export, with charts.",
+        report_commands.REPORT_EXAMPLES,
+    ),
+    (
+        "diff",
+        report_commands.diff,
+        "In what two exports differ.",
+        report_commands.DIFF_EXAMPLES,
+    ),
+    (
         "eval",
-        check_commands.evaluate,
-        "Perplexity of a folder or checkpoint.",
-        check_commands.EVAL_EXAMPLES,
+        eval_command.evaluate,
+        "Perplexity of folders or checkpoints.",
+        eval_command.EXAMPLES,
     ),
     (
         "chat",

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calib.errors import DataError, RotqError
-from exporter.cli.check_commands import check_exported
 from exporter.cli.command import with_flags
 from exporter.cli.errors import UsageError
 from exporter.cli.options import TalkFlags
 from exporter.cli.session import print_json, running, set_up
 from exporter.cli.signals import told_to_end
+from exporter.cli.verify_command import check_exported
 
 if TYPE_CHECKING:
     import torch

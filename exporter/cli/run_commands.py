@@ -20,6 +20,7 @@ from exporter.cli.number_options import (
     SchemeFlag,
 )
 from exporter.cli.options import (
+    OUTPUT,
     ROTATION,
     RUN,
     BackendFlags,
@@ -106,6 +107,14 @@ def export(
             rich_help_panel=RUN,
         ),
     ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Draw report.html into the folder, and two pictures for the card.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
 ) -> None:
     """Rotate, calibrate, quantize, write for a runtime, and check parity in that runtime.
 
@@ -119,7 +128,13 @@ def export(
     recipe = resolve(recipes.recipe, flags, from_artifact)
     check_backend(recipe, flags)
     options = _run_options(
-        outputs, resuming, recipe, "export", verify=not no_verify, from_artifact=from_artifact
+        outputs,
+        resuming,
+        recipe,
+        "export",
+        verify=not no_verify,
+        from_artifact=from_artifact,
+        report=report,
     )
     if _announced_only(recipe, options, "export", outputs, talk):
         return
@@ -139,8 +154,9 @@ def export(
             f"rotq verify {folder}",
             f"rotq inspect {folder}",
             f"rotq eval {folder} --text FILE",
+            f"rotq report {folder}",
         )
-    raise typer.Exit(max(parity_exit_code(report, folder, talk) for folder, report in exported))
+    raise typer.Exit(max(parity_exit_code(own, folder, talk) for folder, own in exported))
 
 
 @with_flags
@@ -275,6 +291,7 @@ def _run_options(
     *,
     verify: bool = True,
     from_artifact: Path | None = None,
+    report: bool = False,
 ) -> RunOptions:
     output = check_output(outputs, recipe, goal, resuming)
     from exporter.run.options import RunOptions
@@ -287,6 +304,7 @@ def _run_options(
         resume=bool(resuming and resuming.resume),
         from_artifact=from_artifact,
         from_capture=resuming.from_capture if resuming else None,
+        report=report,
         profile=outputs.profile,
     )
 

@@ -4,9 +4,13 @@ of a checkpoint or of what ``rotq calibrate`` wrote.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from backends.base import StandIn
 from backends.registry import get_backend
@@ -15,7 +19,14 @@ from calib.artifact.files import MANIFEST
 from calib.data.documents import read_documents
 from calib.data.tokens import clamp_seqlen, encode
 from calib.errors import CheckpointError
-from calib.measure.perplexity import LogitsFunction, Perplexity, model_logits, perplexity
+from calib.measure.perplexity import (
+    Comparison,
+    LogitsFunction,
+    Perplexity,
+    compare_logits,
+    model_logits,
+    perplexity,
+)
 from calib.measure.reference import build_reference
 from calib.network.checkpoint import load_config, open_checkpoint
 from calib.network.original import load_network
@@ -35,6 +46,21 @@ DEFAULT_WINDOW = 2048
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How far predictions are from those of a reference, over the same tokens."""
+
+    reference: str
+    perplexity: float
+    """Of the reference."""
+    kl: float
+    """Mean KL(reference || source) of a token's distribution, in nats."""
+    top1: float
+    """Share of tokens for which both find the same next token most likely, 0 to 1."""
+    top5: float
+    """Share for which that of the reference is among the five most likely, 0 to 1."""
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """A perplexity and what it was measured on."""
 
@@ -45,10 +71,16 @@ class EvalResult:
     """Tokens scored."""
     runtime: str
     """What ran it, as its backend calls it, or ``torch``."""
+    nbytes: int | None = None
+    """Of the weights of an exported folder; ``None`` of anything else."""
+    divergence: Divergence | None = None
+    """Where there was a reference."""
 
     def _repr_html_(self) -> str:
         """For notebooks."""
         facts = {"tokens": self.tokens, "nats per token": f"{self.nll:.5f}", "in": self.runtime}
+        if self.divergence is not None:
+            facts |= {"KL": f"{self.divergence.kl:.4g}", "top-1": f"{self.divergence.top1:.2%}"}
         return page(f"perplexity {self.perplexity:.4f}", facts)
 
 
@@ -57,6 +89,7 @@ def evaluate(
     source: str | PreTrainedModel,
     text: str | None,
     *,
+    reference: str | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int | None = None,
     stride: int | None = None,
@@ -71,6 +104,7 @@ def evaluate(
             ``embedded``; or a Hugging Face model object, which runs where it is.
         text: local .txt (one document a line), .jsonl or .parquet file, or hub data set; ``None``:
             the embedded evaluation text.
+        reference: what predictions are compared with, as for ``source``: the float model, say.
         tokenizer: instead of that of the source; a model object needs it, unless it is of a folder.
         window: the most tokens the model sees at once; by default 2048 or the model's positions, if
             fewer.
@@ -84,23 +118,43 @@ def evaluate(
     """
     # before the model, which takes longer
     documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
-    scored = _opened(source, device) if isinstance(source, str) else _given(source)
+    scored = _openable(source, device)
+    beside = None if reference is None else _openable(reference, device)
     tokenizer = tokenizer or load_tokenizer(scored.folder)
     window = clamp_seqlen(window or DEFAULT_WINDOW, scored.config, scored.taken)
+    if beside is not None:
+        window = clamp_seqlen(window, beside.config, beside.taken)
 
-    nll, tokens = 0.0, 0
-    for document in track(documents, "eval", len(documents), progress):
-        row = encode(document, tokenizer)
-        if row.numel() < 2:
-            continue
-        part = perplexity(scored.logits, [row], window=window, stride=stride or window)
-        nll, tokens = nll + part.nll * part.tokens, tokens + part.tokens
-    if not tokens:
+    encoded = (encode(document, tokenizer) for document in documents)
+    rows = track(encoded, "eval", len(documents), progress)
+    mean, found = _scores(scored, beside, rows, window, stride or window)
+    divergence = None
+    if found is not None:
+        name = reference if isinstance(reference, str) else "the model given"
+        own = found.reference.value
+        divergence = Divergence(name, own, found.kl, found.top1, found.top5)
+    return EvalResult(mean.value, mean.nll, mean.tokens, scored.runtime, scored.nbytes, divergence)
+
+
+def _scores(
+    scored: _Scored, beside: _Scored | None, rows: Iterable[Tensor], window: int, stride: int
+) -> tuple[Perplexity, Comparison | None]:
+    """The perplexity of ``scored``, and how far it is from ``beside`` if there is that.
+
+    Raises:
+        CheckpointError: no row holds a token to predict.
+    """
+    long_enough = (row for row in rows if row.numel() > 1)
+    first = next(long_enough, None)
+    if first is None:
         raise CheckpointError(
             "the evaluation text holds no token to predict", hint="give a longer text with --text"
         )
-    mean = Perplexity(nll / tokens, tokens)
-    return EvalResult(mean.value, mean.nll, tokens, scored.runtime)
+    used = itertools.chain([first], long_enough)
+    if beside is None:
+        return perplexity(scored.logits, used, window=window, stride=stride), None
+    found = compare_logits(beside.logits, scored.logits, used, window=window, stride=stride)
+    return found.candidate, found
 
 
 @dataclass(frozen=True)
@@ -114,6 +168,12 @@ class _Scored:
     """Where its tokenizer is."""
     taken: int = 0
     """Positions that a prefix takes."""
+    nbytes: int | None = None
+    """Of the weights of an export."""
+
+
+def _openable(source: str | PreTrainedModel, device: str) -> _Scored:
+    return _opened(source, device) if isinstance(source, str) else _given(source)
 
 
 def _opened(source: str, device: str) -> _Scored:
@@ -138,7 +198,8 @@ def _exported(folder: Path) -> _Scored:
     if isinstance(runtime, StandIn) and runtime.not_run_in:
         words += f", not in {runtime.not_run_in}"
     taken = 0 if report.prefix is None else len(report.prefix.tokens)
-    return _Scored(runtime_logits(runtime), load_config(folder), words, folder, taken)
+    nbytes = report.layers.bytes_after
+    return _Scored(runtime_logits(runtime), load_config(folder), words, folder, taken, nbytes)
 
 
 def _artifact(folder: Path, device: str) -> _Scored:

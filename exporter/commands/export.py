@@ -129,7 +129,8 @@ def export(
         _calibrated(recipe, options, output, destination, clock, model, tokenizer) as calibrated,
     ):
         with output.folder() as folder:
-            reports = write_targets(calibrated, destination, folder, clock)
+            shown = options.output if options.report else None
+            reports = write_targets(calibrated, destination, folder, clock, shown)
             if accept is not None and not accept(reports):
                 raise NotAcceptedError
         return ExportResult(options.output, calibrated.recipe, reports)
@@ -218,7 +219,7 @@ def _calibrated(
     warn_of_slow_choices(recipe)
     verify, targets = write and options.verify, destination if write else None
     if targets is not None:
-        check_libraries(targets)
+        check_libraries(targets, options)
     if quantized_by_modelopt(model):
         assert model is not None
         yield taken_from_modelopt(recipe, options, model, tokenizer, targets, clock, verify=verify)
@@ -310,6 +311,7 @@ def _whole(
         candidate.quantized.provenance,
         gate=tuple(row.model_dump() for row in table),
         rotation_gate=tuple(asdict(row) for row in trained.table),
+        training=tuple(asdict(curve) for curve in trained.training),
         massive=massive_rows(calibrating.prefix),
     )
     quantized = replace(candidate.quantized, provenance=provenance)
@@ -344,9 +346,11 @@ def _blockwise(
     output.
     """
     trained = layerwise_rotations(calibrating, imported, options, work, clock)
-    table = tuple(asdict(row) for row in trained.table)
     provenance = replace(
-        calibrating.provenance, rotation_gate=table, massive=massive_rows(calibrating.prefix)
+        calibrating.provenance,
+        rotation_gate=tuple(asdict(row) for row in trained.table),
+        training=tuple(asdict(curve) for curve in trained.training),
+        massive=massive_rows(calibrating.prefix),
     )
     own = replace(calibrating, provenance=provenance)
     quantize = partial(quantize_layerwise, own, trained.rotations, options, clock)

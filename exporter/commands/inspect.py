@@ -22,6 +22,7 @@ from exporter.reporting.describe import rotation_summaries
 from exporter.reporting.exported import edited_files, is_export, read_export
 from exporter.reporting.html import page
 from exporter.reporting.report import Report, RotationSummary
+from exporter.reporting.stored import StoredBytes, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,6 @@ class LinearEntry:
     """Rotation of its input that is computed at run time."""
     fused: bool | None
     """Whether an integer kernel reads its weight; ``None``: the runtime does not tell."""
-
-
-@dataclass(frozen=True)
-class StoredBytes:
-    """All tensors of one kind and dtype."""
-
-    kind: str
-    dtype: str
-    tensors: int
-    nbytes: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,18 +205,6 @@ def _entries(
         )
         for name, linear in linears.items()
     )
-
-
-def stored_bytes(tensors: Iterable[StoredTensor]) -> tuple[StoredBytes, ...]:
-    """``tensors`` by kind and dtype, the largest share first."""
-    sizes_of: dict[tuple[str, str], list[int]] = {}
-    for tensor in tensors:
-        sizes_of.setdefault((tensor.kind, tensor.dtype), []).append(tensor.nbytes)
-    rows = [
-        StoredBytes(kind, dtype, len(sizes), sum(sizes))
-        for (kind, dtype), sizes in sizes_of.items()
-    ]
-    return tuple(sorted(rows, key=lambda row: -row.nbytes))
 
 
 def _tensors(model: QuantizedModel) -> Iterable[StoredTensor]:

@@ -6,6 +6,7 @@ from exporter.console.progress import ConsoleProgress
 from exporter.console.show import (
     show_environment,
     show_evaluation,
+    show_evaluations,
     show_plan,
     show_report,
     show_rotated,
@@ -21,6 +22,7 @@ __all__ = [
     "show_backends",
     "show_environment",
     "show_evaluation",
+    "show_evaluations",
     "show_plan",
     "show_report",
     "show_rotated",

@@ -161,6 +161,37 @@ def show_evaluation(console: Console, result: EvalResult) -> None:
         f"perplexity {result.perplexity:.4f} (nll {result.nll:.5f} nats per token, "
         f"{result.tokens:,} tokens, in {result.runtime})",
     )
+    own = result.divergence
+    if own is not None:
+        show_line(
+            console,
+            f"against {own.reference} (perplexity {own.perplexity:.4f}): KL {own.kl:.4g} nats,"
+            f" top-1 {own.top1:.2%}, top-5 {own.top5:.2%}",
+        )
+
+
+def show_evaluations(
+    console: Console, sources: Sequence[str], results: Sequence[EvalResult]
+) -> None:
+    """Print a table of several sources, the lowest perplexity marked."""
+    rows = []
+    for source, result in zip(sources, results, strict=True):
+        own = result.divergence
+        compared = (
+            ["-"] * 3 if own is None else [f"{own.kl:.4g}", f"{own.top1:.2%}", f"{own.top5:.2%}"]
+        )
+        size = "-" if result.nbytes is None else human_bytes(result.nbytes)
+        rows.append((source, f"{result.perplexity:.4f}", *compared, size, result.runtime))
+    lowest = min(range(len(results)), key=lambda at: results[at].perplexity)
+    header = ("source", "perplexity", "KL", "top-1", "top-5", "weights", "in")
+    title = f"On {results[0].tokens:,} tokens"
+    numbers = frozenset(range(1, 6))
+    show_table(
+        console, Table(title, header, tuple(rows), right=numbers, marked=frozenset({lowest}))
+    )
+    references = {own.reference: own.perplexity for r in results if (own := r.divergence)}
+    for name, perplexity in references.items():
+        show_line(console, f"compared with {name}: perplexity {perplexity:.4f}")
 
 
 def show_environment(console: Console, environment: Environment) -> None:

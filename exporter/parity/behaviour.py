@@ -26,7 +26,7 @@ from calib.data.chat import has_chat_template, templated
 from exporter.parity.rows import ran, row
 from exporter.parity.subject import Subject
 from exporter.parity.walks import original_logits
-from exporter.reporting.report import ParityRow
+from exporter.reporting.report import Continuation, Evidence, ParityRow
 
 if TYPE_CHECKING:
     from exporter.source import Source
@@ -90,7 +90,8 @@ def behaviour_rows(
     theirs = _continued(_forward_of(original), prompts.ids, steps)
     assert theirs is not None  # transformers has a cache
 
-    stop = subject.source.tokenizer.eos_token_id
+    tokenizer = subject.source.tokenizer
+    stop = tokenizer.eos_token_id
     pairs = [
         (_until(stop, a), _until(stop, b))
         for a, b in zip(theirs.tolist(), ours.tolist(), strict=True)
@@ -102,14 +103,27 @@ def behaviour_rows(
         " same to the end"
     )
     float_rate, rate = (
-        sum(map(repetition, texts)) / len(pairs) for texts in zip(*pairs, strict=True)
+        sum(map(repetition, side)) / len(pairs) for side in zip(*pairs, strict=True)
     )
     repeated = f"{float_rate:.3f} -> {rate:.3f}"
+    texts = [tokenizer.decode(ids.tolist()) for ids in prompts.ids]
+    seen = Evidence(
+        continuations=[
+            Continuation(
+                prompt=text,
+                original=tokenizer.decode(one),
+                exported=tokenizer.decode(other),
+                together=length,
+            )
+            for text, (one, other), length in zip(texts, pairs, together, strict=True)
+        ]
+    )
     mean = sum(together) / len(pairs)
     knows = perplexity <= _KNOWS * subject.source.config.vocab_size
     judged = knows and len(pairs) >= _LEAST_PROMPTS
+    figure = row(3, _NAME, "tokens until they part", mean, None, parted, **ran(runtime))
     return [
-        row(3, _NAME, "tokens until they part", mean, None, parted, **ran(runtime)),
+        figure.model_copy(update={"evidence": seen}),
         row(
             3,
             _NAME,
@@ -139,21 +153,32 @@ def followed_rows(subject: Subject, runtime: RuntimeModel) -> list[ParityRow]:
     written = [
         torch.cat([ids, own[:-1]]) for ids, own in zip(prompts.ids, ours.to("cpu"), strict=True)
     ]
-    stop = subject.source.tokenizer.eos_token_id
-    together, same = [], 0
+    tokenizer = subject.source.tokenizer
+    stop = tokenizer.eos_token_id
+    together, same, seen = [], 0, []
     with original_logits(subject, written) as logits:
         for ids, own in zip(written, ours.tolist(), strict=True):
             chosen = logits(ids.unsqueeze(0))[0, -steps:].argmax(-1).tolist()
             text = _until(stop, own)
             together.append(common_length(chosen, text))
             same += together[-1] == len(text)
+            prompt = ids[: ids.numel() - steps + 1].tolist()
+            seen.append(
+                Continuation(
+                    prompt=tokenizer.decode(prompt),
+                    original=None,
+                    exported=tokenizer.decode(text),
+                    together=together[-1],
+                )
+            )
     note = (
         f"{len(written)} prompts {prompts.origin}, continued by {steps} tokens; {same} of them the"
         " same to the end; the float model is never whole in memory, and reads what the export"
         " wrote"
     )
     mean = sum(together) / len(together)
-    return [row(3, _NAME, "tokens until they part", mean, None, note, **ran(runtime))]
+    figure = row(3, _NAME, "tokens until they part", mean, None, note, **ran(runtime))
+    return [figure.model_copy(update={"evidence": Evidence(continuations=seen)})]
 
 
 def repetition(tokens: Sequence[int]) -> float:

@@ -27,10 +27,11 @@ from calib.process.memory import freed_memory_kept
 from calib.process.progress import Progress, silent, track
 from exporter.parity.ranges import Use, range_rows, ranges_watched
 from exporter.parity.rows import NO_ORIGINAL, not_run, row, source_notes
+from exporter.parity.spreads import evidence_of
 from exporter.parity.subject import Subject
 from exporter.parity.tables import table_rows
 from exporter.parity.walks import WALKED, walked_differences
-from exporter.reporting.report import ParityRow
+from exporter.reporting.report import Evidence, ParityRow
 from exporter.source import Source
 
 FOLD_BOUND = 1e-5
@@ -158,22 +159,26 @@ def fold_rows(subject: Subject) -> list[ParityRow]:
     if subject.source is None or subject.fused is None:
         return [not_run(1, _NAME, _METRIC, NO_ORIGINAL)]
     compare = _by_walks if subject.quantized.by_blocks else _whole
-    error, uses, notes = compare(subject)
+    error, uses, evidence, notes = compare(subject)
     notes += source_notes(subject.source)
     if error.rounded is not None:
         notes.append(
             f"weights in {subject.dtype_name}; those of the original lose {error.rounded:.3g} if"
             " they are rounded once more"
         )
-    note = "; ".join(notes)
+    figure = row(1, _NAME, _METRIC, error.rotated, error.bound, "; ".join(notes))
     return [
         *range_rows(subject, uses),
-        row(1, _NAME, _METRIC, error.rotated, error.bound, note),
+        figure.model_copy(update={"evidence": evidence}),
         *table_rows(subject.source, subject.fused),
     ]
 
 
-def _whole(subject: Subject) -> tuple[FoldError, dict[str, Use], list[str]]:
+_Compared = tuple[FoldError, dict[str, Use], Evidence | None, list[str]]
+"""Of two models: how far they are apart, what was seen of ranges and beside, and notes."""
+
+
+def _whole(subject: Subject) -> _Compared:
     """Both models in memory."""
     assert subject.source is not None  # by the caller, as the next
     assert subject.fused is not None
@@ -190,16 +195,19 @@ def _whole(subject: Subject) -> tuple[FoldError, dict[str, Use], list[str]]:
         longest = max(subject.proof_rows, key=Tensor.numel)
         rows = [longest] if same else subject.proof_rows
         error = fold_error(original, rotated, rows, subject.quantized.dtype)
+    with _parameters(rotated, _in_float32):
+        evidence = evidence_of(subject, original, rotated, subject.proof_rows)
     notes = ["all tensors are the original's; the longest row was run"] if same else []
-    return error, uses, notes
+    return error, uses, evidence, notes
 
 
-def _by_walks(subject: Subject) -> tuple[FoldError, dict[str, Use], list[str]]:
+def _by_walks(subject: Subject) -> _Compared:
     """A block of either at a time."""
     dtype = subject.quantized.dtype
     again = partial(_rounded_once_more, dtype=dtype) if subject.short else None
     fold, rounding, uses = walked_differences(subject, again)
-    return FoldError(fold.value, None if again is None else rounding.value), uses, [WALKED]
+    error = FoldError(fold.value, None if again is None else rounding.value)
+    return error, uses, None, [WALKED]
 
 
 def _same_tensors(original: nn.Module, rotated: nn.Module) -> bool:

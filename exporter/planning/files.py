@@ -9,8 +9,10 @@ from collections.abc import Collection, Mapping
 from calib.schemes import LinearScheme
 from exporter.output import LIST_FILE
 from exporter.recipe import RECIPE_FILE, Recipe
+from exporter.reporting.card import PICTURES
 from exporter.reporting.report import (
     CARD_FILE,
+    PAGE_FILE,
     REPORT_FILE,
     ROTATE_REPORT_FILE,
     SMOOTHING_FILE,
@@ -58,6 +60,8 @@ def export_files(
     linears: Mapping[str, LinearScheme],
     side_files: Collection[str],
     nbytes: Mapping[str, int],
+    *,
+    page: bool = False,
 ) -> tuple[str, ...]:
     """Of ``rotq export``: what the backend says, and what it leaves to the front door.
 
@@ -67,9 +71,11 @@ def export_files(
         linears: how each linear is quantized.
         side_files: files of the checkpoint that every output carries along.
         nbytes: of the weights, by target.
+        page: whether the page of the report is drawn, and the pictures of the card.
     """
     smoothing = () if recipe.smoothing == "none" else (SMOOTHING_FILE,)
-    last = (*_ROTATIONS, *smoothing, RECIPE_FILE, REPORT_FILE, CARD_FILE, LIST_FILE)
+    drawn = (PAGE_FILE, *PICTURES) if page else ()
+    last = (*_ROTATIONS, *smoothing, RECIPE_FILE, *drawn, REPORT_FILE, CARD_FILE, LIST_FILE)
     files: dict[str, tuple[str, ...]] = {}
     for target in destination.targets:
         written = destination.files(target, recipe, linears, nbytes[target])

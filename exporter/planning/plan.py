@@ -119,7 +119,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
     destination = Destination.of(recipe)
     check_unlocked(options)
     if goal == "export":
-        check_libraries(destination)
+        check_libraries(destination, options)
     artifact = None if options.from_artifact is None else read_artifact(options.from_artifact)
     checkpoint = (
         read_headers(recipe.model, recipe.revision) if artifact is None else artifact.checkpoint
@@ -154,7 +154,7 @@ def plan(recipe: Recipe, options: RunOptions, *, goal: Goal = "export") -> Plan:
         target: weight_bytes(sizes, scheme, model.linears, dtype)
         for target, dtype in dtypes.items()
     }
-    after, files = _output(recipe, goal, sizes, model, destination, weights, before)
+    after, files = _output(recipe, options, goal, sizes, model, destination, weights, before)
     check_disk(options, captured.disk if goal == "capture" else after)
     layerwise = recipe.layerwise.enabled and goal in ("export", "calibrate")
     return Plan(
@@ -288,6 +288,7 @@ def _sets(
 
 def _output(
     recipe: Recipe,
+    options: RunOptions,
     goal: Goal,
     sizes: Sizes,
     model: ArtifactHeaders,
@@ -308,7 +309,9 @@ def _output(
             nbytes = next(iter(weights.values()))
             return nbytes, calibrate_files(side_files, nbytes)
         case _:
-            files = export_files(recipe, destination, model.linears, side_files, weights)
+            files = export_files(
+                recipe, destination, model.linears, side_files, weights, page=options.report
+            )
             return sum(weights.values()), files
 
 

@@ -7,6 +7,7 @@ console (:mod:`exporter.reporting.summary`).
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from string import Template
 
@@ -94,6 +95,13 @@ _READERS = {"transformers": _TRANSFORMERS_USAGE, "vllm": "```\nvllm serve FOLDER
 """How to load the folder, by targets that are called what loads them."""
 
 
+PICTURES = {
+    "report-choice.png": "How the rotations were chosen",
+    "report-values.png": "Inputs of linears before and after rotation",
+}
+"""Charts that a folder with a page has beside it, and what they show."""
+
+
 def write_card(folder: Path, recipe: Recipe, report: Report) -> None:
     """Write ``README.md`` into ``folder``.
 
@@ -103,13 +111,26 @@ def write_card(folder: Path, recipe: Recipe, report: Report) -> None:
         report: what the run found. Its status decides the banner, so write the card after the
             parity check.
     """
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
     (folder / CARD_FILE).write_text(
-        render_card(recipe, report, source_license(recipe)), encoding="utf-8"
+        render_card(recipe, report, source_license(recipe), pictures), encoding="utf-8"
     )
 
 
-def render_card(recipe: Recipe, report: Report, license_name: str | None = None) -> str:
-    """The card as text: YAML metadata between ``---`` lines, then Markdown."""
+def render_card(
+    recipe: Recipe,
+    report: Report,
+    license_name: str | None = None,
+    pictures: Collection[str] = (),
+) -> str:
+    """The card as text: YAML metadata between ``---`` lines, then Markdown.
+
+    Args:
+        recipe: the resolved recipe of the run.
+        report: what the run found.
+        license_name: of the source.
+        pictures: those of :data:`PICTURES` that are in the folder.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
@@ -119,7 +140,7 @@ def render_card(recipe: Recipe, report: Report, license_name: str | None = None)
         pipeline_tag="text-generation",
         tags=["rotq", "quantized", report.scheme, report.backend, report.target],
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(recipe, report)}"))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(recipe, report, pictures)}"))
 
 
 def render_rotated_card(
@@ -207,7 +228,7 @@ def _title(source: str) -> str:
     )
 
 
-def _body(recipe: Recipe, report: Report) -> str:
+def _body(recipe: Recipe, report: Report, pictures: Collection[str]) -> str:
     size = summary.size_words(report.layers.bytes_before, report.layers.bytes_after)
     parts = [
         f"# {_title(report.model.source)}, {report.scheme} for {report.backend}/{report.target}",
@@ -226,6 +247,7 @@ def _body(recipe: Recipe, report: Report) -> str:
         _rotation_words(report),
         _markdown(summary.rotation_table(report)),
         _rotation_gate(report),
+        "\n\n".join(f"![{PICTURES[name]}]({name})" for name in PICTURES if name in pictures),
     ]
     if report.gate:
         parts += [

@@ -41,6 +41,7 @@ from exporter.reporting.report import (
     Report,
     RotationGateRow,
     RotationSummary,
+    TrainingSummary,
     parity_status,
 )
 from exporter.source import Source
@@ -118,6 +119,7 @@ def describe(
         massive=[MassiveSummary.model_validate(row) for row in origin.massive],
         gate=[GateRow.model_validate(row) for row in origin.gate],
         rotation_gate=[RotationGateRow.model_validate(row) for row in origin.rotation_gate],
+        training=[TrainingSummary.model_validate(row) for row in origin.training],
         parity=parity,
         seconds={},
         versions=package_versions(),

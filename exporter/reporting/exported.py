@@ -13,8 +13,8 @@ from calib.files.reading import reason_of
 from calib.files.sealed import digest
 from exporter.output import LIST_FILE, entries, is_hidden, replace_text
 from exporter.recipe import RECIPE_FILE, Recipe, load_recipe
-from exporter.reporting.card import render_card, stated_license
-from exporter.reporting.report import CARD_FILE, REPORT_FILE, Report
+from exporter.reporting.card import PICTURES, render_card, stated_license
+from exporter.reporting.report import CARD_FILE, PAGE_FILE, REPORT_FILE, Report
 
 logger = logging.getLogger(__name__)
 
@@ -152,12 +152,14 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
         CheckpointError: the folder is no longer an export.
     """
     try:
-        if read_report(folder).checksums != report.checksums:
+        before = read_report(folder)
+        if before.checksums != report.checksums:
             logger.warning("'%s' was written anew meanwhile and is left as it is", folder)
             return report
         card = folder / CARD_FILE
         if CARD_FILE in report.checksums and card.is_file():
-            text = render_card(recipe, report, stated_license(card))
+            pictures = [name for name in PICTURES if name in report.checksums]
+            text = render_card(recipe, report, stated_license(card), pictures)
             ours = _has(card, report.checksums[CARD_FILE])
             if ours or card.read_bytes() == text.encode():  # it may have been killed after the card
                 replace_text(card, text)
@@ -165,6 +167,12 @@ def update_export(folder: Path, report: Report, recipe: Recipe) -> Report:
                 report = report.model_copy(update={"checksums": checksums})
             else:
                 logger.warning("'%s' was edited and is left as it is", card)
+        if PAGE_FILE in report.checksums and report.status != before.status:
+            logger.warning(
+                "'%s' shows the check of the export and stays as it is, as the digest of the export"
+                " covers it: 'rotq report %s' draws what was found now",
+                *(folder / PAGE_FILE, folder),
+            )
         report.save(folder)
     except OSError as error:
         logger.warning(

@@ -15,21 +15,25 @@ def page(title: str, facts: Mapping[str, object], tables: Iterable[Table] = ()) 
         for name, value in facts.items()
     )
     parts = [f"<p><b>{escape(title)}</b></p>", f"<table>{rows}</table>"]
-    return "".join([*parts, *map(_table, tables)])
+    return "".join([*parts, *map(table_html, tables)])
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """A table under its title; empty where it has no rows."""
     if not table.rows:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+    kinds = [' class="number"' if at in table.right else "" for at in range(len(table.header))]
+    head = "".join(
+        f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, table.header, strict=True)
+    )
     body = "".join(
-        "<tr>"
+        ("<tr class='marked'>" if index in table.marked else "<tr>")
         + "".join(
-            f"<td>{'<b>' * marked}{escape(cell)}{'</b>' * marked}</td>"
+            f"<td{kind}>{'<b>' * marked}{escape(cell)}{'</b>' * marked}</td>"
             for marked in [index in table.marked]
-            for cell in row
+            for kind, cell in zip(kinds, row, strict=True)
         )
         + "</tr>"
         for index, row in enumerate(table.rows)
     )
-    return f"<p>{escape(table.title)}</p><table><tr>{head}</tr>{body}</table>"
+    return f"<h3>{escape(table.title)}</h3><table><tr>{head}</tr>{body}</table>"

@@ -20,6 +20,7 @@ from exporter.output import replace_text
 REPORT_FILE = "report.json"
 ROTATE_REPORT_FILE = "rotation_report.json"
 CARD_FILE = "README.md"
+PAGE_FILE = "report.html"
 SMOOTHING_FILE = "smoothing.safetensors"
 """The scales that smoothing folded into the weights."""
 REPORT_FORMAT_VERSION = 1
@@ -113,6 +114,80 @@ class RotationGateRow(_Frozen):
     """What else there is to say of it: that training was stopped, as it would not have won."""
 
 
+class TrainingSummary(_Frozen):
+    """How the training of one rotation went, whether it was taken or not."""
+
+    rotation: str
+    """``R1``, or ``R2`` for those of all layers."""
+    objective: str
+    losses: list[float]
+    """Before each step, and last that of the rotation that training gave."""
+    held_out_errors: list[float]
+    """Relative squared quantization error of held-out tokens, at the start and after each epoch;
+    empty where nothing was measured."""
+    note: str = ""
+
+
+class Spread(_Frozen):
+    """How the values at one place of a model are spread."""
+
+    absmax: float
+    rms: float
+    token_ratio: float
+    """The largest magnitude of a token over that of the median token."""
+    channel_ratio: float
+    """The largest magnitude of a channel over that of the median channel."""
+    histogram: list[int] = Field(default_factory=list)
+    """Values by ``log2 |x|``, a bin for every half from -20 to 20, those beyond in the outer ones;
+    empty where it is not among those that are kept."""
+    channels: list[float] = Field(default_factory=list)
+    """Largest magnitude of each channel, in their order; of many, of neighbours together; empty as
+    above."""
+
+
+class InputFigures(_Frozen):
+    """The input of linears, in the float model before and after rotation, on held-out text."""
+
+    name: str
+    """Of the first linear that reads it."""
+    kind: str
+    """That name within its layer."""
+    layer: int
+    original: Spread | None
+    """``None`` where the original has no such module."""
+    rotated: Spread
+
+
+class NoiseFigure(_Frozen):
+    """What quantization does to one linear, by itself."""
+
+    name: str
+    kind: str
+    layer: int
+    noise: float
+    """Relative L2 of its output: input and weight quantized, against float, on the input that the
+    rotated float model gives it."""
+
+
+class Continuation(_Frozen):
+    """How one prompt goes on, each token the most likely one."""
+
+    prompt: str
+    original: str | None
+    """By the float model; ``None`` where it is never whole in memory, and writes nothing."""
+    exported: str
+    together: int
+    """Tokens until they part."""
+
+
+class Evidence(_Frozen):
+    """What a parity row has seen beside its figure, for those who want to look."""
+
+    inputs: list[InputFigures] = Field(default_factory=list)
+    noise: list[NoiseFigure] = Field(default_factory=list)
+    continuations: list[Continuation] = Field(default_factory=list)
+
+
 Rung = Literal[0, 1, 2, 3]
 """0: the files, 1: the fold, 2: the runtime, 3: quality."""
 
@@ -143,6 +218,7 @@ class ParityRow(_Frozen):
     for them."""
     session: dict[str, str] = Field(default_factory=dict)
     """Settings of the session that ran it, as it reported them; empty where it reports none."""
+    evidence: Evidence | None = None
 
 
 class KeptLayer(_Frozen):
@@ -281,6 +357,8 @@ class Report(_Frozen):
     """Inputs with massive tokens, the largest first; empty where none are, or nothing looked."""
     gate: list[GateRow]
     rotation_gate: list[RotationGateRow] = Field(default_factory=list)
+    training: list[TrainingSummary] = Field(default_factory=list)
+    """Empty where nothing was trained, and in reports of versions that did not keep it."""
     parity: list[ParityRow]
     remedies: list[Remedy] = Field(default_factory=list)
     """What would most likely mend what failed, the most promising first; empty where nothing

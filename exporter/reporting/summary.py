@@ -320,8 +320,8 @@ def parity_table(report: Report | RotateReport) -> Table:
                 str(row.rung),
                 row.name,
                 row.metric,
-                _figure(row.measured),
-                _figure(row.bound),
+                figure_words(row.measured),
+                figure_words(row.bound),
                 verdict(row),
                 row.note,
             )
@@ -368,7 +368,7 @@ def verdict(row: ParityRow) -> str:
 def failed_rows(report: Report) -> list[str]:
     """One phrase for each parity figure that missed its bound."""
     return [
-        f"{row.name}: {row.metric} {_figure(row.measured)}, bound {_figure(row.bound)}"
+        f"{row.name}: {row.metric} {figure_words(row.measured)}, bound {figure_words(row.bound)}"
         for row in report.parity
         if row.passed is False
     ]
@@ -448,7 +448,8 @@ def seconds_table(report: Report | RotateReport, stages: Collection[str] = ()) -
     return Table("Time", head, tuple(rows), right=frozenset({1, 2, 3}))
 
 
-def _figure(value: float | None) -> str:
+def figure_words(value: float | None) -> str:
+    """A figure of the parity check; ``-`` for one that is not there."""
     if value is None:
         return "-"
     # a bound of 1.001 is not one of 1

@@ -28,6 +28,8 @@ class RunOptions:
     shared_capture: Path | None = None
     """A folder for the statistics of several runs: those in it are used where they are of the same
     prefix, and where there is none, it is written."""
+    report: bool = False
+    """Write the page of the report, with charts, into the folder of each target."""
     profile: Path | None = None
     """A file to write what every stage took into: see
     :meth:`exporter.run.stopwatch.Stopwatch.profile`."""

@@ -17,6 +17,7 @@ from calib.data.sources import EVALUATION, LocalFile, resolve_source
 from calib.errors import BackendError, OutputError
 from exporter.output import check_free
 from exporter.recipe import EMBEDDED, Recipe
+from exporter.reporting.charts.style import check_matplotlib
 from exporter.run.destination import Destination
 from exporter.run.options import RunOptions
 
@@ -26,12 +27,14 @@ _CHARACTERS = 4
 """Of a token, in most languages and vocabularies, about."""
 
 
-def check_libraries(destination: Destination) -> None:
-    """Refuse a target whose files are written by a library that is not installed.
+def check_libraries(destination: Destination, options: RunOptions) -> None:
+    """Refuse a target, or a page, whose files are written by a library that is not installed.
 
     Raises:
         BackendError: naming the library, and how to install it.
     """
+    if options.report:
+        check_matplotlib()
     backend = destination.backend
     if not isinstance(backend, NeedsLibraries):
         return

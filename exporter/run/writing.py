@@ -19,6 +19,7 @@ from exporter.parity import Check, Subject, check_parity, kept_digests
 from exporter.recipe import RECIPE_FILE, Recipe
 from exporter.reporting.describe import describe, finish, write_side_files
 from exporter.reporting.growth import growth_warning
+from exporter.reporting.page_files import write_page_files
 from exporter.reporting.report import ParityRow, Report
 from exporter.run.calibrated import Calibrated
 from exporter.run.destination import Destination
@@ -30,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def write_targets(
-    calibrated: Calibrated, destination: Destination, folder: Path, clock: Stopwatch
+    calibrated: Calibrated,
+    destination: Destination,
+    folder: Path,
+    clock: Stopwatch,
+    shown: Path | None = None,
 ) -> dict[str, Report]:
     """Write for every target: the only one into ``folder``, each of several into a folder of its
     name.
@@ -40,11 +45,12 @@ def write_targets(
         destination: backend and targets.
         folder: an empty one.
         clock: what was done before is in the report of every target.
+        shown: where ``folder`` will be, on the pages that are drawn; ``None``: none are.
     """
     recipe = calibrated.recipe
     if len(destination.targets) == 1:
         (target,) = destination.targets
-        return {target: _write(calibrated, recipe, destination, target, folder, clock)}
+        return {target: _write(calibrated, recipe, destination, target, folder, clock, shown)}
 
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     reports, before = {}, clock.copy()
@@ -53,7 +59,8 @@ def write_targets(
         inner.mkdir()
         own = recipe.model_copy(update={"target": target})
         aside = before.copy()
-        reports[target] = _write(calibrated, own, destination, target, inner, aside)
+        there = None if shown is None else shown / target
+        reports[target] = _write(calibrated, own, destination, target, inner, aside, there)
         clock.include(aside, before)
         write_list(inner)  # so that it may be replaced alone
     return reports
@@ -66,6 +73,7 @@ def _write(
     target: str,
     folder: Path,
     clock: Stopwatch,
+    shown: Path | None,
 ) -> Report:
     """Write, check and describe one output folder."""
     backend, stored = destination.backend, str(calibrated.quantized.dtype).removeprefix("torch.")
@@ -115,6 +123,8 @@ def _write(
     grown = growth_warning(report.layers, lambda: backend.contents(folder, target))
     if grown is not None:
         logger.warning("target '%s': %s", target, grown)
+    if shown is not None:
+        write_page_files(report, recipe, folder, shown)
     return finish(report, recipe, folder)
 
 

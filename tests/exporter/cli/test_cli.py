@@ -28,6 +28,8 @@ COMMANDS = (
     "stats",
     "verify",
     "inspect",
+    "report",
+    "diff",
     "eval",
     "chat",
     "backends",

@@ -6,6 +6,7 @@ import ast
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -78,6 +79,41 @@ LOADERS = (
     "AutoModelForCausalLM.from_pretrained",
     "MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained",
 )
+
+
+def test_a_reference_says_how_far_predictions_are_apart(capped: Path, tmp_path: Path) -> None:
+    same = evaluate(str(capped), None, reference=str(capped), nsamples=2).divergence
+    assert same is not None
+    assert (same.kl, same.top1, same.top5) == (0.0, 1.0, 1.0)
+
+    other = write_checkpoint(tmp_path / "other", seed=5)
+    plain, beside = (evaluate(str(each), None, nsamples=2) for each in (capped, other))
+    found = evaluate(str(capped), None, reference=str(other), nsamples=2)
+    assert found.perplexity == pytest.approx(plain.perplexity, rel=1e-12)
+    assert found.divergence is not None
+    assert found.divergence.perplexity == pytest.approx(beside.perplexity, rel=1e-12)
+    assert found.divergence.kl > 0
+    assert found.divergence.top1 <= found.divergence.top5
+
+
+def test_several_sources_are_compared_in_one_table_and_one_chart(
+    capped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], clean_logging: None
+) -> None:
+    chart = tmp_path / "sizes.svg"
+    given = [str(capped), "embedded", "--nsamples", "1"]
+    assert main(["eval", *given, "--reference", str(capped), "--chart", str(chart)]) == 0
+    table = capsys.readouterr().out
+    assert "100.00%" in table
+    assert "compared with" in table
+    root = ElementTree.fromstring(chart.read_bytes())
+    assert root.tag.endswith("svg")
+
+    assert main(["eval", *given, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [each["source"] for each in results] == [str(capped), "embedded"]
+
+    assert main(["eval", str(capped), "--chart", str(tmp_path / "sizes.pdf")]) == 1
+    assert ".svg or .png" in capsys.readouterr().err
 
 
 def test_there_is_one_loader_of_checkpoints() -> None:

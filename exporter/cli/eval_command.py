@@ -1,0 +1,182 @@
+"""The command ``eval``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from calib.errors import DataError, OutputError
+from exporter.cli.command import with_flags
+from exporter.cli.options import OUTPUT, TalkFlags
+from exporter.cli.resolve import check_device
+from exporter.cli.session import print_json, running, set_up
+
+if TYPE_CHECKING:
+    from exporter.commands.evaluate import EvalResult
+
+EXAMPLES = (
+    "rotq eval out/demo",
+    "rotq eval out/mine --text test.txt --window 512 --stride 256",
+    "rotq eval ./my-model --text test.txt --device cuda",
+    "rotq eval out/int8 out/int4 --reference ./my-model --chart sizes.svg",
+)
+_DRAWN = (".svg", ".png")
+
+
+@with_flags
+def evaluate(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Exported or calibrated folder, checkpoint folder or hub id; several are"
+            " compared.",
+        ),
+    ],
+    talk: TalkFlags,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="File or hub data set; default: the embedded evaluation text.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="Also compare predictions with those of this one, as the float model: KL, top-1,"
+            " top-5.",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="TOKENS",
+            min=2,
+            help="Tokens the model sees at once; default: 2048, or what it takes.",
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            metavar="TOKENS",
+            min=1,
+            help="Tokens that windows move on by; default: the window.",
+        ),
+    ] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", metavar="N", min=1, help="Documents; default: all."),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda or cuda:N; default: auto, CUDA where there is one.",
+        ),
+    ] = "auto",
+    chart: Annotated[
+        Path | None,
+        typer.Option(
+            "--chart",
+            metavar="FILE",
+            help="Draw quality against size, as .svg or .png.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+) -> None:
+    """Perplexity of exported folders in their runtimes, or of artifacts and checkpoints in torch.
+
+    Windows slide by --stride, and each token counts once, so figures of different windows can be
+    compared. Several sources are scored one after the other on the same text.
+    """
+    set_up(talk)
+    check_device(device)
+    if text is not None and Path(text).suffix and not Path(text).is_file():
+        raise DataError(
+            f"the text file '{text}' does not exist", hint="give a readable file to --text"
+        )
+    if chart is not None:
+        _check_chart(chart)
+
+    results = []
+    with running(talk) as progress:
+        from exporter.commands.evaluate import evaluate as run
+
+        for each in source:
+            result = run(
+                each,
+                text,
+                reference=reference,
+                window=window,
+                stride=stride,
+                nsamples=nsamples,
+                device=device,
+                progress=progress,
+            )
+            results.append(result)
+    if chart is not None:
+        _draw(source, results, chart)
+    _print(source, results, text, talk)
+
+
+def _check_chart(path: Path) -> None:
+    """Before anything is scored.
+
+    Raises:
+        OutputError: it cannot be written so.
+        BackendError: nothing can draw it.
+    """
+    from exporter.reporting.charts.style import check_matplotlib
+
+    if path.suffix.lower() not in _DRAWN:
+        raise OutputError(
+            f"'{path}' is no kind of picture that can be drawn",
+            hint=f"give a name that ends in {' or '.join(_DRAWN)} to --chart",
+        )
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder '{path.parent}' does not exist", hint="make it first")
+    check_matplotlib()
+
+
+def _draw(sources: Sequence[str], results: Sequence[EvalResult], path: Path) -> None:
+    from exporter.reporting.charts.compared import Point, compared_chart
+
+    points = [
+        Point(source, result.perplexity, result.nbytes)
+        for source, result in zip(sources, results, strict=True)
+    ]
+    drawn = compared_chart(points)
+    path.write_bytes(drawn.png() if path.suffix.lower() == ".png" else drawn.file())
+
+
+def _print(
+    sources: Sequence[str], results: Sequence[EvalResult], text: str | None, talk: TalkFlags
+) -> None:
+    """Write the results to stdout: the document, the figures alone, a sentence or a table."""
+    if talk.json_output:
+        documents: list[dict[str, Any]] = [
+            {"source": source, "text": text, **asdict(result)}
+            for source, result in zip(sources, results, strict=True)
+        ]
+        print_json(documents[0] if len(documents) == 1 else {"text": text, "results": documents})
+    elif talk.quiet:
+        for result in results:
+            typer.echo(result.perplexity)
+    else:
+        from exporter.console import output_console, show_evaluation, show_evaluations
+
+        if len(results) == 1:
+            show_evaluation(output_console(), results[0])
+        else:
+            show_evaluations(output_console(), sources, results)
