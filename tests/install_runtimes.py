@@ -50,6 +50,7 @@ def main() -> None:
         return
 
     _install("Tripy", ["--no-deps", *alone, *groups["tripy"]])
+    _install("a browser", [*how, *groups["browser"]])
     if not (locked and _holds(optimum)):
         folder = ["--no-deps", "--upgrade", "--target", str(OPTIMUM)]
         _install("Optimum", [*folder, *beside, *groups["optimum"]])

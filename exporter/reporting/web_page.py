@@ -48,7 +48,8 @@ pre { white-space: pre-wrap; font-size: .8rem; padding: .6rem;
 .texts .prompt { grid-column: 1 / -1; opacity: .8; margin-top: .8rem; white-space: pre-wrap; }
 .texts div { white-space: pre-wrap; }
 mark { background: color-mix(in srgb, #d98324 35%, Canvas); color: inherit; }
-@media (max-width: 40rem) { .texts { grid-template-columns: 1fr; } body { padding: .6rem; } }
+@media (max-width: 40rem) { .texts { grid-template-columns: 1fr; } body { padding: .6rem; }
+  figure { overflow-x: auto; } figure svg { min-width: 36rem; } figcaption { max-width: 92vw; } }
 @media print { :root { color-scheme: light; } nav { display: none; }
   figure, tr, .texts { break-inside: avoid; } body { max-width: none; } }
 """
