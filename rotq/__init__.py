@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rotq.api import calibrate, capture, export, load_recipe, rotate, stats
-    from rotq.looking import diff, evaluate, inspect, report, verify
+    from rotq.looking import diff, evaluate, evaluate_tasks, inspect, report, verify
 
     __version__: str
 
@@ -27,6 +27,7 @@ __all__ = [
     "capture",
     "diff",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "inspect",
     "load_recipe",
@@ -35,7 +36,7 @@ __all__ = [
     "stats",
     "verify",
 ]
-_LOOKING = frozenset({"diff", "evaluate", "inspect", "report", "verify"})
+_LOOKING = frozenset({"diff", "evaluate", "evaluate_tasks", "inspect", "report", "verify"})
 
 
 def __getattr__(name: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from exporter.commands.evaluate import EvalResult
     from exporter.commands.inspect import Inspection
     from exporter.commands.report import ReportPage
+    from exporter.commands.tasks import TasksResult
     from exporter.reporting.report import Report
     from rotq.texts import Dataset
 
-__all__ = ["diff", "evaluate", "inspect", "report", "verify"]
+__all__ = ["diff", "evaluate", "evaluate_tasks", "inspect", "report", "verify"]
 
 
 def verify(
@@ -95,6 +97,50 @@ def evaluate(
         window=window,
         stride=stride,
         nsamples=nsamples,
+        device=device,
+        progress=progress_of(progress),
+    )
+
+
+def evaluate_tasks(
+    source: PreTrainedModel | Pathlike,
+    tasks: Sequence[str],
+    *,
+    include: Pathlike | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    tokenizer: PreTrainedTokenizerBase | Pathlike | None = None,
+    device: str = "auto",
+    progress: Progress | bool | None = None,
+) -> TasksResult:
+    """Tasks of lm-evaluation-harness, in the runtime of an exported folder or in torch; needs
+    ``lm-eval``.
+
+    Args:
+        source: as for :func:`evaluate`.
+        tasks: names, as ``lm_eval ls tasks`` lists them.
+        include: a folder with further tasks, as YAML; Python code in it is run.
+        shots: examples before each question; by default what the task says.
+        limit: documents of each task; by default all.
+        chat: put questions through the chat template.
+        tokenizer: needed with a model object that was not loaded from a folder.
+        device: where a checkpoint runs.
+        progress: as for :func:`rotq.api.export`.
+
+    Raises:
+        calib.errors.RotqError: a known failure, with a hint.
+    """
+    from exporter.commands.tasks import evaluate_tasks as run
+
+    return run(
+        _named(source),
+        tasks,
+        include=None if include is None else Path(include),
+        shots=shots,
+        limit=limit,
+        chat=chat,
+        tokenizer=tokenizer_of(tokenizer),
         device=device,
         progress=progress_of(progress),
     )

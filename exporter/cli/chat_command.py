@@ -21,7 +21,8 @@ from exporter.cli.verify_command import check_exported
 if TYPE_CHECKING:
     import torch
 
-    from exporter.commands.chat import Conversation, Sampling, Speed
+    from exporter.commands.chat import Conversation, Sampling
+    from exporter.commands.continuing import Speed
 
 EXAMPLES = (
     "rotq chat out/demo",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ import typer
 
 from calib.errors import DataError, OutputError
 from exporter.cli.command import with_flags
+from exporter.cli.errors import UsageError
 from exporter.cli.options import OUTPUT, TalkFlags
 from exporter.cli.resolve import check_device
 from exporter.cli.session import print_json, running, set_up
@@ -22,8 +23,10 @@ EXAMPLES = (
     "rotq eval out/demo",
     "rotq eval out/mine --text test.txt --window 512 --stride 256",
     "rotq eval ./my-model --text test.txt --device cuda",
+    "rotq eval out/mine --tasks arc_easy,hellaswag --limit 200",
     "rotq eval out/int8 out/int4 --reference ./my-model --chart sizes.svg",
 )
+TASKS = "Tasks"
 _DRAWN = (".svg", ".png")
 
 
@@ -85,6 +88,53 @@ def evaluate(
             help="auto, cpu, cuda or cuda:N; default: auto, CUDA where there is one.",
         ),
     ] = "auto",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME",
+            help="Instead of perplexity, tasks of lm-evaluation-harness, also as a list with"
+            " commas; needs lm-eval.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--tasks-folder",
+            metavar="FOLDER",
+            help="With tasks of your own, as YAML; Python code in it is run.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots",
+            metavar="N",
+            min=0,
+            help="Examples before each question; default: as the task says.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Documents of each task; default: all.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template",
+            help="Put questions through the chat template.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
     chart: Annotated[
         Path | None,
         typer.Option(
@@ -95,7 +145,8 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Perplexity of exported folders in their runtimes, or of artifacts and checkpoints in torch.
+    """Perplexity of exported folders in their runtimes, or of artifacts and checkpoints in torch;
+    or with --tasks what lm-evaluation-harness makes of them.
 
     Windows slide by --stride, and each token counts once, so figures of different windows can be
     compared. Several sources are scored one after the other on the same text.
@@ -108,6 +159,20 @@ def evaluate(
         )
     if chart is not None:
         _check_chart(chart)
+    if tasks:
+        given = {"--text": text, "--reference": reference, "--stride": stride, "--chart": chart}
+        _check_alone(given, "--tasks")
+        settings = {
+            "include": tasks_folder,
+            "shots": shots,
+            "limit": limit,
+            "chat": chat_template,
+            "max_length": window,
+            "device": device,
+        }
+        _run_tasks(source, [name for each in tasks for name in each.split(",")], settings, talk)
+        return
+    _check_alone({"--tasks-folder": tasks_folder, "--shots": shots, "--limit": limit}, None)
 
     results = []
     with running(talk) as progress:
@@ -128,6 +193,51 @@ def evaluate(
     if chart is not None:
         _draw(source, results, chart)
     _print(source, results, text, talk)
+
+
+def _check_alone(given: Mapping[str, object], beside: str | None) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        UsageError: naming them.
+    """
+    moot = [name for name, value in given.items() if value is not None]
+    if moot:
+        how = "without --tasks" if beside is None else f"with {beside}"
+        raise UsageError(f"{', '.join(moot)} has no effect {how}", hint="leave it out")
+
+
+def _run_tasks(
+    sources: Sequence[str], tasks: Sequence[str], settings: Mapping[str, Any], talk: TalkFlags
+) -> None:
+    """Run them and print what they gave."""
+    from exporter.commands.tasks import check_harness
+
+    check_harness()
+    results = []
+    with running(talk) as progress:
+        from exporter.commands.tasks import evaluate_tasks
+
+        for source in sources:
+            results.append(evaluate_tasks(source, tasks, **settings, progress=progress))
+    if talk.json_output:
+        documents = [
+            {"source": source, **asdict(result)}
+            for source, result in zip(sources, results, strict=True)
+        ]
+        print_json(documents[0] if len(documents) == 1 else {"results": documents})
+        return
+    if talk.quiet:
+        for result in results:
+            for figure in result.figures:
+                typer.echo(figure.value)
+        return
+    from exporter.console import output_console
+    from exporter.console.show import show_line, show_table
+
+    for source, result in zip(sources, results, strict=True):
+        show_line(output_console(), source)
+        show_table(output_console(), result.table())
 
 
 def _check_chart(path: Path) -> None:

@@ -2,15 +2,11 @@
 
 A conversation is the text that the chat template makes of all its messages, or, where the tokenizer
 has none, of what was typed and answered so far. Keys and values of the tokens that the cache holds
-are kept between turns: of the ids of a new turn only those are run that come after the longest
-beginning that both have in common,
-
-    run = ids[c:],    c = min(|ids| - 1, common length of ids and the tokens in the cache).
+are kept between turns (:mod:`exporter.commands.continuing`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backends.base import RuntimeModel, StandIn
+from backends.base import StandIn
 from backends.registry import get_backend
 from calib.data.chat import has_chat_template, templated
 from calib.errors import DataError
 from calib.network.checkpoint import load_config
-from exporter.parity.behaviour import common_length
+from exporter.commands.continuing import Continuing, Speed
 from exporter.reporting.exported import check_unchanged, read_report
 from exporter.source import load_tokenizer
 
@@ -66,29 +62,10 @@ class Sampling:
 
 
 @dataclass
-class Speed:
-    """Of one answer."""
-
-    read: int = 0
-    """Tokens that were run before the first token came: what the cache did not hold."""
-    written: int = 0
-    """Tokens of the answer, the last one, which ends it, among them."""
-    first: float = 0.0
-    """Seconds until the first token."""
-    rest: float = 0.0
-    """Seconds for the others."""
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens per second after the first; ``None`` where there is none."""
-        return (self.written - 1) / self.rest if self.written > 1 and self.rest > 0 else None
-
-
-@dataclass
 class Conversation:
     """Messages so far, and the cache of their tokens. Not for several threads."""
 
-    runtime: RuntimeModel
+    running: Continuing
     tokenizer: PreTrainedTokenizerBase
     positions: int | None
     """How many tokens the model takes, a prefix of its own not counted; ``None``: not known."""
@@ -98,11 +75,12 @@ class Conversation:
     """What runs it, for people."""
     system: str | None = None
     """A message before all others; only with a chat template."""
-    speed: Speed = field(default_factory=Speed, init=False)
-    """Of the last answer."""
     _messages: list[dict[str, str]] = field(default_factory=list, init=False)
-    _cached: list[int] = field(default_factory=list, init=False)
-    _past: list[Tensor] = field(default_factory=list, init=False)
+
+    @property
+    def speed(self) -> Speed:
+        """Of the last answer."""
+        return self.running.speed
 
     @property
     def templated(self) -> bool:
@@ -139,10 +117,13 @@ class Conversation:
                 hint="forget what was said (/reset), or ask for less" if ids else "type something",
             )
 
+        def choose(logits: Tensor) -> int:
+            return sampling.choose(logits, generator)
+
         written: list[int] = []
         shown = ""
         try:
-            for token in self._tokens(ids, sampling, generator, room):
+            for token in self.running.tokens(ids, choose, room):
                 if token in self.stops:
                     break
                 written.append(token)
@@ -185,38 +166,6 @@ class Conversation:
         )
         return whole.removeprefix(start)
 
-    def _tokens(
-        self, ids: list[int], sampling: Sampling, generator: torch.Generator, most: int
-    ) -> Iterator[int]:
-        """Up to ``most`` ids that follow ``ids``."""
-        common = min(len(ids) - 1, common_length(ids, self._cached))
-        if not self._past:  # no cache: everything is run again
-            common = 0
-        past = [tensor[:, :, :common] for tensor in self._past] if common else []
-        entering, self.speed = ids[common:], Speed(read=len(ids) - common)
-        started = time.perf_counter()
-        while True:
-            length = common + len(entering)
-            logits, past = self.runtime.forward(
-                torch.tensor([entering]),
-                torch.ones(1, length, dtype=torch.long),
-                torch.arange(common, length).unsqueeze(0),
-                past or None,
-            )
-            token = sampling.choose(logits[0, -1], generator)
-            self._past, self._cached = past, [*ids[:length]]
-            now = time.perf_counter()
-            if self.speed.written == 0:
-                self.speed.first, started = now - started, now
-            self.speed.written += 1
-            self.speed.rest = now - started
-            yield token
-
-            if self.speed.written == most:
-                return
-            ids = [*ids, token]
-            common, entering = (length, [token]) if past else (0, ids)
-
 
 def open_conversation(folder: str | Path, *, system: str | None = None) -> Conversation:
     """The exported ``folder`` in its runtime, as a user gets it.
@@ -241,10 +190,10 @@ def open_conversation(folder: str | Path, *, system: str | None = None) -> Conve
     taken = 0 if report.prefix is None else len(report.prefix.tokens)
     positions = getattr(config, "max_position_embeddings", None)
     conversation = Conversation(
-        runtime,
+        Continuing(runtime.forward),
         tokenizer,
         None if positions is None else positions - taken,
-        _stops(folder, tokenizer),
+        stops_of(folder, tokenizer),
         words,
         system,
     )
@@ -257,7 +206,7 @@ def open_conversation(folder: str | Path, *, system: str | None = None) -> Conve
     return conversation
 
 
-def _stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stops_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The end tokens of the generation config and of the tokenizer."""
     from transformers import GenerationConfig
 

@@ -7,36 +7,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from backends.base import StandIn
-from backends.registry import get_backend
-from calib.artifact import load_artifact
-from calib.artifact.files import MANIFEST
 from calib.data.documents import read_documents
 from calib.data.tokens import clamp_seqlen, encode
 from calib.errors import CheckpointError
 from calib.measure.perplexity import (
     Comparison,
-    LogitsFunction,
     Perplexity,
     compare_logits,
-    model_logits,
     perplexity,
 )
-from calib.measure.reference import build_reference
-from calib.network.checkpoint import load_config, open_checkpoint
-from calib.network.original import load_network
 from calib.process.ambient import plain_torch
 from calib.process.progress import Progress, silent, track
-from exporter.parity import runtime_logits
-from exporter.recipe import EMBEDDED
-from exporter.reporting.exported import check_unchanged, is_export, read_report
+from exporter.commands.opened import Opened, opened
 from exporter.reporting.html import page
-from exporter.run.inputs import resolve_device
 from exporter.source import embedded_folder, load_tokenizer
 
 if TYPE_CHECKING:
@@ -118,8 +105,8 @@ def evaluate(
     """
     # before the model, which takes longer
     documents = read_documents(text or str(embedded_folder() / "evaluation.txt"), limit=nsamples)
-    scored = _openable(source, device)
-    beside = None if reference is None else _openable(reference, device)
+    scored = opened(source, device)
+    beside = None if reference is None else opened(reference, device)
     tokenizer = tokenizer or load_tokenizer(scored.folder)
     window = clamp_seqlen(window or DEFAULT_WINDOW, scored.config, scored.taken)
     if beside is not None:
@@ -137,7 +124,7 @@ def evaluate(
 
 
 def _scores(
-    scored: _Scored, beside: _Scored | None, rows: Iterable[Tensor], window: int, stride: int
+    scored: Opened, beside: Opened | None, rows: Iterable[Tensor], window: int, stride: int
 ) -> tuple[Perplexity, Comparison | None]:
     """The perplexity of ``scored``, and how far it is from ``beside`` if there is that.
 
@@ -155,64 +142,3 @@ def _scores(
         return perplexity(scored.logits, used, window=window, stride=stride), None
     found = compare_logits(beside.logits, scored.logits, used, window=window, stride=stride)
     return found.candidate, found
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A model that gives logits, wherever it runs."""
-
-    logits: LogitsFunction
-    config: Any
-    runtime: str
-    folder: Path
-    """Where its tokenizer is."""
-    taken: int = 0
-    """Positions that a prefix takes."""
-    nbytes: int | None = None
-    """Of the weights of an export."""
-
-
-def _openable(source: str | PreTrainedModel, device: str) -> _Scored:
-    return _opened(source, device) if isinstance(source, str) else _given(source)
-
-
-def _opened(source: str, device: str) -> _Scored:
-    folder = embedded_folder() if source == EMBEDDED else Path(source)
-    if is_export(folder):
-        return _exported(folder)
-    if (folder / MANIFEST).is_file():
-        return _artifact(folder, device)
-    return _checkpoint(folder if source == EMBEDDED else source, device)
-
-
-def _given(model: PreTrainedModel) -> _Scored:
-    folder = Path(str(getattr(model, "name_or_path", "")))
-    return _Scored(model_logits(model), model.config, "torch", folder)
-
-
-def _exported(folder: Path) -> _Scored:
-    report = read_report(folder)
-    check_unchanged(folder, report)
-    runtime = get_backend(report.backend).load(folder, report.target, exact=False)
-    words = runtime.runtime
-    if isinstance(runtime, StandIn) and runtime.not_run_in:
-        words += f", not in {runtime.not_run_in}"
-    taken = 0 if report.prefix is None else len(report.prefix.tokens)
-    nbytes = report.layers.bytes_after
-    return _Scored(runtime_logits(runtime), load_config(folder), words, folder, taken, nbytes)
-
-
-def _artifact(folder: Path, device: str) -> _Scored:
-    artifact = load_artifact(folder)
-    model = build_reference(artifact).to(resolve_device(device))
-    words, taken = "torch, fake-quantized", artifact.prefix_length
-    return _Scored(model_logits(model), model.config, words, folder, taken)
-
-
-def _checkpoint(source: str | Path, device: str) -> _Scored:
-    config, checkpoint = load_config(source), open_checkpoint(source)
-    folder = checkpoint.folder
-    assert folder is not None  # it was opened from files
-    floats = None if checkpoint.quantization is None else checkpoint
-    model = load_network(folder, config, device=resolve_device(device), floats=floats)
-    return _Scored(model_logits(model), config, "torch", folder)

@@ -87,7 +87,7 @@ def behaviour_rows(
     ours = _continued(runtime.forward, prompts.ids, steps)
     if ours is None:
         return []
-    theirs = _continued(_forward_of(original), prompts.ids, steps)
+    theirs = _continued(forward_of(original), prompts.ids, steps)
     assert theirs is not None  # transformers has a cache
 
     tokenizer = subject.source.tokenizer
@@ -252,7 +252,7 @@ def _continued(forward: Forward, prompts: Sequence[Tensor], steps: int) -> Tenso
         positions = positions[:, -1:] + 1
 
 
-def _forward_of(network: Any) -> Forward:
+def forward_of(network: Any) -> Forward:
     """A transformers model as :class:`~backends.base.RuntimeModel` has it, with its own cache."""
     device = next(network.parameters()).device
 

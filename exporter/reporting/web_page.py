@@ -162,7 +162,10 @@ def _values(report: Report, evidence: Evidence) -> str:
             "Magnitudes of values; of each kind the layer whose largest token stands out most in"
             " the original. The narrower, the more of an integer range is used.",
         ),
-        _figure(channel_chart(evidence.inputs), "Largest magnitude of each channel, same layers."),
+        _figure(
+            channel_chart(evidence.inputs),
+            "Largest magnitude of each channel, same layers; of many channels, neighbours together.",
+        ),
         _list(summary.massive_lines(report)),
     ]
     text = "".join(parts)
@@ -182,7 +185,9 @@ def _noise(report: Report, evidence: Evidence) -> str:
         tuple((row.name, summary.figure_words(row.noise)) for row in worst),
         right=frozenset({1}),
     )
-    return chart + _table(table) + _list(summary.layer_lines(report))
+    massive = summary.massive_lines(report)  # it stands above
+    lines = [line for line in summary.layer_lines(report) if line not in massive]
+    return chart + _table(table) + _list(lines)
 
 
 def _texts(continuations: Sequence[Continuation]) -> str:

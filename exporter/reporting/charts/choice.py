@@ -54,6 +54,7 @@ def rotation_gate_chart(rows: Sequence[RotationGateRow]) -> Chart | None:
         errors = [error for row in rows for error in (row.error, *row.layers) if error > 0]
         if errors and max(errors) > 30 * min(errors):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("relative squared quantization error (dots: layers)")
     return chart
 

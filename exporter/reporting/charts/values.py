@@ -116,7 +116,7 @@ def channel_chart(inputs: Sequence[InputFigures]) -> Chart | None:
             at.set_yscale("log", base=2)
             plain_numbers(at.yaxis)
             at.set_title(f"layer {row.layer}: {row.kind}", loc="left")
-            at.set_xlabel("channel, neighbours together where there are many")
+            at.set_xlabel("channel")
         for at in axes[len(shown) :]:
             at.set_visible(False)
         axes[0].legend()

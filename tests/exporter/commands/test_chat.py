@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from calib.errors import DataError
 from exporter.cli import main
 from exporter.commands.chat import Conversation, Sampling, open_conversation
+from exporter.commands.continuing import Continuing
 
 pytestmark = pytest.mark.usefixtures("clean_logging")  # the command line sets levels
 
@@ -35,9 +36,8 @@ def opened(exported: Path) -> Conversation:
 @pytest.fixture
 def talk(opened: Conversation) -> Conversation:
     """With nothing said and nothing cached."""
-    return Conversation(
-        opened.runtime, opened.tokenizer, opened.positions, opened.stops, opened.words
-    )
+    running = Continuing(opened.running.forward)
+    return Conversation(running, opened.tokenizer, opened.positions, opened.stops, opened.words)
 
 
 def say(talk: Conversation, text: str, most: int = 12, sampling: Sampling = GREEDY) -> str:
@@ -50,7 +50,7 @@ def without_cache(talk: Conversation, ids: Sequence[int], steps: int) -> list[in
     for _ in range(steps):
         row = torch.tensor([found])
         positions = torch.arange(row.shape[1]).unsqueeze(0)
-        logits, _ = talk.runtime.forward(row, torch.ones_like(row), positions, None)
+        logits, _ = talk.running.forward(row, torch.ones_like(row), positions, None)
         found.append(int(logits[0, -1].argmax()))
     return found[len(ids) :]
 
@@ -70,7 +70,8 @@ def test_a_second_turn_reads_only_what_is_new_and_answers_the_same(talk: Convers
     cached, whole = talk.speed.read, talk.tokenizer(f"once upon a time{first} and then")
     assert cached < len(whole["input_ids"]) / 2
 
-    fresh = Conversation(talk.runtime, talk.tokenizer, None, talk.stops, talk.words)
+    running = Continuing(talk.running.forward)
+    fresh = Conversation(running, talk.tokenizer, None, talk.stops, talk.words)
     assert say(fresh, f"once upon a time{first} and then") == second
     assert fresh.speed.read == len(whole["input_ids"])
 
@@ -145,19 +146,22 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
-def scripted(says: list[int], positions: int | None = None) -> Conversation:
-    runtime, tokenizer = Scripted(says), cast(PreTrainedTokenizerBase, Bytes())
-    return Conversation(runtime, tokenizer, positions, frozenset({299}), "script")
+def scripted(
+    says: list[int], positions: int | None = None, runtime: Scripted | None = None
+) -> Conversation:
+    tokenizer = cast(PreTrainedTokenizerBase, Bytes())
+    running = Continuing((runtime or Scripted(says)).forward)
+    return Conversation(running, tokenizer, positions, frozenset({299}), "script")
 
 
 def test_characters_come_whole_and_the_end_is_not_said() -> None:
     says = [*"aé\N{SNOWMAN}".encode(), 299, *b"never"]
-    talk = scripted(says)
+    runtime = Scripted(says)
+    talk = scripted(says, runtime=runtime)
     pieces = list(talk.answer("x", GREEDY, GREEDY.chooser(), most=50))
     assert pieces == ["a", "é", "\N{SNOWMAN}"]
     # without a cache each token is chosen from all before it
-    assert isinstance(talk.runtime, Scripted)
-    assert [each.shape[1] for each in talk.runtime.seen] == list(range(1, 8))
+    assert [each.shape[1] for each in runtime.seen] == list(range(1, 8))
 
     cut = scripted(list("a\N{SNOWMAN}".encode()))
     assert say(cut, "x", most=2) == "a\N{REPLACEMENT CHARACTER}"
