@@ -164,7 +164,7 @@ def _values(report: Report, evidence: Evidence) -> str:
         ),
         _figure(
             channel_chart(evidence.inputs),
-            "Largest magnitude of each channel, same layers; of many channels, neighbours together.",
+            "Largest magnitude of each channel, same layers; of many, neighbours together.",
         ),
         _list(summary.massive_lines(report)),
     ]
