@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rotq.api import calibrate, capture, export, load_recipe, rotate, stats
+    from rotq.api import calibrate, capture, export, load_recipe, rotate, stats, sweep
     from rotq.looking import diff, evaluate, evaluate_tasks, inspect, report, verify
 
     __version__: str
@@ -34,6 +34,7 @@ __all__ = [
     "report",
     "rotate",
     "stats",
+    "sweep",
     "verify",
 ]
 _LOOKING = frozenset({"diff", "evaluate", "evaluate_tasks", "inspect", "report", "verify"})

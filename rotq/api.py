@@ -10,7 +10,7 @@ imports what it needs when it is called.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exporter.recipe import Recipe
     from exporter.run.options import RunOptions
     from exporter.run.results import ExportResult
+    from exporter.sweeping.sweep import SweepResult
     from rotq.texts import Dataset
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "load_recipe",
     "rotate",
     "stats",
+    "sweep",
 ]
 
 
@@ -254,6 +256,57 @@ def stats(
         _options(given.recipe, "stats", output, overwrite, from_capture=from_capture),
         model=given.model,
         tokenizer=given.tokenizer,
+        progress=progress_of(progress),
+    )
+
+
+def sweep(
+    model: Pathlike | None = None,
+    recipe: Recipe | Pathlike | Mapping[str, object] | None = None,
+    *,
+    output: Pathlike,
+    schemes: Sequence[str] = (),
+    rotations: Sequence[str] = (),
+    vary: Mapping[str, Sequence[object]] | None = None,
+    jobs: int | None = None,
+    speed: bool = True,
+    resume: bool = False,
+    progress: Progress | bool | None = None,
+    **settings: object,
+) -> SweepResult:
+    """Export every combination of schemes, rotations and settings, each in a process of its own,
+    and compare them.
+
+    Args:
+        model: a checkpoint folder or a hub id; by default the recipe's.
+        recipe: what all points have in common, as ``source`` of :func:`load_recipe`.
+        output: gets an export for each point, and ``sweep.json``.
+        schemes: names of schemes.
+        rotations: sets as ``--rotate`` takes them.
+        vary: values by dotted recipe key.
+        jobs: exports at once; by default as many as cores and memory allow.
+        speed: measure tokens per second at the end.
+        resume: go on from the points that ``output`` holds.
+        progress: as for :func:`export`.
+        settings: recipe values by the name of an option.
+
+    Raises:
+        calib.errors.RotqError: a known failure, with a hint.
+    """
+    from exporter.sweeping.sweep import SweepOptions
+    from exporter.sweeping.sweep import sweep as run
+
+    if model is not None:
+        settings["model"] = os.fspath(model)
+    grid = {
+        **({"scheme": list(schemes)} if schemes else {}),
+        **({"rotate": list(rotations)} if rotations else {}),
+        **{key: [str(value) for value in values] for key, values in (vary or {}).items()},
+    }
+    return run(
+        load_recipe(recipe, keyed(settings)),
+        grid,
+        SweepOptions(Path(output), resume=resume, jobs=jobs, speed=speed),
         progress=progress_of(progress),
     )
 

@@ -19,6 +19,7 @@ from exporter.cli import (
     report_commands,
     run_commands,
     stats_command,
+    sweep_command,
     verify_command,
 )
 from exporter.cli.command import Command, Group
@@ -66,6 +67,12 @@ for name, function, summary, examples in (
         run_commands.rotate,
         "Write the rotated float checkpoint.",
         run_commands.ROTATE_EXAMPLES,
+    ),
+    (
+        "sweep",
+        sweep_command.sweep,
+        "A grid of exports, compared.",
+        sweep_command.EXAMPLES,
     ),
     (
         "stats",

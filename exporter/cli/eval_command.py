@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calib.errors import DataError, OutputError
+from calib.errors import DataError
+from exporter.cli.charts import check_chart, draw_compared
 from exporter.cli.command import with_flags
 from exporter.cli.errors import UsageError
 from exporter.cli.options import OUTPUT, TalkFlags
@@ -27,7 +28,6 @@ EXAMPLES = (
     "rotq eval out/int8 out/int4 --reference ./my-model --chart sizes.svg",
 )
 TASKS = "Tasks"
-_DRAWN = (".svg", ".png")
 
 
 @with_flags
@@ -158,7 +158,7 @@ def evaluate(
             f"the text file '{text}' does not exist", hint="give a readable file to --text"
         )
     if chart is not None:
-        _check_chart(chart)
+        check_chart(chart)
     if tasks:
         given = {"--text": text, "--reference": reference, "--stride": stride, "--chart": chart}
         _check_alone(given, "--tasks")
@@ -191,7 +191,11 @@ def evaluate(
             )
             results.append(result)
     if chart is not None:
-        _draw(source, results, chart)
+        sizes = [
+            (name, result.perplexity, result.nbytes)
+            for name, result in zip(source, results, strict=True)
+        ]
+        draw_compared(sizes, chart)
     _print(source, results, text, talk)
 
 
@@ -238,36 +242,6 @@ def _run_tasks(
     for source, result in zip(sources, results, strict=True):
         show_line(output_console(), source)
         show_table(output_console(), result.table())
-
-
-def _check_chart(path: Path) -> None:
-    """Before anything is scored.
-
-    Raises:
-        OutputError: it cannot be written so.
-        BackendError: nothing can draw it.
-    """
-    from exporter.reporting.charts.style import check_matplotlib
-
-    if path.suffix.lower() not in _DRAWN:
-        raise OutputError(
-            f"'{path}' is no kind of picture that can be drawn",
-            hint=f"give a name that ends in {' or '.join(_DRAWN)} to --chart",
-        )
-    if not path.parent.is_dir():
-        raise OutputError(f"the folder '{path.parent}' does not exist", hint="make it first")
-    check_matplotlib()
-
-
-def _draw(sources: Sequence[str], results: Sequence[EvalResult], path: Path) -> None:
-    from exporter.reporting.charts.compared import Point, compared_chart
-
-    points = [
-        Point(source, result.perplexity, result.nbytes)
-        for source, result in zip(sources, results, strict=True)
-    ]
-    drawn = compared_chart(points)
-    path.write_bytes(drawn.png() if path.suffix.lower() == ".png" else drawn.file())
 
 
 def _print(

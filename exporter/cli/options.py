@@ -273,6 +273,15 @@ class TalkFlags:
             rich_help_panel=OUTPUT,
         ),
     ] = False
+    json_events: Annotated[
+        Path | None,
+        typer.Option(
+            "--json-events",
+            metavar="FILE",
+            help="Write progress for machines, one JSON object a line; default: nowhere.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         typer.Option(

@@ -72,7 +72,9 @@ def set_up(talk: TalkFlags) -> None:
 
 
 @contextlib.contextmanager
-def running(talk: TalkFlags, work_dir: Path | None = None) -> Iterator[Progress]:
+def running(
+    talk: TalkFlags, work_dir: Path | None = None, *, light: bool = False
+) -> Iterator[Progress]:
     """Surround the long part of a command: bars on, libraries quiet, stdout kept for the result.
 
     Libraries print to stdout as they like (torch.onnx.export does, and the native code of
@@ -81,6 +83,7 @@ def running(talk: TalkFlags, work_dir: Path | None = None) -> Iterator[Progress]
     Args:
         talk: how much is said.
         work_dir: what keeps whatever is finished, if the run is ended.
+        light: whether processes of its own do the work, so that no library has to be quiet here.
     """
     if work_dir is not None:
         hint_if_interrupted(
@@ -92,15 +95,28 @@ def running(talk: TalkFlags, work_dir: Path | None = None) -> Iterator[Progress]
         _native_stdout_to(2 if talk.verbose else nowhere.fileno()),
         contextlib.redirect_stdout(sys.stderr if talk.verbose else nowhere),
     ):
-        if not talk.verbose:
+        if not talk.verbose and not light:
             _silence_libraries()
-        if talk.quiet:
-            yield silent
-            return
-        from exporter.console import ConsoleProgress, error_console
+        with _shown(talk) as shown:
+            if talk.json_events is None:
+                yield shown
+                return
+            from exporter.console.events import Events
 
-        with ConsoleProgress(error_console()) as progress:
-            yield progress
+            with Events(talk.json_events, shown) as events:
+                yield events
+
+
+@contextlib.contextmanager
+def _shown(talk: TalkFlags) -> Iterator[Progress]:
+    """What people see of the progress."""
+    if talk.quiet:
+        yield silent
+        return
+    from exporter.console import ConsoleProgress, error_console
+
+    with ConsoleProgress(error_console()) as progress:
+        yield progress
 
 
 @contextlib.contextmanager

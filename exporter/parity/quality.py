@@ -16,7 +16,7 @@ from exporter.parity.rows import NO_ORIGINAL, not_run, ran, row, source_notes
 from exporter.parity.sequential import Scores, score_until_settled
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.parity.walks import WALKED, original_logits
-from exporter.reporting.report import ParityRow
+from exporter.reporting.report import Evidence, ParityRow
 
 _NAME = "original float vs exported"
 _STEPPED_ROWS, _STEPPED_TOKENS = 8, 128
@@ -49,10 +49,13 @@ def quality_rows(subject: Subject, sessions: Sessions) -> list[ParityRow]:
     notes += source_notes(subject.source)
     if subject.quantized.by_blocks:
         notes.append(WALKED)
+    judged = row(3, _NAME, "perplexity ratio", ratio, ratio_bound, "; ".join(notes), **ran(runtime))
+    finite = math.isfinite(reference) and math.isfinite(scores.candidate.value)
+    seen = Evidence(perplexities=(reference, scores.candidate.value)) if finite else None
     return [
         row(3, _NAME, "KL", scores.kl.value, kl, kl_note, **ran(runtime)),
         row(3, _NAME, "top-1 agreement", scores.top1, None, **ran(runtime)),
-        row(3, _NAME, "perplexity ratio", ratio, ratio_bound, "; ".join(notes), **ran(runtime)),
+        judged.model_copy(update={"evidence": seen}),
         *behaviour,
     ]
 

@@ -186,6 +186,8 @@ class Evidence(_Frozen):
     inputs: list[InputFigures] = Field(default_factory=list)
     noise: list[NoiseFigure] = Field(default_factory=list)
     continuations: list[Continuation] = Field(default_factory=list)
+    perplexities: tuple[float, float] | None = None
+    """Of the float model and of the export, on the rows that were scored."""
 
 
 Rung = Literal[0, 1, 2, 3]

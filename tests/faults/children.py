@@ -48,12 +48,16 @@ def quiet_libraries() -> None:
 
 
 def forked(run: Callable[[], int]) -> Ended:
-    """Call ``run`` in a child, for its exit code."""
-    with tempfile.TemporaryFile() as said, Path(os.devnull).open("wb") as nowhere:
+    """Call ``run`` in a child, for its exit code. What it says goes through a pipe: a file of it
+    would be cut off by a limit on the size of files.
+    """
+    reading, writing = os.pipe()
+    with Path(os.devnull).open("wb") as nowhere:
         child = os.fork()
         if child == 0:
+            os.close(reading)
             os.dup2(nowhere.fileno(), 1)
-            os.dup2(said.fileno(), 2)
+            os.dup2(writing, 2)
             code = _BROKE
             try:
                 code = run()
@@ -62,9 +66,10 @@ def forked(run: Callable[[], int]) -> Ended:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as said:
+            text = said.read().decode(errors="replace")
         _, status = os.waitpid(child, 0)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
     return Ended(os.waitstatus_to_exitcode(status), text)
 
 

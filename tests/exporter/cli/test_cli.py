@@ -25,6 +25,7 @@ COMMANDS = (
     "capture",
     "calibrate",
     "rotate",
+    "sweep",
     "stats",
     "verify",
     "inspect",
