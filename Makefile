@@ -12,7 +12,7 @@ LATEST := VENV=.venv-latest VERSIONS=newest
 OLDEST := VENV=.venv-oldest VERSIONS=oldest
 
 .PHONY: demo test suite runtimes test-runtimes real-model test-real check smoke package update-lock bench bench-job clean
-.PHONY: fuzz faults sabotage census
+.PHONY: fuzz faults sabotage census docs
 .PHONY: test-latest test-runtimes-latest test-oldest check-oldest
 
 $(STAMP): pyproject.toml $(wildcard locks/*)
@@ -110,6 +110,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.runtime --work out/benchmark-runtime
 	$(BIN)/python -m benchmarks.bundle --folder out
 	$(BIN)/python -m benchmarks.tracing --folder out
+
+# The documentation as a site, in out/site; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m tests.install_runtimes docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Whole jobs against those of others, which are installed apart: make bench-job TEXT=FILE.txt
 bench-job: $(STAMP)

@@ -33,7 +33,8 @@ def main(uv: str) -> None:
     pythons = promised(project["requires-python"])
 
     optional = [line for extra in extras.values() for line in extra]
-    everything = [*project["dependencies"], *optional, *groups["package"], *groups["browser"]]
+    everything = [*project["dependencies"], *optional, *groups["package"]]
+    everything += [*groups["browser"], *groups["docs"], *groups["notebook"]]
     for python in pythons:
         tripy = resolve(uv, groups["tripy"], python, "--no-deps")
         write("py", python, resolve(uv, everything, python) | tripy)

@@ -26,7 +26,9 @@ those of this environment."""
 def main() -> None:
     """Install what is not there yet, and say what could not be."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("group", nargs="?", choices=["runtimes", "real"], default="runtimes")
+    parser.add_argument(
+        "group", nargs="?", choices=["runtimes", "real", "docs"], default="runtimes"
+    )
     parser.add_argument("--versions", choices=["locked", "newest"], default="locked")
     options = parser.parse_args()
     locked = options.versions == "locked"
@@ -44,6 +46,9 @@ def main() -> None:
     else:
         how, alone, beside = ["--upgrade", *_held()], ["--upgrade"], []
 
+    if options.group == "docs":
+        _install("what builds the documentation", [*how, *groups["docs"]])
+        return
     for requirement in content["project"]["optional-dependencies"][options.group]:
         _install(requirement, [requirement, *how])
     if options.group != "runtimes":
@@ -51,6 +56,7 @@ def main() -> None:
 
     _install("Tripy", ["--no-deps", *alone, *groups["tripy"]])
     _install("a browser", [*how, *groups["browser"]])
+    _install("what runs notebooks", [*how, *groups["notebook"]])
     if not (locked and _holds(optimum)):
         folder = ["--no-deps", "--upgrade", "--target", str(OPTIMUM)]
         _install("Optimum", [*folder, *beside, *groups["optimum"]])
