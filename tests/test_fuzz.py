@@ -72,27 +72,32 @@ def test_a_slice_of_every_kind(kind: Kind, folders: Path, tmp_path: Path) -> Non
 
 
 FAILED_BEFORE = (
-    ("ONNX graph", 570),
-    ("artifact", 103),
-    ("bundle modelopt", 67),
-    ("bundle modelopt", 2714),
-    ("bundle tensorrt", 3474),
-    ("bundle vllm", 3612),
-    ("bundle vllm", 331),
-    ("config.json", 595),
-    ("plugins", 27),
-    ("plugins", 72),
-    ("plugins", 119),
-    ("plugins", 229),
-    ("plugins", 247),
-    ("tokenizer", 588),
+    (11, "ONNX graph", 570),
+    (11, "artifact", 103),
+    (11, "bundle modelopt", 67),
+    (11, "bundle modelopt", 2714),
+    (11, "bundle tensorrt", 3474),
+    (11, "bundle vllm", 3612),
+    (11, "bundle vllm", 331),
+    (11, "config.json", 595),
+    (11, "plugins", 27),
+    (11, "plugins", 72),
+    (11, "plugins", 119),
+    (11, "plugins", 229),
+    (11, "plugins", 247),
+    (11, "tokenizer", 588),
+    (12, "ONNX graph", 245),
+    (12, "ONNX graph", 747),
+    (12, "generation config", 17),
 )
-"""Inputs of seed 11 on which a reader once failed, by kind and number."""
+"""Inputs on which a reader once failed, by seed, kind and number."""
 
 
-@pytest.mark.parametrize(("name", "number"), FAILED_BEFORE)
-def test_inputs_that_failed_before(name: str, number: int, folders: Path, tmp_path: Path) -> None:
-    inputs = Inputs(kind_named(name), folders, tmp_path, seed=11)
+@pytest.mark.parametrize(("seed", "name", "number"), FAILED_BEFORE)
+def test_inputs_that_failed_before(
+    seed: int, name: str, number: int, folders: Path, tmp_path: Path
+) -> None:
+    inputs = Inputs(kind_named(name), folders, tmp_path, seed=seed)
     inputs.make(number)
     failure = inputs.examine()
     assert failure is None, failure.told

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from calib.errors import BackendError
+
 CAPACITY = "capacity"
 """What a graph calls the axis of tokens of a cache that is a buffer."""
 CACHE = "past_key_values."
@@ -39,11 +41,21 @@ class CacheInput:
 
 
 def cache_inputs(graph: onnx.GraphProto) -> list[CacheInput]:
-    """Keys and values that the graph takes, in its own order."""
+    """Keys and values that the graph takes, in its own order.
+
+    Raises:
+        BackendError: one has another shape or dtype than a cache has.
+    """
     caches = []
     for value in graph.input:
         if value.name.startswith(CACHE):
             kind = value.type.tensor_type
+            if len(kind.shape.dim) != 4 or kind.elem_type not in _DTYPES:
+                raise BackendError(
+                    f"the input '{value.name}' of the graph is no cache of keys or values: it has"
+                    f" {len(kind.shape.dim)} dimensions of type {kind.elem_type}",
+                    hint="the file is damaged or was edited; export the model again",
+                )
             _, heads, tokens, width = kind.shape.dim
             shared = tokens.dim_param == CAPACITY
             caches.append(

@@ -49,12 +49,22 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
     if not proto.graph.node:
         raise unreadable(path, "it holds no graph")
+    if any(not isinstance(name, str) for name in _names(proto.graph)):
+        raise unreadable(path, "it holds a name that is no text")
 
     try:
         _check_data(path, proto)
     except ValueError as error:
         raise unreadable(path, f"it says no place of its weights: {reason_of(error)}") from error
     return proto
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[object]:
+    """All names in a graph; protobuf gives those that are no UTF-8 as bytes."""
+    for named in (*graph.initializer, *graph.input, *graph.output):
+        yield named.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
 
 
 def unreadable(path: Path, reason: str) -> BackendError:

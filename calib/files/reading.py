@@ -54,6 +54,18 @@ def is_file_in(folder: Path, name: str) -> bool:
         return False
 
 
+def check_size(path: Path, largest: int = LARGEST) -> None:
+    """Refuse what is no regular file of at most ``largest`` bytes, before somebody else reads it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
+    """
+    size = regular_file(path).stat().st_size
+    if size > largest:
+        raise ValueError(f"{path.name} is larger than {largest:,} bytes")
+
+
 def bounded_text(path: Path, largest: int) -> str:
     """The UTF-8 text of a regular file of at most ``largest`` bytes.
 

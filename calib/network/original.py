@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import CheckpointError
-from calib.files.reading import is_failure, reason_of
+from calib.files.reading import check_size, is_failure, reason_of
 from calib.modules.attention import attention_implementation
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def load_network(
     # here, because it takes seconds to import
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    generation = Path(folder) / "generation_config.json"
     try:
+        if generation.exists():
+            check_size(generation)
         # the class itself: the automatic one asks for a folder
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             folder if floats is None else None,
