@@ -110,6 +110,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.runtime --work out/benchmark-runtime
 	$(BIN)/python -m benchmarks.bundle --folder out
 	$(BIN)/python -m benchmarks.tracing --folder out
+	$(BIN)/python -m benchmarks.sweep --work out/benchmark-sweep
 
 # The documentation as a site, in out/site; a warning is an error.
 docs: $(STAMP)

@@ -21,13 +21,14 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.text import Text
 
 from exporter.console.streams import speaks_unicode
 from exporter.reporting.summary import human_seconds
 
-_ASCII_BAR = 30
+_ASCII_BAR = 20
 QUIET_SECONDS = 30.0
 """How long nothing is said where there is no terminal."""
 _OTHER_LINES = 4
@@ -175,6 +176,8 @@ def _bars(console: Console) -> Progress:
         BarColumn(bar_width=_ASCII_BAR) if unicode else _AsciiBar(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
         console=console,
         # What libraries print to stdout while a bar is up is not ours to move: the command line
         # deals with it.

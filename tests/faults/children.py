@@ -58,6 +58,7 @@ def forked(run: Callable[[], int]) -> Ended:
             os.close(reading)
             os.dup2(nowhere.fileno(), 1)
             os.dup2(writing, 2)
+            sys.stderr = os.fdopen(2, "w", closefd=False)  # the old one may think that it can seek
             code = _BROKE
             try:
                 code = run()
