@@ -18,16 +18,8 @@ from exporter.sweeping.sweep import POINTS, read_sweep
 
 GRID = (
     *("--schemes", "int8,int8-dynamic,int4-weight-only"),
-    *(
-        "--rotations",
-        "none",
-        "--rotations",
-        "r1",
-        "--rotations",
-        "r1,r2",
-        "--rotations",
-        "r1,r2,r4",
-    ),
+    *("--rotations", "none", "--rotations", "r1"),
+    *("--rotations", "r1,r2", "--rotations", "r1,r2,r4"),
 )
 FEW = ("--nsamples", "16", "--seqlen", "128", "--eval-nsamples", "4", "--gate-nsamples", "2")
 KILLED_AFTER = 5
@@ -60,8 +52,9 @@ def main() -> int:
     )
     total = len(read_sweep(whole).points)
     sys.stdout.write(
-        f"{total} points, {given.jobs} at once: killed with {there} there, resumed in {resumed:.0f} s,"
-        f" unbroken {unbroken:.0f} s; results that differ {results}, files that differ {files}\n"
+        f"{total} points, {given.jobs} at once: killed with {there} there, resumed in"
+        f" {resumed:.0f} s, unbroken {unbroken:.0f} s; results that differ {results}, files that"
+        f" differ {files}\n"
     )
     return int(bool(results or files))
 

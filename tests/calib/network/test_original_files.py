@@ -17,5 +17,5 @@ def test_a_generation_config_of_any_size_is_refused_unread(tmp_path: Path) -> No
     folder = write_checkpoint(tmp_path / "model")
     with (folder / "generation_config.json").open("wb") as file:
         file.truncate(LARGEST + 1)  # on a disk that hardly notices
-    with pytest.raises(CheckpointError, match="generation_config.json is larger than"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is larger than"):
         load_network(folder, load_config(folder))
