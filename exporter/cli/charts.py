@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from calib.errors import OutputError
+from exporter.cli.options import OUTPUT
 
 _DRAWN = (".svg", ".png")
+
+
+@dataclass(frozen=True)
+class ChartFlag:
+    """Where the chart goes."""
+
+    chart: Annotated[
+        Path | None,
+        typer.Option(
+            "--chart",
+            metavar="FILE",
+            help="Draw quality against size, as .svg or .png.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
 
 
 def check_chart(path: Path) -> None:

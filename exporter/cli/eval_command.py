@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calib.errors import DataError
-from exporter.cli.charts import check_chart, draw_compared
+from exporter.cli.charts import ChartFlag, check_chart, draw_compared
 from exporter.cli.command import with_flags
 from exporter.cli.errors import UsageError
-from exporter.cli.options import OUTPUT, TalkFlags
+from exporter.cli.options import TalkFlags
 from exporter.cli.resolve import check_device
 from exporter.cli.session import print_json, running, set_up
 
@@ -41,6 +41,7 @@ def evaluate(
         ),
     ],
     talk: TalkFlags,
+    charts: ChartFlag,
     text: Annotated[
         str | None,
         typer.Option(
@@ -135,15 +136,6 @@ def evaluate(
             rich_help_panel=TASKS,
         ),
     ] = False,
-    chart: Annotated[
-        Path | None,
-        typer.Option(
-            "--chart",
-            metavar="FILE",
-            help="Draw quality against size, as .svg or .png.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
 ) -> None:
     """Perplexity of exported folders in their runtimes, or of artifacts and checkpoints in torch;
     or with --tasks what lm-evaluation-harness makes of them.
@@ -152,6 +144,7 @@ def evaluate(
     compared. Several sources are scored one after the other on the same text.
     """
     set_up(talk)
+    chart = charts.chart
     check_device(device)
     if text is not None and Path(text).suffix and not Path(text).is_file():
         raise DataError(

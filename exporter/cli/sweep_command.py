@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from calib.errors import RecipeError
-from exporter.cli.charts import check_chart, draw_compared
+from exporter.cli.charts import ChartFlag, check_chart, draw_compared
 from exporter.cli.command import with_flags
 from exporter.cli.errors import UsageError
 from exporter.cli.number_options import DataFlags, EvalDataFlag, QuantizationFlags
@@ -46,6 +46,7 @@ def sweep(
     evaluation: EvalDataFlag,
     recipes: RecipeFlag,
     talk: TalkFlags,
+    charts: ChartFlag,
     output: Annotated[
         Path,
         typer.Option(
@@ -110,15 +111,6 @@ def sweep(
         bool,
         typer.Option("--no-speed", help="Measure no tokens per second.", rich_help_panel=RUN),
     ] = False,
-    chart: Annotated[
-        Path | None,
-        typer.Option(
-            "--chart",
-            metavar="FILE",
-            help="Draw quality against size, as .svg or .png.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
 ) -> None:
     """Export every combination of schemes, rotations and settings, and show what each costs.
 
@@ -126,6 +118,7 @@ def sweep(
     the reason. Exit code 1 means that none can be used.
     """
     set_up(talk)
+    chart = charts.chart
     grid = _grid(schemes or (), rotations or (), vary or ())
     flags = overrides(models, backends, writing, quantization, data, evaluation)
     recipe = resolve(recipes.recipe, flags)

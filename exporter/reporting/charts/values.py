@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from exporter.reporting.charts.style import AFTER, BEFORE, PALETTE, Chart, figure, plain_numbers
-from exporter.reporting.report import InputFigures, NoiseFigure
+from exporter.reporting.report import InputFigures, NoiseFigure, Spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LOW, _HIGH = -20.0, 20.0
 """Ends of the histograms, log2: as :class:`exporter.reporting.report.Spread` has them."""
 _MARKS = "os^Dvx+*"
+_SIDES = ((BEFORE, "original"), (AFTER, "rotated"))
 
 
 def spread_chart(inputs: Sequence[InputFigures]) -> Chart | None:
@@ -17,31 +23,19 @@ def spread_chart(inputs: Sequence[InputFigures]) -> Chart | None:
     kinds = list(dict.fromkeys(row.kind for row in inputs))
     if not kinds:
         return None
-    rows = -(-len(kinds) // 2)
-    with figure(
-        "spread",
-        "Largest over median token of every input, by layer",
-        2.0 * rows + 0.3,
-        columns=2,
-        rows=rows,
-    ) as (chart, axes):
-        for kind, at in zip(kinds, axes, strict=False):
+    words = "Largest over median token of every input, by layer"
+    with _panels("spread", words, kinds) as (chart, axes):
+        for kind, at in zip(kinds, axes, strict=True):
             own = [row for row in inputs if row.kind == kind]
             before = [(row.layer, row.original.token_ratio) for row in own if row.original]
             after = [(row.layer, row.rotated.token_ratio) for row in own]
-            for points, color, words, mark in (
-                (before, BEFORE, "original", "o"),
-                (after, AFTER, "rotated", "s"),
-            ):
+            for points, (color, name), mark in zip((before, after), _SIDES, "os", strict=True):
                 if points:
                     layers, ratios = zip(*points, strict=True)
-                    at.plot(layers, ratios, color=color, marker=mark, ms=3, label=words)
+                    at.plot(layers, ratios, color=color, marker=mark, ms=3, label=name)
             at.set_yscale("log", base=2)
             plain_numbers(at.yaxis)
-            at.set_title(kind, loc="left")
             at.set_xlabel("layer")
-        for at in axes[len(kinds) :]:
-            at.set_visible(False)
         axes[0].legend()
         chart.drawing.supylabel("largest token over median token", fontsize=9)
     return chart
@@ -49,45 +43,23 @@ def spread_chart(inputs: Sequence[InputFigures]) -> Chart | None:
 
 def histogram_chart(inputs: Sequence[InputFigures]) -> Chart | None:
     """Magnitudes of the values at the input of each kind that is hardest to quantize."""
-    shown = [row for row in inputs if row.rotated.histogram]
+    shown = [row for row in inputs if any(row.rotated.histogram)]
     if not shown:
         return None
-    rows = -(-len(shown) // 2)
-    with figure(
-        "histograms",
-        "Histograms of inputs before and after rotation",
-        2.0 * rows + 0.3,
-        columns=2,
-        rows=rows,
-    ) as (chart, axes):
-        for row, at in zip(shown, axes, strict=False):
-            for spread, color, words in (
-                (row.original, BEFORE, "original"),
-                (row.rotated, AFTER, "rotated"),
-            ):
-                if spread is None or not spread.histogram:
-                    continue
-                step = (_HIGH - _LOW) / len(spread.histogram)
-                edges = [_LOW + step * index for index in range(len(spread.histogram) + 1)]
-                shares = [count / sum(spread.histogram) for count in spread.histogram]
-                at.stairs(shares, edges, color=color, label=words, lw=1.3)
-                top = max(index for index, count in enumerate(spread.histogram) if count)
-                at.axvline(edges[top + 1], color=color, lw=0.8, ls=":")
+    words = "Histograms of inputs before and after rotation"
+    with _panels("histograms", words, map(_title, shown)) as (chart, axes):
+        for row, at in zip(shown, axes, strict=True):
+            step = (_HIGH - _LOW) / len(row.rotated.histogram)
+            edges = [_LOW + step * index for index in range(len(row.rotated.histogram) + 1)]
+            filled: list[int] = []
+            for spread, color, name in _spreads(row):
+                counts = spread.histogram
+                at.stairs([n / sum(counts) for n in counts], edges, color=color, label=name, lw=1.3)
+                filled += [index for index, count in enumerate(counts) if count]
+                at.axvline(edges[filled[-1] + 1], color=color, lw=0.8, ls=":")
             at.set_yscale("log")
-            filled = [
-                index
-                for spread in (row.original, row.rotated)
-                if spread is not None
-                for index, count in enumerate(spread.histogram)
-                if count
-            ]
-            if filled:
-                step = (_HIGH - _LOW) / len(row.rotated.histogram)
-                at.set_xlim(max(_LOW, _LOW + step * min(filled)), _LOW + step * (max(filled) + 2))
-            at.set_title(f"layer {row.layer}: {row.kind}", loc="left")
+            at.set_xlim(edges[min(filled)], edges[max(filled) + 1] + step)
             at.set_xlabel("log2 |x|: one unit is one bit of range")
-        for at in axes[len(shown) :]:
-            at.set_visible(False)
         axes[0].legend(loc="upper left")
         chart.drawing.supylabel("share of values (dotted: the largest)", fontsize=9)
     return chart
@@ -98,30 +70,41 @@ def channel_chart(inputs: Sequence[InputFigures]) -> Chart | None:
     shown = [row for row in inputs if row.rotated.channels]
     if not shown:
         return None
-    rows = -(-len(shown) // 2)
-    with figure(
-        "channels",
-        "Largest magnitude of every channel before and after rotation",
-        2.0 * rows + 0.3,
-        columns=2,
-        rows=rows,
-    ) as (chart, axes):
-        for row, at in zip(shown, axes, strict=False):
-            for spread, color, words in (
-                (row.original, BEFORE, "original"),
-                (row.rotated, AFTER, "rotated"),
-            ):
-                if spread is not None and spread.channels:
-                    at.plot(spread.channels, color=color, label=words, lw=1.0)
+    words = "Largest magnitude of every channel before and after rotation"
+    with _panels("channels", words, map(_title, shown)) as (chart, axes):
+        for row, at in zip(shown, axes, strict=True):
+            for spread, color, name in _spreads(row):
+                at.plot(spread.channels, color=color, label=name, lw=1.0)
             at.set_yscale("log", base=2)
             plain_numbers(at.yaxis)
-            at.set_title(f"layer {row.layer}: {row.kind}", loc="left")
             at.set_xlabel("channel")
-        for at in axes[len(shown) :]:
-            at.set_visible(False)
         axes[0].legend()
         chart.drawing.supylabel("largest magnitude", fontsize=9)
     return chart
+
+
+@contextmanager
+def _panels(name: str, words: str, titles: Iterable[str]) -> Iterator[tuple[Chart, list[Axes]]]:
+    """Two small charts in a row, as many rows as it takes, each with its title."""
+    named = list(titles)
+    rows = -(-len(named) // 2)
+    with figure(name, words, 2.0 * rows + 0.3, columns=2, rows=rows) as (chart, axes):
+        for title, at in zip(named, axes, strict=False):
+            at.set_title(title, loc="left")
+        for at in axes[len(named) :]:
+            at.set_visible(False)
+        yield chart, axes[: len(named)]
+
+
+def _title(row: InputFigures) -> str:
+    return f"layer {row.layer}: {row.kind}"
+
+
+def _spreads(row: InputFigures) -> Iterator[tuple[Spread, str, str]]:
+    """Those whose values were kept, with colour and name."""
+    for spread, (color, name) in zip((row.original, row.rotated), _SIDES, strict=True):
+        if spread is not None and any(spread.histogram):
+            yield spread, color, name
 
 
 def noise_chart(rows: Sequence[NoiseFigure]) -> Chart | None:
