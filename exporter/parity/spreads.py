@@ -19,14 +19,20 @@ from calib.measure.perplexity import model_logits
 from calib.measure.reference import LazyReferenceLinear
 from calib.modules.watch import watching
 from exporter.parity.subject import Subject
-from exporter.reporting.report import Evidence, InputFigures, NoiseFigure, Spread
+from exporter.reporting.report import (
+    BINS,
+    HIGHEST_LOG2,
+    LOWEST_LOG2,
+    Evidence,
+    InputFigures,
+    NoiseFigure,
+    Spread,
+)
 
 TOKENS = 512
 """Of held-out text that both models run."""
 NOISE_TOKENS = 128
 """Of these, on which each linear is quantized."""
-LOW, HIGH, BINS = -20.0, 20.0, 80
-"""Of the histogram, in log2."""
 CHANNELS = 256
 """Largest magnitudes that are kept of one input; of more channels, those of neighbours together."""
 
@@ -46,8 +52,8 @@ class _Seen:
         flat = x.detach().reshape(-1, x.shape[-1]).float().abs()
         if not flat.numel():
             return
-        bits = flat.log2().clamp_(LOW, HIGH)
-        self.histogram += torch.histc(bits.cpu(), BINS, LOW, HIGH).long()
+        bits = flat.log2().clamp_(LOWEST_LOG2, HIGHEST_LOG2)
+        self.histogram += torch.histc(bits.cpu(), BINS, LOWEST_LOG2, HIGHEST_LOG2).long()
         self.square += float(flat.double().square().sum())
         self.values += flat.numel()
         largest = flat.amax(0)
@@ -63,7 +69,7 @@ class _Seen:
             rms=(self.square / self.values) ** 0.5,
             token_ratio=_over_median(tokens),
             channel_ratio=_over_median(channels),
-            histogram=self.histogram.tolist() if whole else [],
+            histogram=self.histogram.tolist() if whole else None,
             channels=_thinned(channels) if whole else [],
         )
 

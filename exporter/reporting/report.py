@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -128,19 +128,25 @@ class TrainingSummary(_Frozen):
     note: str = ""
 
 
+LOWEST_LOG2, HIGHEST_LOG2, BINS = -20.0, 20.0, 80
+"""Of a histogram of magnitudes: a bin for every half of ``log2 |x|``."""
+Magnitude = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Counts = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=BINS, max_length=BINS)]
+
+
 class Spread(_Frozen):
     """How the values at one place of a model are spread."""
 
-    absmax: float
-    rms: float
-    token_ratio: float
+    absmax: Magnitude
+    rms: Magnitude
+    token_ratio: Magnitude
     """The largest magnitude of a token over that of the median token."""
-    channel_ratio: float
+    channel_ratio: Magnitude
     """The largest magnitude of a channel over that of the median channel."""
-    histogram: list[int] = Field(default_factory=list)
-    """Values by ``log2 |x|``, a bin for every half from -20 to 20, those beyond in the outer ones;
-    empty where it is not among those that are kept."""
-    channels: list[float] = Field(default_factory=list)
+    histogram: Counts | None = None
+    """Values by ``log2 |x|`` from :data:`LOWEST_LOG2` to :data:`HIGHEST_LOG2`, those beyond in the
+    outer bins; ``None`` where it is not among those that are kept."""
+    channels: list[Magnitude] = Field(default_factory=list)
     """Largest magnitude of each channel, in their order; of many, of neighbours together; empty as
     above."""
 
@@ -152,7 +158,7 @@ class InputFigures(_Frozen):
     """Of the first linear that reads it."""
     kind: str
     """That name within its layer."""
-    layer: int
+    layer: int = Field(ge=0)
     original: Spread | None
     """``None`` where the original has no such module."""
     rotated: Spread
@@ -164,7 +170,7 @@ class NoiseFigure(_Frozen):
     name: str
     kind: str
     layer: int
-    noise: float
+    noise: Magnitude
     """Relative L2 of its output: input and weight quantized, against float, on the input that the
     rotated float model gives it."""
 

@@ -71,7 +71,13 @@ def points_of(recipe: Recipe, grid: Mapping[str, Sequence[str]]) -> list[Point]:
             raise RecipeError(
                 f"the sweep has the point '{name}' twice", hint="name each value once"
             )
-        names[name] = with_values(recipe, change)
+        own = with_values(recipe, change)
+        if len(own.targets) > 1:
+            raise RecipeError(
+                "a point of a sweep has one target",
+                hint="give --target once, or --vary target=NAME,NAME",
+            )
+        names[name] = own
     if len(names) > MOST_POINTS:
         raise RecipeError(
             f"the sweep has {len(names)} points, and {MOST_POINTS} are the most",

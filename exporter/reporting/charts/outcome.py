@@ -68,7 +68,7 @@ def _share(row: ParityRow) -> float:
         return 10.0  # it could not be finite, and failed
     if row.bound == 0:
         return _LEAST if row.passed else 10.0
-    if row.metric == "perplexity ratio":  # 1 is nothing lost
+    if row.metric == "perplexity ratio" and row.measured > 0 and row.bound > 1:  # 1: nothing lost
         return max(_LEAST, math.log(row.measured) / math.log(row.bound))
     return max(_LEAST, abs(row.measured) / abs(row.bound))
 

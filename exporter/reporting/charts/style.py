@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -105,6 +105,7 @@ def _settings(name: str) -> Any:
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
         "svg.fonttype": "none",  # text stays text: small, and it can be searched
+        "text.parse_math": False,  # names are names, whatever is in them
         "svg.hashsalt": name,
         "font.family": "sans-serif",
         "font.size": 9,
@@ -118,6 +119,13 @@ def _settings(name: str) -> Any:
         "legend.frameon": False,
         **dict.fromkeys(ink, _INK),
     }
+
+
+def octaves(axes: Axes, values: Iterable[float]) -> None:
+    """Let the vertical axis double from mark to mark, where any of ``values`` can be shown so."""
+    if any(value > 0 for value in values):
+        axes.set_yscale("log", base=2)
+        plain_numbers(axes.yaxis)
 
 
 def plain_numbers(axis: Axis) -> None:

@@ -6,14 +6,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from exporter.reporting.charts.style import AFTER, BEFORE, PALETTE, Chart, figure, plain_numbers
-from exporter.reporting.report import InputFigures, NoiseFigure, Spread
+from exporter.reporting.charts.style import AFTER, BEFORE, PALETTE, Chart, figure, octaves
+from exporter.reporting.report import (
+    BINS,
+    HIGHEST_LOG2,
+    LOWEST_LOG2,
+    InputFigures,
+    NoiseFigure,
+    Spread,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LOW, _HIGH = -20.0, 20.0
-"""Ends of the histograms, log2: as :class:`exporter.reporting.report.Spread` has them."""
+_STEP = (HIGHEST_LOG2 - LOWEST_LOG2) / BINS
+_EDGES = tuple(LOWEST_LOG2 + _STEP * index for index in range(BINS + 1))
 _MARKS = "os^Dvx+*"
 _SIDES = ((BEFORE, "original"), (AFTER, "rotated"))
 
@@ -33,8 +40,7 @@ def spread_chart(inputs: Sequence[InputFigures]) -> Chart | None:
                 if points:
                     layers, ratios = zip(*points, strict=True)
                     at.plot(layers, ratios, color=color, marker=mark, ms=3, label=name)
-            at.set_yscale("log", base=2)
-            plain_numbers(at.yaxis)
+            octaves(at, (ratio for _, ratio in (*before, *after)))
             at.set_xlabel("layer")
         axes[0].legend()
         chart.drawing.supylabel("largest token over median token", fontsize=9)
@@ -43,22 +49,21 @@ def spread_chart(inputs: Sequence[InputFigures]) -> Chart | None:
 
 def histogram_chart(inputs: Sequence[InputFigures]) -> Chart | None:
     """Magnitudes of the values at the input of each kind that is hardest to quantize."""
-    shown = [row for row in inputs if any(row.rotated.histogram)]
+    shown = [row for row in inputs if any(row.rotated.histogram or ())]
     if not shown:
         return None
     words = "Histograms of inputs before and after rotation"
     with _panels("histograms", words, map(_title, shown)) as (chart, axes):
         for row, at in zip(shown, axes, strict=True):
-            step = (_HIGH - _LOW) / len(row.rotated.histogram)
-            edges = [_LOW + step * index for index in range(len(row.rotated.histogram) + 1)]
             filled: list[int] = []
             for spread, color, name in _spreads(row):
-                counts = spread.histogram
-                at.stairs([n / sum(counts) for n in counts], edges, color=color, label=name, lw=1.3)
+                counts = spread.histogram or []
+                shares = [count / sum(counts) for count in counts]
+                at.stairs(shares, _EDGES, color=color, label=name, lw=1.3)
                 filled += [index for index, count in enumerate(counts) if count]
-                at.axvline(edges[filled[-1] + 1], color=color, lw=0.8, ls=":")
+                at.axvline(_EDGES[filled[-1] + 1], color=color, lw=0.8, ls=":")
             at.set_yscale("log")
-            at.set_xlim(edges[min(filled)], edges[max(filled) + 1] + step)
+            at.set_xlim(_EDGES[min(filled)], _EDGES[max(filled) + 1] + _STEP)
             at.set_xlabel("log2 |x|: one unit is one bit of range")
         axes[0].legend(loc="upper left")
         chart.drawing.supylabel("share of values (dotted: the largest)", fontsize=9)
@@ -67,7 +72,7 @@ def histogram_chart(inputs: Sequence[InputFigures]) -> Chart | None:
 
 def channel_chart(inputs: Sequence[InputFigures]) -> Chart | None:
     """The largest magnitude of every channel of the same inputs."""
-    shown = [row for row in inputs if row.rotated.channels]
+    shown = [row for row in inputs if row.rotated.channels and any(row.rotated.histogram or ())]
     if not shown:
         return None
     words = "Largest magnitude of every channel before and after rotation"
@@ -75,8 +80,7 @@ def channel_chart(inputs: Sequence[InputFigures]) -> Chart | None:
         for row, at in zip(shown, axes, strict=True):
             for spread, color, name in _spreads(row):
                 at.plot(spread.channels, color=color, label=name, lw=1.0)
-            at.set_yscale("log", base=2)
-            plain_numbers(at.yaxis)
+            octaves(at, row.rotated.channels)
             at.set_xlabel("channel")
         axes[0].legend()
         chart.drawing.supylabel("largest magnitude", fontsize=9)
@@ -103,7 +107,7 @@ def _title(row: InputFigures) -> str:
 def _spreads(row: InputFigures) -> Iterator[tuple[Spread, str, str]]:
     """Those whose values were kept, with colour and name."""
     for spread, (color, name) in zip((row.original, row.rotated), _SIDES, strict=True):
-        if spread is not None and any(spread.histogram):
+        if spread is not None and any(spread.histogram or ()):
             yield spread, color, name
 
 

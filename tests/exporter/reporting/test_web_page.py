@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from cli_support import sample_report
+from pydantic import ValidationError
 
 from calib.errors import BackendError
 from exporter.recipe import Recipe
@@ -70,7 +71,7 @@ def spread(largest: float, *, whole: bool) -> Spread:
         rms=1.0,
         token_ratio=largest,
         channel_ratio=2.0,
-        histogram=histogram if whole else [],
+        histogram=histogram if whole else None,
         channels=[1.0, largest, 0.5] if whole else [],
     )
 
@@ -205,3 +206,52 @@ def test_without_matplotlib_the_hint_installs_it(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackendError, match="matplotlib") as caught:
         drawn(sample_report())
     assert caught.value.hint == style.INSTALL
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"histogram": [1, 2]},
+        {"histogram": [-1] * 80},
+        {"absmax": -1.0},
+        {"rms": float("nan")},
+        {"channels": [float("inf")]},
+    ],
+)
+def test_figures_that_no_chart_can_show_are_no_report(broken: dict[str, object]) -> None:
+    """The page of a stranger's folder is drawn from a stranger's report.json."""
+    values = {"absmax": 1.0, "rms": 1.0, "token_ratio": 1.0, "channel_ratio": 1.0, **broken}
+    with pytest.raises(ValidationError):
+        Spread.model_validate(values)
+
+
+def test_bounds_and_figures_at_the_edge_are_drawn() -> None:
+    report = full_report()
+    rows = [
+        row.model_copy(update={"metric": "perplexity ratio", "measured": measured, "bound": bound})
+        for row, (measured, bound) in zip(
+            [report.parity[1]] * 4,
+            [(1.0, 1.0), (0.0, 1.02), (1e300, 1.02), (2.0, 0.0)],
+            strict=True,
+        )
+    ]
+    empty = report.parity[0].model_copy(
+        update={
+            "evidence": Evidence(
+                inputs=[
+                    InputFigures(
+                        name="a",
+                        kind="$\\frac{a}{b}$",
+                        layer=0,
+                        original=None,
+                        rotated=Spread(
+                            absmax=0, rms=0, token_ratio=0, channel_ratio=0, histogram=[0] * 80
+                        ),
+                    )
+                ],
+                noise=[NoiseFigure(name="a", kind="a", layer=0, noise=0.0)],
+            )
+        }
+    )
+    page = Page(drawn(report.model_copy(update={"parity": [empty, *rows]})))
+    assert not page.open
