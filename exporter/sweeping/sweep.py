@@ -242,7 +242,7 @@ class _Run:
                 return None
             replace_text(kept, json.dumps(document) + "\n")
         rate = read_json(kept).get("rate")
-        return None if rate is None else float(rate)
+        return float(rate) if isinstance(rate, int | float) else None
 
     def _threads(self) -> int:
         return max(1, usable_cores() // self.jobs)
