@@ -17,7 +17,7 @@ from pathlib import Path
 from exporter.sweeping.sweep import POINTS, read_sweep
 
 GRID = (
-    *("--schemes", "int8,int8-dynamic,int4-weight-only"),
+    *("--schemes", "int8,int8-weight-only,int4-weight-only"),
     *("--rotations", "none", "--rotations", "r1"),
     *("--rotations", "r1,r2", "--rotations", "r1,r2,r4"),
 )
