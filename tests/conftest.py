@@ -38,7 +38,7 @@ LONGEST = (
     "test_rotary",
     "test_readers",
     "test_sweep",
-    "test_report",
+    "test_report_command",
     "test_web_page",
     "test_plan",
     "test_parity",

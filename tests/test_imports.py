@@ -10,6 +10,7 @@ import pytest
 OPTIONAL = {
     "compressed_tensors",
     "datasets",
+    "lm_eval",
     "mlir_tensorrt",  # what nvtripy compiles with, and where there is no GPU cannot be installed
     "nvtripy",
     "openvino",

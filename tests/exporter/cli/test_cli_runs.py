@@ -463,6 +463,8 @@ def test_eval_prints_a_perplexity(
         nll: float = 2.674
         tokens: int = 1000
         runtime: str = "onnxruntime"
+        nbytes: int | None = None
+        divergence: None = None
 
     module = types.ModuleType("exporter.commands.evaluate")
     module.evaluate = lambda source, text, **settings: EvalResult()  # type: ignore[attr-defined]

@@ -101,7 +101,7 @@ def test_a_library_that_a_target_lacks_is_named_with_the_command(
         None, {"model": "nowhere", "backend": "safetensors", "target": "vllm", "dtype": "float32"}
     )
     runs: list[Callable[[], object]] = [
-        lambda: check_libraries(Destination.of(recipe)),
+        lambda: check_libraries(Destination.of(recipe), RunOptions(Path("out"))),
         lambda: plan(recipe, RunOptions(Path("out"))),
         lambda: export(recipe, RunOptions(Path("out"))),
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from cli_support import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.errors import BackendError, OutputError, RecipeError
 from exporter.cli import main
+from exporter.cli.sweep_command import EXAMPLES
 from exporter.recipe import Recipe, load_recipe
 from exporter.sweeping.points import PointResult, points_of, with_pareto
 from exporter.sweeping.sweep import RESULTS_FILE, SweepOptions, read_sweep, sweep
@@ -173,6 +176,19 @@ def test_the_command_refuses_what_it_cannot_sweep_over(
     assert main(["sweep", "--schemes", "int8", "-o", str(tmp_path / "mine")]) == 1
     assert "holds no sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_its_examples_are_grids(monkeypatch: pytest.MonkeyPatch, clean_logging: None) -> None:
+    grids = []
+
+    def stop(recipe: Recipe, grid: dict[str, list[str]], *rest: object, **more: object) -> None:
+        grids.append(len(points_of(recipe, grid)))
+        raise typer.Exit
+
+    monkeypatch.setattr("exporter.sweeping.sweep.sweep", stop)
+    for example in EXAMPLES:
+        assert main(shlex.split(example)[1:]) == 0
+    assert grids == [4, 6, 2]
 
 
 def test_the_command_prints_a_table_and_keeps_it(
