@@ -5,6 +5,7 @@ This is the one proof that folding is exact, of ``rotq export``, ``verify`` and 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calib.errors import RotationError
+from calib.errors import RotationError, RotqError
+from calib.files.reading import MALFORMED, reason_of
 from calib.fusing import materialize
 from calib.measure.floor import Difference
 from calib.measure.overflow import first_overflow
@@ -33,6 +35,8 @@ from exporter.parity.tables import table_rows
 from exporter.parity.walks import WALKED, walked_differences
 from exporter.reporting.report import Evidence, ParityRow
 from exporter.source import Source
+
+logger = logging.getLogger(__name__)
 
 FOLD_BOUND = 1e-5
 """Relative L2 of logits in float32: rotating in float64 and rounding once costs a few ulp (6e-8)
@@ -196,9 +200,18 @@ def _whole(subject: Subject) -> _Compared:
         rows = [longest] if same else subject.proof_rows
         error = fold_error(original, rotated, rows, subject.quantized.dtype)
     with _parameters(rotated, _in_float32):
-        evidence = evidence_of(subject, original, rotated, subject.proof_rows)
+        evidence = _seen_beside(subject, original, rotated)
     notes = ["all tensors are the original's; the longest row was run"] if same else []
     return error, uses, evidence, notes
+
+
+def _seen_beside(subject: Subject, original: nn.Module, rotated: nn.Module) -> Evidence | None:
+    """What is only to look at: a model that hooks do not understand is judged all the same."""
+    try:
+        return evidence_of(subject, original, rotated, subject.proof_rows)
+    except (RotqError, *MALFORMED) as error:
+        logger.warning("the spread of values could not be looked at: %s", reason_of(error))
+        return None
 
 
 def _by_walks(subject: Subject) -> _Compared:

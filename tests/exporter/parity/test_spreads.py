@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from calib.artifact import QuantizedModel
 from calib.fusing import materialize
-from exporter.parity import spreads
+from exporter.parity import fold, spreads
 from exporter.parity.spreads import BINS, CHANNELS, evidence_of
 from exporter.parity.subject import Subject
 from exporter.reporting.report import Evidence
@@ -140,3 +142,15 @@ def test_dead_inputs_have_figures_that_json_can_hold() -> None:
     half = spreads._Seen()
     half.look(torch.tensor([[[0.0, 0.0, 0.0, 1e30]]]))
     assert half.spread(whole=False).channel_ratio < float("inf")
+
+
+def test_a_model_that_cannot_be_looked_at_is_judged_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*given: object) -> Evidence:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(fold, "evidence_of", broken)
+    subject: Any = SimpleNamespace(proof_rows=ROWS)
+    assert fold._seen_beside(subject, torch.nn.Identity(), torch.nn.Identity()) is None
+    assert "shapes do not fit" in caplog.text
