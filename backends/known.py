@@ -2,7 +2,7 @@
 graphs are written.
 
 Torch-free. Together with the rules of all targets these are the lines of ``docs/runtime-facts.md``
-(:mod:`exporter.facts_table`).
+(:mod:`exporter.tables.facts_table`).
 """
 
 from __future__ import annotations

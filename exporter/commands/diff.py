@@ -71,6 +71,7 @@ def diff(first: Path, second: Path) -> Differences:
         name for name in one.stored if two.stored.get(name, one.stored[name]) != one.stored[name]
     ]
     settings = [_flat(recipe.model_dump(mode="json")) for recipe in (one_recipe, two_recipe)]
+
     files = [{name: own[:12] for name, own in each.checksums.items()} for each in (one, two)]
     return Differences(
         first=str(first),

@@ -40,6 +40,7 @@ def show_diff(console: Console, found: Differences, *, every: bool) -> None:
             shown = names if every else names[:NAMES_SHOWN]
             more = f" and {len(names) - len(shown)} more (-v)" if len(names) > len(shown) else ""
             show_line(console, f"{len(names)} tensors {words}: {', '.join(shown)}{more}")
+
     if found.same_numbers:
         show_line(console, f"{found.same_numbers} tensors hold the same numbers in both")
     if found.same:

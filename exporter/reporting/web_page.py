@@ -77,6 +77,7 @@ def web_page(report: Report, recipe: Recipe, folder: Path | str, parts: Mapping[
         ("Time", _table(summary.seconds_table(report))),
         ("How to repeat it", _recipe(report, recipe, folder)),
     ]
+
     shown = [(name, text) for name, text in sections if text]
     links = "".join(f'<a href="#s{at}">{escape(name)}</a>' for at, (name, _) in enumerate(shown))
     body = "".join(
@@ -178,6 +179,7 @@ def _noise(report: Report, evidence: Evidence) -> str:
         "Each linear by itself: its output with input and weight quantized, against float, on the"
         " input that the rotated float model gives it.",
     )
+
     worst = sorted(evidence.noise, key=lambda row: -row.noise)[:8]
     table = summary.Table(
         "The linears that lose most",
@@ -194,6 +196,7 @@ def _texts(continuations: Sequence[Continuation]) -> str:
     """Prompts, and what the float model and the export write; marked is where they part."""
     if not continuations:
         return ""
+
     cells = []
     for each in continuations:
         cells.append(f'<div class="prompt">{escape(each.prompt)}</div>')

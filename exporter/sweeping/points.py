@@ -78,6 +78,7 @@ def points_of(recipe: Recipe, grid: Mapping[str, Sequence[str]]) -> list[Point]:
                 hint="give --target once, or --vary target=NAME,NAME",
             )
         names[name] = own
+
     if len(names) > MOST_POINTS:
         raise RecipeError(
             f"the sweep has {len(names)} points, and {MOST_POINTS} are the most",

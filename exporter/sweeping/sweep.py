@@ -92,6 +92,7 @@ def sweep(
     points = points_of(recipe, grid)
     peaks, refused = _planned(points, options)
     jobs = options.jobs or _jobs(peaks, options)
+
     output = options.output
     with making(output), locked(output, f"the sweep '{output}'", "wait for it to end"):
         _claim(output, recipe, grid, resume=options.resume)
@@ -145,6 +146,7 @@ def _claim(
         {"grid": {key: list(values) for key, values in grid.items()}, "recipe": recipe.to_yaml()},
         sort_keys=False,
     )
+
     path = output / SWEEP_FILE
     if path.is_file():
         if not resume:
@@ -182,6 +184,7 @@ class _Run:
         missing = [point for point in points if found[point.name] is None]
         done = len(points) - len(missing)
         self.progress("points", done, self.total)
+
         # the first captures what the others use
         for some in (missing[:1], missing[1:]):
             with ThreadPoolExecutor(self.jobs) as pool:

@@ -13,7 +13,7 @@ from backends.onnx.targets import TARGETS as ONNX
 from backends.safetensors.targets import TARGETS as SAFETENSORS
 from calib.errors import OutputError
 from calib.schemes import LINEAR_SCHEMES
-from exporter.facts_table import BEGIN, END, all_facts, facts_table, with_facts
+from exporter.tables.facts_table import BEGIN, END, all_facts, facts_table, with_facts
 
 ROOT = Path(__file__).parents[2]
 RUNTIMES = {runtime for fact in all_facts() for runtime in fact.runtimes if runtime.seen}
@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "runtime-facts.md"
 
 def test_the_page_is_up_to_date() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert with_facts(text) == text, "run: python -m exporter.facts_table"
+    assert with_facts(text) == text, "run: python -m exporter.tables.facts_table"
 
 
 def test_every_reason_of_every_target_stands_in_it() -> None:

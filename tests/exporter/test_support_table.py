@@ -8,14 +8,14 @@ import pytest
 
 from calib.architectures import supported_model_types
 from calib.errors import OutputError
-from exporter.support_table import BEGIN, END, support_table, with_table
+from exporter.tables.support_table import BEGIN, END, support_table, with_table
 
 README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_readme_is_up_to_date() -> None:
     text = README.read_text(encoding="utf-8")
-    assert with_table(text) == text, "run: python -m exporter.support_table"
+    assert with_table(text) == text, "run: python -m exporter.tables.support_table"
 
 
 def test_every_model_type_is_listed_and_refusals_are_marked() -> None:

@@ -80,6 +80,7 @@ def training_chart(curves: Sequence[TrainingSummary]) -> Chart | None:
             left.set_title(f"{curve.rotation}: {curve.objective}", loc="left")
             left.set_xlabel("step")
             left.set_ylabel("loss")
+
             if curve.held_out_errors:
                 right.plot(curve.held_out_errors, color=BEFORE, marker=".")
             else:

@@ -116,6 +116,7 @@ def noise_chart(rows: Sequence[NoiseFigure]) -> Chart | None:
     inside = [row for row in rows if row.layer >= 0]
     if not inside:
         return None
+
     kinds = list(dict.fromkeys(row.kind for row in inside))
     with figure("noise", "Noise of every quantized linear by layer", 3.2) as (chart, (axes,)):
         for index, kind in enumerate(kinds):

@@ -1,8 +1,8 @@
 """The table of what is taken for granted of runtimes, generated from the targets' rules and
 :mod:`backends.known`.
 
-``python -m exporter.facts_table`` writes it into ``docs/runtime-facts.md`` between its markers; a
-test fails while they differ.
+``python -m exporter.tables.facts_table`` writes it into ``docs/runtime-facts.md`` between its
+markers; a test fails while they differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The table of supported model families, generated from the architecture table.
 
-``python -m exporter.support_table`` writes it into ``README.md`` between its markers; a test fails
-while they differ.
+``python -m exporter.tables.support_table`` writes it into ``README.md`` between its markers; a test
+fails while they differ.
 """
 
 from __future__ import annotations
