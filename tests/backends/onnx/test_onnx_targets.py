@@ -7,7 +7,7 @@ import pytest
 from backends.asking import refusal_of
 from backends.base import Request
 from backends.onnx.backend import OnnxBackend
-from backends.onnx.targets import TARGETS
+from backends.onnx.targets import TARGETS, openvino_clips
 from calib.schemes import KV_SCHEMES, SCHEMES
 from tests.answers import cache_refusal, linear_refusal, linear_warning
 
@@ -47,7 +47,10 @@ def test_presets_that_are_taken(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_presets_that_are_warned_of_name_what_is_executed_instead(target: str) -> None:
     warnings = {name: linear_warning(BACKEND, QUANTIZING[name], target) for name in TAKEN[target]}
-    assert {name for name, warning in warnings.items() if warning is not None} == WARNED[target]
+    warned = {name for name, warning in warnings.items() if warning is not None}
+    # asked on a CPU without VNNI, OpenVINO multiplies what is exact there as if it were float
+    by_cpu = {"int8"} if target == "openvino" and openvino_clips() else set()
+    assert WARNED[target] <= warned <= WARNED[target] | by_cpu
     executed = {"ort": "Mul", "openvino": "FullyConnected", "tensorrt": "float16"}[target]
     assert all(executed in warning for warning in warnings.values() if warning is not None)
 
