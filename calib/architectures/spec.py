@@ -21,6 +21,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+MOST_LAYERS = 10_000
+"""Of any config that is looked at."""
+
 Kind = Literal["r1", "r2", "r3", "r4"]
 KINDS: tuple[Kind, ...] = ("r1", "r2", "r3", "r4")
 

@@ -17,6 +17,7 @@ from calib.architectures.architecture import Architecture
 from calib.architectures.lookup import architecture_for, architecture_named, supported_model_types
 from calib.architectures.spec import (
     KINDS,
+    MOST_LAYERS,
     Dimensions,
     EmbeddingSpec,
     LinearSpec,
@@ -87,7 +88,16 @@ class Wiring:
 
     @property
     def layers(self) -> range:
-        """The indices of the decoder layers."""
+        """The indices of the decoder layers.
+
+        Raises:
+            CheckpointError: there are more than any model has.
+        """
+        if self.sizes.layers > MOST_LAYERS:
+            raise CheckpointError(
+                f"the config of this {self.family} model calls for {self.sizes.layers} layers",
+                hint="check num_hidden_layers in config.json",
+            )
         return range(self.sizes.layers)
 
     @cached_property

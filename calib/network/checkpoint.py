@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calib.architectures.spec import MOST_LAYERS
 from calib.errors import CheckpointError, UnsupportedModelError
 from calib.files.reading import MALFORMED, is_file_in, read_json, reason_of, regular_file
-from calib.network.contents import MOST_LAYERS, layers_of, refuse_files, too_many_layers
+from calib.network.contents import layers_of, refuse_files, too_many_layers
 from calib.network.quantized import Computed, Quantization, quantization_of, with_floats
 
 _INDEX = "model.safetensors.index.json"

@@ -15,8 +15,6 @@ from calib.architectures.lookup import FLOAT_CHECKPOINT
 from calib.architectures.stored import is_buffer, listed
 from calib.errors import CheckpointError
 
-MOST_LAYERS = 10_000
-"""Of any config that is looked at."""
 ADAPTER = "adapter_config.json"
 """What peft writes beside an adapter."""
 _WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|pytorch_model.*\.bin")

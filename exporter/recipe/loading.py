@@ -61,7 +61,7 @@ def load_recipe(
             _assign(values, key, value)
     try:
         return Recipe.model_validate(values)
-    except ValidationError as error:
+    except (ValidationError, UnicodeError) as error:
         raise RecipeError(
             _explain(error), hint="`rotq export --dry-run` prints a complete recipe with every key"
         ) from error
@@ -79,7 +79,7 @@ def with_values(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
         _assign(values, key, value)
     try:
         return Recipe.model_validate(values)
-    except ValidationError as error:
+    except (ValidationError, UnicodeError) as error:
         raise RecipeError(_explain(error)) from error
 
 
@@ -97,7 +97,7 @@ def recipe_of_artifact(values: Mapping[str, Any], run: Recipe, folder: Path) -> 
     """
     try:
         recipe = Recipe.model_validate(dict(values))
-    except ValidationError as error:
+    except (ValidationError, UnicodeError) as error:
         raise CheckpointError(
             f"the recipe in '{folder}' cannot be read: {_explain(error)}",
             hint="run `rotq calibrate` again",
@@ -186,7 +186,10 @@ def _short(value: object) -> str:
         return "a number of thousands of digits"
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):
+        return f"the recipe holds characters that are no text: {reason_of(error)}"
+
     problems = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
