@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +30,109 @@ EXAMPLES = (
 TASKS = "Tasks"
 
 
+@dataclass(frozen=True)
+class TextFlags:
+    """Which text is scored, and how."""
+
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="File or hub data set; default: the embedded evaluation text.",
+        ),
+    ] = None
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="Also compare predictions with those of this one, as the float model: KL, top-1,"
+            " top-5.",
+        ),
+    ] = None
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="TOKENS",
+            min=2,
+            help="Tokens the model sees at once; default: 2048, or what it takes.",
+        ),
+    ] = None
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            metavar="TOKENS",
+            min=1,
+            help="Tokens that windows move on by; default: the window.",
+        ),
+    ] = None
+    nsamples: Annotated[
+        int | None,
+        typer.Option("--nsamples", metavar="N", min=1, help="Documents; default: all."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class TaskFlags:
+    """Tasks of lm-evaluation-harness."""
+
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME",
+            help="Instead of perplexity, tasks of lm-evaluation-harness, also as a list with"
+            " commas; needs lm-eval.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None
+    tasks_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--tasks-folder",
+            metavar="FOLDER",
+            help="With tasks of your own, as YAML; Python code in it is run.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots",
+            metavar="N",
+            min=0,
+            help="Examples before each question; default: as the task says.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Documents of each task; default: all.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template",
+            help="Put questions through the chat template.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False
+
+    @property
+    def names(self) -> list[str]:
+        """One by one."""
+        return [name for each in self.tasks or () for name in each.split(",") if name]
+
+
 @with_flags
 def evaluate(
     source: Annotated[
@@ -41,46 +144,9 @@ def evaluate(
         ),
     ],
     talk: TalkFlags,
+    texts: TextFlags,
+    harness: TaskFlags,
     charts: ChartFlag,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            metavar="TEXT",
-            help="File or hub data set; default: the embedded evaluation text.",
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference",
-            metavar="MODEL",
-            help="Also compare predictions with those of this one, as the float model: KL, top-1,"
-            " top-5.",
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            "--window",
-            metavar="TOKENS",
-            min=2,
-            help="Tokens the model sees at once; default: 2048, or what it takes.",
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            "--stride",
-            metavar="TOKENS",
-            min=1,
-            help="Tokens that windows move on by; default: the window.",
-        ),
-    ] = None,
-    nsamples: Annotated[
-        int | None,
-        typer.Option("--nsamples", metavar="N", min=1, help="Documents; default: all."),
-    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -89,53 +155,6 @@ def evaluate(
             help="auto, cpu, cuda or cuda:N; default: auto, CUDA where there is one.",
         ),
     ] = "auto",
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            metavar="NAME",
-            help="Instead of perplexity, tasks of lm-evaluation-harness, also as a list with"
-            " commas; needs lm-eval.",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    tasks_folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--tasks-folder",
-            metavar="FOLDER",
-            help="With tasks of your own, as YAML; Python code in it is run.",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    shots: Annotated[
-        int | None,
-        typer.Option(
-            "--shots",
-            metavar="N",
-            min=0,
-            help="Examples before each question; default: as the task says.",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            min=1,
-            help="Documents of each task; default: all.",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--chat-template",
-            help="Put questions through the chat template.",
-            rich_help_panel=TASKS,
-        ),
-    ] = False,
 ) -> None:
     """Perplexity of exported folders in their runtimes, or of artifacts and checkpoints in torch;
     or with --tasks what lm-evaluation-harness makes of them.
@@ -144,68 +163,57 @@ def evaluate(
     compared. Several sources are scored one after the other on the same text.
     """
     set_up(talk)
-    chart = charts.chart
     check_device(device)
-    if text is not None and Path(text).suffix and not Path(text).is_file():
+    _check_moot(texts, harness, charts)
+    if texts.text is not None and Path(texts.text).suffix and not Path(texts.text).is_file():
         raise DataError(
-            f"the text file '{text}' does not exist", hint="give a readable file to --text"
+            f"the text file '{texts.text}' does not exist", hint="give a readable file to --text"
         )
-    if chart is not None:
-        check_chart(chart)
-    if tasks:
-        given = {"--text": text, "--reference": reference, "--stride": stride, "--chart": chart}
-        _check_alone(given, "--tasks")
-        settings = {
-            "include": tasks_folder,
-            "shots": shots,
-            "limit": limit,
-            "chat": chat_template,
-            "max_length": window,
-            "device": device,
-        }
-        _run_tasks(source, [name for each in tasks for name in each.split(",")], settings, talk)
+    if charts.chart is not None:
+        check_chart(charts.chart)
+    if harness.names:
+        _run_tasks(source, harness, texts.window, device, talk)
         return
-    _check_alone({"--tasks-folder": tasks_folder, "--shots": shots, "--limit": limit}, None)
 
     results = []
     with running(talk) as progress:
         from exporter.commands.evaluate import evaluate as run
 
         for each in source:
-            result = run(
-                each,
-                text,
-                reference=reference,
-                window=window,
-                stride=stride,
-                nsamples=nsamples,
-                device=device,
-                progress=progress,
-            )
-            results.append(result)
-    if chart is not None:
+            results.append(run(each, **asdict(texts), device=device, progress=progress))
+    if charts.chart is not None:
         sizes = [
             (name, result.perplexity, result.nbytes)
             for name, result in zip(source, results, strict=True)
         ]
-        draw_compared(sizes, chart)
-    _print(source, results, text, talk)
+        draw_compared(sizes, charts.chart)
+    _print(source, results, texts.text, talk)
 
 
-def _check_alone(given: Mapping[str, object], beside: str | None) -> None:
+def _check_moot(texts: TextFlags, harness: TaskFlags, charts: ChartFlag) -> None:
     """Refuse options that would do nothing.
 
     Raises:
         UsageError: naming them.
     """
-    moot = [name for name, value in given.items() if value is not None]
+    given = asdict(harness) if not harness.names else {**asdict(texts), **asdict(charts)}
+    given.pop("window", None)  # of both
+    moot = [
+        f"--{name.replace('_', '-')}"
+        for name, value in given.items()
+        if value is not None and value is not False
+    ]
     if moot:
-        how = "without --tasks" if beside is None else f"with {beside}"
+        how = "with --tasks" if harness.names else "without --tasks"
         raise UsageError(f"{', '.join(moot)} has no effect {how}", hint="leave it out")
 
 
 def _run_tasks(
-    sources: Sequence[str], tasks: Sequence[str], settings: Mapping[str, Any], talk: TalkFlags
+    sources: Sequence[str],
+    harness: TaskFlags,
+    max_length: int | None,
+    device: str,
+    talk: TalkFlags,
 ) -> None:
     """Run them and print what they gave."""
     from exporter.commands.tasks import check_harness
@@ -216,7 +224,18 @@ def _run_tasks(
         from exporter.commands.tasks import evaluate_tasks
 
         for source in sources:
-            results.append(evaluate_tasks(source, tasks, **settings, progress=progress))
+            result = evaluate_tasks(
+                source,
+                harness.names,
+                include=harness.tasks_folder,
+                shots=harness.shots,
+                limit=harness.limit,
+                chat=harness.chat_template,
+                max_length=max_length,
+                device=device,
+                progress=progress,
+            )
+            results.append(result)
     if talk.json_output:
         documents = [
             {"source": source, **asdict(result)}

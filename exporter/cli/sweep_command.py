@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,72 @@ EXAMPLES = (
 GRID = "Grid"
 
 
+@dataclass(frozen=True)
+class GridFlags:
+    """What is varied."""
+
+    schemes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schemes",
+            metavar="NAMES",
+            help="Schemes, with commas or one at a time.",
+            rich_help_panel=GRID,
+        ),
+    ] = None
+    rotations: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rotations",
+            metavar="SET",
+            help="A set of rotations as --rotate takes it (none, r1,r2,r4, auto); repeatable.",
+            rich_help_panel=GRID,
+        ),
+    ] = None
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            metavar="KEY=VALUES",
+            help="A recipe key and its values, with commas: weights.block_size=32,64; repeatable.",
+            rich_help_panel=GRID,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class SideBySideFlags:
+    """How much runs at once."""
+
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            min=1,
+            help="Exports at once; default: as many as cores and memory allow.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="That all of them may take, such as 16GB; default: what is free.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the points that -o holds.", rich_help_panel=RUN),
+    ] = False
+    no_speed: Annotated[
+        bool,
+        typer.Option("--no-speed", help="Measure no tokens per second.", rich_help_panel=RUN),
+    ] = False
+
+
 @with_flags
 def sweep(
     models: ModelFlags,
@@ -46,6 +112,8 @@ def sweep(
     evaluation: EvalDataFlag,
     recipes: RecipeFlag,
     talk: TalkFlags,
+    grids: GridFlags,
+    beside: SideBySideFlags,
     charts: ChartFlag,
     output: Annotated[
         Path,
@@ -57,60 +125,6 @@ def sweep(
             rich_help_panel=OUTPUT,
         ),
     ] = Path("out/sweep"),
-    schemes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--schemes",
-            metavar="NAMES",
-            help="Schemes, with commas or one at a time.",
-            rich_help_panel=GRID,
-        ),
-    ] = None,
-    rotations: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rotations",
-            metavar="SET",
-            help="A set of rotations as --rotate takes it (none, r1,r2,r4, auto); repeatable.",
-            rich_help_panel=GRID,
-        ),
-    ] = None,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--vary",
-            metavar="KEY=VALUES",
-            help="A recipe key and its values, with commas: weights.block_size=32,64; repeatable.",
-            rich_help_panel=GRID,
-        ),
-    ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            "--jobs",
-            metavar="N",
-            min=1,
-            help="Exports at once; default: as many as cores and memory allow.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="That all of them may take, such as 16GB; default: what is free.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the points that -o holds.", rich_help_panel=RUN),
-    ] = False,
-    no_speed: Annotated[
-        bool,
-        typer.Option("--no-speed", help="Measure no tokens per second.", rich_help_panel=RUN),
-    ] = False,
 ) -> None:
     """Export every combination of schemes, rotations and settings, and show what each costs.
 
@@ -118,13 +132,12 @@ def sweep(
     the reason. Exit code 1 means that none can be used.
     """
     set_up(talk)
-    chart = charts.chart
-    grid = _grid(schemes or (), rotations or (), vary or ())
+    grid = _grid(grids)
     flags = overrides(models, backends, writing, quantization, data, evaluation)
     recipe = resolve(recipes.recipe, flags)
     check_backend(recipe, flags)
-    if chart is not None:
-        check_chart(chart)
+    if charts.chart is not None:
+        check_chart(charts.chart)
 
     from exporter.recipe import parse_size
     from exporter.sweeping.sweep import SweepOptions
@@ -132,17 +145,21 @@ def sweep(
 
     options = SweepOptions(
         output,
-        resume=resume,
-        jobs=jobs,
-        max_memory=None if memory is None else parse_size(memory),
-        speed=not no_speed,
+        resume=beside.resume,
+        jobs=beside.jobs,
+        max_memory=None if beside.memory is None else parse_size(beside.memory),
+        speed=not beside.no_speed,
     )
     with running(talk, light=True) as progress:
         found = run(recipe, grid, options, progress=progress)
 
-    if chart is not None:
-        done = [point for point in found.points if point.perplexity is not None]
-        draw_compared([(each.name, each.perplexity or 0.0, each.nbytes) for each in done], chart)
+    if charts.chart is not None:
+        known = [
+            (point.name, point.perplexity, point.nbytes)
+            for point in found.points
+            if point.perplexity is not None
+        ]
+        draw_compared(known, charts.chart)
     if talk.json_output:
         print_json(found.as_dict())
     elif talk.quiet:
@@ -158,9 +175,7 @@ def sweep(
     raise typer.Exit(int(not found.best))
 
 
-def _grid(
-    schemes: Sequence[str], rotations: Sequence[str], vary: Sequence[str]
-) -> dict[str, list[str]]:
+def _grid(given: GridFlags) -> dict[str, list[str]]:
     """Values by recipe key.
 
     Raises:
@@ -169,11 +184,11 @@ def _grid(
     from exporter.recipe import Recipe
 
     grid: dict[str, list[str]] = {}
-    if schemes:
-        grid["scheme"] = [name for each in schemes for name in each.split(",") if name]
-    if rotations:
-        grid["rotate"] = list(rotations)
-    for text in vary:
+    if given.schemes:
+        grid["scheme"] = [name for each in given.schemes for name in each.split(",") if name]
+    if given.rotations:
+        grid["rotate"] = list(given.rotations)
+    for text in given.vary or ():
         key, sign, values = text.partition("=")
         try:
             Recipe.scope(key)

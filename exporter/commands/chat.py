@@ -15,13 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backends.base import StandIn
-from backends.registry import get_backend
 from calib.data.chat import has_chat_template, templated
 from calib.errors import DataError
-from calib.network.checkpoint import load_config
 from exporter.commands.continuing import Continuing, Speed
-from exporter.reporting.exported import check_unchanged, read_report
+from exporter.commands.opened import opened_export
 from exporter.source import load_tokenizer
 
 if TYPE_CHECKING:
@@ -179,22 +176,13 @@ def open_conversation(folder: str | Path, *, system: str | None = None) -> Conve
             is given and its tokenizer has no chat template.
     """
     folder = Path(folder)
-    report = read_report(folder)
-    check_unchanged(folder, report)
-    tokenizer, config = load_tokenizer(folder), load_config(folder)
-    runtime = get_backend(report.backend).load(folder, report.target, exact=False)
-    words = runtime.runtime
-    if isinstance(runtime, StandIn) and runtime.not_run_in:
-        words += f", not in {runtime.not_run_in}"
-
-    taken = 0 if report.prefix is None else len(report.prefix.tokens)
-    positions = getattr(config, "max_position_embeddings", None)
+    model, tokenizer = opened_export(folder), load_tokenizer(folder)
     conversation = Conversation(
-        Continuing(runtime.forward),
+        Continuing(model.forward),
         tokenizer,
-        None if positions is None else positions - taken,
-        stops_of(folder, tokenizer),
-        words,
+        model.positions,
+        _stops(folder, tokenizer),
+        model.runtime,
         system,
     )
     if system is not None and not conversation.templated:
@@ -206,7 +194,7 @@ def open_conversation(folder: str | Path, *, system: str | None = None) -> Conve
     return conversation
 
 
-def stops_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The end tokens of the generation config and of the tokenizer."""
     from transformers import GenerationConfig
 

@@ -20,6 +20,7 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from calib.errors import DataError
 from calib.process.progress import Progress, silent
 from exporter.commands.continuing import Continuing
 from exporter.commands.opened import Opened
@@ -49,9 +50,7 @@ class OpenedLM(TemplateLM):  # type: ignore[misc]  # the harness is optional, an
     ) -> None:
         super().__init__()
         self.opened, self.tokenizer = opened, tokenizer
-        positions = getattr(opened.config, "max_position_embeddings", None)
-        room = DEFAULT_LENGTH if positions is None else positions - opened.taken
-        self.max_length = min(max_length or DEFAULT_LENGTH, room)
+        self.max_length = min(max_length or DEFAULT_LENGTH, opened.positions or DEFAULT_LENGTH)
         self._progress = progress
 
     @property
@@ -145,7 +144,10 @@ class OpenedLM(TemplateLM):  # type: ignore[misc]  # the harness is optional, an
         for at, request in enumerate(requests):
             context, options = request.args
             if options.get("do_sample") or options.get("temperature", 0) not in (0, 0.0, None):
-                raise NotImplementedError("a task that samples is not supported: greedy only")
+                raise DataError(
+                    "a task draws tokens at random, which rotq does not do for tasks",
+                    hint="choose a task whose generation is greedy (do_sample: false)",
+                )
             stops = options.get("until") or []
             stops = [stops] if isinstance(stops, str) else list(stops)
             most = options.get("max_gen_toks") or DEFAULT_GENERATED

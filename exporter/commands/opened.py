@@ -43,6 +43,12 @@ class Opened:
     nbytes: int | None = None
     """Of the weights of an export."""
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens it takes behind a prefix of its own; ``None``: not known."""
+        most = getattr(self.config, "max_position_embeddings", None)
+        return None if most is None else int(most) - self.taken
+
 
 def opened(source: str | PreTrainedModel, device: str = "auto") -> Opened:
     """A model to be scored.
@@ -61,7 +67,7 @@ def opened(source: str | PreTrainedModel, device: str = "auto") -> Opened:
 def _opened(source: str, device: str) -> Opened:
     folder = embedded_folder() if source == EMBEDDED else Path(source)
     if is_export(folder):
-        return _exported(folder)
+        return opened_export(folder)
     if (folder / MANIFEST).is_file():
         return _artifact(folder, device)
     return _checkpoint(folder if source == EMBEDDED else source, device)
@@ -72,7 +78,12 @@ def _given(model: PreTrainedModel) -> Opened:
     return _in_torch(model, model.config, "torch", folder)
 
 
-def _exported(folder: Path) -> Opened:
+def opened_export(folder: Path) -> Opened:
+    """An exported folder in its runtime, as a user gets it.
+
+    Raises:
+        RotqError: it is none of rotq's, was edited, or has no runtime here.
+    """
     report = read_report(folder)
     check_unchanged(folder, report)
     runtime = get_backend(report.backend).load(folder, report.target, exact=False)

@@ -152,7 +152,7 @@ def evaluate_tasks(
             apply_chat_template=chat,
             log_samples=False,
         )
-    except (NotImplementedError, ValueError, KeyError, FileNotFoundError) as error:
+    except (ValueError, KeyError, FileNotFoundError) as error:
         raise DataError(
             f"the tasks {', '.join(tasks)} cannot be run: {error}",
             hint="see the tasks' own descriptions in lm-evaluation-harness",

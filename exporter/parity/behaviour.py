@@ -26,7 +26,8 @@ from calib.data.chat import has_chat_template, templated
 from exporter.parity.rows import ran, row
 from exporter.parity.subject import Subject
 from exporter.parity.walks import original_logits
-from exporter.reporting.report import Continuation, Evidence, ParityRow
+from exporter.reporting.evidence import Continuation, Evidence
+from exporter.reporting.report import ParityRow
 
 if TYPE_CHECKING:
     from exporter.source import Source

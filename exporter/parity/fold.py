@@ -33,7 +33,8 @@ from exporter.parity.spreads import evidence_of
 from exporter.parity.subject import Subject
 from exporter.parity.tables import table_rows
 from exporter.parity.walks import WALKED, walked_differences
-from exporter.reporting.report import Evidence, ParityRow
+from exporter.reporting.evidence import Evidence
+from exporter.reporting.report import ParityRow
 from exporter.source import Source
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from exporter.parity.rows import NO_ORIGINAL, not_run, ran, row, source_notes
 from exporter.parity.sequential import Scores, score_until_settled
 from exporter.parity.subject import Missing, Sessions, Subject
 from exporter.parity.walks import WALKED, original_logits
-from exporter.reporting.report import Evidence, ParityRow
+from exporter.reporting.evidence import Evidence
+from exporter.reporting.report import ParityRow
 
 _NAME = "original float vs exported"
 _STEPPED_ROWS, _STEPPED_TOKENS = 8, 128

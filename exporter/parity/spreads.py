@@ -19,7 +19,7 @@ from calib.measure.perplexity import model_logits
 from calib.measure.reference import LazyReferenceLinear
 from calib.modules.watch import watching
 from exporter.parity.subject import Subject
-from exporter.reporting.report import (
+from exporter.reporting.evidence import (
     BINS,
     HIGHEST_LOG2,
     LOWEST_LOG2,
@@ -122,10 +122,12 @@ def evidence_of(
     linears = subject.quantized.linears
     firsts = dict(_first_readers(wiring, linears))
     before = _spreads(original, firsts, rows, {})
+    modules = dict(rotated.named_modules())
     noise = {
-        name: _Noise(LazyReferenceLinear(linears[name], None))
-        for name in linears
-        if name in wiring.by_name and _is_matrix(rotated, name)
+        name: _Noise(LazyReferenceLinear(linear, None))
+        for name, linear in linears.items()
+        # experts in one parameter are no modules with a weight
+        if name in wiring.by_name and isinstance(getattr(modules.get(name), "weight", None), Tensor)
     }
     after = _spreads(rotated, firsts, rows, noise)
 
@@ -143,14 +145,10 @@ def evidence_of(
             if name in after
         ],
         noise=[
-            NoiseFigure(
-                name=name,
-                kind=_kind(wiring, name)[0],
-                layer=_kind(wiring, name)[1],
-                noise=(seen.error / seen.power) ** 0.5,
-            )
+            NoiseFigure(name=name, kind=kind, layer=layer, noise=(seen.error / seen.power) ** 0.5)
             for name, seen in noise.items()
             if seen.power
+            for kind, layer in [_kind(wiring, name)]
         ],
     )
 
@@ -173,12 +171,6 @@ def _kind(wiring: Wiring, name: str) -> tuple[str, int]:
     if layer is None:
         return name, -1
     return name.removeprefix(f"{wiring.block(layer)}."), layer
-
-
-def _is_matrix(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a module with a weight, as experts in one parameter are not."""
-    modules = dict(model.named_modules())
-    return name in modules and isinstance(getattr(modules[name], "weight", None), Tensor)
 
 
 def _spreads(

@@ -15,7 +15,7 @@ from exporter.reporting.charts.style import check_matplotlib
 from exporter.reporting.charts.values import histogram_chart
 from exporter.reporting.report import PAGE_FILE, Report
 from exporter.reporting.stored import stored_bytes
-from exporter.reporting.web_page import evidence_of, web_page
+from exporter.reporting.web_page import web_page
 
 CHOICE_PICTURE, VALUES_PICTURE = PICTURES
 
@@ -53,7 +53,7 @@ def write_page_files(report: Report, recipe: Recipe, folder: Path, shown: Path) 
     (folder / PAGE_FILE).write_text(page, encoding="utf-8")
     charts = {
         CHOICE_PICTURE: gate_chart(report.gate) or rotation_gate_chart(report.rotation_gate),
-        VALUES_PICTURE: histogram_chart(evidence_of(report).inputs),
+        VALUES_PICTURE: histogram_chart(report.evidence.inputs),
     }
     for name, chart in charts.items():
         if chart is not None:

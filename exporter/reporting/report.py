@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from calib.files.reading import read_json
 from calib.files.sealed import seal_of
 from exporter.output import replace_text
+from exporter.reporting.evidence import Evidence, Frozen, joined
 
 REPORT_FILE = "report.json"
 ROTATE_REPORT_FILE = "rotation_report.json"
@@ -37,11 +38,7 @@ _SEAL = "sha256"
 Status = Literal["passed", "failed", "unverified"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GateRow(_Frozen):
+class GateRow(Frozen):
     """One candidate of ``--rotate auto``: quality of the quantized model on held-out tokens against
     the float model.
     """
@@ -87,7 +84,7 @@ class GateRow(_Frozen):
         return " + ".join(words)
 
 
-class RotationGateRow(_Frozen):
+class RotationGateRow(Frozen):
     """One candidate of one rotation: the error that the exported quantizer makes on what it
     rotates.
     """
@@ -114,7 +111,7 @@ class RotationGateRow(_Frozen):
     """What else there is to say of it: that training was stopped, as it would not have won."""
 
 
-class TrainingSummary(_Frozen):
+class TrainingSummary(Frozen):
     """How the training of one rotation went, whether it was taken or not."""
 
     rotation: str
@@ -128,79 +125,11 @@ class TrainingSummary(_Frozen):
     note: str = ""
 
 
-LOWEST_LOG2, HIGHEST_LOG2, BINS = -20.0, 20.0, 80
-"""Of a histogram of magnitudes: a bin for every half of ``log2 |x|``."""
-Magnitude = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Counts = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=BINS, max_length=BINS)]
-
-
-class Spread(_Frozen):
-    """How the values at one place of a model are spread."""
-
-    absmax: Magnitude
-    rms: Magnitude
-    token_ratio: Magnitude
-    """The largest magnitude of a token over that of the median token."""
-    channel_ratio: Magnitude
-    """The largest magnitude of a channel over that of the median channel."""
-    histogram: Counts | None = None
-    """Values by ``log2 |x|`` from :data:`LOWEST_LOG2` to :data:`HIGHEST_LOG2`, those beyond in the
-    outer bins; ``None`` where it is not among those that are kept."""
-    channels: list[Magnitude] = Field(default_factory=list)
-    """Largest magnitude of each channel, in their order; of many, of neighbours together; empty as
-    above."""
-
-
-class InputFigures(_Frozen):
-    """The input of linears, in the float model before and after rotation, on held-out text."""
-
-    name: str
-    """Of the first linear that reads it."""
-    kind: str
-    """That name within its layer."""
-    layer: int = Field(ge=0)
-    original: Spread | None
-    """``None`` where the original has no such module."""
-    rotated: Spread
-
-
-class NoiseFigure(_Frozen):
-    """What quantization does to one linear, by itself."""
-
-    name: str
-    kind: str
-    layer: int
-    noise: Magnitude
-    """Relative L2 of its output: input and weight quantized, against float, on the input that the
-    rotated float model gives it."""
-
-
-class Continuation(_Frozen):
-    """How one prompt goes on, each token the most likely one."""
-
-    prompt: str
-    original: str | None
-    """By the float model; ``None`` where it is never whole in memory, and writes nothing."""
-    exported: str
-    together: int
-    """Tokens until they part."""
-
-
-class Evidence(_Frozen):
-    """What a parity row has seen beside its figure, for those who want to look."""
-
-    inputs: list[InputFigures] = Field(default_factory=list)
-    noise: list[NoiseFigure] = Field(default_factory=list)
-    continuations: list[Continuation] = Field(default_factory=list)
-    perplexities: tuple[float, float] | None = None
-    """Of the float model and of the export, on the rows that were scored."""
-
-
 Rung = Literal[0, 1, 2, 3]
 """0: the files, 1: the fold, 2: the runtime, 3: quality."""
 
 
-class ParityRow(_Frozen):
+class ParityRow(Frozen):
     """One figure of the parity check and the bound it is held to."""
 
     rung: Rung
@@ -229,14 +158,14 @@ class ParityRow(_Frozen):
     evidence: Evidence | None = None
 
 
-class KeptLayer(_Frozen):
+class KeptLayer(Frozen):
     """A linear left in float."""
 
     name: str
     reason: str
 
 
-class ModelSummary(_Frozen):
+class ModelSummary(Frozen):
     """What went in."""
 
     source: str
@@ -252,7 +181,7 @@ class ModelSummary(_Frozen):
     """How the source was quantized, whose weights were read as floats; ``None``: it was float."""
 
 
-class LayerSummary(_Frozen):
+class LayerSummary(Frozen):
     """What was quantized and how large it became."""
 
     quantized: int
@@ -267,7 +196,7 @@ class LayerSummary(_Frozen):
     """Bytes of all weights, scales and biases in the exported folder."""
 
 
-class CalibrationSummary(_Frozen):
+class CalibrationSummary(Frozen):
     """Which tokens the statistics saw."""
 
     dataset: str
@@ -291,7 +220,7 @@ class CalibrationSummary(_Frozen):
     """Threads that torch computed with."""
 
 
-class PrefixSummary(_Frozen):
+class PrefixSummary(Frozen):
     """The tokens that stand before every sequence, as part of the model."""
 
     tokens: list[int]
@@ -301,7 +230,7 @@ class PrefixSummary(_Frozen):
     reason: str = ""
 
 
-class MassiveSummary(_Frozen):
+class MassiveSummary(Frozen):
     """How far the largest token is from the median one, at the input of a linear."""
 
     name: str
@@ -312,7 +241,7 @@ class MassiveSummary(_Frozen):
     """The same with the prefix in place; ``None`` where there is none."""
 
 
-class RotationSummary(_Frozen):
+class RotationSummary(Frozen):
     """One rotation of the result: what it acts on, whether a user meets it at run time, and how it
     was chosen.
     """
@@ -324,7 +253,7 @@ class RotationSummary(_Frozen):
     origin: str
 
 
-class Remedy(_Frozen):
+class Remedy(Frozen):
     """A change of the recipe that would most likely mend a parity figure that missed its bound."""
 
     name: str
@@ -341,7 +270,7 @@ class Remedy(_Frozen):
     """About how long a run with it takes, from what this one took; ``None`` where nothing says."""
 
 
-class Report(_Frozen):
+class Report(Frozen):
     """Everything a later reader needs to judge, repeat or compare a run."""
 
     format_version: int = REPORT_FORMAT_VERSION
@@ -396,6 +325,11 @@ class Report(_Frozen):
         return next((row.not_run_in for row in self.parity if row.not_run_in), "")
 
     @property
+    def evidence(self) -> Evidence:
+        """All that the rows of the parity check have seen beside their figures."""
+        return joined(row.evidence for row in self.parity if row.evidence is not None)
+
+    @property
     def export_sha256(self) -> str:
         """One SHA-256 over the whole export: over the paths and the SHA-256 of all files in
         :attr:`checksums` but the card, which a later check writes anew, as this report.
@@ -426,7 +360,7 @@ class Report(_Frozen):
         return report
 
 
-class RotateReport(_Frozen):
+class RotateReport(Frozen):
     """What ``rotq rotate`` found: how the rotations were chosen, and that the folder computes what
     the source does.
     """

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from exporter.reporting.evidence import Frozen
 from exporter.reporting.report import (
     CalibrationSummary,
     ModelSummary,
@@ -22,11 +23,7 @@ TABLE_FILE = "stats.csv"
 STATS_FORMAT_VERSION = 1
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorFigures(_Frozen):
+class TensorFigures(Frozen):
     """The input, the output or the weight of one linear, all channels together."""
 
     absmax: float
@@ -41,7 +38,7 @@ class TensorFigures(_Frozen):
     """
 
 
-class PhaseFigures(_Frozen):
+class PhaseFigures(Frozen):
     """One linear, before or after rotation."""
 
     damage: float
@@ -55,7 +52,7 @@ class PhaseFigures(_Frozen):
     weight: TensorFigures
 
 
-class LinearRow(_Frozen):
+class LinearRow(Frozen):
     """One linear."""
 
     linear: str
@@ -73,7 +70,7 @@ class LinearRow(_Frozen):
         return (self.after or self.before).damage
 
 
-class ClusterSummary(_Frozen):
+class ClusterSummary(Frozen):
     """How input channels were clustered."""
 
     clusters: int
@@ -81,7 +78,7 @@ class ClusterSummary(_Frozen):
     warning: str
 
 
-class StatsReport(_Frozen):
+class StatsReport(Frozen):
     """The content of ``stats.json``."""
 
     format_version: int = STATS_FORMAT_VERSION

@@ -22,8 +22,9 @@ from exporter.reporting.charts.values import (
     noise_chart,
     spread_chart,
 )
+from exporter.reporting.evidence import Continuation, Evidence
 from exporter.reporting.html import table_html
-from exporter.reporting.report import Continuation, Evidence, Report
+from exporter.reporting.report import Report
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -64,7 +65,7 @@ def web_page(report: Report, recipe: Recipe, folder: Path | str, parts: Mapping[
         folder: where it is, as its reader should see it.
         parts: bytes that are stored, by what they are.
     """
-    evidence = evidence_of(report)
+    evidence = report.evidence
     sections = [
         ("Quality", _quality(report)),
         ("How rotations were chosen", _choice(report)),
@@ -94,16 +95,6 @@ def web_page(report: Report, recipe: Recipe, folder: Path | str, parts: Mapping[
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1>{_verdict(report, folder)}<nav>{links}</nav>{body}"
         "</body></html>\n"
-    )
-
-
-def evidence_of(report: Report) -> Evidence:
-    """All that the rows of the parity check have seen beside their figures."""
-    seen = [row.evidence for row in report.parity if row.evidence is not None]
-    return Evidence(
-        inputs=[each for own in seen for each in own.inputs],
-        noise=[each for own in seen for each in own.noise],
-        continuations=[each for own in seen for each in own.continuations],
     )
 
 

@@ -107,8 +107,10 @@ class Case:
 
     @property
     def clips(self) -> bool:
-        """Whether the runtime clips sums of products on the machine that ran it."""
-        return any(
+        """Whether the runtime clips sums of products on the machine that ran it, and there are any:
+        of weights alone it multiplies floats.
+        """
+        return self.scheme.activation is not None and any(
             value.startswith("clipped")
             for row in self.report.parity
             for value in row.session.values()

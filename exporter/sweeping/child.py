@@ -55,8 +55,8 @@ def _speed(folder: str) -> dict[str, Any]:
     from exporter.commands.opened import opened
 
     model = opened(folder)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    room = _WRITTEN if positions is None else min(_WRITTEN, positions - model.taken - _PROMPT)
+    positions = model.positions
+    room = _WRITTEN if positions is None else min(_WRITTEN, positions - _PROMPT)
     if room < 2:
         return {"rate": None}
     rates = []

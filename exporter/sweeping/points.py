@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calib.errors import RecipeError
+from calib.rotations.rotate import trainable
 from exporter.recipe import Recipe, with_values
 from exporter.reporting.summary import figure_words
 
@@ -23,6 +24,12 @@ class Point:
     name: str
     """As its folder is called."""
     recipe: Recipe
+
+    @property
+    def trains(self) -> bool:
+        """Whether rotations may be trained, on statistics that points share."""
+        rotate = self.recipe.rotate
+        return rotate.auto or bool(trainable(rotate.certain))
 
 
 @dataclass(frozen=True)

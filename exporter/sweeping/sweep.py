@@ -185,7 +185,8 @@ class _Run:
         done = len(points) - len(missing)
         self.progress("points", done, self.total)
 
-        # the first captures what the others use
+        # the first that trains captures what the others use
+        missing.sort(key=lambda point: not point.trains)
         for some in (missing[:1], missing[1:]):
             with ThreadPoolExecutor(self.jobs) as pool:
                 futures = {pool.submit(self._export, point): point.name for point in some}
@@ -285,12 +286,12 @@ class _Run:
 def _result(name: str, report: Report) -> PointResult:
     figures = {row.metric: row for row in report.parity if row.rung == 3}
     quality, divergence = figures.get("perplexity ratio"), figures.get("KL")
-    seen = None if quality is None else quality.evidence
+    perplexities = report.evidence.perplexities
     return PointResult(
         name,
         report.status,
         nbytes=report.layers.bytes_after,
-        perplexity=None if seen is None or seen.perplexities is None else seen.perplexities[1],
+        perplexity=None if perplexities is None else perplexities[1],
         ratio=None if quality is None else quality.measured,
         kl=None if divergence is None else divergence.measured,
     )

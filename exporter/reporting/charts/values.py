@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from exporter.reporting.charts.style import AFTER, BEFORE, PALETTE, Chart, figure, octaves
-from exporter.reporting.report import (
+from exporter.reporting.evidence import (
     BINS,
     HIGHEST_LOG2,
     LOWEST_LOG2,

@@ -19,7 +19,6 @@ from exporter.reporting.card import PICTURES
 from exporter.reporting.charts import style
 from exporter.reporting.exported import read_export, update_export
 from exporter.reporting.report import PAGE_FILE, REPORT_FILE, Report
-from exporter.reporting.web_page import evidence_of
 from exporter.run.options import RunOptions
 from tests.few import few
 
@@ -33,7 +32,7 @@ def pictured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_export_keeps_what_its_page_shows(pictured: Path) -> None:
     report = Report.load(pictured)
-    evidence = evidence_of(report)
+    evidence = report.evidence
     assert {row.name for row in evidence.noise} <= report.stored.keys()
     assert {"self_attn.q_proj", "mlp.down_proj"} <= {row.kind for row in evidence.inputs}
     (curve,) = report.training

@@ -167,6 +167,10 @@ def test_options_that_do_nothing_are_refused(
     assert "--limit has no effect without --tasks" in capsys.readouterr().err
     assert main(["eval", EMBEDDED, "--tasks", "x", "--text", "wikitext2"]) == 2
     assert "--text has no effect with --tasks" in capsys.readouterr().err
+    assert main(["eval", EMBEDDED, "--chat-template", "--shots", "0"]) == 2
+    assert "--shots, --chat-template has no effect without --tasks" in capsys.readouterr().err
+    assert main(["eval", EMBEDDED, "--tasks", "x", "--nsamples", "3", "--window", "64"]) == 2
+    assert "--nsamples has no effect with --tasks" in capsys.readouterr().err
 
 
 def test_a_missing_harness_is_said_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

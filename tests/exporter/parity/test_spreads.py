@@ -15,7 +15,7 @@ from calib.fusing import materialize
 from exporter.parity import fold, spreads
 from exporter.parity.spreads import BINS, CHANNELS, evidence_of
 from exporter.parity.subject import Subject
-from exporter.reporting.report import Evidence
+from exporter.reporting.evidence import Evidence
 from tests.tiny import CONFIGS, fuse_tiny, make_tiny, quantize_fused, token_rows
 
 ROWS = token_rows((24, 24))

@@ -14,19 +14,9 @@ from pydantic import ValidationError
 from calib.errors import BackendError
 from exporter.recipe import Recipe
 from exporter.reporting.charts import style
+from exporter.reporting.evidence import Continuation, Evidence, InputFigures, NoiseFigure, Spread
 from exporter.reporting.page_files import page_text
-from exporter.reporting.report import (
-    Continuation,
-    Evidence,
-    GateRow,
-    InputFigures,
-    NoiseFigure,
-    Report,
-    RotationGateRow,
-    Spread,
-    TrainingSummary,
-)
-from exporter.reporting.web_page import evidence_of
+from exporter.reporting.report import GateRow, Report, RotationGateRow, TrainingSummary
 
 PARTS = {"quantized weight, int8": 4_000_000, "float weight, float": 1_000_000}
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x>&amp;"
@@ -198,7 +188,7 @@ def test_the_page_of_a_model_of_32_layers_is_small() -> None:
 def test_evidence_of_several_rows_is_joined() -> None:
     report = full_report()
     twice = report.model_copy(update={"parity": [*report.parity, report.parity[0]]})
-    assert len(evidence_of(twice).inputs) == 2 * len(evidence_of(report).inputs)
+    assert len(twice.evidence.inputs) == 2 * len(report.evidence.inputs)
 
 
 def test_without_matplotlib_the_hint_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,3 +250,12 @@ def test_a_widened_linear_keeps_the_overrides_that_were(tmp_path: Path) -> None:
     report = advised(failed, write_llama(tmp_path / "model"), tmp_path / "out")
     change = next(remedy.change for remedy in report.remedies if remedy.name == "by-name")
     assert change == {"overrides": {"lm_head": "float", DOWN: "int8-weight-only"}}
+
+
+def test_products_that_nobody_makes_are_not_clipped(tmp_path: Path) -> None:
+    """Weights alone in integers are multiplied as floats, whatever the session says of integers."""
+    model, row = write_llama(tmp_path / "model"), END_TO_END.model_copy(update={"session": CLIPPED})
+    static = advised(Failed((row,)), model, tmp_path / "static")
+    alone = advised(Failed((row,), recipe=INT4), model, tmp_path / "alone")
+    assert "unsigned" in {each.name for each in static.remedies}
+    assert "unsigned" not in {each.name for each in alone.remedies}

@@ -48,6 +48,12 @@ def test_every_combination_is_a_point() -> None:
     assert {point.recipe.weights.block_size for point in points} == {32}
 
 
+def test_points_that_may_train_are_known() -> None:
+    """The first of them captures what all share; without one there is nothing to capture."""
+    points = points_of(Recipe(), {"rotate": ["none", "r4", "r1", "r2,r4", "auto"]})
+    assert [point.trains for point in points] == [False, False, True, True, True]
+
+
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
