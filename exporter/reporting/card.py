@@ -157,7 +157,7 @@ def render_rotated_card(
         tags=["rotq", "rotated"],
     )
     parts = [
-        f"# {_title(report.model.source)}, rotated",
+        f"# {title_of(report.model.source)}, rotated",
         (
             f"A {report.model.model_type} model of {report.model.parameters:,} parameters whose"
             f" norms and rotations (`{report.rotate}`) rotq folded into the weights, stored as"
@@ -222,7 +222,8 @@ def _base_model(source: str) -> str | None:
     return source
 
 
-def _title(source: str) -> str:
+def title_of(source: str) -> str:
+    """A model by its name alone: where it lies on a machine means nothing to a reader."""
     return (
         "Embedded example model" if source == EMBEDDED else _base_model(source) or Path(source).name
     )
@@ -231,7 +232,7 @@ def _title(source: str) -> str:
 def _body(recipe: Recipe, report: Report, pictures: Collection[str]) -> str:
     size = summary.size_words(report.layers.bytes_before, report.layers.bytes_after)
     parts = [
-        f"# {_title(report.model.source)}, {report.scheme} for {report.backend}/{report.target}",
+        f"# {title_of(report.model.source)}, {report.scheme} for {report.backend}/{report.target}",
         _banner(report),
         (
             f"A {report.model.model_type} model of {report.model.parameters:,} parameters, rotated"

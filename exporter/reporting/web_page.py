@@ -13,6 +13,7 @@ from pathlib import Path
 from exporter.flags import command
 from exporter.recipe import Recipe
 from exporter.reporting import summary
+from exporter.reporting.card import title_of
 from exporter.reporting.charts.choice import gate_chart, rotation_gate_chart, training_chart
 from exporter.reporting.charts.outcome import bytes_chart, parity_chart
 from exporter.reporting.charts.style import Chart
@@ -52,7 +53,8 @@ mark { background: color-mix(in srgb, #d98324 35%, Canvas); color: inherit; }
 @media (max-width: 40rem) { .texts { grid-template-columns: 1fr; } body { padding: .6rem; }
   figure { overflow-x: auto; } figure svg { min-width: 36rem; } figcaption { max-width: 92vw; } }
 @media print { :root { color-scheme: light; } nav { display: none; }
-  figure, tr, .texts { break-inside: avoid; } body { max-width: none; } }
+  h2, h3 { break-after: avoid; } figure, tr, .texts div { break-inside: avoid; }
+  body { max-width: none; } }
 """
 
 
@@ -85,10 +87,7 @@ def web_page(report: Report, recipe: Recipe, folder: Path | str, parts: Mapping[
         f'<section><h2 id="s{at}">{escape(name)}</h2>{text}</section>'
         for at, (name, text) in enumerate(shown)
     )
-    title = (
-        f"{summary.source_words(report.model.source)}, {report.scheme} for"
-        f" {report.backend}/{report.target}"
-    )
+    title = f"{title_of(report.model.source)}, {report.scheme} for {report.backend}/{report.target}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exporter.reporting.charts.style import AFTER, BEFORE, MUTED, Chart, figure
+from exporter.reporting.charts.style import AFTER, BEFORE, MUTED, Chart, figure, logarithmic
 from exporter.reporting.report import GateRow, RotationGateRow, TrainingSummary
 
 _ROW = 0.32
@@ -53,8 +53,7 @@ def rotation_gate_chart(rows: Sequence[RotationGateRow]) -> Chart | None:
         axes.grid(visible=False, axis="y")
         errors = [error for row in rows for error in (row.error, *row.layers) if error > 0]
         if errors and max(errors) > 30 * min(errors):
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter("")
+            logarithmic(axes, "x", errors)
         axes.set_xlabel("relative squared quantization error (dots: layers)")
     return chart
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exporter.reporting.charts.style import AFTER, BEFORE, Chart, figure, plain_numbers
+from exporter.reporting.charts.style import AFTER, BEFORE, Chart, figure
 
 _MIB = 2**20
 _ROW = 0.34
@@ -42,6 +42,5 @@ def compared_chart(points: Sequence[Point]) -> Chart:
         axes.set_yticks(range(len(points)), [point.name for point in points])
         axes.invert_yaxis()
         axes.axvline(min(point.perplexity for point in points), color=BEFORE, lw=0.8, ls=":")
-        plain_numbers(axes.xaxis)
         axes.set_xlabel("perplexity (dotted: the lowest)")
     return chart

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from exporter.reporting.charts.style import AFTER, BAD, MUTED, PALETTE, Chart, figure
+from exporter.reporting.charts.style import AFTER, BAD, MUTED, PALETTE, Chart, figure, logarithmic
 from exporter.reporting.report import ParityRow
 
 _MIB = 2**20
@@ -56,7 +56,7 @@ def parity_chart(rows: Sequence[ParityRow]) -> Chart | None:
         axes.set_yticks(range(len(judged)), [_name(row) for row in judged], fontsize=7)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
-        axes.set_xscale("log")
+        logarithmic(axes, "x", [1.0])
         axes.set_xlim(left=_LEAST)
         axes.margins(y=0.02)
         axes.set_xlabel("measured over bound (dashed: the bound)")

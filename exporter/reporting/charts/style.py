@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from calib.errors import BackendError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INSTALL = "pip install 'matplotlib>=3.10'"
@@ -121,14 +120,17 @@ def _settings(name: str) -> Any:
     }
 
 
-def octaves(axes: Axes, values: Iterable[float]) -> None:
-    """Let the vertical axis double from mark to mark, where any of ``values`` can be shown so."""
-    if any(value > 0 for value in values):
-        axes.set_yscale("log", base=2)
-        plain_numbers(axes.yaxis)
+def logarithmic(
+    axes: Axes, which: Literal["x", "y"], values: Iterable[float], base: int = 10
+) -> None:
+    """Make an axis logarithmic where any of ``values`` can be shown so, its numbers as plain text:
+    matplotlib's own are formulas, and nothing here is read as one.
+    """
+    if not any(value > 0 for value in values):
+        return
+    from matplotlib.ticker import LogFormatter
 
-
-def plain_numbers(axis: Axis) -> None:
-    """Let a logarithmic axis say ``4`` and not ``2^2``."""
+    scale, axis = (axes.set_xscale, axes.xaxis) if which == "x" else (axes.set_yscale, axes.yaxis)
+    scale("log", base=base)
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
+    axis.set_minor_formatter(LogFormatter(base, labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))

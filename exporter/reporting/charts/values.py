@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from exporter.reporting.charts.style import AFTER, BEFORE, PALETTE, Chart, figure, octaves
+from exporter.reporting.charts.style import AFTER, BEFORE, PALETTE, Chart, figure, logarithmic
 from exporter.reporting.evidence import (
     BINS,
     HIGHEST_LOG2,
@@ -40,7 +40,7 @@ def spread_chart(inputs: Sequence[InputFigures]) -> Chart | None:
                 if points:
                     layers, ratios = zip(*points, strict=True)
                     at.plot(layers, ratios, color=color, marker=mark, ms=3, label=name)
-            octaves(at, (ratio for _, ratio in (*before, *after)))
+            logarithmic(at, "y", (ratio for _, ratio in (*before, *after)), base=2)
             at.set_xlabel("layer")
         axes[0].legend()
         chart.drawing.supylabel("largest token over median token", fontsize=9)
@@ -62,7 +62,7 @@ def histogram_chart(inputs: Sequence[InputFigures]) -> Chart | None:
                 at.stairs(shares, _EDGES, color=color, label=name, lw=1.3)
                 filled += [index for index, count in enumerate(counts) if count]
                 at.axvline(_EDGES[filled[-1] + 1], color=color, lw=0.8, ls=":")
-            at.set_yscale("log")
+            logarithmic(at, "y", [1.0])
             at.set_xlim(_EDGES[min(filled)], _EDGES[max(filled) + 1] + _STEP)
             at.set_xlabel("log2 |x|: one unit is one bit of range")
         axes[0].legend(loc="upper left")
@@ -80,7 +80,7 @@ def channel_chart(inputs: Sequence[InputFigures]) -> Chart | None:
         for row, at in zip(shown, axes, strict=True):
             for spread, color, name in _spreads(row):
                 at.plot(spread.channels, color=color, label=name, lw=1.0)
-            octaves(at, row.rotated.channels)
+            logarithmic(at, "y", row.rotated.channels, base=2)
             at.set_xlabel("channel")
         axes[0].legend()
         chart.drawing.supylabel("largest magnitude", fontsize=9)
@@ -132,7 +132,7 @@ def noise_chart(rows: Sequence[NoiseFigure]) -> Chart | None:
                 label=kind,
             )
         if min(row.noise for row in inside) > 0:
-            axes.set_yscale("log")
+            logarithmic(axes, "y", [1.0])
         axes.set_xlabel("layer")
         axes.set_ylabel("relative L2 of the output")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)

@@ -157,6 +157,7 @@ def test_every_chart_is_drawn_and_ids_are_unique(text: str) -> None:
         assert 'role="img"' in chart
         assert "currentColor" in chart
         assert style._INK not in chart
+        assert "mathdefault" not in chart  # numbers are text, and no formula that nobody sets
     ids = re.findall(r'\bid="([^"]+)"', text)
     defined = [each for each in ids if re.search(rf"[#]{re.escape(each)}\b", text)]
     assert len(defined) == len(set(defined))
@@ -245,3 +246,5 @@ def test_bounds_and_figures_at_the_edge_are_drawn() -> None:
     )
     page = Page(drawn(report.model_copy(update={"parity": [empty, *rows]})))
     assert not page.open
+    assert any("$\\frac{a}{b}$" in word for word in page.words)
+    assert not any("mathdefault" in word for word in page.words)
